@@ -1,0 +1,138 @@
+"""`ModelConfig`: the closed list of ways in which two Transformers differ.
+
+A checkpoint's ``config.json`` speaks the dialect of its family (``n_embd`` or ``hidden_size``, ``rope_theta`` here or there).
+Each family translates its dialect into this one (`minilm.archs`), and the model code reads nothing else. So this page says
+what the one Transformer of `minilm.models` can be; a field stands here only because two families really differ by it.
+
+Alphabet of dimensions, used in every docstring: B sequences, T packed tokens, S context, H query heads, Hkv key/value heads,
+D head size, C channels, F inner channels of the MLP, L layers, P positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+class ConfigError(ValueError):
+    """A configuration holds an option, or a combination of them, that minilm does not support; the message names it."""
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and the ways in which its reach is extended.
+
+    ``default``: frequencies theta^(-2i/D). ``linear``: divided by `factor` (Chen et al. 2023, arXiv:2306.15595).
+    ``dynamic``: theta grows once a sequence is longer than `max_positions` (NTK-aware). ``llama3``: low frequencies
+    divided by `factor`, high ones kept, a ramp between. ``yarn``: Peng et al. 2023, arXiv:2309.00071.
+    """
+
+    theta: float = 10_000.0
+    type: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
+    factor: float = 1.0
+    max_positions: int = 2048
+    """The context that `dynamic` starts to stretch at."""
+    original_max_positions: int = 2048
+    """The context of pre-training, that `llama3` and `yarn` interpolate from."""
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    attention_factor: float = 1.0
+    """cos and sin are multiplied by it (`yarn`)."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One Transformer body. Sizes in elements, probabilities in 0..1."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int
+    """Longest sequence: rows of the position table less `position_offset`, or the context a rope model was made for."""
+
+    causal: bool
+    """Decoders attend to the past only; encoders to the whole sequence."""
+    pre_norm: bool
+    """Where the norms stand: before each sub-layer (GPT-2, Llama), or after the residual sum (BERT)."""
+    norm: Literal["layer_norm", "rms_norm"]
+    norm_eps: float
+    activation: str
+    gated_mlp: bool = False
+    """down(act(gate x) * up x), Shazeer 2020, arXiv:2002.05202, in place of down(act(up x))."""
+
+    # Embeddings
+    positions: Literal["learned", "rope"] = "learned"
+    position_offset: int = 0
+    """First row of the position table in use (RoBERTa: padding index + 1)."""
+    positions_skip_padding_id: int | None = None
+    """RoBERTa counts as positions only the tokens that are not this id, whatever the attention mask says."""
+    rope: RopeConfig | None = None
+    type_vocab_size: int = 0
+    types_are_tokens: bool = False
+    """GPT-2 looks token types up in the token table."""
+    embedding_norm: bool = False
+    final_norm: bool = False
+
+    # Biases, and what attention does besides
+    qkv_bias: bool = True
+    out_bias: bool = True
+    mlp_bias: bool = True
+    qk_norm: bool = False
+    """RMSNorm over each head of q and k before rope (Qwen3)."""
+    attention_scale: float | None = None
+    """Scores are multiplied by it; None is 1/sqrt(D)."""
+    scale_by_inverse_layer: bool = False
+    """Scores of layer i are divided by i + 1 as well (GPT-2's scale_attn_by_inverse_layer_idx)."""
+    windows: tuple[int | None, ...] = ()
+    """For each layer, how many keys a query sees, itself included (sliding window), or None for all. () = None everywhere."""
+
+    tie_word_embeddings: bool = True
+    pad_token_id: int | None = None
+
+    # Dropout, in training only
+    embedding_dropout: float = 0.0
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, and is {getattr(self, name)}")
+        if self.num_layers < 0:
+            raise ConfigError(f"num_layers must not be negative, and is {self.num_layers}")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"the {self.num_heads} query heads cannot be shared evenly by {self.num_kv_heads} key/value heads"
+            )
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ConfigError(f"{len(self.windows)} attention windows for {self.num_layers} layers")
+        if any(window is not None and window < 1 for window in self.windows):
+            raise ConfigError(f"an attention window must be at least 1 token, and they are {self.windows}")
+        if self.positions == "rope" and (self.rope is None or self.head_dim % 2):
+            raise ConfigError(f"rope needs a RopeConfig and an even head size, and the head size is {self.head_dim}")
+
+    def window(self, layer: int) -> int | None:
+        """Keys that a query of `layer` sees, itself included; None is all."""
+        return self.windows[layer] if self.windows else None
+
+    def scale(self, layer: int) -> float:
+        """What the scores of `layer` are multiplied by before the softmax."""
+        scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
+        return scale / (layer + 1) if self.scale_by_inverse_layer else scale
+
+    @property
+    def q_size(self) -> int:
+        """H * D."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """Hkv * D."""
+        return self.num_kv_heads * self.head_dim

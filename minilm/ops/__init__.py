@@ -1,0 +1,303 @@
+"""The op interface: what a Transformer is made of, each op a function whose docstring is its contract.
+
+Every function checks its arguments, describes the call by its traits, and lets `minilm.ops.dispatch` choose between the
+implementations: the reference (eager PyTorch, the specification), PyTorch's fused kernels, the native extension, Triton.
+
+Layout: tokens of all sequences end to end. q is [T, H, D], k and v are [T, Hkv, D]; sequence b owns the tokens
+``cu_seqlens[b]:cu_seqlens[b + 1]`` (int32, [B + 1]). The cache is in pages, [pages, page size, Hkv, D] a layer. All ops
+return fresh tensors, except `append_kv` and `rope_append`, which write the pages they are given.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import checks, dispatch, library, native, reference
+from .dispatch import BackendError, Implementation, backend, explain, register, select
+from .reference import ACTIVATIONS
+
+__all__ = [
+    "ACTIVATIONS",
+    "BackendError",
+    "add_layer_norm",
+    "add_rms_norm",
+    "append_kv",
+    "attention",
+    "attention_probs",
+    "backend",
+    "cross_entropy",
+    "dispatch",
+    "explain",
+    "gated",
+    "layer_norm",
+    "linear",
+    "paged_attention",
+    "rms_norm",
+    "rope",
+    "rope_append",
+]
+
+
+class NormTraits(NamedTuple):
+    """A normalisation over the last axis."""
+
+    device: str
+    dtype: torch.dtype
+    channels: int
+    parameter_dtype: torch.dtype
+    contiguous: bool
+
+
+class AttentionTraits(NamedTuple):
+    """Attention over packed sequences."""
+
+    device: str
+    dtype: torch.dtype
+    head_dim: int
+    group: int
+    """Query heads that share a key/value head."""
+    causal: bool
+    window: bool
+    dropout: bool
+    lse: bool
+    grad: bool
+
+
+class PagedTraits(NamedTuple):
+    """Attention over a paged cache, or an append to one."""
+
+    device: str
+    dtype: torch.dtype
+    cache_dtype: torch.dtype
+    head_dim: int
+    group: int
+    page_size: int
+    window: bool
+    single_query: bool
+    """Every sequence has exactly one new token: a decode step."""
+
+
+class PointwiseTraits(NamedTuple):
+    """Ops that look at no more than device, dtype and an activation."""
+
+    device: str
+    dtype: torch.dtype
+    activation: str | None = None
+    grad: bool = False
+
+
+def _needs_grad(*tensors: Tensor | None) -> bool:
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def _norm_traits(x: Tensor, weight: Tensor) -> NormTraits:
+    return NormTraits(x.device.type, x.dtype, x.shape[-1], weight.dtype, x.is_contiguous())
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis (Ba et al. 2016, arXiv:1607.06450).
+
+    x [..., C]; weight and bias [C]; statistics in float32. Returns [..., C] in x's dtype. Differentiable.
+    """
+    checks.affine("layer_norm", x, weight, bias)
+    result: Tensor = select("layer_norm", _norm_traits(x, weight))(x, weight, bias, eps)
+    return result
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """(layer_norm(x + residual), x + residual) in one pass over memory. Shapes as in `layer_norm`; both results [..., C]."""
+    checks.same_shape("add_layer_norm", "x", x, "residual", residual)
+    checks.affine("add_layer_norm", x, weight, bias)
+    result: tuple[Tensor, Tensor] = select("add_layer_norm", _norm_traits(x, weight))(x, residual, weight, bias, eps)
+    return result
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467).
+
+    x [..., C], weight [C]. The scaled row is rounded to x's dtype before the weight is applied, as Llama does.
+    """
+    checks.affine("rms_norm", x, weight, None)
+    result: Tensor = select("rms_norm", _norm_traits(x, weight))(x, weight, eps)
+    return result
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """(rms_norm(x + residual), x + residual) in one pass over memory. Shapes as in `rms_norm`; both results [..., C]."""
+    checks.same_shape("add_rms_norm", "x", x, "residual", residual)
+    checks.affine("add_rms_norm", x, weight, None)
+    result: tuple[Tensor, Tensor] = select("add_rms_norm", _norm_traits(x, weight))(x, residual, weight, eps)
+    return result
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
+    dropout_p: float = 0.0,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v, sequence by sequence (Vaswani et al. 2017, arXiv:1706.03762).
+
+    q [Tq, H, D]; k, v [Tk, Hkv, D] with H a multiple of Hkv; cu_seqlens int32 [B + 1]. With `causal`, the last query of a
+    sequence stands at its last key and none sees beyond itself. `window`: a query sees the keys at a distance below it (to
+    both sides unless causal). `dropout_p` drops probabilities (training). Returns [Tq, H, D], and with `return_lse` the
+    log-sum-exp of the scores too, float32 [H, Tq]. Differentiable.
+    """
+    checks.heads("attention", q, k, v)
+    checks.lengths("attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    checks.lengths("attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(f"attention: {len(cu_seqlens_q) - 1} sequences of queries and {len(cu_seqlens_k) - 1} of keys")
+    traits = AttentionTraits(
+        q.device.type,
+        q.dtype,
+        q.shape[2],
+        q.shape[1] // k.shape[1],
+        causal,
+        window is not None,
+        dropout_p > 0,
+        return_lse,
+        _needs_grad(q, k, v),
+    )
+    out, lse = select("attention", traits)(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, window, dropout_p
+    )
+    return (out, lse) if return_lse else out
+
+
+def attention_probs(
+    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, scale: float, causal: bool, window: int | None = None
+) -> list[Tensor]:
+    """The attention maps themselves, for readers: softmax(scale q k^T), one [H, Sq, Sk] in q's dtype for each sequence."""
+    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    return [
+        reference.probabilities(q[q0:q1], k[k0:k1], scale, causal, window)[0].to(q.dtype)
+        for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False)
+    ]
+
+
+def _paged_traits(q: Tensor, pages: Tensor, window: int | None, max_seqlen_q: int) -> PagedTraits:
+    return PagedTraits(
+        q.device.type,
+        q.dtype,
+        pages.dtype,
+        q.shape[2],
+        q.shape[1] // pages.shape[2],
+        pages.shape[1],
+        window is not None,
+        max_seqlen_q == 1,
+    )
+
+
+def paged_attention(
+    q: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    block_table: Tensor,
+    cu_seqlens_q: Tensor,
+    context_lens: Tensor,
+    max_seqlen_q: int,
+    max_context: int,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Tensor:
+    """Causal attention of new tokens over a paged cache that already holds them (Kwon et al. 2023, arXiv:2309.06180).
+
+    q [T, H, D]; pages [pages, page size, Hkv, D]; block_table int32 [B, >= pages of the longest sequence]; context_lens
+    int32 [B], the new tokens included. Returns [T, H, D]. Not differentiable.
+    """
+    if block_table.shape[0] != context_lens.shape[0] or cu_seqlens_q.shape[0] != context_lens.shape[0] + 1:
+        raise ValueError(
+            f"paged_attention: block_table {list(block_table.shape)}, cu_seqlens_q {list(cu_seqlens_q.shape)} and context_lens "
+            f"{list(context_lens.shape)} must speak of the same number of sequences"
+        )
+    result: Tensor = select("paged_attention", _paged_traits(q, k_pages, window, max_seqlen_q))(
+        q, k_pages, v_pages, block_table, cu_seqlens_q, context_lens, max_seqlen_q, max_context, scale, window
+    )
+    return result
+
+
+def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Rotary embedding: the pairs (i, i + D/2) of each head are turned by the token's angles.
+
+    q [T, H, D], k [T, Hkv, D]; cos, sin float32 [T, D/2]. Returns the turned q and k. Differentiable.
+    """
+    result: tuple[Tensor, Tensor] = select("rope", PointwiseTraits(q.device.type, q.dtype, None, _needs_grad(q, k)))(q, k, cos, sin)
+    return result
+
+
+def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    """Write k, v [T, Hkv, D] into the pages (in place); token t goes to ``slots[t]`` (int64) = page * page size + offset."""
+    select("append_kv", _paged_traits(k, k_pages, None, 0))(k, v, k_pages, v_pages, slots)
+
+
+def rope_append(
+    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor
+) -> tuple[Tensor, Tensor]:
+    """`rope`, and `append_kv` of the turned k and of v, in one pass. Writes the pages; returns the turned q and k."""
+    result: tuple[Tensor, Tensor] = select("rope_append", _paged_traits(q, k_pages, None, 0))(
+        q, k, v, cos, sin, k_pages, v_pages, slots
+    )
+    return result
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+    """activation(x weight^T + bias). x [..., in], weight [out, in], bias [out]. Differentiable."""
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"linear: x {list(x.shape)} ends in {x.shape[-1]}, and weight {list(weight.shape)} takes {weight.shape[1]}")
+    traits = PointwiseTraits(x.device.type, x.dtype, activation, _needs_grad(x, weight, bias))
+    result: Tensor = select("linear", traits)(x, weight, bias, activation)
+    return result
+
+
+def gated(x: Tensor, activation: str) -> Tensor:
+    """activation(gate) * up, for x [..., 2F] = gate and up side by side (SwiGLU with silu). Returns [..., F]. Differentiable."""
+    result: Tensor = select("gated", PointwiseTraits(x.device.type, x.dtype, activation, _needs_grad(x)))(x, activation)
+    return result
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Mean of -log softmax(logits)[label] over the labels that are not `ignore_index`, in float32.
+
+    logits [T, V], labels int64 [T]; a scalar, NaN when no label counts (as PyTorch's). Differentiable.
+    """
+    traits = PointwiseTraits(logits.device.type, logits.dtype, None, _needs_grad(logits))
+    result: Tensor = select("cross_entropy", traits)(logits, labels, ignore_index)
+    return result
+
+
+def _sdpa_supports(traits: Any) -> str | None:
+    return "PyTorch's fused attention does not return the log-sum-exp" if traits.lse else None
+
+
+for _op in (
+    "layer_norm",
+    "add_layer_norm",
+    "rms_norm",
+    "add_rms_norm",
+    "attention",
+    "paged_attention",
+    "rope",
+    "append_kv",
+    "rope_append",
+    "linear",
+    "gated",
+    "cross_entropy",
+):
+    register(Implementation(_op, "reference", getattr(reference, _op)))
+register(Implementation("attention", "torch", library.attention, _sdpa_supports))
+register(Implementation("paged_attention", "torch", library.paged_attention))
+native.register_all()

@@ -1,0 +1,240 @@
+"""Which implementation of an op runs, why the others did not, and how a person overrules the choice.
+
+Every op of `minilm.ops` has a *reference* (eager PyTorch, the specification) and may have faster implementations. They
+stand in one table, ``(op, backend) -> Implementation``. Before a call, the op describes itself by a small hashable tuple,
+its *traits* (device, dtype, head size, ...), and `select` walks the backends in the order of preference of the device;
+the first whose ``supports(traits)`` returns None (and not a reason why it cannot) runs.
+
+Two kinds of choice:
+
+- automatic: an unsuitable backend is passed over and its reason is kept for `explain`;
+- explicit (``with backend("triton"):`` or ``MINILM_BACKEND=triton``): the named backends, in the order given, and no
+  others. If none of them can run the call, `BackendError` says why. Nothing ever falls back in silence.
+
+A decision depends on the traits and on the choice alone, so it is made once and then looked up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+
+class Traits(Protocol):
+    """What an implementation may look at when it says whether it can run a call (each op has its own tuple of them)."""
+
+    @property
+    def device(self) -> str: ...  # "cpu", "cuda", "meta", ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+
+class BackendError(RuntimeError):
+    """An explicitly chosen backend cannot run a call; the message says why."""
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute `op`: `call` has the op's own signature; `supports` returns None or the reason it cannot run."""
+
+    op: str
+    backend: str
+    call: Callable[..., Any]
+    supports: Callable[[Any], str | None] = lambda traits: None
+
+
+@dataclass
+class Decision:
+    """What was chosen for one op and one set of traits: the chosen implementation and, for each other, why it did not run."""
+
+    op: str
+    traits: Any
+    wanted: tuple[str, ...] | None
+    chosen: Implementation
+    refused: dict[str, str]
+    calls: int = 0
+
+
+BACKENDS = ("native", "triton", "torch", "reference")
+"""native: the C++/CUDA extension · triton: `minilm.kernels` · torch: PyTorch's own fused kernels · reference: eager."""
+
+PREFERENCE: dict[str, tuple[str, ...]] = {
+    # On a CPU, Triton is an interpreter: right, and thousands of times too slow to be chosen without being asked for.
+    "cpu": ("native", "torch", "reference"),
+    "cuda": ("native", "triton", "torch", "reference"),
+}
+DEFAULT_PREFERENCE = ("torch", "reference")
+
+_table: dict[str, dict[str, Implementation]] = {}
+_unavailable: dict[str, str] = {}
+_decisions: dict[tuple[str, Any, tuple[str, ...] | None], Decision] = {}
+
+
+def register(implementation: Implementation) -> None:
+    """Add an implementation to the table (the last registration of an (op, backend) pair wins)."""
+    if implementation.backend not in BACKENDS:
+        raise ValueError(f"unknown backend {implementation.backend!r}; expected one of {', '.join(BACKENDS)}")
+    _table.setdefault(implementation.op, {})[implementation.backend] = implementation
+    _decisions.clear()
+
+
+def register_unavailable(backend: str, reason: str) -> None:
+    """Say why a whole backend is absent in this process ("triton is not installed"); `explain` and errors repeat it."""
+    _unavailable[backend] = reason
+    _decisions.clear()
+
+
+def implementations(op: str) -> dict[str, Implementation]:
+    """The implementations of `op` by backend."""
+    return dict(_table.get(op, {}))
+
+
+def ops() -> list[str]:
+    """Names of all ops in the table."""
+    return sorted(_table)
+
+
+@dataclass(frozen=True)
+class _Choice:
+    default: tuple[str, ...] | None = None
+    per_op: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+def _parse(names: str | Sequence[str]) -> tuple[str, ...]:
+    parts = tuple(p.strip() for p in names.split(",")) if isinstance(names, str) else tuple(names)
+    for part in parts:
+        if part not in BACKENDS:
+            raise ValueError(f"unknown backend {part!r}; expected one of {', '.join(BACKENDS)}")
+    return parts
+
+
+def _choice_from_environment() -> _Choice:
+    value = os.environ.get("MINILM_BACKEND", "").strip()
+    if not value or value == "auto":
+        return _Choice()
+    try:
+        return _Choice(_parse(value))
+    except ValueError as error:
+        raise BackendError(f"MINILM_BACKEND={value}: {error}") from None
+
+
+_choice: ContextVar[_Choice | None] = ContextVar("minilm_backend", default=None)
+_environment: _Choice | None = None
+
+
+def _current() -> _Choice:
+    global _environment
+    choice = _choice.get()
+    if choice is not None:
+        return choice
+    if _environment is None:
+        _environment = _choice_from_environment()
+    return _environment
+
+
+@contextmanager
+def backend(*names: str, **per_op: str | Sequence[str]) -> Iterator[None]:
+    """Choose implementations for the calls inside the ``with`` block, in this thread.
+
+    ``backend("reference")`` allows one backend for every op; ``backend("native", "reference")`` several, in this order;
+    ``backend(attention="torch")`` rules one op and leaves the others as they were; ``backend("auto")`` restores the
+    automatic choice. A call that none of the named backends can run raises `BackendError`.
+    """
+    outer = _current()
+    default = outer.default if not names else None if names == ("auto",) else _parse(names)
+    for op in per_op:
+        if op not in _table:
+            raise ValueError(f"unknown op {op!r}; expected one of {', '.join(ops())}")
+    kept = outer.per_op if not names else {}
+    token = _choice.set(_Choice(default, {**kept, **{op: _parse(value) for op, value in per_op.items()}}))
+    try:
+        yield
+    finally:
+        _choice.reset(token)
+
+
+def _decide(op: str, traits: Traits, wanted: tuple[str, ...] | None) -> Decision:
+    refused: dict[str, str] = {}
+    candidates = wanted or PREFERENCE.get(traits.device, DEFAULT_PREFERENCE)
+    for name in candidates:
+        implementation = _table.get(op, {}).get(name)
+        if implementation is None:
+            refused[name] = _unavailable.get(name, f"there is no {name} implementation of {op}")
+            continue
+        reason = implementation.supports(traits)
+        if reason is None:
+            for other in BACKENDS:
+                if other not in refused and other != name and other in _table.get(op, {}):
+                    refused[other] = (
+                        f"not asked for (chosen: {', '.join(wanted)})"
+                        if wanted and other not in wanted
+                        else "comes later in the order of preference"
+                        if other in candidates
+                        else f"is not chosen automatically on {traits.device}"
+                    )
+            return Decision(op, traits, wanted, implementation, refused)
+        refused[name] = reason
+    why = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
+    raise BackendError(f"{op} cannot run on {traits.device} in {traits.dtype} with the backend asked for: {why}")
+
+
+def select(op: str, traits: Traits) -> Callable[..., Any]:
+    """The implementation of `op` for a call with these traits, under the choice in force. Raises `BackendError`."""
+    choice = _current()
+    wanted = choice.per_op.get(op, choice.default)
+    key = (op, traits, wanted)
+    decision = _decisions.get(key)
+    if decision is None:
+        decision = _decisions[key] = _decide(op, traits, wanted)
+    if not torch.compiler.is_compiling():
+        decision.calls += 1
+    return decision.chosen.call
+
+
+class Explanation:
+    """What ran since the start (or the last `explain(reset=True)`); ``print`` it, or read `decisions`."""
+
+    def __init__(self, decisions: Sequence[Decision]) -> None:
+        self.decisions = list(decisions)
+
+    def backends(self, op: str) -> set[str]:
+        """The backends that ran `op`."""
+        return {d.chosen.backend for d in self.decisions if d.op == op}
+
+    def __str__(self) -> str:
+        if not self.decisions:
+            return "no op of minilm has run yet"
+        lines = []
+        for d in sorted(self.decisions, key=lambda d: (d.op, -d.calls)):
+            detail = ", ".join(
+                f"{name}={str(value).removeprefix('torch.')}"
+                for name, value in zip(getattr(d.traits, "_fields", ()), d.traits, strict=False)
+                if value not in (None, False)
+            )
+            lines.append(f"{d.op}: {d.chosen.backend} ({d.calls} call{'s' * (d.calls != 1)}; {detail})")
+            lines.extend(f"    not {name}: {reason}" for name, reason in d.refused.items())
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def explain(*, reset: bool = False) -> Explanation:
+    """What ran and why: for each op and kind of call, the implementation, the number of calls, and why others did not run.
+
+    >>> import minilm
+    >>> model(**batch); print(minilm.explain())          # doctest: +SKIP
+    add_layer_norm: native (12 calls; device=cpu, dtype=float32, channels=384)
+        not reference: comes later in the order of preference
+    """
+    result = Explanation([Decision(**vars(d)) for d in _decisions.values() if d.calls])
+    if reset:
+        for decision in _decisions.values():
+            decision.calls = 0
+    return result
