@@ -10,12 +10,12 @@ A rule says where one parameter of ours comes from in a checkpoint. There are si
     tied("lm_head.weight", "head.out.weight", "tied to the embeddings")     read only when the model owns it
     ignore("embeddings.position_ids", "a buffer: 0, 1, 2, ...")             in the file, and not needed
 
-A pattern is a whole name, never a part of one. `{i}` stands for one decimal layer number, the same on both sides, and
-`*` in `ignore` for anything. Because nothing else is special, a rule can be read in both directions: forwards it names
-the target of a key (load), backwards the keys of a target (save).
+A pattern is a whole name, never a part of one. `{i}` stands for one decimal layer number, the same on both
+sides, and `*` in `ignore` for anything. Because nothing else is special, a rule can be read in both
+directions: forwards it names the target of a key (load), backwards the keys of a target (save).
 
-A name is written without the family's prefix (`bert.`, `model.`). Whether the prefix belongs to it is seen from the
-target: everything is part of the family's base model except what is called `head.…`.
+A name is written without the family's prefix (`bert.`, `model.`). Whether the prefix belongs to it is seen
+from the target: everything is part of the family's base model except what is called `head.…`.
 """
 
 from __future__ import annotations
@@ -35,9 +35,10 @@ _NUMBER = r"(?P<i>0|[1-9][0-9]*)"  # ASCII, no leading zeros: a number that is w
 class Rule:
     """One line of a family's weight rules; made by the six functions below, never by hand.
 
-    `sources` are the names in the checkpoint (several only for `fuse`), `also` other names under which the same tensor
-    may be stored, `target` is the parameter of ours ("" for `ignore`), `sizes` the key into `model.fused_sizes()` that
-    tells how many rows each source has ("" means equal parts), `reason` what the report says when a key is skipped.
+    `sources` are the names in the checkpoint (several only for `fuse`), `also` other names under which the
+    same tensor may be stored, `target` is the parameter of ours ("" for `ignore`), `sizes` the key into
+    `model.fused_sizes()` that tells how many rows each source has ("" means equal parts), `reason` what the
+    report says when a key is skipped.
     """
 
     transform: Transform
@@ -74,14 +75,16 @@ class Rule:
         return _compile(self.target, wildcard=False)
 
     def match_key(self, key: str) -> str | None:
-        """The target that the checkpoint name `key` (prefix removed) stands for; None if the rule is not about it."""
+        """The target that the checkpoint name `key` (prefix removed) stands for; None if the rule is not
+        about it."""
         for pattern in self._keys:
             if found := pattern.fullmatch(key):
                 return self.target.replace("{i}", found.groupdict().get("i", ""))
         return None
 
     def match_target(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-        """(`sources`, `also`) with the layer number filled in, for our parameter `name`; None if not about it."""
+        """(`sources`, `also`) with the layer number filled in, for our parameter `name`; None if not about
+        it."""
         found = self._target.fullmatch(name) if self.target else None
         if found is None:
             return None
@@ -96,8 +99,8 @@ def _compile(name: str, *, wildcard: bool) -> re.Pattern[str]:
 
 
 def copy(source: str, target: str, *, also: Sequence[str] = ()) -> Rule:
-    """The same tensor under another name. Of `source` and `also` the first that is present is read, in this order;
-    the others are skipped as duplicates. Saving writes `source`."""
+    """The same tensor under another name. Of `source` and `also` the first that is present is read, in this
+    order; the others are skipped as duplicates. Saving writes `source`."""
     return Rule("copy", (source,), target, also=tuple(also))
 
 
@@ -112,13 +115,15 @@ def transpose(source: str, target: str) -> Rule:
 
 
 def fuse(sources: Sequence[str], target: str, *, sizes: str = "") -> Rule:
-    """Several tensors concatenated along dimension 0, in this order. `model.fused_sizes()[sizes]` says how many rows
-    each of them has, e.g. "qkv" -> (H*D, Hkv*D, Hkv*D); without `sizes` all have the same number."""
+    """Several tensors concatenated along dimension 0, in this order. `model.fused_sizes()[sizes]` says how
+    many rows each of them has, e.g. "qkv" -> (H*D, Hkv*D, Hkv*D); without `sizes` all have the same
+    number."""
     return Rule("fuse", tuple(sources), target, sizes=sizes)
 
 
 def tied(source: str, target: str, reason: str) -> Rule:
-    """A tensor that some models own and others share: like `copy` where the model has `target`, else skipped."""
+    """A tensor that some models own and others share: like `copy` where the model has `target`, else
+    skipped."""
     return Rule("tied", (source,), target, reason=reason)
 
 
