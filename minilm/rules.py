@@ -75,16 +75,14 @@ class Rule:
         return _compile(self.target, wildcard=False)
 
     def match_key(self, key: str) -> str | None:
-        """The target that the checkpoint name `key` (prefix removed) stands for; None if the rule is not
-        about it."""
+        """The target of the checkpoint name `key` (without prefix); None if the rule is not about it."""
         for pattern in self._keys:
             if found := pattern.fullmatch(key):
                 return self.target.replace("{i}", found.groupdict().get("i", ""))
         return None
 
     def match_target(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-        """(`sources`, `also`) with the layer number filled in, for our parameter `name`; None if not about
-        it."""
+        """The `sources` and `also` of our parameter `name`; None if the rule is not about it."""
         found = self._target.fullmatch(name) if self.target else None
         if found is None:
             return None

@@ -1,7 +1,328 @@
-"""Weights: from the names of a checkpoint to ours, and back (being written)."""
+"""Weights: from the names in a checkpoint to ours, and back.
+
+A checkpoint is a bag of named tensors, and the names are those of somebody else's program:
+`bert.encoder.layer.3.attention.self.query.weight`. Our models have other names, and partly other shapes:
+query, key and value are one matrix here. What happens between the two is said by the rules of the family,
+which are data (minilm/rules.py says what a rule is, minilm/archs/ has them), and is done here in three steps.
+
+1. *Names are normalised.* A BERT with a head calls its body `bert.…`, the bare model leaves that out. If any
+key
+   starts with a prefix of the family, then keys with the prefix are the base model's and lose it, and the
+   others belong to heads. The LayerNorm names of 2018, gamma and beta, become weight and bias.
+
+2. *A plan is made* (minilm/weight_plan.py) from names, shapes and dtypes alone. Every key must match exactly
+one
+   rule, every parameter must be filled exactly once, every shape must agree. Where something is left over, it
+   depends on where it belongs:
+
+   - In the body nothing may be missing, surplus or misshapen. Any of it means that the configuration, or the
+     family, is not the checkpoint's, and the model would compute something, but not what it was trained to.
+   - A head that the checkpoint lacks is initialised and announced; one that the model lacks is skipped, and
+   the
+     report says so.
+
+   All problems are found before the first byte is copied, and one error tells of several.
+
+3. *The plan is carried out*, one parameter at a time: memory is allocated in the final dtype on the final
+device,
+   each source is copied to its place in it, and on to the next. The model gets its parameters when all are
+   there; if anything fails before, it is as it was.
+
+Saving is step 2 backwards. Which part of a parameter is which tensor of the checkpoint is asked of one
+function in both directions, and so what was loaded is saved again byte for byte.
+"""
 
 from __future__ import annotations
 
-from minilm.rules import Rule, affine, copy, fuse, ignore, tied, transpose
+import json
+import logging
+import os
+import re
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
 
-__all__ = ["Rule", "affine", "copy", "fuse", "ignore", "tied", "transpose"]
+import torch
+from torch import Tensor, nn
+
+from minilm.checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    SafetensorsCheckpoint,
+    TensorInfo,
+    WeightError,
+    open_checkpoint,
+)
+from minilm.rules import Rule, affine, copy, fuse, ignore, tied, transpose
+from minilm.weight_plan import Shape, fused_sizes, plan_load, unique_parameters, views
+
+__all__ = [
+    "Checkpoint",
+    "LoadReport",
+    "MapEntry",
+    "Rule",
+    "SafetensorsCheckpoint",
+    "TensorInfo",
+    "WeightError",
+    "affine",
+    "copy",
+    "fuse",
+    "ignore",
+    "load_weights",
+    "open_checkpoint",
+    "save_weights",
+    "tied",
+    "transpose",
+    "weight_map",
+]
+
+log = logging.getLogger(__name__)
+
+_LARGE = 1_000_000_000  # bytes from which on a load shows its progress unasked
+_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+_UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
+
+
+@dataclass
+class LoadReport:
+    """What a load did; `str()` of it is for people.
+
+    loaded: how many tensors of the checkpoint were read
+    initialised: our names of head parameters that the checkpoint lacks
+    skipped: names in the checkpoint that were not read, with the reason
+    mismatched: our names of head parameters initialised because the shape differs -> (found, expected)
+    nan: names in the checkpoint whose tensors have NaN or infinite values, in the dtype of the model
+    """
+
+    loaded: int = 0
+    initialised: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    mismatched: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+    nan: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"{self.loaded} tensor{'s' * (self.loaded != 1)} loaded"]
+        lines += [f"  initialised, as the checkpoint has none: {name}" for name in self.initialised]
+        for name, (found, expected) in self.mismatched.items():
+            lines.append(f"  initialised, as the checkpoint has {list(found)} for {list(expected)}: {name}")
+        lines += [f"  skipped: {name} ({reason})" for name, reason in self.skipped.items()]
+        lines += [f"  NaN or infinite values: {name}" for name in self.nan]
+        return "\n".join(lines)
+
+
+def load_weights(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    rules: Sequence[Rule],
+    prefixes: Sequence[str],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    init: Callable[[str, Tensor], None],
+    ignore_mismatched_sizes: bool = False,
+    progress: bool | None = None,
+) -> LoadReport:
+    """Fills `model`, which may be on the meta device, from `checkpoint`.
+
+    Every parameter is replaced by one of `dtype` on `device`; a shared one stays shared. `init(name, tensor)`
+    sets the values of head parameters that the checkpoint does not have. Beyond the weights, a few megabytes
+    of memory are used. `progress`: a bar; None shows one on a terminal for more than 1 GB.
+
+    Raises WeightError, and leaves the model as it was, when the checkpoint does not fit or cannot be read.
+    Warns of NaN and infinite values, and logs a warning that names the head parameters it initialised.
+    """
+    parameters, names = unique_parameters(model)
+    plan = plan_load(model, checkpoint, rules, prefixes, ignore_mismatched_sizes=ignore_mismatched_sizes)
+    for name, buffer in model.named_buffers():
+        if buffer.is_meta:
+            raise WeightError(f"{checkpoint.path}: no weights are stored for the buffer {name} of the model")
+    report = LoadReport(initialised=plan.initialised, skipped=plan.skipped, mismatched=plan.mismatched)
+    filled: dict[str, Tensor] = {}
+    total = sum(parameter.numel() for parameter in parameters.values()) * dtype.itemsize
+    with torch.no_grad(), _progress_bar(total, progress) as advance:
+        for fill in plan.fills:
+            out = torch.empty(parameters[fill.target].shape, dtype=dtype, device=device)
+            for key, part in zip(fill.sources, fill.views(out), strict=True):
+                checkpoint.read_into(key, part)
+                report.loaded += 1
+                if not _finite(part):
+                    report.nan.append(key)
+            filled[fill.target] = out
+            advance(out.nbytes)
+        for name in (*plan.initialised, *plan.mismatched):
+            filled[name] = torch.empty(parameters[name].shape, dtype=dtype, device=device)
+            init(name, filled[name])
+    checkpoint.close()
+    _assign(model, {name: filled[first] for name, first in names.items()})
+    if report.nan:
+        tensors = ", ".join(report.nan[:5]) + (", ..." if len(report.nan) > 5 else "")
+        warnings.warn(f"{checkpoint.path}: NaN or infinite values, as {dtype}, in {tensors}", stacklevel=2)
+    if fresh := [*report.initialised, *report.mismatched]:
+        log.warning("%s: newly initialised, to be trained before use: %s", checkpoint.path, ", ".join(fresh))
+    return report
+
+
+def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Replaces the parameters of `model`; names with the same tensor get the same parameter."""
+    made: dict[int, nn.Parameter] = {}
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        module = model.get_submodule(owner)
+        old = getattr(module, leaf)
+        new = made.setdefault(id(tensor), nn.Parameter(tensor, requires_grad=old.requires_grad))
+        setattr(module, leaf, new)
+
+
+def _finite(part: Tensor) -> bool:
+    """Whether all values are finite. One pass and no memory: the extremes of a tensor show NaN and
+    infinity."""
+    if part.numel() == 0:
+        return True
+    low, high = torch.aminmax(part if part.is_contiguous() else part.t())
+    return bool(torch.isfinite(low) & torch.isfinite(high))
+
+
+@contextmanager
+def _progress_bar(total: int, wanted: bool | None) -> Iterator[Callable[[int], object]]:
+    if wanted is False or (wanted is None and total < _LARGE):
+        yield lambda count: None
+        return
+    from tqdm import tqdm
+
+    # disable=None: silent unless standard error is a terminal
+    disable = False if wanted else None
+    with tqdm(total=total, unit="B", unit_scale=True, desc="loading weights", disable=disable) as bar:
+        yield bar.update
+
+
+class MapEntry(NamedTuple):
+    """One line of `weight_map`: `transform` is what becomes of the tensor `source` on its way to `target`."""
+
+    source: str
+    target: str
+    transform: str
+    shape: Shape
+    dtype: str
+
+
+def weight_map(
+    model: nn.Module, checkpoint: Checkpoint, rules: Sequence[Rule], prefixes: Sequence[str]
+) -> list[MapEntry]:
+    """What `load_weights` would do with every tensor, in the order of the checkpoint, then with the
+    parameters that it would initialise (whose source is ""). A skipped tensor has no target, and the reason
+    as its transform."""
+    parameters, _ = unique_parameters(model)
+    plan = plan_load(model, checkpoint, rules, prefixes, ignore_mismatched_sizes=True)
+    entries = []
+    goal: dict[str, tuple[str, str]] = {key: ("", f"skipped: {why}") for key, why in plan.skipped.items()}
+    for fill in plan.fills:
+        kind = "copy" if fill.rule.transform == "tied" else fill.rule.transform
+        for number, key in enumerate(fill.sources, start=1):
+            goal[key] = (fill.target, f"fuse {number}/{len(fill.sources)}" if kind == "fuse" else kind)
+    for key, info in checkpoint.tensors.items():
+        entries.append(MapEntry(key, *goal[key], info.shape, info.stored))
+    for name in (*plan.initialised, *plan.mismatched):
+        entries.append(MapEntry("", name, "initialised", tuple(parameters[name].shape), ""))
+    return entries
+
+
+def save_weights(
+    model: nn.Module,
+    folder: str | Path,
+    rules: Sequence[Rule],
+    prefix: str,
+    *,
+    max_shard_size: int | str = "5GB",
+) -> list[Path]:
+    """Writes the weights of `model` to `folder` under the names of its family; returns the files.
+
+    `model.safetensors`, or from `max_shard_size` (bytes, or "500MB", "2GiB") on shards with an index, as
+    transformers does it. Names of the base model get `prefix`. The same weights always give the same bytes.
+    The files get their names when all are written: there is never a partial one, and what an earlier save
+    left in the folder under such names is removed.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    shards = _shards(_stored_tensors(model, rules, prefix), _bytes(max_shard_size))
+    files = [SINGLE]
+    if len(shards) > 1:
+        files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+            for file, shard in zip(files, shards, strict=True):
+                # One shard at a time: a transposed matrix, or one on a device, is copied to be written.
+                tensors = {key: tensor.detach().contiguous() for key, tensor in shard.items()}
+                save_file(tensors, Path(temporary, file), metadata={"format": "pt"})
+            if len(shards) > 1:
+                Path(temporary, INDEX).write_text(_index(files, shards), encoding="utf-8")
+                files = [*files, INDEX]
+            for file in files:
+                os.replace(Path(temporary, file), folder / file)
+        for file in folder.iterdir():
+            if (_OURS.fullmatch(file.name) or file.name == INDEX) and file.name not in files:
+                file.unlink()
+    except (OSError, SafetensorError) as error:
+        raise WeightError(f"{folder}: the weights cannot be written: {error}") from error
+    return [folder / file for file in files]
+
+
+def _stored_tensors(model: nn.Module, rules: Sequence[Rule], prefix: str) -> dict[str, Tensor]:
+    """The parameters of `model` as the tensors of a checkpoint: views under the family's names."""
+    tensors: dict[str, Tensor] = {}
+    for name, parameter in unique_parameters(model)[0].items():
+        if parameter.is_meta:
+            raise WeightError(f"{name} cannot be saved: it is on the meta device, which holds no values")
+        inverse = [(rule, match) for rule in rules if (match := rule.match_target(name))]
+        if len(inverse) != 1:
+            many = "more than one rule says" if inverse else "no rule says"
+            raise WeightError(f"{name} cannot be saved: {many} what a checkpoint calls it")
+        rule, (sources, _) = inverse[0]
+        parts = views(rule, fused_sizes(rule, model, name, parameter), parameter)
+        for source, part in zip(sources, parts, strict=True):
+            key = prefix + source if rule.in_base else source
+            if key in tensors:
+                raise WeightError(f"{name} cannot be saved: {key} is already the name of another tensor")
+            tensors[key] = part
+    return tensors
+
+
+def _shards(tensors: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
+    """Cuts the tensors, in their order, into shards of at most `limit` bytes; a larger one has a shard of its
+    own."""
+    shards: list[dict[str, Tensor]] = [{}]
+    size = 0
+    for key, tensor in tensors.items():
+        if shards[-1] and size + tensor.nbytes > limit:
+            shards.append({})
+            size = 0
+        shards[-1][key] = tensor
+        size += tensor.nbytes
+    return shards
+
+
+def _index(files: Sequence[str], shards: Sequence[dict[str, Tensor]]) -> str:
+    everything = [tensor for shard in shards for tensor in shard.values()]
+    metadata = {
+        "total_parameters": sum(tensor.numel() for tensor in everything),
+        "total_size": sum(tensor.nbytes for tensor in everything),
+    }
+    places = {key: file for file, shard in zip(files, shards, strict=True) for key in shard}
+    return json.dumps({"metadata": metadata, "weight_map": places}, indent=2, sort_keys=True) + "\n"
+
+
+def _bytes(size: int | str) -> int:
+    """5_000_000_000 for "5GB", 2**30 for "1GiB"."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?I?)B?\s*", str(size).upper())
+    count = int(float(found[1]) * _UNITS[found[2]]) if found and found[2] in _UNITS else 0
+    if count < 1:
+        raise ValueError(f"max_shard_size: expected a number of bytes or a size such as '5GB', got {size!r}")
+    return count

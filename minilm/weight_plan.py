@@ -1,0 +1,262 @@
+"""The plan of a load: what becomes of every tensor of a checkpoint, decided from names, shapes and dtypes
+alone.
+
+Read minilm/weights.py first: it tells what this is for.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from minilm.checkpoint import Checkpoint, WeightError
+from minilm.rules import Rule
+
+Shape = tuple[int, ...]
+_FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_AGAIN = "ignore_mismatched_sizes=True"
+_SHOWN = 4  # problems that one error message tells of
+
+
+@dataclass(frozen=True)
+class Fill:
+    """One parameter of the model, and the tensors of the checkpoint that it is made of."""
+
+    target: str
+    sources: tuple[str, ...]  # names in the checkpoint, complete
+    rule: Rule
+    sizes: tuple[int, ...]  # rows of each source where several are fused, else ()
+
+    def views(self, parameter: Tensor) -> tuple[Tensor, ...]:
+        """The parts of `parameter` that the sources are, in the sources' shapes; writing to them fills it."""
+        return views(self.rule, self.sizes, parameter)
+
+
+@dataclass
+class Plan:
+    """What a load will do, complete and checked; the last three are those of `LoadReport`."""
+
+    fills: list[Fill] = field(default_factory=list)
+    initialised: list[str] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+    mismatched: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
+
+
+class _Name(NamedTuple):
+    short: str  # as the rules know it
+    inside: bool | None  # part of the base model? None: no key has a prefix, so the name does not tell
+
+
+def normalise(keys: Sequence[str], prefixes: Sequence[str]) -> tuple[str, dict[str, _Name]]:
+    """The prefix that keys of a checkpoint carry ("" if none), and every key as the rules know it."""
+    prefix = next((p for p in prefixes if any(key.startswith(p) for key in keys)), "")
+    names = {}
+    for key in keys:
+        inside = key.startswith(prefix) if prefix else None
+        short = key[len(prefix) :] if inside else key
+        short = re.sub(r"\.gamma$", ".weight", re.sub(r"\.beta$", ".bias", short))
+        names[key] = _Name(short, inside)
+    return prefix, names
+
+
+def unique_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
+    """The parameters of `model`, each once; and for every name, of which a shared parameter has several, the
+    one under which it is in the first dict."""
+    parameters: dict[str, nn.Parameter] = {}
+    names: dict[str, str] = {}
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[name] = first.setdefault(id(parameter), name)
+        parameters.setdefault(names[name], parameter)
+    return parameters, names
+
+
+def fused_sizes(rule: Rule, model: nn.Module, name: str, parameter: Tensor) -> tuple[int, ...]:
+    """How many rows of the parameter `name` each source of a `fuse` has; () for other rules."""
+    if rule.transform != "fuse":
+        return ()
+    rows, count = parameter.shape[0], len(rule.sources)
+    if rule.sizes:
+        sizes = tuple(model.fused_sizes()[rule.sizes])  # type: ignore[operator]
+    else:
+        sizes = (rows // count,) * count
+    if len(sizes) != count or sum(sizes) != rows:
+        raise ValueError(f"the {rows} rows of {name} cannot be split into {sizes} for {list(rule.sources)}")
+    return sizes
+
+
+def views(rule: Rule, sizes: tuple[int, ...], parameter: Tensor) -> tuple[Tensor, ...]:
+    """The parts of `parameter` that the sources of `rule` are, in the sources' shapes. Loading writes to
+    them, saving reads them: the same views, so that the two cannot disagree."""
+    if rule.transform == "fuse":
+        return tuple(torch.split(parameter, list(sizes)))
+    return (parameter.t(),) if rule.transform == "transpose" else (parameter,)
+
+
+def plan_load(
+    model: nn.Module,
+    checkpoint: Checkpoint,
+    rules: Sequence[Rule],
+    prefixes: Sequence[str],
+    *,
+    ignore_mismatched_sizes: bool = False,
+) -> Plan:
+    """Decides what becomes of every tensor of `checkpoint` and every parameter of `model`; reads no data.
+
+    Raises WeightError when the two do not fit, naming file, key, and what was expected and found.
+    """
+    return _Planner(model, checkpoint, rules, prefixes, ignore_mismatched_sizes).run()
+
+
+class _Planner:
+    """Two passes: every key claims a parameter or is skipped, then every parameter looks at its claims."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        checkpoint: Checkpoint,
+        rules: Sequence[Rule],
+        prefixes: Sequence[str],
+        ignore_mismatched_sizes: bool,
+    ) -> None:
+        self.model, self.checkpoint, self.rules = model, checkpoint, rules
+        self.ignore_mismatched_sizes = ignore_mismatched_sizes
+        self.parameters, self.canonical = unique_parameters(model)
+        self.prefix, self.names = normalise(list(checkpoint.tensors), prefixes)
+        self.claims: dict[str, dict[Rule, dict[str, str]]] = {}  # parameter -> rule -> short name -> key
+        self.plan = Plan()
+        self.problems: list[str] = []
+
+    def run(self) -> Plan:
+        path = self.checkpoint.path
+        for key in self.names:
+            self._claim(key)
+        if not self.claims:
+            some = ", ".join([*list(self.names)[:3], "..."]) if self.names else "it is empty"
+            raise WeightError(f"{path}: no tensor in it belongs to a model of this family ({some})")
+        for target, parameter in self.parameters.items():
+            self._fill(target, parameter, self.claims.get(target, {}))
+        if self.problems:
+            rest = len(self.problems) - _SHOWN
+            more = f"; and {rest} more problem{'s' * (rest > 1)}" if rest > 0 else ""
+            raise WeightError(f"{path}: {'; '.join(self.problems[:_SHOWN])}{more}")
+        order = {key: position for position, key in enumerate(self.checkpoint.tensors)}
+        self.plan.fills.sort(key=lambda fill: order[fill.sources[0]])
+        return self.plan
+
+    def _claim(self, key: str) -> None:
+        """Finds the one rule that matches `key`, and by it the parameter, or the reason why it is skipped."""
+        name = self.names[key]
+        hits = [
+            (rule, target)
+            for rule in self.rules
+            if (rule.transform == "ignore" or name.inside in (None, rule.in_base))
+            and (target := rule.match_key(name.short)) is not None
+        ]
+        if len(hits) != 1:
+            self._unmatched(key, [rule for rule, _ in hits])
+            return
+        rule, target = hits[0]
+        if rule.transform == "ignore" or (rule.transform == "tied" and target not in self.parameters):
+            self.plan.skipped[key] = rule.reason
+        elif target in self.parameters:
+            claimed = self.claims.setdefault(target, {}).setdefault(rule, {})
+            if name.short in claimed:
+                self.problems.append(f"{key} and {claimed[name.short]} are two names of one tensor")
+            claimed[name.short] = key
+        elif target in self.canonical:
+            self.plan.skipped[key] = f"shared with {self.canonical[target]}"
+        elif target.startswith("body."):
+            absent = f"the model as configured has no {self._absent(target)}"
+            self.problems.append(f"surplus tensor {self._located(key)}: {absent}")
+        else:
+            self.plan.skipped[key] = f"the model has no {self._absent(target)}"
+
+    def _unmatched(self, key: str, hits: list[Rule]) -> None:
+        if hits:
+            self.problems.append(f"{key} matches more than one rule: {' and '.join(map(str, hits))}")
+        elif self.names[key].inside is False:
+            self.plan.skipped[key] = f"not under {self.prefix!r}: of another model's head"
+        else:
+            self.problems.append(f"surplus tensor {self._located(key)}, which no rule of the family knows")
+
+    def _fill(self, target: str, parameter: Tensor, claims: dict[Rule, dict[str, str]]) -> None:
+        """Turns the claims on a parameter into a `Fill`, or notes what is wrong with them."""
+        if len(claims) > 1:
+            keys = " and ".join(key for claimed in claims.values() for key in claimed.values())
+            self.problems.append(f"{target} would be filled more than once, by {keys}")
+            return
+        in_body = target.startswith("body.")
+        if not claims and not in_body:
+            self.plan.initialised.append(target)
+            return
+        rule = next((r for r in (claims or self.rules) if r.match_target(target)), None)
+        if rule is None:
+            self.problems.append(f"no rule says where {target} comes from")
+            return
+        claimed = claims.get(rule, {})
+        sources = self._sources(rule, target, claimed)
+        sizes = fused_sizes(rule, self.model, target, parameter)
+        parts = views(rule, sizes, parameter)
+        prefix = self.prefix if rule.in_base else ""
+        missing = [
+            f"missing tensor {prefix}{short} of shape {list(part.shape)} for {target}"
+            for short, part in zip(sources, parts, strict=True)
+            if short not in claimed
+        ]
+        if missing:
+            self.problems += missing
+            return
+        fill = Fill(target, tuple(claimed[short] for short in sources), rule, sizes)
+        for key in claimed.values():
+            if key not in fill.sources:
+                self.plan.skipped[key] = f"the same tensor as {fill.sources[0]}"
+        if self._fits(fill, parts, in_body):
+            self.plan.fills.append(fill)
+
+    @staticmethod
+    def _sources(rule: Rule, target: str, claimed: dict[str, str]) -> tuple[str, ...]:
+        """The names that `target` is to be read from: the rule's own, or the first of `also` that is
+        there."""
+        sources, also = rule.match_target(target) or ((), ())
+        present = [name for name in (*sources, *also) if name in claimed]
+        return (present[0],) if also and present else sources
+
+    def _fits(self, fill: Fill, parts: Sequence[Tensor], in_body: bool) -> bool:
+        for key, part in zip(fill.sources, parts, strict=True):
+            info, expected = self.checkpoint.tensors[key], tuple(part.shape)
+            if info.dtype not in _FLOATS:
+                self.problems.append(f"{self._located(key)} is stored as {info.stored}, expected floats")
+                return False
+            if info.shape == expected:
+                continue
+            what = f"{self._located(key)} has shape {list(info.shape)}, expected {list(expected)}"
+            if in_body:
+                self.problems.append(f"{what} for {fill.target}")
+            elif self.ignore_mismatched_sizes:
+                self.plan.mismatched[fill.target] = (info.shape, expected)
+                reason = f"its shape is {list(info.shape)}, the model needs {list(expected)}"
+                self.plan.skipped.update(dict.fromkeys(fill.sources, reason))
+            else:
+                self.problems.append(f"{what} for {fill.target}, which {_AGAIN} would initialise anew")
+            return False
+        return True
+
+    def _located(self, key: str) -> str:
+        """`key`, with its file where the message does not name that already."""
+        file = self.checkpoint.tensors[key].file
+        return key if file == self.checkpoint.path else f"{key} in {file.name}"
+
+    def _absent(self, target: str) -> str:
+        """The outermost part of `target` that the model does not have: `pooler` of `pooler.dense.weight`."""
+        parts = target.split(".")
+        for end in range(1, len(parts)):
+            part = ".".join(parts[:end])
+            if not any(name.startswith(part + ".") for name in self.canonical):
+                return part
+        return target
