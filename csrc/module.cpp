@@ -1,0 +1,53 @@
+// The Python module minilm._C. Importing it registers the ops (bindings.cpp) and chooses the instruction set of the CPU
+// kernels: the best that this machine runs, or the one that MINILM_CPU_ISA names. Only Python's limited API is used.
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+
+#include "cpu/dispatch.h"
+
+namespace {
+
+PyObject* cpu_isa(PyObject*, PyObject*) { return PyUnicode_FromString(minilm::cpu_kernels().name); }
+
+PyObject* cpu_isas(PyObject*, PyObject*) {
+  PyObject* names = PyList_New(0);
+  if (names == nullptr) return nullptr;
+  for (const std::string& isa : minilm::runnable_isas()) {
+    PyObject* name = PyUnicode_FromString(isa.c_str());
+    const bool failed = name == nullptr || PyList_Append(names, name) < 0;
+    Py_XDECREF(name);
+    if (failed) {
+      Py_DECREF(names);
+      return nullptr;
+    }
+  }
+  return names;
+}
+
+PyMethodDef methods[] = {
+    {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set of the CPU kernels in use."},
+    {"cpu_isas", cpu_isas, METH_NOARGS, "The instruction sets that this machine can run, the best last."},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT, "_C", "Native ops of minilm.", -1, methods, nullptr, nullptr, nullptr, nullptr,
+};
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__C() {
+  const char* wanted = std::getenv("MINILM_CPU_ISA");
+  try {
+    minilm::select_isa(wanted == nullptr ? "" : wanted);
+  } catch (const std::runtime_error& error) {
+    PyErr_Format(PyExc_RuntimeError, "MINILM_CPU_ISA=%s: %s", wanted == nullptr ? "" : wanted, error.what());
+    return nullptr;
+  }
+  return PyModule_Create(&module);
+}

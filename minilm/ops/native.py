@@ -1,0 +1,161 @@
+"""The `native` backend: ops of the compiled extension minilm._C (csrc/), with their fakes and derivatives.
+
+The extension is optional: without it, or with a PyTorch older than its stable ABI, this module still imports, and
+`unavailable` holds the reason. Environment: ``MINILM_CPU_ISA=generic|avx2|avx512`` chooses the instruction set of the CPU
+kernels instead of the best one; naming one that this machine cannot run is an error at import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+
+OLDEST_TORCH = (2, 10)
+NORM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    """The extension, or None and the reason why it is absent. An impossible MINILM_CPU_ISA raises RuntimeError."""
+    if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < OLDEST_TORCH:
+        return None, f"the extension minilm._C needs PyTorch 2.10 or later, and this is {torch.__version__}"
+    try:
+        return importlib.import_module("minilm._C"), None
+    except ModuleNotFoundError as error:
+        if error.name != "minilm._C":
+            raise
+        return None, "the extension minilm._C is not built (it needs a C++ compiler; setup.py tells how)"
+    except ImportError as error:  # a binary of another platform, a symbol that this PyTorch lacks
+        return None, f"the extension minilm._C does not load: {error}"
+
+
+_extension, unavailable = _load()
+
+
+def cpu_isa() -> str | None:
+    """The instruction set of the CPU kernels in use ("generic", "avx2", "avx512"); None without the extension."""
+    return _extension.cpu_isa() if _extension is not None else None
+
+
+def cpu_isas() -> list[str]:
+    """The instruction sets that this machine can run, the best last; empty without the extension."""
+    return list(_extension.cpu_isas()) if _extension is not None else []
+
+
+def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    shape = (*x.shape[:-1], 1)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
+
+
+def _layer_norm_fake(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    return (x.new_empty(x.shape), *_statistics(x))
+
+
+def _add_layer_norm_fake(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return (x.new_empty(x.shape), x.new_empty(x.shape), *_statistics(x))
+
+
+def _norm_gradients(
+    ctx: Any, grad_y: Tensor | None, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of the normalised tensor, weight and bias, in their own dtypes; computed in the statistics' dtype."""
+    total, weight, mean, rstd = ctx.saved_tensors
+    if grad_y is None:
+        return None, None, None
+    wide = mean.dtype
+    bias = weight.to(wide)  # stands in for the bias, of which only shape and type are looked at
+    gradients = torch.ops.aten.native_layer_norm_backward(
+        grad_y.to(wide), total.to(wide), total.shape[-1:], mean, rstd, weight.to(wide), bias, needs
+    )
+    dtypes = (total.dtype, weight.dtype, weight.dtype)
+    return tuple(g.to(d) if n else None for g, d, n in zip(gradients, dtypes, needs, strict=True))  # type: ignore[return-value]
+
+
+def _layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, weight, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _layer_norm_backward(ctx: Any, grad_y: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    return (*_norm_gradients(ctx, grad_y, (needs_x, needs_weight, needs_bias)), None)
+
+
+def _add_layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    weight = inputs[2]
+    _, total, mean, rstd = output
+    ctx.save_for_backward(total, weight, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+
+
+def _add_layer_norm_backward(
+    ctx: Any, grad_y: Tensor | None, grad_sum: Tensor | None, *_: Any
+) -> tuple[Tensor | None, ...]:
+    needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
+    grad, grad_weight, grad_bias = _norm_gradients(ctx, grad_y, (needs_x or needs_residual, needs_weight, needs_bias))
+    if grad_sum is not None and (needs_x or needs_residual):
+        grad = grad_sum if grad is None else grad + grad_sum
+    return grad if needs_x else None, grad if needs_residual else None, grad_weight, grad_bias, None
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """As `minilm.ops.layer_norm`."""
+    y: Tensor = torch.ops.minilm.layer_norm.default(x, weight, bias, eps)[0]
+    return y
+
+
+def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """As `minilm.ops.add_layer_norm`. Data of two types is brought to the wider one, as ``x + residual`` would be."""
+    if x.dtype != residual.dtype:
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
+    y, total, _, _ = torch.ops.minilm.add_layer_norm.default(x, residual, weight, bias, eps)
+    return y, total
+
+
+def supports_norm(traits: Any) -> str | None:
+    """None, or why the extension's norms cannot run this call (`minilm.ops.NormTraits`)."""
+    if traits.device != "cpu":
+        return f"the extension has no kernel for {traits.device}"
+    if traits.dtype not in NORM_DTYPES:
+        return f"the extension has no kernel for {traits.dtype}"
+    wide = traits.dtype in (torch.bfloat16, torch.float16) and traits.parameter_dtype == torch.float32
+    if traits.parameter_dtype != traits.dtype and not wide:
+        return f"the extension has no kernel for {traits.dtype} with parameters in {traits.parameter_dtype}"
+    if traits.channels == 0:
+        return "the extension needs at least one channel"
+    return None
+
+
+def register_all() -> None:
+    """Add what the extension computes to the dispatch table, or say why it is absent."""
+    if unavailable is not None:
+        dispatch.register_unavailable("native", unavailable)
+        return
+    dispatch.register(dispatch.Implementation("layer_norm", "native", layer_norm, supports_norm))
+    dispatch.register(dispatch.Implementation("add_layer_norm", "native", add_layer_norm, supports_norm))
+
+
+def _register_with_torch() -> None:
+    library = torch.library
+    library.register_fake("minilm::layer_norm", _layer_norm_fake)
+    library.register_fake("minilm::add_layer_norm", _add_layer_norm_fake)
+    library.register_autograd("minilm::layer_norm", _layer_norm_backward, setup_context=_layer_norm_setup)
+    library.register_autograd("minilm::add_layer_norm", _add_layer_norm_backward, setup_context=_add_layer_norm_setup)
+
+
+if _extension is not None:
+    _register_with_torch()

@@ -1,0 +1,164 @@
+"""Builds `minilm._C` from csrc/ and installs the folder kernels/ as `minilm.kernels`. All else is in pyproject.toml.
+
+The extension is built on PyTorch's stable ABI and Python's limited API: one binary serves PyTorch 2.10 and every later
+one, and CPython 3.10 and every later one. It needs PyTorch's headers and libraries, and a C++17 compiler that knows
+GNU vector extensions (g++, clang++); nothing of torch.utils.cpp_extension, and no GPU.
+
+PyTorch is looked for in this process's environment and then, since pip builds in an environment of its own that hides
+it, in the one that pip will install into. It is not a build requirement of the package: pip would fetch it anew,
+with all of CUDA, to compile a few files.
+
+Environment
+    MINILM_BUILD_EXT=auto   (default) build the extension where PyTorch and a compiler are found, otherwise install the
+                            package without it and say in one line what was missing. A compile error is an error.
+    MINILM_BUILD_EXT=1      build it; a missing PyTorch or compiler is an error too.
+    MINILM_BUILD_EXT=0      leave it out.
+    CXX, CXXFLAGS, LDFLAGS  as usual.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+CSRC = Path("csrc")  # relative to this file, where every build front end runs it
+OLDEST_TORCH = (2, 10)
+OLDEST_PYTHON = (3, 10)
+
+# Every source in csrc/cpu/ but dispatch.cpp is compiled once per instruction set, into a namespace of that name.
+GENERIC: dict[str, list[str]] = {"generic": []}  # the architecture's base line: SSE2, NEON
+X86: dict[str, list[str]] = {
+    "avx2": ["-mavx2", "-mfma"],
+    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+}
+INSTRUCTION_SETS = GENERIC | (X86 if platform.machine().lower() in ("x86_64", "amd64") else {})
+
+COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
+# One multiply-add may round once; nothing else is relaxed, so results do not depend on how a loop was vectorised.
+KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+
+PROBE = """
+import importlib.metadata, importlib.util, json
+spec = importlib.util.find_spec("torch")
+folder = spec and spec.submodule_search_locations
+print(json.dumps(folder and {"folder": folder[0], "version": importlib.metadata.version("torch")}))
+"""
+
+
+def find_torch() -> tuple[Path, str] | None:
+    """Folder and version of the PyTorch in this environment, or in the one that pip builds for; it is not imported."""
+    for flags in ([], ["-I"]):  # -I: without the PYTHONPATH by which pip puts its build environment first
+        answer = subprocess.run([sys.executable, *flags, "-c", PROBE], capture_output=True, text=True)
+        found = json.loads(answer.stdout) if answer.returncode == 0 else None
+        if found:
+            return Path(found["folder"]), found["version"]
+    return None
+
+
+def find_compiler() -> str | None:
+    """The C++ compiler that setuptools is going to call, or None; a stale path in Python's own settings is replaced."""
+    configured = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
+    if shutil.which(shlex.split(configured)[0]):
+        return configured
+    if "CXX" not in os.environ:
+        for name in ("g++", "clang++", "c++"):
+            if shutil.which(name):
+                os.environ["CXX"] = name
+                return name
+    return None
+
+
+def extension() -> tuple[Extension | None, str]:
+    """The extension, or None and the reason why it cannot be built here."""
+    if sys.platform == "win32":
+        return None, "Windows is not supported"
+    torch = find_torch()
+    if torch is None:
+        return None, "PyTorch was not found (install it first: pip install torch)"
+    folder, version = torch
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < OLDEST_TORCH:
+        return None, f"PyTorch {version} is too old (expected 2.10 or later)"
+    if find_compiler() is None:
+        return None, "no C++ compiler was found (install g++, or set CXX)"
+    return (
+        Extension(
+            "minilm._C",
+            sources=sorted(map(str, [*CSRC.glob("*.cpp"), CSRC / "cpu" / "dispatch.cpp"])),
+            depends=sorted(map(str, CSRC.rglob("*.[ch]*"))),
+            include_dirs=[str(CSRC)],
+            library_dirs=[str(folder / "lib")],
+            libraries=["torch_cpu"],  # loaded by `import torch`, which comes first, so no rpath is needed
+            define_macros=[
+                ("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)),
+                ("Py_LIMITED_API", "0x{:02x}{:02x}0000".format(*OLDEST_PYTHON)),
+            ],
+            extra_compile_args=[*COMPILE_FLAGS, "-isystem", str(folder / "include")],  # no warnings from there
+            py_limited_api=True,
+            language="c++",
+        ),
+        "",
+    )
+
+
+class BuildExtension(build_ext):
+    """Compiles the sources in csrc/cpu/ once per instruction set and links the objects with the rest."""
+
+    def build_extension(self, ext: Extension) -> None:
+        objects: list[str] = []
+        for name, flags in INSTRUCTION_SETS.items():
+            objects += self.compiler.compile(
+                sorted(str(file) for file in (CSRC / "cpu").glob("*.cpp") if file.name != "dispatch.cpp"),
+                output_dir=os.path.join(self.build_temp, name),
+                macros=[("MINILM_ISA", name)],
+                include_dirs=[str(CSRC)],
+                extra_postargs=[*COMPILE_FLAGS, *KERNEL_FLAGS, *flags],
+            )
+        ext.define_macros += [(f"MINILM_HAS_{name.upper()}", "1") for name in INSTRUCTION_SETS]
+        ext.extra_objects = [*ext.extra_objects, *objects]
+        super().build_extension(ext)
+
+
+def configuration() -> dict[str, Any]:
+    """What setup() is told about the extension, as MINILM_BUILD_EXT asks."""
+    wanted = os.environ.get("MINILM_BUILD_EXT", "auto").lower()
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"MINILM_BUILD_EXT={wanted}: expected auto, 0 or 1")
+    ext, reason = (None, "MINILM_BUILD_EXT=0") if wanted == "0" else extension()
+    if ext is None:
+        if wanted == "1":
+            raise SystemExit(f"minilm: MINILM_BUILD_EXT=1, but minilm._C cannot be built: {reason}")
+        print(
+            f"minilm: built without the native extension minilm._C: {reason}. To add it later: "
+            "MINILM_BUILD_EXT=1 pip install --no-build-isolation --force-reinstall --no-deps minilm",
+            file=sys.stderr,
+        )
+        return {}
+    return {
+        "ext_modules": [ext],
+        "cmdclass": {"build_ext": BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": "cp{}{}".format(*OLDEST_PYTHON)}},
+    }
+
+
+setup(
+    packages=[
+        *find_packages(include=["minilm", "minilm.*"]),
+        "minilm.kernels",
+        *(f"minilm.kernels.{name}" for name in find_packages("kernels")),
+    ],
+    package_dir={"minilm.kernels": "kernels"},
+    package_data={"minilm": ["py.typed"]},
+    **configuration(),
+)
