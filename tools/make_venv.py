@@ -1,0 +1,57 @@
+"""Creates a virtual environment with pip in it, or says in one line what is missing: python tools/make_venv.py FOLDER.
+
+Runs on whatever `python3` is, with nothing installed. An environment that works is left as it is. Where Python comes
+without ensurepip (Debian splits it off), the pip of the interpreter installs itself into the environment.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+OLDEST = (3, 10)
+
+
+def fail(message):
+    sys.exit("make: " + message)
+
+
+def has_pip(python):
+    return (
+        os.path.exists(python)
+        and subprocess.call([python, "-c", "import pip"], stderr=subprocess.DEVNULL) == 0
+    )
+
+
+def main(folder):
+    if sys.version_info < OLDEST:
+        fail(
+            "Python %d.%d or later is needed, and %s is %d.%d; set MINILM_PYTHON to another one"
+            % (OLDEST + (sys.executable,) + tuple(sys.version_info[:2]))
+        )
+    python = os.path.join(folder, "bin", "python")
+    if has_pip(python):
+        return
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run has left
+    try:
+        import venv
+    except ImportError:
+        fail("this Python has no venv module (on Debian and Ubuntu: apt install python3-venv)")
+    try:
+        import ensurepip  # noqa: F401
+
+        venv.create(folder, with_pip=True)
+    except ImportError:
+        venv.create(folder, with_pip=False)
+        if (
+            subprocess.call([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "pip"])
+            != 0
+        ):
+            shutil.rmtree(folder, ignore_errors=True)
+            fail(
+                "this Python has neither ensurepip nor a pip that can stand in (Debian, Ubuntu: apt install python3-venv)"
+            )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
