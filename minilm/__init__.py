@@ -1,0 +1,91 @@
+"""minilm: a Transformer to read, to use and to measure.
+
+    from minilm import AutoModel, AutoTokenizer, SentenceEncoder, LLM
+
+Names are imported when they are first used, so that ``import minilm`` costs nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ._version import __version__
+
+if TYPE_CHECKING:
+    from .auto import AutoConfig as AutoConfig
+    from .cache import KVCache as KVCache
+    from .config import ConfigError as ConfigError
+    from .config import ModelConfig as ModelConfig
+    from .engine import RequestOutput as RequestOutput
+    from .generate import GenerationConfig as GenerationConfig
+    from .generate import TextIteratorStreamer as TextIteratorStreamer
+    from .generate import TextStreamer as TextStreamer
+    from .heads import AutoModel as AutoModel
+    from .heads import AutoModelForCausalLM as AutoModelForCausalLM
+    from .heads import AutoModelForMaskedLM as AutoModelForMaskedLM
+    from .heads import AutoModelForNextSentencePrediction as AutoModelForNextSentencePrediction
+    from .heads import AutoModelForPreTraining as AutoModelForPreTraining
+    from .heads import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
+    from .heads import AutoModelForSequenceClassification as AutoModelForSequenceClassification
+    from .heads import AutoModelForTokenClassification as AutoModelForTokenClassification
+    from .hub import HubError as HubError
+    from .llm import LLM as LLM
+    from .llm import SamplingParams as SamplingParams
+    from .ops import BackendError as BackendError
+    from .ops import backend as backend
+    from .ops import explain as explain
+    from .pipelines import pipeline as pipeline
+    from .pretrained_config import PretrainedConfig as PretrainedConfig
+    from .sentence import SentenceEncoder as SentenceEncoder
+    from .tokenizer import AutoTokenizer as AutoTokenizer
+    from .tokenizer import Tokenizer as Tokenizer
+    from .weights import WeightError as WeightError
+
+_HOME = {
+    "auto": ("AutoConfig",),
+    "cache": ("KVCache",),
+    "config": ("ConfigError", "ModelConfig"),
+    "engine": ("RequestOutput",),
+    "generate": ("GenerationConfig", "TextIteratorStreamer", "TextStreamer"),
+    "heads": (
+        "AutoModel",
+        "AutoModelForCausalLM",
+        "AutoModelForMaskedLM",
+        "AutoModelForNextSentencePrediction",
+        "AutoModelForPreTraining",
+        "AutoModelForQuestionAnswering",
+        "AutoModelForSequenceClassification",
+        "AutoModelForTokenClassification",
+    ),
+    "hub": ("HubError",),
+    "llm": ("LLM", "SamplingParams"),
+    "ops": ("BackendError", "backend", "explain"),
+    "pipelines": ("pipeline",),
+    "pretrained_config": ("PretrainedConfig",),
+    "sentence": ("SentenceEncoder",),
+    "tokenizer": ("AutoTokenizer", "Tokenizer"),
+    "weights": ("WeightError",),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = ["__version__", *_MODULE_OF]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULE_OF:
+        value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    elif name[:1].isupper():  # BertModel, GPT2LMHeadModel, LlamaConfig, ...: transformers' class names, by table
+        value = import_module(".auto", __name__).alias(name)
+    else:
+        value = None
+    if value is None:
+        raise AttributeError(f"module 'minilm' has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    from .auto import alias_names
+
+    return sorted({*globals(), *__all__, *alias_names()})

@@ -1,0 +1,37 @@
+"""The model families. To add one: a file that says how it differs (`FAMILY = Family(...)`), and a line in `FAMILIES`."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from ..config import ConfigError
+from .family import Family
+
+FAMILIES: dict[str, str] = {
+    "bert": "bert",
+    "roberta": "roberta",
+    "xlm-roberta": "xlm_roberta",
+    "distilbert": "distilbert",
+    "gpt2": "gpt2",
+    "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+}
+"""config.json's model_type -> the file in this folder."""
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a `model_type`. Raises ConfigError, with the supported ones, for any other."""
+    if model_type not in FAMILIES:
+        raise ConfigError(f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
+    family: Family = import_module(f".{FAMILIES[model_type]}", __name__).FAMILY
+    return family
+
+
+def families() -> list[Family]:
+    """All families, in the order of the table."""
+    return [family_of(model_type) for model_type in FAMILIES]
+
+
+__all__ = ["FAMILIES", "Family", "families", "family_of"]

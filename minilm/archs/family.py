@@ -1,0 +1,211 @@
+"""What a family says of itself: its config dialect, its weight names, its heads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from ..config import ConfigError, ModelConfig, RopeConfig
+from ..rules import Rule, ignore
+
+if TYPE_CHECKING:
+    from ..pretrained_config import PretrainedConfig
+
+Head = Literal[
+    "base",
+    "masked-lm",
+    "next-sentence",
+    "pre-training",
+    "sequence-classification",
+    "token-classification",
+    "question-answering",
+    "causal-lm",
+]
+
+
+@dataclass(frozen=True)
+class SequenceHead:
+    """How one vector of a sequence becomes its class scores."""
+
+    pool: Literal["first", "last"] = "first"
+    hidden: Literal["pooler", "tanh", "relu", None] = None
+    """A dense layer before the scores: the body's own pooler, or one of the head's with this activation."""
+    drop_input: bool = False
+    """Dropout also before that layer (RoBERTa)."""
+    bias: bool = True
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family. Weight rules are written without the prefix; `heads` holds those of each head by kind."""
+
+    model_type: str
+    class_prefix: str
+    """What transformers' class names begin with: Bert, Roberta, GPT2, ..."""
+    defaults: Mapping[str, Any]
+    """Options of config.json that the family knows, with the values that they have when absent."""
+    translate: Callable[[PretrainedConfig], ModelConfig]
+    prefixes: tuple[str, ...]
+    """What names of the body begin with in a checkpoint of a model with a head; the first is written."""
+    body: tuple[Rule, ...]
+    heads: Mapping[Head, tuple[Rule, ...]]
+    pooler: tuple[Rule, ...] = ()
+    attribute_map: Mapping[str, str] = field(default_factory=dict)
+    """Standard names of options -> the family's own."""
+    rejected: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Options that exist in transformers -> the only values that minilm supports."""
+    sequence_head: SequenceHead = SequenceHead()
+    mlm_activation: str | None = None
+    """Activation of the masked-LM head when it is not the body's."""
+    mlm_norm_eps: float | None = None
+    head_dropout: Mapping[Head, tuple[str | float, ...]] = field(default_factory=dict)
+    """Dropout before a head: the first of these options that is set, or a number."""
+    class_names: Mapping[Head, str] = field(default_factory=dict)
+    """Class names in transformers that do not follow the usual pattern (GPT2LMHeadModel)."""
+    head_prefixes: Mapping[Head, str] = field(default_factory=dict)
+    """Heads whose checkpoints write the body under another of `prefixes` (Llama's question answering)."""
+
+    def config(self, hf: PretrainedConfig) -> ModelConfig:
+        """Translate the options. Raises ConfigError naming an option that is not supported."""
+        for name, allowed in self.rejected.items():
+            value = hf.get(name)
+            if value is not None and value not in allowed:
+                only = " or ".join(map(repr, allowed)) or "its absence"
+                raise ConfigError(f"{self.model_type}: {name}={value!r} is not supported; minilm supports only {only}")
+        for name, kind in (("hidden_size", int), ("num_attention_heads", int), ("num_hidden_layers", int), ("vocab_size", int)):
+            value = hf.get(name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ConfigError(f"{self.model_type}: {name} must be a whole number, and is {value!r}")
+        try:
+            return self.translate(hf)
+        except (TypeError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as error:
+            raise ConfigError(f"{self.model_type}: the configuration cannot be read: {error}") from error
+
+    def rules(self, head: Head) -> tuple[Rule, ...]:
+        """All rules for a model with `head`: its own, and the other heads' names, to be skipped with a reason."""
+        own = (*self.body, *self.pooler, *self.heads.get(head, ()))
+        names = {name for rule in own for name in (*rule.sources, *rule.also)}
+        skipped: dict[str, Rule] = {}
+        for other, rules in self.heads.items():
+            for rule in rules:
+                for name in (*rule.sources, *rule.also):
+                    if name not in names and name not in skipped:
+                        skipped[name] = ignore(name, f"belongs to a {other} head, and this model has none")
+        return (*own, *skipped.values())
+
+    def dropout(self, head: Head, hf: PretrainedConfig) -> float:
+        """Dropout probability before `head`."""
+        for source in self.head_dropout.get(head, ()):
+            value = hf.get(source) if isinstance(source, str) else source
+            if value is not None:
+                return float(value)
+        return 0.0
+
+    def class_name(self, head: Head) -> str:
+        """transformers' name of the class with this head, which config.json's `architectures` holds."""
+        usual = {
+            "base": "Model",
+            "masked-lm": "ForMaskedLM",
+            "next-sentence": "ForNextSentencePrediction",
+            "pre-training": "ForPreTraining",
+            "sequence-classification": "ForSequenceClassification",
+            "token-classification": "ForTokenClassification",
+            "question-answering": "ForQuestionAnswering",
+            "causal-lm": "ForCausalLM",
+        }
+        return self.class_names.get(head, self.class_prefix + usual[head])
+
+
+NOT_A_DECODER: dict[str, tuple[Any, ...]] = {
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "position_embedding_type": ("absolute",),
+    "quantization_config": (),
+    "pruned_heads": ({},),
+}
+"""What BERT-like checkpoints may ask for and minilm does not do."""
+
+DECODER_ONLY: dict[str, tuple[Any, ...]] = {
+    "add_cross_attention": (False,),
+    "quantization_config": (),
+    "partial_rotary_factor": (1.0,),
+    "pruned_heads": ({},),
+}
+
+
+def rope_config(hf: PretrainedConfig, default_theta: float = 10_000.0) -> RopeConfig:
+    """Rope options, written as transformers 5 does (`rope_parameters`) or 4 did (`rope_theta`, `rope_scaling`)."""
+    options: dict[str, Any] = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    kind = options.get("rope_type", options.get("type", "default"))
+    if any(isinstance(value, dict) for value in options.values()):
+        raise ConfigError(f"{hf.model_type}: rope_parameters for each layer type apart are not supported: {options}")
+    known = {
+        "default": set(),
+        "linear": {"factor"},
+        "dynamic": {"factor"},
+        "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+        "yarn": {
+            *("factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+            "original_max_position_embeddings",
+        },
+    }
+    if kind not in known:
+        raise ConfigError(f"{hf.model_type}: rope_type {kind!r} is not supported; supported are {', '.join(known)}")
+    positions = int(hf.max_position_embeddings)
+    factor = options.get("factor")
+    original = options.get("original_max_position_embeddings") or positions
+    if kind in ("llama3", "yarn") and hf.get("original_max_position_embeddings"):
+        original = hf.original_max_position_embeddings
+    if kind == "yarn" and factor is None:
+        factor = positions / original
+    if kind != "default" and (not isinstance(factor, (int, float)) or factor <= 0):
+        raise ConfigError(f"{hf.model_type}: rope_type {kind!r} needs a positive factor, and has {factor!r}")
+    if options.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(f"{hf.model_type}: partial_rotary_factor={options['partial_rotary_factor']} is not supported, only 1.0")
+    surplus = set(options) - known[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
+    if kind == "default":  # leftovers of an unscaled model have no effect in transformers either
+        surplus -= {"factor", "original_max_position_embeddings"}
+    if surplus:
+        raise ConfigError(f"{hf.model_type}: rope_type {kind!r} does not know the options {', '.join(sorted(surplus))}")
+    theta = options.get("rope_theta", hf.get("rope_theta", default_theta))
+    return RopeConfig(
+        theta=float(theta),
+        type=kind,
+        factor=float(factor) if kind != "default" else 1.0,
+        max_positions=positions,
+        original_max_positions=int(original),
+        low_freq_factor=float(options.get("low_freq_factor", 1.0)),
+        high_freq_factor=float(options.get("high_freq_factor", 4.0)),
+        attention_factor=_yarn_attention_factor(options, float(factor)) if kind == "yarn" else 1.0,
+        beta_fast=float(options.get("beta_fast") or 32),
+        beta_slow=float(options.get("beta_slow") or 1),
+        truncate=bool(options.get("truncate", True)),
+    )
+
+
+def _yarn_attention_factor(options: Mapping[str, Any], factor: float) -> float:
+    from math import log
+
+    def mscale(weight: float) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * log(factor) + 1.0
+
+    if options.get("attention_factor") is not None:
+        return float(options["attention_factor"])
+    if options.get("mscale") and options.get("mscale_all_dim"):
+        return mscale(options["mscale"]) / mscale(options["mscale_all_dim"])
+    return mscale(1.0)
+
+
+def layer_windows(hf: PretrainedConfig, sliding_window: int | None) -> tuple[int | None, ...]:
+    """Windows by layer from `layer_types`, or from `max_window_layers` (the first layers attend in full) in its absence."""
+    types = hf.get("layer_types")
+    if types is None:
+        first = hf.max_window_layers
+        return tuple(sliding_window if i >= first else None for i in range(hf.num_hidden_layers))
+    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if unknown:
+        raise ConfigError(f"{hf.model_type}: layer_types {', '.join(unknown)} are not supported")
+    if "sliding_attention" in types and sliding_window is None:
+        raise ConfigError(f"{hf.model_type}: layer_types names sliding_attention, and there is no sliding_window")
+    return tuple(sliding_window if kind == "sliding_attention" else None for kind in types)

@@ -1,0 +1,41 @@
+"""Mistral (Jiang et al. 2023, arXiv:2310.06825): Llama with a sliding window, which every layer applies.
+
+A query sees `sliding_window` keys, itself included; over the layers, information still travels further. Later releases
+(v0.2 on) switch the window off with null.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..config import ModelConfig
+from . import llama
+
+if TYPE_CHECKING:
+    from ..pretrained_config import PretrainedConfig
+
+DEFAULTS = {
+    **llama.DEFAULTS,
+    "intermediate_size": 14336,
+    "num_key_value_heads": 8,
+    "max_position_embeddings": 4096 * 32,
+    "sliding_window": 4096,
+}
+
+
+def translate(hf: PretrainedConfig) -> ModelConfig:
+    """Mistral's options -> ModelConfig: Llama's, without biases, and the window."""
+    windows = (hf.get("sliding_window"),) * hf.num_hidden_layers
+    return replace(llama.translate(hf), windows=windows, qkv_bias=False, out_bias=False, mlp_bias=False)
+
+
+FAMILY = replace(
+    llama.FAMILY,
+    model_type="mistral",
+    class_prefix="Mistral",
+    defaults=DEFAULTS,
+    translate=translate,
+    rejected={**llama.FAMILY.rejected, "attention_bias": (False,), "mlp_bias": (False,), "layer_types": ()},
+    head_prefixes={},
+)

@@ -1,0 +1,65 @@
+"""RoBERTa (Liu et al. 2019, arXiv:1907.11692): BERT's body, trained longer, with three habits of its own.
+
+Positions begin at the padding index + 1 (so 2), a leftover of fairseq that makes the table two rows longer than the
+longest text, and count only tokens that are not padding. There is one token type. Its heads differ: the masked-LM head
+always uses exact GELU, and the classification head has its own dense + tanh in place of the pooler's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from ..config import ConfigError, ModelConfig
+from ..rules import affine, copy, tied
+from . import bert
+from .family import Family, SequenceHead
+
+if TYPE_CHECKING:
+    from ..pretrained_config import PretrainedConfig
+
+DEFAULTS = {**bert.DEFAULTS, "vocab_size": 50265, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+
+
+def translate(hf: PretrainedConfig) -> ModelConfig:
+    """RoBERTa's options -> ModelConfig: BERT's, with the shifted positions."""
+    if hf.pad_token_id is None:
+        raise ConfigError(f"{hf.model_type}: positions begin after pad_token_id, and it is not set")
+    offset = hf.pad_token_id + 1
+    if hf.max_position_embeddings <= offset:
+        raise ConfigError(
+            f"{hf.model_type}: positions begin at pad_token_id + 1 = {offset}, and max_position_embeddings is "
+            f"{hf.max_position_embeddings}"
+        )
+    return replace(
+        bert.translate(hf),
+        max_positions=hf.max_position_embeddings - offset,
+        position_offset=offset,
+        positions_skip_padding_id=hf.pad_token_id,
+    )
+
+
+FAMILY = Family(
+    model_type="roberta",
+    class_prefix="Roberta",
+    defaults=DEFAULTS,
+    translate=translate,
+    prefixes=("roberta.",),
+    body=bert.BODY,
+    pooler=bert.POOLER,
+    heads={
+        "masked-lm": (
+            *affine("lm_head.dense", "head.dense"),
+            *affine("lm_head.layer_norm", "head.norm"),
+            tied("lm_head.decoder.weight", "head.decoder.weight", "tied to the token embeddings"),
+            copy("lm_head.decoder.bias", "head.bias", also=("lm_head.bias",)),
+        ),
+        "sequence-classification": (*affine("classifier.dense", "head.dense"), *affine("classifier.out_proj", "head.out")),
+        "token-classification": affine("classifier", "head.out"),
+        "question-answering": affine("qa_outputs", "head.out"),
+    },
+    rejected=bert.FAMILY.rejected,
+    sequence_head=SequenceHead(hidden="tanh", drop_input=True),
+    mlm_activation="gelu",
+    head_dropout=bert.FAMILY.head_dropout,
+)

@@ -1,0 +1,154 @@
+"""The KV cache: what a decoder remembers of the tokens it has read, in pages.
+
+    sequence 0: "the cat sat"      block_table   0: [2, 0]        k_pages[layer]  [page, slot, Hkv, D]
+    sequence 1: "a dog"                          1: [1]              page 2: the cat   page 0: sat .   page 1: a dog
+
+Each sequence owns whole pages of `page_size` tokens, found through its row of the block table, so that sequences of any
+length live side by side, grow without moving, and give their pages back when they end (Kwon et al. 2023,
+arXiv:2309.06180). Padding is never stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .config import ModelConfig
+
+
+@dataclass
+class CacheStep:
+    """Where the new tokens of one forward pass go, and what they may look back on."""
+
+    slots: Tensor
+    """int64 [T]: page * page_size + offset of each new token."""
+    block_table: Tensor
+    """int32 [B, pages of the longest sequence]."""
+    context_lens: Tensor
+    """int32 [B], new tokens included."""
+    max_context: int
+    fresh: bool
+    """No sequence had a past: attention needs the new tokens only."""
+
+
+class KVCache:
+    """Keys and values of all layers for a set of sequences (rows), each of its own length.
+
+    `page_size` in tokens. `dtype` is that of the stored keys and values. Rows are added by `add_rows`; the forward pass
+    calls `extend` once and then `minilm.ops.append_kv` for each layer.
+    """
+
+    def __init__(
+        self, config: ModelConfig, *, rows: int = 0, dtype: torch.dtype, device: torch.device | str, page_size: int = 32
+    ) -> None:
+        self.config = config
+        self.page_size = page_size
+        self.dtype = dtype
+        self.device = torch.device(device)
+        self.lengths: dict[int, int] = {}
+        self._pages_of: dict[int, list[int]] = {}
+        self._free: list[int] = []
+        self._pages = 0
+        shape = (0, page_size, config.num_kv_heads, config.head_dim)
+        self.k_pages = [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(config.num_layers)]
+        self.v_pages = [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(config.num_layers)]
+        self._next_row = 0
+        self.add_rows(rows)
+
+    def add_rows(self, count: int) -> list[int]:
+        """Begin `count` empty sequences; returns their row numbers."""
+        rows = list(range(self._next_row, self._next_row + count))
+        self._next_row += count
+        for row in rows:
+            self.lengths[row] = 0
+            self._pages_of[row] = []
+        return rows
+
+    def free_row(self, row: int) -> None:
+        """Forget a sequence and take its pages back."""
+        self._free.extend(reversed(self._pages_of.pop(row)))
+        del self.lengths[row]
+
+    @property
+    def rows(self) -> list[int]:
+        """The living rows, in order of their birth."""
+        return list(self.lengths)
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens of the longest sequence (the name that transformers uses)."""
+        return max(self.lengths.values(), default=0)
+
+    def nbytes(self) -> int:
+        """Bytes held by the pages of all layers."""
+        return sum(pages.nbytes for pages in (*self.k_pages, *self.v_pages))
+
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` more tokens in new pages, so that growing does not copy later."""
+        missing = -(-tokens // self.page_size) - len(self._free)
+        if missing > 0:
+            self._grow(missing)
+
+    def _grow(self, pages: int) -> None:
+        def grown(old: Tensor) -> Tensor:
+            new = old.new_empty(self._pages + pages, *old.shape[1:])
+            new[: self._pages] = old
+            return new
+
+        for store in (self.k_pages, self.v_pages):
+            for layer in range(len(store)):
+                store[layer] = grown(store[layer])
+        self._free = [*range(self._pages + pages - 1, self._pages - 1, -1), *self._free]
+        self._pages += pages
+
+    def extend(self, rows: Sequence[int], counts: Sequence[int]) -> CacheStep:
+        """Take room for `counts[i]` new tokens of `rows[i]` and say where they go."""
+        fresh = all(self.lengths[row] == 0 for row in rows)
+        needed = [-(-(self.lengths[row] + n) // self.page_size) - len(self._pages_of[row]) for row, n in zip(rows, counts, strict=True)]
+        if sum(needed) > len(self._free):
+            self._grow(max(sum(needed) - len(self._free), self._pages // 2))
+        slots: list[int] = []
+        for row, n, pages in zip(rows, counts, needed, strict=True):
+            owned = self._pages_of[row]
+            owned.extend(self._free.pop() for _ in range(pages))
+            start = self.lengths[row]
+            self.lengths[row] = start + n
+            slots.extend(owned[t // self.page_size] * self.page_size + t % self.page_size for t in range(start, start + n))
+        context = [self.lengths[row] for row in rows]
+        width = max((len(self._pages_of[row]) for row in rows), default=0)
+        table = [self._pages_of[row] + [0] * (width - len(self._pages_of[row])) for row in rows]
+        return CacheStep(
+            slots=torch.tensor(slots, dtype=torch.int64, device=self.device),
+            block_table=torch.tensor(table, dtype=torch.int32, device=self.device).view(len(rows), width),
+            context_lens=torch.tensor(context, dtype=torch.int32, device=self.device),
+            max_context=max(context, default=0),
+            fresh=fresh,
+        )
+
+    def keys(self, layer: int, row: int) -> Tensor:
+        """The keys of one sequence in one layer, [S, Hkv, D] (for attention maps and for readers)."""
+        pages = torch.tensor(self._pages_of[row], dtype=torch.int64, device=self.device)
+        return self.k_pages[layer][pages].flatten(0, 1)[: self.lengths[row]]
+
+    def crop(self, max_length: int) -> None:
+        """Forget all but the first `max_length` tokens of every sequence."""
+        for row, length in self.lengths.items():
+            if length > max_length:
+                self.lengths[row] = max_length
+                keep = -(-max_length // self.page_size)
+                self._free.extend(reversed(self._pages_of[row][keep:]))
+                del self._pages_of[row][keep:]
+
+    def fork(self, row: int) -> int:
+        """A new row with a copy of `row`'s past: several continuations of one prompt read it once."""
+        (child,) = self.add_rows(1)
+        length = self.lengths[row]
+        if length:
+            self.extend([child], [length])
+            source = torch.tensor(self._pages_of[row], dtype=torch.int64, device=self.device)
+            target = torch.tensor(self._pages_of[child], dtype=torch.int64, device=self.device)
+            for pages in (*self.k_pages, *self.v_pages):
+                pages[target] = pages[source[: len(target)]]
+        return child

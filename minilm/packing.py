@@ -1,0 +1,101 @@
+"""The border between padded batches, as people pass them, and packed sequences, as everything inside works on them.
+
+    padded  [B, S]   mask           packed [T]        cu_seqlens
+    a b c .          1 1 1 0        a b c d e         0 3 5
+    . . d e          0 0 1 1
+
+Padding is dropped once, here, and put back (as zeros) once, on the way out: inside nothing is computed for it, and nothing
+can leak from it. A token's position is its column less the first real column of its row, so a row means the same with
+padding on either side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Packed:
+    """Which tokens of a [B, S] batch are real, and where each sequence begins."""
+
+    batch: int
+    columns: int
+    indices: Tensor | None
+    """Flat indices of the real tokens in [B * S], int64 [T]; None when all are real."""
+    lengths: list[int]
+    cu_seqlens: Tensor
+    """int32 [B + 1]."""
+    positions: Tensor
+    """int64 [T], from 0 in each row."""
+
+    @property
+    def max_seqlen(self) -> int:
+        """Length of the longest sequence."""
+        return max(self.lengths, default=0)
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return sum(self.lengths)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, S, ...] -> [T, ...]."""
+        flat = x.reshape(self.batch * self.columns, *x.shape[2:])
+        return flat if self.indices is None else flat[self.indices]
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[T, ...] -> [B, S, ...], zeros where there is no token."""
+        if self.indices is not None:
+            full = x.new_zeros(self.batch * self.columns, *x.shape[1:])
+            x = full.index_copy(0, self.indices, x)
+        return x.view(self.batch, self.columns, *x.shape[1:])
+
+    def first(self) -> Tensor:
+        """Packed index of the first token of each sequence, int64 [B]. Raises ValueError for an empty sequence."""
+        self._no_empty("first")
+        return self.cu_seqlens[:-1].long()
+
+    def last(self) -> Tensor:
+        """Packed index of the last token of each sequence, int64 [B]. Raises ValueError for an empty sequence."""
+        self._no_empty("last")
+        return self.cu_seqlens[1:].long() - 1
+
+    def last_columns(self, count: int) -> tuple[Packed, Tensor | None]:
+        """The part of the batch in its last `count` columns, and its packed indices here (None: all of it)."""
+        if count >= self.columns:
+            return self, None
+        device = self.cu_seqlens.device
+        flat = torch.arange(self.batch * self.columns, device=device) if self.indices is None else self.indices
+        kept = (flat % self.columns >= self.columns - count).nonzero().squeeze(1)
+        mask = torch.zeros(self.batch * self.columns, dtype=torch.bool, device=device).index_fill(0, flat, True)
+        return pack(self.batch, count, mask.view(self.batch, -1)[:, -count:], device), kept
+
+    def _no_empty(self, which: str) -> None:
+        if 0 in self.lengths:
+            raise ValueError(f"row {self.lengths.index(0)} has no real token, so there is no {which} token to pool")
+
+
+def pack(batch: int, columns: int, attention_mask: Tensor | None, device: torch.device) -> Packed:
+    """Read a padding mask, [B, S] of 0/1 or bool (1 = real), or None when every token is real."""
+    if attention_mask is not None:
+        if attention_mask.shape != (batch, columns):
+            raise ValueError(
+                f"attention_mask must be [batch, tokens] = [{batch}, {columns}], and is {list(attention_mask.shape)}"
+            )
+        real = attention_mask.to(device) != 0
+        if bool(real.all()):
+            attention_mask = None
+    column = torch.arange(columns, device=device).expand(batch, columns)
+    if attention_mask is None:
+        cu_seqlens = torch.arange(0, (batch + 1) * columns, max(columns, 1), dtype=torch.int32, device=device)[: batch + 1]
+        if columns == 0:
+            cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=device)
+        return Packed(batch, columns, None, [columns] * batch, cu_seqlens, column.reshape(-1))
+    counts = real.sum(1, dtype=torch.int32)
+    indices = real.flatten().nonzero().squeeze(1)
+    positions = (column - real.int().argmax(1, keepdim=True)).flatten()[indices]
+    cu_seqlens = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+    return Packed(batch, columns, indices, counts.tolist(), cu_seqlens, positions)

@@ -1,0 +1,209 @@
+"""`PretrainedConfig`: a checkpoint's config.json as people read and write it, under its family's own names.
+
+    config = AutoConfig.from_pretrained("bert-base-uncased"); config.hidden_size, config.id2label, config.num_labels = 3
+
+It is a mutable bag of options with the family's defaults. The model reads `ModelConfig`, which the family makes of it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from .config import ConfigError
+
+COMMON: dict[str, Any] = {
+    "architectures": None,
+    "dtype": None,
+    "finetuning_task": None,
+    "id2label": None,
+    "label2id": None,
+    "output_attentions": False,
+    "output_hidden_states": False,
+    "problem_type": None,
+    "return_dict": True,
+    "use_cache": True,
+}
+"""Options that every family has, with their defaults."""
+
+NO_EFFECT = frozenset(
+    "_name_or_path transformers_version minilm_version model_type torch_dtype auto_map attn_implementation "
+    "_attn_implementation _attn_implementation_autoset _commit_hash tokenizer_class task_specific_params torchscript "
+    "use_bfloat16 pretraining_tp gradient_checkpointing initializer_range tf_legacy_loss prefix is_encoder_decoder "
+    "chunk_size_feed_forward name_or_path transformers.js_config num_labels num_attention_heads_kv "
+    "bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id decoder_start_token_id "
+    "max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p "
+    "typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
+    "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id "
+    "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens output_past directionality "
+    "pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type language emb_size n_ctx "
+    "predict_special_tokens model_max_length vocab_file gguf sentence_transformers layer_norm_epsilon_ "
+    "tie_encoder_decoder cross_attention_hidden_size use_return_dict unsloth_version unsloth_fixed rope_interleaved is_llama_config "
+    "tie_weights_ pruned_heads pretraining".split()
+)
+"""Keys that real config.json files hold and that change nothing in a forward pass of these families."""
+
+
+class PretrainedConfig:
+    """Options of a checkpoint. Unknown attributes raise AttributeError; known ones have the family's default.
+
+    Class aliases such as ``BertConfig`` are this class with `model_type` set: ``BertConfig(hidden_size=384)``.
+    """
+
+    model_type: str = ""
+
+    def __init__(self, **options: Any) -> None:
+        from .archs import family_of
+
+        model_type = options.pop("model_type", None) or type(self).model_type
+        family = family_of(model_type)
+        values: dict[str, Any] = {**copy.deepcopy(COMMON), **copy.deepcopy(dict(family.defaults))}
+        object.__setattr__(self, "_family", family)
+        object.__setattr__(self, "_values", values)
+        num_labels = options.pop("num_labels", None)
+        for key, value in options.items():
+            setattr(self, key, value)
+        if num_labels is not None:
+            self.num_labels = num_labels
+
+    # The bag
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name in ("_values", "_family"):
+            raise AttributeError(name)
+        if name == "model_type":
+            return self._family.model_type
+        key = self._family.attribute_map.get(name, name)
+        if key in self._values:
+            return self._values[key]
+        raise AttributeError(f"the {self.model_type} configuration has no option {name!r}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(getattr(type(self), name, None), property):
+            object.__setattr__(self, name, value)
+            return
+        if name == "torch_dtype":
+            name = "dtype"
+        if name == "dtype" and value is not None:
+            value = str(value).removeprefix("torch.")
+        if name == "id2label" and value is not None:
+            value = self._labels(value)
+        if name == "label2id" and value is not None and not isinstance(value, dict):
+            raise ConfigError(f"label2id must be a mapping of names to numbers, and is {value!r}")
+        self._values[self._family.attribute_map.get(name, name)] = value
+
+    @staticmethod
+    def _labels(value: Any) -> dict[int, str]:
+        try:
+            return {int(key): label for key, label in value.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise ConfigError(f"id2label must be a mapping of numbers to names, and is {value!r}") from None
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The option, or `default` when it is absent or None."""
+        value = self._values.get(self._family.attribute_map.get(name, name))
+        return default if value is None else value
+
+    def update(self, options: dict[str, Any]) -> None:
+        """Set several options."""
+        for key, value in options.items():
+            setattr(self, key, value)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and self._family.attribute_map.get(name, name) in self._values
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, PretrainedConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PretrainedConfig:
+        return PretrainedConfig.from_dict(self.to_dict())
+
+    # Labels
+    @property
+    def num_labels(self) -> int:
+        """Number of classes of a classification head: the size of `id2label`, 2 without one."""
+        labels = self._values["id2label"]
+        return 2 if labels is None else len(labels)
+
+    @num_labels.setter
+    def num_labels(self, count: int) -> None:
+        if not isinstance(count, int) or count < 1:
+            raise ConfigError(f"num_labels must be a positive number, and is {count!r}")
+        if self._values["id2label"] is None or len(self._values["id2label"]) != count:
+            self._values["id2label"] = {i: f"LABEL_{i}" for i in range(count)}
+            self._values["label2id"] = {f"LABEL_{i}": i for i in range(count)}
+
+    @property
+    def id2label(self) -> dict[int, str]:
+        """Class numbers to names."""
+        labels: dict[int, str] | None = self._values["id2label"]
+        return {i: f"LABEL_{i}" for i in range(2)} if labels is None else labels
+
+    @id2label.setter
+    def id2label(self, value: Any) -> None:
+        self._values["id2label"] = None if value is None else self._labels(value)
+
+    @property
+    def label2id(self) -> dict[str, int]:
+        """Class names to numbers."""
+        labels: dict[str, int] | None = self._values["label2id"]
+        return {name: i for i, name in self.id2label.items()} if labels is None else labels
+
+    @label2id.setter
+    def label2id(self, value: Any) -> None:
+        self._values["label2id"] = value
+
+    # Files
+    def to_dict(self) -> dict[str, Any]:
+        """All options and the model type, as config.json holds them."""
+        values = copy.deepcopy(self._values)
+        if values["id2label"] is not None:
+            values["id2label"] = {str(k): v for k, v in values["id2label"].items()}
+        values = {k: v for k, v in values.items() if not (k in COMMON and v == COMMON[k])}
+        return {"model_type": self.model_type, **values}
+
+    def to_json_string(self) -> str:
+        """The text of config.json."""
+        return json.dumps({**self.to_dict(), "minilm_version": __version__}, indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write config.json into a folder, which is made if need be."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / ".config.json.part"
+        temporary.write_text(self.to_json_string(), encoding="utf-8")
+        temporary.replace(folder / "config.json")
+
+    @classmethod
+    def from_dict(cls, options: dict[str, Any], **overrides: Any) -> PretrainedConfig:
+        """From the contents of a config.json. Keys that the family does not know are announced in one warning."""
+        from .archs import family_of
+
+        model_type = options.get("model_type") or cls.model_type
+        if not model_type:
+            raise ConfigError("the configuration has no model_type, so the family of the model is not known")
+        family = family_of(model_type)
+        known = {*COMMON, *family.defaults, *family.attribute_map, *NO_EFFECT, *family.rejected}
+        unknown = sorted(k for k, v in options.items() if k not in known and v not in (None, False))
+        if unknown:
+            warnings.warn(
+                f"the {model_type} configuration has keys that this family does not know; they have no effect: {', '.join(unknown)}",
+                stacklevel=2,
+            )
+        config = PretrainedConfig(model_type=model_type)
+        config.update({k: v for k, v in options.items() if k not in ("model_type", "num_labels", "minilm_version")})
+        if "num_labels" in options and options.get("id2label") is None:
+            config.num_labels = options["num_labels"]
+        labels = {k: overrides.pop(k) for k in ("num_labels", "id2label", "label2id") if k in overrides}
+        config.update(labels)
+        config.update(overrides)
+        return config
+
+    def __repr__(self) -> str:
+        return f"PretrainedConfig {self.to_json_string()}"
