@@ -13,6 +13,7 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 NATIVE := setup.py $(wildcard csrc/* csrc/*/*)
 export MINILM_BUILD_EXT ?= auto
+export PYTHONWARNINGS ?= ignore:Editable installation
 
 .PHONY: demo test lint format clean
 .DELETE_ON_ERROR:

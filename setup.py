@@ -1,16 +1,17 @@
-"""Builds `minilm._C` from csrc/ and installs the folder kernels/ as `minilm.kernels`. All else is in pyproject.toml.
+"""Builds `minilm._C` from csrc/ and installs the folder kernels/ as `minilm.kernels`; the rest is in pyproject.
 
-The extension is built on PyTorch's stable ABI and Python's limited API: one binary serves PyTorch 2.10 and every later
-one, and CPython 3.10 and every later one. It needs PyTorch's headers and libraries, and a C++17 compiler that knows
-GNU vector extensions (g++, clang++); nothing of torch.utils.cpp_extension, and no GPU.
+The extension is built on PyTorch's stable ABI and Python's limited API: one binary serves PyTorch 2.10 and
+every later one, and CPython 3.10 and every later one. It needs PyTorch's headers and libraries, and a C++17
+compiler that knows GNU vector extensions (g++, clang++); nothing of torch.utils.cpp_extension, and no GPU.
 
-PyTorch is looked for in this process's environment and then, since pip builds in an environment of its own that hides
-it, in the one that pip will install into. It is not a build requirement of the package: pip would fetch it anew,
-with all of CUDA, to compile a few files.
+PyTorch is looked for in this process's environment and then, since pip builds in an environment of its own
+that hides it, in the one that pip will install into. It is not a build requirement of the package: pip would
+fetch it anew, with all of CUDA, to compile a few files.
 
 Environment
-    MINILM_BUILD_EXT=auto   (default) build the extension where PyTorch and a compiler are found, otherwise install the
-                            package without it and say in one line what was missing. A compile error is an error.
+    MINILM_BUILD_EXT=auto   (default) build the extension where PyTorch and a compiler are found, otherwise
+                            install the package without it and say in one line what was missing.
+                            A compile error is an error.
     MINILM_BUILD_EXT=1      build it; a missing PyTorch or compiler is an error too.
     MINILM_BUILD_EXT=0      leave it out.
     CXX, CXXFLAGS, LDFLAGS  as usual.
@@ -37,7 +38,8 @@ CSRC = Path("csrc")  # relative to this file, where every build front end runs i
 OLDEST_TORCH = (2, 10)
 OLDEST_PYTHON = (3, 10)
 
-# Every source in csrc/cpu/ but dispatch.cpp is compiled once per instruction set, into a namespace of that name.
+# Every source in csrc/cpu/ but dispatch.cpp is compiled once per instruction set, into a namespace of its
+# name.
 GENERIC: dict[str, list[str]] = {"generic": []}  # the architecture's base line: SSE2, NEON
 X86: dict[str, list[str]] = {
     "avx2": ["-mavx2", "-mfma"],
@@ -46,7 +48,7 @@ X86: dict[str, list[str]] = {
 INSTRUCTION_SETS = GENERIC | (X86 if platform.machine().lower() in ("x86_64", "amd64") else {})
 
 COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
-# One multiply-add may round once; nothing else is relaxed, so results do not depend on how a loop was vectorised.
+# A multiply-add may round once; nothing else is relaxed: results do not depend on how a loop was vectorised.
 KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 
 PROBE = """
@@ -58,7 +60,7 @@ print(json.dumps(folder and {"folder": folder[0], "version": importlib.metadata.
 
 
 def find_torch() -> tuple[Path, str] | None:
-    """Folder and version of the PyTorch in this environment, or in the one that pip builds for; it is not imported."""
+    """Folder and version of the PyTorch here, or where pip will install; it is not imported."""
     for flags in ([], ["-I"]):  # -I: without the PYTHONPATH by which pip puts its build environment first
         answer = subprocess.run([sys.executable, *flags, "-c", PROBE], capture_output=True, text=True)
         found = json.loads(answer.stdout) if answer.returncode == 0 else None
@@ -68,7 +70,7 @@ def find_torch() -> tuple[Path, str] | None:
 
 
 def find_compiler() -> str | None:
-    """The C++ compiler that setuptools is going to call, or None; a stale path in Python's own settings is replaced."""
+    """The C++ compiler that setuptools will call, or None. A stale name in Python's settings is replaced."""
     configured = os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++"
     if shutil.which(shlex.split(configured)[0]):
         return configured
@@ -104,11 +106,8 @@ def extension() -> tuple[Extension | None, str]:
                 ("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)),
                 ("Py_LIMITED_API", "0x{:02x}{:02x}0000".format(*OLDEST_PYTHON)),
             ],
-            extra_compile_args=[
-                *COMPILE_FLAGS,
-                "-isystem",
-                str(folder / "include"),
-            ],  # no warnings from there
+            # -isystem: no warnings from there
+            extra_compile_args=[*COMPILE_FLAGS, "-isystem", str(folder / "include")],
             py_limited_api=True,
             language="c++",
         ),
@@ -116,7 +115,7 @@ def extension() -> tuple[Extension | None, str]:
     )
 
 
-class BuildExtension(build_ext):
+class BuildExtension(build_ext):  # type: ignore[misc]
     """Compiles the sources in csrc/cpu/ once per instruction set and links the objects with the rest."""
 
     def build_extension(self, ext: Extension) -> None:

@@ -1,6 +1,6 @@
-// The ops as PyTorch sees them: schemas, checks, CPU registration. No other file of the CPU extension includes torch,
-// and this one only its stable ABI: the binary serves every PyTorch from 2.10 on. Fakes and autograd:
-// minilm/ops/native.py.
+// The ops as PyTorch sees them: schemas, checks, CPU registration. No other file of the CPU extension
+// includes torch, and this one only its stable ABI: the binary serves every PyTorch from 2.10 on. Fakes and
+// autograd: minilm/ops/native.py.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -75,16 +75,19 @@ Tensor as_rows(const Tensor& t) {
   return one_stride ? t : as_contiguous(t);
 }
 
-int64_t row_stride(const Tensor& t, int64_t channels) { return t.dim() == 2 && t.numel() > 0 ? t.stride(0) : channels; }
+int64_t row_stride(const Tensor& t, int64_t channels) {
+  return t.dim() == 2 && t.numel() > 0 ? t.stride(0) : channels;
+}
 
-void check_parameter(const char* op, const char* name, const Tensor& t, const Tensor& x, ScalarType expected) {
+void check_parameter(const char* op, const char* name, const Tensor& t, const Tensor& x,
+                     ScalarType expected) {
   const int64_t channels = x.size(x.dim() - 1);
   STD_TORCH_CHECK(t.is_cpu(), op, ": ", name, " must be on the CPU as x is");
   STD_TORCH_CHECK(t.dim() == 1 && t.size(0) == channels, op, ": ", name, " must be [", channels,
                   "], the last size of x, and is ", text(shape_of(t)));
   STD_TORCH_CHECK(t.scalar_type() == expected, op, ": ", name, " must be ", name_of(expected), " as ",
-                  std::string(name) == "bias" ? "weight" : "x", " is (or, beside 16-bit data, float32), and is ",
-                  name_of(t.scalar_type()));
+                  std::string(name) == "bias" ? "weight" : "x",
+                  " is (or, beside 16-bit data, float32), and is ", name_of(t.scalar_type()));
 }
 
 struct NormOutputs {
@@ -100,8 +103,8 @@ NormOutputs norm(const char* op, const Tensor& x, const std::optional<Tensor>& r
   std::vector<int64_t> sizes = shape_of(x);
   if (residual.has_value()) {
     STD_TORCH_CHECK(residual->is_cpu(), op, ": residual must be on the CPU as x is");
-    STD_TORCH_CHECK(shape_of(*residual) == sizes, op, ": x ", text(sizes), " and residual ", text(shape_of(*residual)),
-                    " must have the same shape");
+    STD_TORCH_CHECK(shape_of(*residual) == sizes, op, ": x ", text(sizes), " and residual ",
+                    text(shape_of(*residual)), " must have the same shape");
     STD_TORCH_CHECK(residual->scalar_type() == x.scalar_type(), op,
                     ": x and residual must have the same type, and are ", name_of(x.scalar_type()), " and ",
                     name_of(residual->scalar_type()));
@@ -142,18 +145,20 @@ NormOutputs norm(const char* op, const Tensor& x, const std::optional<Tensor>& r
   // A task of at least 16,384 elements takes some microseconds, about what it costs to wake a thread.
   const int64_t rows_a_task = std::max<int64_t>(1, 16384 / channels);
   const auto kernel = minilm::cpu_kernels().layer_norm;
-  torch::stable::parallel_for(0, rows, rows_a_task, [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  torch::stable::parallel_for(0, rows, rows_a_task,
+                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return {y, sum, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight, std::optional<Tensor> bias,
-                                              double eps) {
+std::tuple<Tensor, Tensor, Tensor> layer_norm(const Tensor& x, const Tensor& weight,
+                                              std::optional<Tensor> bias, double eps) {
   NormOutputs out = norm("layer_norm", x, std::nullopt, weight, bias, eps);
   return {out.y, out.mean, out.rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
-                                                          std::optional<Tensor> bias, double eps) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const Tensor& residual,
+                                                          const Tensor& weight, std::optional<Tensor> bias,
+                                                          double eps) {
   NormOutputs out = norm("add_layer_norm", x, residual, weight, bias, eps);
   return {out.y, out.sum, out.mean, out.rstd};
 }
@@ -162,7 +167,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const
 
 // mean and rstd are [..., 1], float32 (float64 for float64 data): what the backward wants.
 STABLE_TORCH_LIBRARY_FRAGMENT(minilm, m) {
-  m.def("layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");
   m.def(
       "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps)"
       " -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)");

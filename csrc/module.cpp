@@ -1,5 +1,6 @@
-// The Python module minilm._C. Importing it registers the ops (bindings.cpp) and chooses the instruction set of the CPU
-// kernels: the best that this machine runs, or the one that MINILM_CPU_ISA names. Only Python's limited API is used.
+// The Python module minilm._C. Importing it registers the ops (bindings.cpp) and chooses the instruction set
+// of the CPU kernels: the best that this machine runs, or the one that MINILM_CPU_ISA names. Only Python's
+// limited API is used.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

@@ -7,8 +7,8 @@ namespace minilm {
 
 enum class DType : std::uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-// Rows of C channels. A row is contiguous; row i of x starts x_stride elements after row i - 1. Results are contiguous.
-// Statistics are in float64 for float64 data, in float32 for all other.
+// Rows of C channels. A row is contiguous; row i of x starts x_stride elements after row i - 1. Results are
+// contiguous. Statistics are in float64 for float64 data, in float32 for all other.
 struct LayerNormParams {
   const void* x;         // [rows, C], dtype
   const void* residual;  // [rows, C], dtype; null: nothing is added

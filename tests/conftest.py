@@ -1,4 +1,4 @@
-"""Settings for all tests: no network, few threads, drawn examples that are the same every time, GPU tests skipped in sight.
+"""Settings for all tests: no network, few threads, the same examples every time, GPU tests skipped in sight.
 
 Environment: ``HYPOTHESIS_PROFILE=thorough`` draws many more examples, anew each time.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-# Before torch and tokenizers are imported by any test. The cores are shared out between the workers of pytest-xdist.
+# Before any test imports torch or tokenizers. The workers of pytest-xdist share the cores out.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _workers)))
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

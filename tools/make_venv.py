@@ -1,7 +1,8 @@
-"""Creates a virtual environment with pip in it, or says in one line what is missing: python tools/make_venv.py FOLDER.
+"""Creates a virtual environment with pip in it, or says in one line what is missing: make_venv.py FOLDER.
 
-Runs on whatever `python3` is, with nothing installed. An environment that works is left as it is. Where Python comes
-without ensurepip (Debian splits it off), the pip of the interpreter installs itself into the environment.
+Runs on whatever `python3` is, with nothing installed. An environment that works is left as it is. Where
+Python comes without ensurepip (Debian splits it off), the pip of the interpreter installs one into the
+environment.
 """
 
 import os
@@ -25,10 +26,8 @@ def has_pip(python):
 
 def main(folder):
     if sys.version_info < OLDEST:
-        fail(
-            "Python %d.%d or later is needed, and %s is %d.%d; set MINILM_PYTHON to another one"
-            % (OLDEST + (sys.executable,) + tuple(sys.version_info[:2]))
-        )
+        here = ".".join(map(str, sys.version_info[:2]))
+        fail("Python 3.10 or later is needed, and this is " + here + "; set MINILM_PYTHON to another one")
     python = os.path.join(folder, "bin", "python")
     if has_pip(python):
         return
@@ -43,14 +42,10 @@ def main(folder):
         venv.create(folder, with_pip=True)
     except ImportError:
         venv.create(folder, with_pip=False)
-        if (
-            subprocess.call([sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "pip"])
-            != 0
-        ):
+        pip = [sys.executable, "-m", "pip", "--python", python]
+        if subprocess.call([*pip, "install", "--quiet", "pip"]) != 0:
             shutil.rmtree(folder, ignore_errors=True)
-            fail(
-                "this Python has neither ensurepip nor a pip that can stand in (Debian, Ubuntu: apt install python3-venv)"
-            )
+            fail("this Python has neither ensurepip nor pip (on Debian and Ubuntu: apt install python3-venv)")
 
 
 if __name__ == "__main__":

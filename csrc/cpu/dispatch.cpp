@@ -4,8 +4,8 @@
 
 namespace minilm {
 
-// The same functions in one namespace for each instruction set; setup.py compiles the sources once for each and says
-// here which ones there are.
+// The same functions in one namespace for each instruction set; setup.py compiles the sources once for each
+// and says here which ones there are.
 #define MINILM_DECLARE(isa)                                            \
   namespace isa {                                                      \
   void layer_norm(const LayerNormParams&, std::int64_t, std::int64_t); \

@@ -1,4 +1,5 @@
-// LayerNorm over rows of C channels, with an optional residual added before it (Ba et al. 2016, arXiv:1607.06450).
+// LayerNorm over rows of C channels, with an optional residual added before it (Ba et al. 2016,
+// arXiv:1607.06450).
 //
 //   s = x + residual         rounded to the data's type: y is the norm of exactly the sum that is returned
 //   m = sum(s) / C           a first estimate of the mean
@@ -7,16 +8,17 @@
 //   v = sum(d d) / C - e e   the (biased) variance
 //   y = (d - e) / sqrt(v + eps) * weight + bias;  mean = m + e;  rstd = 1 / sqrt(v + eps)
 //
-// The mean is corrected before it is used, so the error of y does not grow with mean / deviation beyond what the
-// inputs' own rounding brings. All arithmetic is in float32 (float64 for float64 data) and is rounded once, at the
-// store.
+// The mean is corrected before it is used, so the error of y does not grow with mean / deviation beyond what
+// the inputs' own rounding brings. All arithmetic is in float32 (float64 for float64 data) and is rounded
+// once, at the store.
 //
-// Layout: one row at a time in three passes; every pass but the first finds the row in the first-level cache (up to
-// 8,192 float32 channels in 32 KiB). A row belongs to one thread, and the order of its sums depends on C and the vector
-// width alone: a row's result is the same, bit for bit, in any batch and with any number of threads.
+// Layout: one row at a time in three passes; every pass but the first finds the row in the first-level cache
+// (up to 8,192 float32 channels in 32 KiB). A row belongs to one thread, and the order of its sums depends on
+// C and the vector width alone: a row's result is the same, bit for bit, in any batch and with any number of
+// threads.
 //
-// Memory traffic: 2 C b a row (b bytes an element), with residual 4 C b: x, residual -> sum, y. About 12 operations an
-// element against 16 bytes, so memory is the limit once the data has left the caches.
+// Memory traffic: 2 C b a row (b bytes an element), with residual 4 C b: x, residual -> sum, y. About 12
+// operations an element against 16 bytes, so memory is the limit once the data has left the caches.
 
 #include "cpu/vec.h"
 #include "params.h"
@@ -27,8 +29,8 @@ namespace {
 inline float square_root(float x) { return __builtin_sqrtf(x); }
 inline double square_root(double x) { return __builtin_sqrt(x); }
 
-// Calls f(i, n, k) over [0, channels): whole vectors (n = lanes) with k = 0, 1, 2, 3 in turn, so that four sums can run
-// side by side, then the rest (n < lanes), if there is one.
+// Calls f(i, n, k) over [0, channels): whole vectors (n = lanes) with k = 0, 1, 2, 3 in turn, so that four
+// sums can run side by side, then the rest (n < lanes), if there is one.
 template <typename A, typename F>
 inline __attribute__((always_inline)) void for_each_vector(std::int64_t channels, F f) {
   constexpr int lanes = kLanes<A>;
@@ -93,7 +95,8 @@ void rows(const LayerNormParams& p, std::int64_t begin, std::int64_t end) {
       squares[k] += d * d;
     });
     const A e = sum_lanes<A>((left[0] + left[1]) + (left[2] + left[3])) * scale;
-    const A raw_variance = sum_lanes<A>((squares[0] + squares[1]) + (squares[2] + squares[3])) * scale - e * e;
+    const A raw_variance =
+        sum_lanes<A>((squares[0] + squares[1]) + (squares[2] + squares[3])) * scale - e * e;
     const A variance = raw_variance < 0 ? A(0) : raw_variance;  // a NaN passes
     const A rstd = A(1) / square_root(variance + eps);
     const A shift = -e * rstd;

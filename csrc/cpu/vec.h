@@ -1,6 +1,6 @@
-// Vectors of one instruction set, in the compiler's own notation (GNU vector extensions of g++ and clang++), so that
-// one body serves SSE2, AVX2, AVX-512 and NEON. No standard library in here: an inline function of it, compiled with
-// AVX-512, could be the copy that the linker keeps for everybody.
+// Vectors of one instruction set, in the compiler's own notation (GNU vector extensions of g++ and clang++),
+// so that one body serves SSE2, AVX2, AVX-512 and NEON. No standard library in here: an inline function of
+// it, compiled with AVX-512, could be the copy that the linker keeps for everybody.
 #pragma once
 
 #include <cstdint>
@@ -112,7 +112,8 @@ using Accumulator = typename Storage<T>::Accumulator;
 template <typename T>
 using Raw = typename Storage<T>::Raw;
 
-// Any alignment. With `count` the first elements only; the lanes beyond are zero, and the memory beyond is not touched.
+// Any alignment. With `count` the first elements only; the lanes beyond are zero, and the memory beyond is
+// not touched.
 template <typename T>
 inline Raw<T> load(const T* p) {
   Raw<T> raw;

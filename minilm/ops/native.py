@@ -1,8 +1,9 @@
 """The `native` backend: ops of the compiled extension minilm._C (csrc/), with their fakes and derivatives.
 
-The extension is optional: without it, or with a PyTorch older than its stable ABI, this module still imports, and
-`unavailable` holds the reason. Environment: ``MINILM_CPU_ISA=generic|avx2|avx512`` chooses the instruction set of the CPU
-kernels instead of the best one; naming one that this machine cannot run is an error at import.
+The extension is optional: without it, or with a PyTorch older than its stable ABI, this module still imports,
+and `unavailable` holds the reason. Environment: ``MINILM_CPU_ISA=generic|avx2|avx512`` chooses the
+instruction set of the CPU kernels instead of the best one; naming one that this machine cannot run is an
+error at import.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ NORM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
-    """The extension, or None and the reason why it is absent. An impossible MINILM_CPU_ISA raises RuntimeError."""
+    """The extension, or None and why it is absent. An impossible MINILM_CPU_ISA raises RuntimeError."""
     if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < OLDEST_TORCH:
         return None, f"the extension minilm._C needs PyTorch 2.10 or later, and this is {torch.__version__}"
     try:
@@ -39,7 +40,7 @@ _extension, unavailable = _load()
 
 
 def cpu_isa() -> str | None:
-    """The instruction set of the CPU kernels in use ("generic", "avx2", "avx512"); None without the extension."""
+    """The instruction set of the CPU kernels in use ("generic", "avx2", ...); None without the extension."""
     return _extension.cpu_isa() if _extension is not None else None
 
 
@@ -69,7 +70,7 @@ def _add_layer_norm_fake(
 def _norm_gradients(
     ctx: Any, grad_y: Tensor | None, needs: tuple[bool, bool, bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of the normalised tensor, weight and bias, in their own dtypes; computed in the statistics' dtype."""
+    """Gradients of the normalised tensor, weight and bias, computed in the statistics' dtype."""
     total, weight, mean, rstd = ctx.saved_tensors
     if grad_y is None:
         return None, None, None
@@ -78,12 +79,16 @@ def _norm_gradients(
     gradients = torch.ops.aten.native_layer_norm_backward(
         grad_y.to(wide), total.to(wide), total.shape[-1:], mean, rstd, weight.to(wide), bias, needs
     )
-    dtypes = (total.dtype, weight.dtype, weight.dtype)
-    return tuple(g.to(d) if n else None for g, d, n in zip(gradients, dtypes, needs, strict=True))  # type: ignore[return-value]
+    grad, grad_weight, grad_bias = gradients
+    return (
+        grad.to(total.dtype) if needs[0] else None,
+        grad_weight.to(weight.dtype) if needs[1] else None,
+        grad_bias.to(weight.dtype) if needs[2] else None,
+    )
 
 
 def _layer_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, _ = inputs
+    x, weight = inputs[:2]
     _, mean, rstd = output
     ctx.save_for_backward(x, weight, mean, rstd)
     ctx.mark_non_differentiable(mean, rstd)
@@ -124,7 +129,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """As `minilm.ops.add_layer_norm`. Data of two types is brought to the wider one, as ``x + residual`` would be."""
+    """As `minilm.ops.add_layer_norm`. Of two types the wider one is taken, as in ``x + residual``."""
     if x.dtype != residual.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
@@ -156,13 +161,12 @@ def register_all() -> None:
 
 
 def _register_with_torch() -> None:
-    library = torch.library
-    library.register_fake("minilm::layer_norm", _layer_norm_fake)
-    library.register_fake("minilm::add_layer_norm", _add_layer_norm_fake)
-    library.register_autograd("minilm::layer_norm", _layer_norm_backward, setup_context=_layer_norm_setup)
-    library.register_autograd(
-        "minilm::add_layer_norm", _add_layer_norm_backward, setup_context=_add_layer_norm_setup
-    )
+    for name, fake, backward, setup in (
+        ("minilm::layer_norm", _layer_norm_fake, _layer_norm_backward, _layer_norm_setup),
+        ("minilm::add_layer_norm", _add_layer_norm_fake, _add_layer_norm_backward, _add_layer_norm_setup),
+    ):
+        torch.library.register_fake(name, fake)
+        torch.library.register_autograd(name, backward, setup_context=setup)
 
 
 if _extension is not None:
