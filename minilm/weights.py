@@ -267,9 +267,9 @@ def save_weights(
                 files = [*files, INDEX]
             for file in files:
                 os.replace(Path(temporary, file), folder / file)
-        for file in folder.iterdir():
-            if (_OURS.fullmatch(file.name) or file.name == INDEX) and file.name not in files:
-                file.unlink()
+        for old in folder.iterdir():
+            if (_OURS.fullmatch(old.name) or old.name == INDEX) and old.name not in files:
+                old.unlink()
     except (OSError, SafetensorError) as error:
         raise WeightError(f"{folder}: the weights cannot be written: {error}") from error
     return [folder / file for file in files]

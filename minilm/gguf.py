@@ -1,0 +1,186 @@
+"""GGUF models of the Llama architectures, seen as if they were checkpoints of transformers.
+
+llama.cpp keeps a model in one file: weights, mostly quantised, configuration and tokenizer. `GGUFCheckpoint`
+shows the weights under the names of transformers, so that the rules of the Llama, Mistral, Qwen2 and Qwen3
+families apply as they are, and `hf_config()` is the config.json of the model that the file was made from.
+Weights are dequantised to float32 by the `gguf` package, a few rows at a time.
+
+In one thing the weights themselves differ. Rotary embedding turns pairs of channels of a head. transformers
+pairs channel j with j + D/2; llama.cpp, for its architecture `llama`, pairs 2j with 2j + 1, as Meta's program
+did, and its converter reorders the rows of q and k to fit: row 2j + s of a head is row j + s * D/2 in
+transformers, for s in (0, 1). Reading puts them back. (For qwen2 and qwen3 llama.cpp pairs as transformers
+does.)
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from io import BufferedReader
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minilm.checkpoint import Checkpoint, TensorInfo, WeightError
+from minilm.gguf_config import ARCHITECTURES, config_from_metadata, head_counts
+from minilm.gguf_file import GGUFTensor, read_gguf, read_gguf_metadata
+
+__all__ = ["GGUFCheckpoint", "read_gguf_metadata"]
+
+_PIECE = 1 << 19  # elements that are dequantised at a time: 2 MB, and a few times that on the way
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_NAME = re.compile(r"(?:blk\.(?P<layer>0|[1-9][0-9]*)\.)?(?P<part>[a-z_]+)\.(?P<kind>weight|bias)")
+_ROPE_FREQS = "rope_freqs.weight"  # not a weight, but what hf_config() finds the rope scaling of Llama 3 from
+
+
+class GGUFCheckpoint(Checkpoint):
+    """A GGUF file of architecture llama (Mistral included), qwen2 or qwen3, under the names of transformers.
+
+    `metadata` is the file's own. Tensors are read as float32; `stored` of their info is the type in the file.
+    Raises WeightError on opening when the file is damaged, or when its architecture, one of its tensors or
+    its tensor types is not supported.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.tensors = {}
+        self._stream: BufferedReader | None = None
+        file = read_gguf(self.path)
+        self.metadata = file.metadata
+        self.architecture = self._checked_architecture()
+        self._stored: dict[str, GGUFTensor] = {}
+        self._heads: dict[str, int] = {}  # heads of the tensors whose rows are to be put back
+        self._rope_freqs = file.tensors.pop(_ROPE_FREQS, None)
+        unreadable = _unreadable_types(tensor.type for tensor in file.tensors.values())
+        for theirs, tensor in file.tensors.items():
+            if tensor.type in unreadable:
+                raise WeightError(
+                    f"{path}: {theirs} is stored as {tensor.type.name}, which cannot be dequantised"
+                )
+            name = self._name(theirs)
+            self._stored[name] = tensor
+            self.tensors[name] = TensorInfo(tensor.shape, torch.float32, self.path, tensor.type.name)
+        if self.architecture == "llama":
+            self._note_permuted()
+
+    def _checked_architecture(self) -> str:
+        architecture = self.metadata.get("general.architecture")
+        kind = self.metadata.get("general.type", "model")
+        parts = self.metadata.get("split.count", 1)
+        if kind != "model":
+            raise WeightError(f"{self.path}: expected a model, general.type is {kind!r}")
+        if architecture not in ARCHITECTURES:
+            known = ", ".join(ARCHITECTURES)
+            raise WeightError(f"{self.path}: architecture {architecture!r} is not supported, only {known}")
+        if parts not in (0, 1):
+            raise WeightError(f"{self.path}: one of {parts} files; join them with llama-gguf-split --merge")
+        return str(architecture)
+
+    def _name(self, theirs: str) -> str:
+        found = _NAME.fullmatch(theirs)
+        if found and found["layer"] is None and found["part"] in _NAMES:
+            return f"{_NAMES[found['part']]}.{found['kind']}"
+        if found and found["layer"] is not None and found["part"] in _LAYER_NAMES:
+            return f"model.layers.{found['layer']}.{_LAYER_NAMES[found['part']]}.{found['kind']}"
+        raise WeightError(f"{self.path}: tensor {theirs} is not one of architecture {self.architecture}")
+
+    def _note_permuted(self) -> None:
+        heads, kv_heads = head_counts(self.path, self.metadata, self.architecture)
+        for name, tensor in self._stored.items():
+            part = name.split(".")[-2]
+            if part in ("q_proj", "k_proj"):
+                count = heads if part == "q_proj" else kv_heads
+                if tensor.shape[0] % (2 * count) or len(tensor.shape) > 2:
+                    shape = list(tensor.shape)
+                    raise WeightError(f"{self.path}: {name} of shape {shape} cannot be that of {count} heads")
+                self._heads[name] = count
+
+    def hf_config(self) -> dict[str, Any]:
+        """What the config.json of this model says, in the names of transformers.
+
+        Raises WeightError naming the key where the metadata lacks something, contradicts the tensors, or asks
+        for something that these families do not have.
+        """
+        shapes = {name: info.shape for name, info in self.tensors.items()}
+        factors = None
+        if self._rope_freqs is not None:
+            factors = self._rows(_ROPE_FREQS, self._rope_freqs, 0, self._rope_freqs.shape[0]).reshape(-1)
+        return config_from_metadata(self.path, self.metadata, self.architecture, shapes, factors)
+
+    def _read(self, name: str, info: TensorInfo, out: Tensor) -> None:
+        tensor, heads = self._stored[name], self._heads.get(name, 0)
+        rows = info.shape[0]
+        unit = rows // heads if heads else 1  # rows of a head stay together, to be put back in order
+        step = max(1, _PIECE // (unit * math.prod(info.shape[1:]))) * unit
+        if len(info.shape) == 1:
+            step = rows  # a vector is one row in the file
+        for start in range(0, rows, step):
+            stop = min(start + step, rows)
+            piece = torch.from_numpy(self._rows(name, tensor, start, stop))
+            if heads:
+                pairs = piece.view(-1, unit // 2, 2, *info.shape[1:])  # head, j, s, channels
+                piece = pairs.transpose(1, 2).reshape(piece.shape)
+            out[start:stop].copy_(piece)
+
+    def _rows(
+        self, name: str, tensor: GGUFTensor, start: int, stop: int
+    ) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Rows `start` to `stop` of a tensor, dequantised."""
+        from gguf.quants import dequantize
+
+        shape = (stop - start, *tensor.shape[1:])
+        row = tensor.nbytes // tensor.shape[0] if len(tensor.shape) > 1 else 0
+        data = bytearray(row * shape[0] if row else tensor.nbytes)
+        try:
+            if self._stream is None:
+                self._stream = open(self.path, "rb")  # noqa: SIM115 - kept open from one tensor to the next
+            self._stream.seek(tensor.offset + start * row)
+            if self._stream.readinto(data) != len(data):
+                raise WeightError(f"{self.path}: {name} ends early: the file has been cut while it was open")
+        except OSError as error:
+            raise WeightError(f"{self.path}: {name} cannot be read: {error}") from error
+        # As one long row, which the package dequantises in one go: blocks do not know of rows. Damaged scales
+        # may overflow; what comes of it is for the check of NaN and infinity to tell.
+        with np.errstate(all="ignore"):
+            values = dequantize(np.frombuffer(data, np.uint8).reshape(1, -1), tensor.type)
+        return np.asarray(values, np.float32).reshape(shape)
+
+    def close(self) -> None:
+        if self._stream is not None:
+            self._stream.close()
+            self._stream = None
+
+
+def _unreadable_types(types: Any) -> set[Any]:
+    """Those of the tensor types that the installed `gguf` cannot dequantise."""
+    from gguf import GGML_QUANT_SIZES
+    from gguf.quants import dequantize
+
+    unreadable = set()
+    for kind in set(types):
+        try:
+            dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), np.uint8), kind)
+        except NotImplementedError:
+            unreadable.add(kind)
+    return unreadable

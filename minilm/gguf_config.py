@@ -1,0 +1,258 @@
+"""From the metadata of a GGUF file to the config.json that it was made from.
+
+Most of it is a change of names. Rope scaling is not. `linear` and `yarn` are in the metadata, but Llama 3's
+is not: the file has, as a tensor, the D/2 numbers by which it divides the frequencies, and the four
+parameters that gave these numbers have to be found from them (`_llama3_scaling`).
+
+llama.cpp knows many more options than these families have. One that is in the file and not known here is an
+error that names it, unless it has the value with which it does nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from minilm.checkpoint import WeightError
+
+ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Shapes = Mapping[str, tuple[int, ...]]
+
+# Keys under the architecture's name that are read below, or that have no bearing on the model.
+_KNOWN = {
+    "context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size",
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "attention.layer_norm_rms_epsilon", "attention.sliding_window", "rope.dimension_count", "rope.freq_base",
+    "rope.scale_linear", "rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length",
+    "rope.scaling.finetuned", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+    "tensor_data_layout", "pooling_type",
+}  # fmt: skip
+_WITHOUT_EFFECT: dict[str, Any] = {
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "attention.causal": True,
+    "use_parallel_residual": False,
+    "rope.scaling.attn_factor": 1.0,
+    "rope.scaling.yarn_attn_factor": 1.0,
+    "rope.scaling.yarn_ext_factor": 1.0,
+    "rope.scaling.yarn_log_multiplier": 0.0,
+}
+
+
+class _Options:
+    """The metadata of one architecture, with types and ranges checked."""
+
+    def __init__(self, path: Path, metadata: Mapping[str, Any], architecture: str) -> None:
+        self.path = path
+        self.metadata = metadata
+        self.prefix = architecture + "."
+
+    def fail(self, what: str) -> WeightError:
+        return WeightError(f"{self.path}: {what}")
+
+    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
+        """A whole number; also a list of equal ones, one a layer."""
+        value = self.metadata.get(self.prefix + key, default)
+        if isinstance(value, list) and value and value.count(value[0]) == len(value):
+            value = value[0]
+        if value is None:
+            raise self.fail(f"metadata {self.prefix}{key} is missing")
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise self.fail(
+                f"metadata {self.prefix}{key}: expected a whole number from {least} on, got {value!r}"
+            )
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        """A finite number, not negative. The float32 next to 1e-5 is taken for 1e-5."""
+        value = self.metadata.get(self.prefix + key, default)
+        if value is None:
+            raise self.fail(f"metadata {self.prefix}{key} is missing")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value < math.inf:
+            raise self.fail(f"metadata {self.prefix}{key}: expected a positive number, got {value!r}")
+        return _shortest(value)
+
+    def has(self, key: str) -> bool:
+        return self.prefix + key in self.metadata
+
+    def token(self, name: str) -> int | None:
+        value = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+            raise self.fail(
+                f"metadata tokenizer.ggml.{name}_token_id: expected a whole number, got {value!r}"
+            )
+        return value
+
+    def check_all_known(self) -> None:
+        for key, value in self.metadata.items():
+            option = key.removeprefix(self.prefix)
+            if option == key or option in _KNOWN:
+                continue
+            if option not in _WITHOUT_EFFECT:
+                raise self.fail(f"metadata {key} = {_brief(value)} is not supported")
+            if value != _WITHOUT_EFFECT[option]:
+                only = _WITHOUT_EFFECT[option]
+                raise self.fail(f"metadata {key} = {_brief(value)} is not supported, only {only!r}")
+
+
+def _shortest(value: float) -> float:
+    return float(str(np.float32(value))) if value < 3e38 else float(value)
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 40 else text[:37] + "..."
+
+
+def head_counts(path: Path, metadata: Mapping[str, Any], architecture: str) -> tuple[int, int]:
+    """The numbers of query heads and of key-value heads."""
+    options = _Options(path, metadata, architecture)
+    heads = options.integer("attention.head_count")
+    return heads, options.integer("attention.head_count_kv", heads)
+
+
+def config_from_metadata(
+    path: Path, metadata: Mapping[str, Any], architecture: str, shapes: Shapes, rope_factors: Array | None
+) -> dict[str, Any]:
+    """See `GGUFCheckpoint.hf_config`. `shapes` are those of the tensors, under their names in transformers;
+    `rope_factors` [D/2] what `rope_freqs.weight` has."""
+    options = _Options(path, metadata, architecture)
+    options.check_all_known()
+    heads, kv_heads = head_counts(path, metadata, architecture)
+    embeddings = shapes.get("model.embed_tokens.weight", ())
+    hidden = options.integer("embedding_length")
+    if len(embeddings) != 2 or embeddings[1] != hidden:
+        raise options.fail(f"token_embd.weight has shape {list(embeddings)}, expected [vocabulary, {hidden}]")
+    layers = options.integer("block_count")
+    stored = len({name.split(".")[2] for name in shapes if name.startswith("model.layers.")})
+    if layers != stored:
+        raise options.fail(f"metadata {options.prefix}block_count is {layers}, but there are {stored} layers")
+    head_dim = _head_dim(options, hidden, heads)
+    config: dict[str, Any] = {
+        "architectures": [ARCHITECTURES[architecture]],
+        "model_type": architecture,
+        "vocab_size": embeddings[0],
+        "hidden_size": hidden,
+        "intermediate_size": options.integer("feed_forward_length"),
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": options.integer("context_length"),
+        "rms_norm_eps": options.number("attention.layer_norm_rms_epsilon"),
+        "rope_theta": options.number("rope.freq_base", 10000.0),
+        "tie_word_embeddings": "lm_head.weight" not in shapes,
+    }
+    config["rope_scaling"] = _rope_scaling(options, head_dim, config["rope_theta"], rope_factors)
+    if architecture != "qwen2":  # whose query, key and value always have biases
+        config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in shapes
+    if architecture == "llama":
+        config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in shapes
+    if options.has("attention.sliding_window"):
+        if architecture != "llama":
+            raise options.fail(f"metadata {options.prefix}attention.sliding_window is not supported")
+        config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+        config["sliding_window"] = options.integer("attention.sliding_window")
+    return config | _token_ids(options)
+
+
+def _head_dim(options: _Options, hidden: int, heads: int) -> int:
+    head_dim = options.integer("attention.key_length", hidden // heads)
+    for key in ("attention.value_length", "rope.dimension_count"):
+        if options.integer(key, head_dim) != head_dim:
+            value = options.integer(key)
+            raise options.fail(f"metadata {options.prefix}{key} = {value} is not supported, only {head_dim}")
+    return head_dim
+
+
+def _token_ids(options: _Options) -> dict[str, Any]:
+    """bos, eos and pad; eos is a list where a chat model ends its turn with a token of its own."""
+    ends = [token for name in ("eos", "eot", "eom") if (token := options.token(name)) is not None]
+    ends = list(dict.fromkeys(ends))
+    return {
+        "bos_token_id": options.token("bos"),
+        "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None,
+        "pad_token_id": options.token("padding"),
+    }
+
+
+def _rope_scaling(
+    options: _Options, head_dim: int, theta: float, factors: Array | None
+) -> dict[str, Any] | None:
+    kind = options.metadata.get(options.prefix + "rope.scaling.type", "linear")
+    # llama.cpp takes 0 as "not given"; rope.scale_linear is what the key was called first
+    factor = options.number("rope.scaling.factor", options.number("rope.scale_linear", 0.0)) or 1.0
+    original = options.integer("rope.scaling.original_context_length", options.integer("context_length"))
+    if kind not in ("none", "linear", "yarn"):
+        raise options.fail(f"metadata {options.prefix}rope.scaling.type = {_brief(kind)} is not supported")
+    if factors is not None:
+        if kind == "yarn" or (kind == "linear" and factor != 1):
+            raise options.fail(f"both {options.prefix}rope.scaling.type = {kind!r} and rope_freqs.weight")
+        return _llama3_scaling(options, head_dim, theta, factors)
+    if kind == "yarn":
+        scaling = {"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original}
+        for key in ("beta_fast", "beta_slow"):
+            if options.has("rope.scaling.yarn_" + key):
+                scaling[key] = options.number("rope.scaling.yarn_" + key)
+        return scaling
+    return {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
+
+
+def llama3_factors(
+    head_dim: int, theta: float, factor: float, low: float, high: float, original: int
+) -> Array:
+    """By what Llama 3's scaling divides each of the D/2 frequencies, float64.
+
+    A channel that turns at least `high` times within `original` positions is left alone, one that turns at
+    most `low` times is slowed down by `factor`, and those between are interpolated.
+    """
+    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
+    turns = original * frequencies / (2 * math.pi)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
+    return np.asarray(1 / ((1 - smooth) / factor + smooth))
+
+
+def _llama3_scaling(options: _Options, head_dim: int, theta: float, factors: Array) -> dict[str, Any] | None:
+    """The parameters of Llama 3's rope scaling, from the divisors [D/2] of the frequencies.
+
+    `factor` is the largest divisor. The interpolated channels tell the rest: there 1/divisor is linear in the
+    number of turns. Turns are counted in any number of positions, so `original` may be chosen: the 8192 of
+    Llama 3, for which its files give back low = 1 and high = 4. What was found must give the divisors again.
+    """
+    found = np.asarray(factors, np.float64)
+    if found.shape != (head_dim // 2,) or not np.isfinite(found).all() or found.min() <= 0:
+        raise options.fail(
+            f"rope_freqs.weight: expected {head_dim // 2} positive numbers, got {_brief(found)}"
+        )
+    if found.min() == found.max():
+        return {"rope_type": "linear", "factor": _shortest(found[0])} if found[0] != 1 else None
+    factor, original = _shortest(found.max()), 8192
+    candidates = [(1.0, 4.0)]
+    if factor > 1:
+        smooth = (1 / found - 1 / factor) / (1 - 1 / factor)
+        between = (smooth > 1e-4) & (smooth < 1 - 1e-4)
+        if between.sum() >= 2:
+            turns = original * theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
+            slope, offset = np.polyfit(turns[between], smooth[between], 1)
+            candidates.append((-offset / slope, (1 - offset) / slope))
+    for low, high in candidates:
+        if 0 < low < high and np.allclose(
+            llama3_factors(head_dim, theta, factor, low, high, original), found, rtol=1e-4, atol=0
+        ):
+            return {
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": float(low),
+                "high_freq_factor": float(high),
+                "original_max_position_embeddings": original,
+            }
+    raise options.fail(
+        "rope_freqs.weight: these factors are not those of Llama 3's rope scaling, nor supported"
+    )

@@ -1,0 +1,197 @@
+"""The GGUF container: metadata and the table of tensors, read strictly.
+
+A GGUF file is a header (magic, version, two counts), key-value metadata, the table of tensors (name,
+dimensions, type, offset), padding, and the data. All numbers are little-endian. The format is described in
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the `gguf` package has a reader of its own, which
+we do not use because it trusts the counts in the file and makes an array object of every token of a
+vocabulary.
+
+Here no count is believed before the file has proved to be long enough for it, and nothing but the part that
+is asked for is read.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import struct
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from minilm.checkpoint import WeightError
+
+_SCALARS: dict[int, np.dtype[Any]] = {
+    0: np.dtype("u1"), 1: np.dtype("i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4"),
+    5: np.dtype("<i4"), 6: np.dtype("<f4"), 7: np.dtype("?"), 10: np.dtype("<u8"), 11: np.dtype("<i8"),
+    12: np.dtype("<f8"),
+}  # fmt: skip
+_STRING, _ARRAY = 8, 9
+_LENGTH = struct.Struct("<Q")
+_MAX_DIMENSIONS = 4
+
+
+class GGUFTensor(NamedTuple):
+    """One line of the table of tensors."""
+
+    shape: tuple[
+        int, ...
+    ]  # as in PyTorch, the slowest dimension first; the file has them the other way round
+    type: Any  # gguf.GGMLQuantizationType
+    offset: int  # of the data, from the start of the file
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class GGUFFile:
+    """What a GGUF file has besides data: `tensors` in the order of their data."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, GGUFTensor]
+
+
+def read_gguf_metadata(path: str | Path) -> dict[str, Any]:
+    """The metadata of a GGUF file: numbers, booleans, strings, and lists of these. Raises WeightError."""
+    return _read(Path(path), with_tensors=False).metadata
+
+
+def read_gguf(path: str | Path) -> GGUFFile:
+    """Metadata and table of tensors, all of which lie within the file. Raises WeightError."""
+    return _read(Path(path), with_tensors=True)
+
+
+def _read(path: Path, *, with_tensors: bool) -> GGUFFile:
+    try:
+        with open(path, "rb") as file:
+            reader = _Reader(path, file)
+            tensor_count, metadata_count = reader.header()
+            metadata = reader.metadata(metadata_count)
+            tensors = reader.tensors(tensor_count, metadata) if with_tensors else {}
+    except OSError as error:
+        raise WeightError(f"{path}: cannot be read: {error}") from error
+    return GGUFFile(path, metadata, tensors)
+
+
+class _Reader:
+    """Reads forwards from the start of a file, never more than it has."""
+
+    def __init__(self, path: Path, file: BufferedReader) -> None:
+        self.path = path
+        self.file = file
+        self.size = os.fstat(file.fileno()).st_size
+        self.left = self.size
+
+    def fail(self, what: str) -> WeightError:
+        return WeightError(
+            f"{self.path}: not a valid GGUF file: {what} (before byte {self.size - self.left})"
+        )
+
+    def take(self, count: int) -> bytes:
+        if count <= self.left:
+            data = self.file.read(count)
+            if len(data) == count:
+                self.left -= count
+                return data
+        raise self.fail(f"it ends early, {count} bytes expected, {self.left} left")
+
+    def number(self, dtype: str) -> int:
+        return int(np.frombuffer(self.take(np.dtype(dtype).itemsize), dtype)[0])
+
+    def count(self, what: str, each: int) -> int:
+        """A 64-bit count of things that take at least `each` bytes of the file."""
+        count = self.number("<u8")
+        if count * each > self.left:
+            raise self.fail(f"{count} {what} cannot be in the {self.left} bytes that are left")
+        return count
+
+    def string(self) -> str:
+        (length,) = _LENGTH.unpack(self.take(8))
+        try:
+            return str(self.take(length), "utf-8")
+        except UnicodeDecodeError as error:
+            raise self.fail(f"a string is not UTF-8: {error}") from error
+
+    def header(self) -> tuple[int, int]:
+        """The numbers of tensors and of metadata entries."""
+        magic = self.take(4)
+        if magic != b"GGUF":
+            raise self.fail(f"it starts with {magic!r}, not b'GGUF'")
+        version = self.number("<u4")
+        if version & 0xFFFF == 0:
+            raise self.fail("it is a big-endian one, which is not supported")
+        if version not in (2, 3):
+            raise self.fail(f"version {version} is not supported, only 2 and 3")
+        tensors = self.count("tensors", 8 + 4 + 8 + 4 + 8)
+        return tensors, self.count("metadata entries", 8 + 4 + 1)
+
+    def metadata(self, count: int) -> dict[str, Any]:
+        entries: dict[str, Any] = {}
+        for _ in range(count):
+            key = self.string()
+            if key in entries:
+                raise self.fail(f"metadata {key!r} is there twice")
+            entries[key] = self.value(self.number("<u4"))
+        return entries
+
+    def value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            item = self.number("<u4")
+            if item == _STRING:
+                return [self.string() for _ in range(self.count("strings", 8))]
+            dtype = self.scalar(item)
+            count = self.count("numbers", dtype.itemsize)
+            return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
+        dtype = self.scalar(kind)
+        return np.frombuffer(self.take(dtype.itemsize), dtype)[0].item()
+
+    def scalar(self, kind: int) -> np.dtype[Any]:
+        if kind not in _SCALARS:
+            raise self.fail(f"type {kind} of metadata is not supported")
+        return _SCALARS[kind]
+
+    def tensors(self, count: int, metadata: dict[str, Any]) -> dict[str, GGUFTensor]:
+        table = [self.tensor() for _ in range(count)]
+        alignment = metadata.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
+            raise self.fail(f"general.alignment must be a power of two, is {alignment!r}")
+        start = -(-(self.size - self.left) // alignment) * alignment
+        tensors: dict[str, GGUFTensor] = {}
+        end = start
+        for name, tensor in sorted(table, key=lambda line: line[1].offset):
+            if name in tensors:
+                raise self.fail(f"tensor {name} is there twice")
+            begin = start + tensor.offset
+            if tensor.offset % alignment or begin < end:
+                raise self.fail(f"the data of {name} cannot be at {begin}: not aligned, or within another's")
+            end = begin + tensor.nbytes
+            if end > self.size:
+                raise WeightError(
+                    f"{self.path}: truncated: the data of {name} ends at byte {end}, the file at {self.size}"
+                )
+            tensors[name] = tensor._replace(offset=begin)
+        return tensors
+
+    def tensor(self) -> tuple[str, GGUFTensor]:
+        """A line of the table; its offset still counts from the start of the data."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        name = self.string()
+        dimensions = self.number("<u4")
+        if not 1 <= dimensions <= _MAX_DIMENSIONS:
+            raise self.fail(f"{name} has {dimensions} dimensions, from 1 to {_MAX_DIMENSIONS} are possible")
+        shape = tuple(self.number("<u8") for _ in range(dimensions))[::-1]
+        code, offset = self.number("<u4"), self.number("<u8")
+        try:
+            kind = GGMLQuantizationType(code)
+            block, block_bytes = GGML_QUANT_SIZES[kind]
+        except (ValueError, KeyError) as error:
+            raise self.fail(f"{name} is stored in the unknown type {code}") from error
+        if shape[-1] % block or 0 in shape:
+            raise self.fail(f"{name} of shape {list(shape)} cannot be {kind.name}, in blocks of {block}")
+        return name, GGUFTensor(shape, kind, offset, math.prod(shape) // block * block_bytes)
