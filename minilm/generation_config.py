@@ -1,0 +1,163 @@
+"""`GenerationConfig`: how a checkpoint wants its text to be written, as generation_config.json holds it.
+
+An option that is None is not set: what is asked of `generate` comes first, then `model.generation_config`, then `DEFAULTS`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import __version__
+from .config import ConfigError
+
+if TYPE_CHECKING:
+    from .pretrained_config import PretrainedConfig
+
+DEFAULTS: dict[str, Any] = {
+    "max_length": 20,
+    "min_length": 0,
+    "do_sample": False,
+    "use_cache": True,
+    "temperature": 1.0,
+    "top_k": 50,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+    "num_return_sequences": 1,
+    "output_scores": False,
+    "output_logits": False,
+    "return_dict_in_generate": False,
+}
+"""What `generate` takes for options that nobody has set; transformers' values."""
+
+WITHOUT_DEFAULT = (
+    *("max_new_tokens", "min_new_tokens", "min_p", "stop_strings", "eos_token_id", "pad_token_id", "bos_token_id"),
+    *("prefill_chunk_size", "seed"),
+)
+OPTIONS = (*DEFAULTS, *WITHOUT_DEFAULT)
+"""The options that minilm honours."""
+
+UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "num_beams": (1,),
+    "num_beam_groups": (1,),
+    "diversity_penalty": (0.0,),
+    "penalty_alpha": (0.0,),
+    "dola_layers": (),
+    "constraints": (),
+    "force_words_ids": (),
+    "use_mtp": (False,),
+    "speculation_type": (),
+    "prompt_lookup_num_tokens": (),
+    "assistant_early_exit": (),
+    "typical_p": (1.0,),
+    "top_h": (),
+    "epsilon_cutoff": (0.0,),
+    "eta_cutoff": (0.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "encoder_no_repeat_ngram_size": (0,),
+    "bad_words_ids": (),
+    "sequence_bias": (),
+    "suppress_tokens": (),
+    "begin_suppress_tokens": (),
+    "forced_bos_token_id": (),
+    "forced_eos_token_id": (),
+    "exponential_decay_length_penalty": (),
+    "remove_invalid_values": (False,),
+    "renormalize_logits": (False,),
+    "guidance_scale": (1, 1.0),
+    "token_healing": (False,),
+    "watermarking_config": (),
+    "max_time": (),
+    "output_attentions": (False,),
+    "output_hidden_states": (False,),
+}
+"""Options of transformers that minilm does not have, with the values (besides None) that ask for nothing."""
+
+WITHOUT_EFFECT = frozenset(
+    "early_stopping length_penalty cache_implementation cache_config max_cache_len low_memory compile_config disable_compile "
+    "decoder_start_token_id is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold "
+    "max_matching_ngram_size assistant_lookbehind target_lookbehind assistant_ensemble_weight "
+    "transformers_version minilm_version _from_model_config _commit_hash".split()
+)
+"""Options that only tune what is unsupported, or how transformers computes."""
+
+
+class GenerationConfig:
+    """A bag of options of `generate`, under transformers' names. Options that are not set are None."""
+
+    def __init__(self, **options: Any) -> None:
+        for name in OPTIONS:
+            setattr(self, name, None)
+        for name, value in options.items():
+            setattr(self, name, value)
+
+    def __getattr__(self, name: str) -> Any:
+        if name in UNSUPPORTED or name in WITHOUT_EFFECT:
+            return None
+        raise AttributeError(f"the generation configuration has no option {name!r}")
+
+    @classmethod
+    def from_model_config(cls, config: PretrainedConfig) -> GenerationConfig:
+        """From the options of generation that a model's own configuration holds (special tokens, and more in old ones)."""
+        known = {*OPTIONS, *UNSUPPORTED} - {"use_cache"}
+        return cls(**{name: value for name, value in config.to_dict().items() if name in known and value is not None})
+
+    @classmethod
+    def from_checkpoint(cls, stored: dict[str, Any], config: PretrainedConfig) -> GenerationConfig:
+        """From the contents of a generation_config.json; from the model's configuration when there is none ({})."""
+        if not isinstance(stored, dict):
+            raise ConfigError(f"generation_config.json must hold an object, and holds {type(stored).__name__}")
+        if not stored:
+            return cls.from_model_config(config)
+        return cls(**{str(name): value for name, value in stored.items() if name not in WITHOUT_EFFECT})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name: str | os.PathLike[str], **overrides: Any) -> GenerationConfig:
+        """generation_config.json of a folder or of a name on the hub, with overrides."""
+        from .auto import HUB_OPTIONS
+        from .hub import read_json, resolve
+
+        hub = {name: overrides.pop(name) for name in HUB_OPTIONS if name in overrides}
+        folder = resolve(pretrained_model_name, files="config", **hub)
+        file = folder / "generation_config.json"
+        if not file.is_file():
+            raise ConfigError(f"{folder} has no generation_config.json")
+        return cls(**{**read_json(file, error=ConfigError), **overrides})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The options that are set."""
+        return {name: copy.deepcopy(value) for name, value in vars(self).items() if value is not None}
+
+    def update(self, **options: Any) -> dict[str, Any]:
+        """Set the options that a generation configuration has; returns the others."""
+        unused = {}
+        for name, value in options.items():
+            if name in vars(self) or name in UNSUPPORTED or name in WITHOUT_EFFECT:
+                setattr(self, name, value)
+            else:
+                unused[name] = value
+        return unused
+
+    def to_json_string(self) -> str:
+        """The text of generation_config.json."""
+        return json.dumps({**self.to_dict(), "minilm_version": __version__}, indent=2, sort_keys=True) + "\n"
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
+        """Write generation_config.json into a folder, which is made if need be."""
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / ".generation_config.json.part"
+        temporary.write_text(self.to_json_string(), encoding="utf-8")
+        temporary.replace(folder / "generation_config.json")
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, GenerationConfig) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return f"GenerationConfig {self.to_json_string()}"
