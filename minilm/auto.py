@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import warnings
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 
-from .archs import FAMILIES, families, family_of
+from .archs import families
 from .config import ConfigError
 from .heads import MODELS
 from .hub import read_json, resolve
 from .models import PreTrainedModel, initialise
 from .pretrained_config import PretrainedConfig
 from .weights import LoadReport, load_weights, open_checkpoint, save_weights
-
-log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -205,8 +200,6 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[st
 
 def alias(name: str) -> Any:
     """The class that a name of transformers stands for: BertModel, GPT2LMHeadModel, LlamaConfig, RobertaTokenizerFast, ..."""
-    from .tokenizer import AutoTokenizer
-
     for family in families():
         if not name.startswith(family.class_prefix):
             continue
@@ -216,6 +209,8 @@ def alias(name: str) -> Any:
         if name == f"{family.class_prefix}Config":
             return type(name, (PretrainedConfig,), {"model_type": family.model_type, "__module__": "minilm"})
         if name in (f"{family.class_prefix}Tokenizer", f"{family.class_prefix}TokenizerFast"):
+            from .tokenizer import AutoTokenizer
+
             return AutoTokenizer
     return None
 

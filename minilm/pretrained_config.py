@@ -65,6 +65,7 @@ class PretrainedConfig:
         values: dict[str, Any] = {**copy.deepcopy(COMMON), **copy.deepcopy(dict(family.defaults))}
         object.__setattr__(self, "_family", family)
         object.__setattr__(self, "_values", values)
+        object.__setattr__(self, "model_type", family.model_type)
         num_labels = options.pop("num_labels", None)
         for key, value in options.items():
             setattr(self, key, value)
@@ -75,8 +76,6 @@ class PretrainedConfig:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in ("_values", "_family"):
             raise AttributeError(name)
-        if name == "model_type":
-            return self._family.model_type
         key = self._family.attribute_map.get(name, name)
         if key in self._values:
             return self._values[key]
@@ -90,10 +89,6 @@ class PretrainedConfig:
             name = "dtype"
         if name == "dtype" and value is not None:
             value = str(value).removeprefix("torch.")
-        if name == "id2label" and value is not None:
-            value = self._labels(value)
-        if name == "label2id" and value is not None and not isinstance(value, dict):
-            raise ConfigError(f"label2id must be a mapping of names to numbers, and is {value!r}")
         self._values[self._family.attribute_map.get(name, name)] = value
 
     @staticmethod
@@ -157,6 +152,8 @@ class PretrainedConfig:
 
     @label2id.setter
     def label2id(self, value: Any) -> None:
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"label2id must be a mapping of names to numbers, and is {value!r}")
         self._values["label2id"] = value
 
     # Files
@@ -165,7 +162,8 @@ class PretrainedConfig:
         values = copy.deepcopy(self._values)
         if values["id2label"] is not None:
             values["id2label"] = {str(k): v for k, v in values["id2label"].items()}
-        values = {k: v for k, v in values.items() if not (k in COMMON and v == COMMON[k])}
+        unset = {**COMMON, **{k: None for k, v in self._family.defaults.items() if v is None}}
+        values = {k: v for k, v in values.items() if not (k in unset and v == unset[k])}
         return {"model_type": self.model_type, **values}
 
     def to_json_string(self) -> str:

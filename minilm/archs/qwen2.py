@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..pretrained_config import PretrainedConfig
 
 DEFAULTS: dict[str, Any] = {
-    **llama.DEFAULTS,
+    **{k: v for k, v in llama.DEFAULTS.items() if k != "attention_bias"},
     "vocab_size": 151936,
     "intermediate_size": 22016,
     "num_key_value_heads": 32,

@@ -16,7 +16,7 @@ from .family import layer_windows
 if TYPE_CHECKING:
     from ..pretrained_config import PretrainedConfig
 
-DEFAULTS = {**qwen2.DEFAULTS, "head_dim": 128}
+DEFAULTS = {**qwen2.DEFAULTS, "head_dim": 128, "attention_bias": False}
 
 
 def translate(hf: PretrainedConfig) -> ModelConfig:
