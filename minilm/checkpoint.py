@@ -23,7 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ _DTYPES = {
     "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+C = TypeVar("C", bound="Checkpoint")
 
 
 class WeightError(ValueError):
@@ -79,7 +82,7 @@ class Checkpoint(ABC):
     def close(self) -> None:
         """Lets go of the files. Reading again opens them again."""
 
-    def __enter__(self) -> Checkpoint:
+    def __enter__(self: C) -> C:
         return self
 
     def __exit__(
