@@ -1,4 +1,4 @@
-"""Builds `minilm._C` from csrc/ and installs the folder kernels/ as `minilm.kernels`; the rest is in pyproject.
+"""Builds `minilm._C` from csrc/ and installs the folder kernels/ as `minilm.kernels`. See pyproject.toml too.
 
 The extension is built on PyTorch's stable ABI and Python's limited API: one binary serves PyTorch 2.10 and
 every later one, and CPython 3.10 and every later one. It needs PyTorch's headers and libraries, and a C++17
