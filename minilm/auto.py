@@ -1,4 +1,5 @@
-"""From a name to a model: finding the files, reading the configuration, building the class, filling it, and writing it back."""
+"""From a name to a model: finding the files, reading the configuration, building the class, filling it, and
+writing it back."""
 
 from __future__ import annotations
 
@@ -20,8 +21,20 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "gguf_file")
 WITHOUT_EFFECT = frozenset(
-    "attn_implementation low_cpu_mem_usage trust_remote_code use_safetensors weights_only resume_download force_download "
-    "proxies use_auth_token use_fast output_loading_info adapter_kwargs".split()
+    {
+        "adapter_kwargs",
+        "attn_implementation",
+        "force_download",
+        "low_cpu_mem_usage",
+        "output_loading_info",
+        "proxies",
+        "resume_download",
+        "trust_remote_code",
+        "use_auth_token",
+        "use_fast",
+        "use_safetensors",
+        "weights_only",
+    }
 )
 """Options of transformers' `from_pretrained` that programs pass and that ask for nothing here."""
 
@@ -30,8 +43,11 @@ class AutoConfig:
     """Configurations by name: ``AutoConfig.from_pretrained(name, num_labels=3)``."""
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> PretrainedConfig:
-        """The configuration of a checkpoint, with overrides. Errors: see `minilm.hub.resolve` and `ConfigError`."""
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
+    ) -> PretrainedConfig:
+        """The configuration of a checkpoint, with overrides. Errors: see `minilm.hub.resolve` and
+        `ConfigError`."""
         hub = {k: options.pop(k) for k in HUB_OPTIONS if k in options}
         options = {k: v for k, v in options.items() if k not in WITHOUT_EFFECT}
         return read_config(resolve(pretrained_model_name_or_path, files="config", **hub), **options)
@@ -67,17 +83,23 @@ def _gguf_file(path: Path) -> Path | None:
     found = sorted(path.glob("*.gguf"))
     if len(found) > 1:
         names = ", ".join(f.name for f in found)
-        raise ConfigError(f"{path} has several GGUF files ({names}): name the one to load, as path or with gguf_file=")
+        raise ConfigError(
+            f"{path} has several GGUF files ({names}): name the one to load, as path or with gguf_file="
+        )
     return found[0] if found else None
 
 
 def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """torch.float16, "float16", "torch.float16" -> torch.float16; None and "auto" -> None. Raises ValueError."""
+    """torch.float16, "float16" or "torch.float16" -> torch.float16; None and "auto" -> None."""
     if dtype is None or dtype == "auto":
         return None
-    found = dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
+    found = (
+        dtype if isinstance(dtype, torch.dtype) else getattr(torch, str(dtype).removeprefix("torch."), None)
+    )
     if not isinstance(found, torch.dtype) or not found.is_floating_point or found.itemsize == 1:
-        raise ValueError(f"dtype must be a floating-point dtype such as float32, bfloat16 or float16, and is {dtype!r}")
+        raise ValueError(
+            f"dtype must be a floating-point dtype such as float32, bfloat16 or float16, and is {dtype!r}"
+        )
     return found
 
 
@@ -109,14 +131,17 @@ def from_pretrained(
     add_pooling_layer: bool = True,
     **options: Any,
 ) -> Model:
-    """Load a checkpoint: a folder, a GGUF file, or a name on the hub. The model comes back in evaluation mode.
+    """Load a checkpoint: a folder, a GGUF file, or a name on the hub. The model comes back in evaluation
+    mode.
 
-    `dtype`: of the weights; None takes what the checkpoint says of itself (GGUF: float32). `device`: where to load to, the
-    CPU if not said. `config` replaces the checkpoint's; options that a configuration has (``num_labels=2``) override its own.
-    `revision`, `cache_dir`, `token`, `local_files_only`, `gguf_file` are for the hub. A head that the checkpoint lacks is
-    initialised, and a warning names its parameters; `ignore_mismatched_sizes` does the same for one of another shape.
+    `dtype`: of the weights; None takes what the checkpoint says of itself (GGUF: float32). `device`: where to
+    load to, the CPU if not said. `config` replaces the checkpoint's; options that a configuration has
+    (``num_labels=2``) override its own. `revision`, `cache_dir`, `token`, `local_files_only`, `gguf_file` are
+    for the hub. A head that the checkpoint lacks is initialised, and a warning names its parameters;
+    `ignore_mismatched_sizes` does the same for one of another shape.
 
-    Raises HubError (no such model), ConfigError (an option that is not supported), WeightError (tensors that do not fit).
+    Raises HubError (no such model), ConfigError (an option that is not supported), WeightError (tensors that
+    do not fit).
     """
     hub = {k: options.pop(k) for k in HUB_OPTIONS if k in options}
     overrides = {k: v for k, v in options.items() if k not in WITHOUT_EFFECT}
@@ -156,8 +181,8 @@ def _override(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
     unknown = [name for name in overrides if name not in config and name != "num_labels"]
     if unknown:
         raise TypeError(
-            f"from_pretrained got {', '.join(unknown)}, which is neither an option of loading nor of a {config.model_type} "
-            "configuration"
+            f"from_pretrained got {', '.join(unknown)}, which is neither an option of loading nor of a "
+            f"{config.model_type} configuration"
         )
     for name in ("num_labels", *overrides):  # before id2label, which says more
         if name in overrides:
@@ -181,7 +206,9 @@ def _read_generation_config(model: PreTrainedModel, path: Path) -> None:
     model.generation_config = GenerationConfig.from_checkpoint(stored, model.config)
 
 
-def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[str], *, max_shard_size: str = "5GB") -> None:
+def save_pretrained(
+    model: PreTrainedModel, save_directory: str | os.PathLike[str], *, max_shard_size: str = "5GB"
+) -> None:
     """Write config.json, the weights and the generation defaults; see `PreTrainedModel.save_pretrained`."""
     folder = Path(save_directory)
     if folder.is_file():
@@ -190,7 +217,11 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[st
     config = PretrainedConfig.from_dict(model.config.to_dict())
     config.architectures = [model.family.class_name(model.head_kind)]
     config.dtype = model.dtype
-    prefix = "" if model.head_kind == "base" else model.family.head_prefixes.get(model.head_kind, model.family.prefixes[0])
+    prefix = (
+        ""
+        if model.head_kind == "base"
+        else model.family.head_prefixes.get(model.head_kind, model.family.prefixes[0])
+    )
     save_weights(model, folder, model.family.rules(model.head_kind), prefix, max_shard_size=max_shard_size)
     config.save_pretrained(folder)
     generation = getattr(model, "generation_config", None)
@@ -199,7 +230,8 @@ def save_pretrained(model: PreTrainedModel, save_directory: str | os.PathLike[st
 
 
 def alias(name: str) -> Any:
-    """The class that a name of transformers stands for: BertModel, GPT2LMHeadModel, LlamaConfig, RobertaTokenizerFast, ..."""
+    """The class that a name of transformers stands for: BertModel, GPT2LMHeadModel, LlamaConfig,
+    RobertaTokenizerFast, ..."""
     for family in families():
         if not name.startswith(family.class_prefix):
             continue

@@ -1,11 +1,12 @@
 """The KV cache: what a decoder remembers of the tokens it has read, in pages.
 
     sequence 0: "the cat sat"      block_table   0: [2, 0]        k_pages[layer]  [page, slot, Hkv, D]
-    sequence 1: "a dog"                          1: [1]              page 2: the cat   page 0: sat .   page 1: a dog
+    sequence 1: "a dog"                          1: [1]              page 2: the cat   page 0: sat .   page 1:
+    a dog
 
-Each sequence owns whole pages of `page_size` tokens, found through its row of the block table, so that sequences of any
-length live side by side, grow without moving, and give their pages back when they end (Kwon et al. 2023,
-arXiv:2309.06180). Padding is never stored.
+Each sequence owns whole pages of `page_size` tokens, found through its row of the block table, so that
+sequences of any length live side by side, grow without moving, and give their pages back when they end (Kwon
+et al. 2023, arXiv:2309.06180). Padding is never stored.
 """
 
 from __future__ import annotations
@@ -37,12 +38,18 @@ class CacheStep:
 class KVCache:
     """Keys and values of all layers for a set of sequences (rows), each of its own length.
 
-    `page_size` in tokens. `dtype` is that of the stored keys and values. Rows are added by `add_rows`; the forward pass
-    calls `extend` once and then `minilm.ops.append_kv` for each layer.
+    `page_size` in tokens. `dtype` is that of the stored keys and values. Rows are added by `add_rows`; the
+    forward pass calls `extend` once and then `minilm.ops.append_kv` for each layer.
     """
 
     def __init__(
-        self, config: ModelConfig, *, rows: int = 0, dtype: torch.dtype, device: torch.device | str, page_size: int = 32
+        self,
+        config: ModelConfig,
+        *,
+        rows: int = 0,
+        dtype: torch.dtype,
+        device: torch.device | str,
+        page_size: int = 32,
     ) -> None:
         self.config = config
         self.page_size = page_size
@@ -106,7 +113,10 @@ class KVCache:
     def extend(self, rows: Sequence[int], counts: Sequence[int]) -> CacheStep:
         """Take room for `counts[i]` new tokens of `rows[i]` and say where they go."""
         fresh = all(self.lengths[row] == 0 for row in rows)
-        needed = [-(-(self.lengths[row] + n) // self.page_size) - len(self._pages_of[row]) for row, n in zip(rows, counts, strict=True)]
+        needed = [
+            -(-(self.lengths[row] + n) // self.page_size) - len(self._pages_of[row])
+            for row, n in zip(rows, counts, strict=True)
+        ]
         if sum(needed) > len(self._free):
             self._grow(max(sum(needed) - len(self._free), self._pages // 2))
         slots: list[int] = []
@@ -115,7 +125,10 @@ class KVCache:
             owned.extend(self._free.pop() for _ in range(pages))
             start = self.lengths[row]
             self.lengths[row] = start + n
-            slots.extend(owned[t // self.page_size] * self.page_size + t % self.page_size for t in range(start, start + n))
+            slots.extend(
+                owned[t // self.page_size] * self.page_size + t % self.page_size
+                for t in range(start, start + n)
+            )
         context = [self.lengths[row] for row in rows]
         width = max((len(self._pages_of[row]) for row in rows), default=0)
         table = [self._pages_of[row] + [0] * (width - len(self._pages_of[row])) for row in rows]

@@ -1,11 +1,12 @@
 """`ModelConfig`: the closed list of ways in which two Transformers differ.
 
-A checkpoint's ``config.json`` speaks the dialect of its family (``n_embd`` or ``hidden_size``, ``rope_theta`` here or there).
-Each family translates its dialect into this one (`minilm.archs`), and the model code reads nothing else. So this page says
-what the one Transformer of `minilm.models` can be; a field stands here only because two families really differ by it.
+A checkpoint's ``config.json`` speaks the dialect of its family (``n_embd`` or ``hidden_size``, ``rope_theta``
+here or there). Each family translates its dialect into this one (`minilm.archs`), and the model code reads
+nothing else. So this page says what the one Transformer of `minilm.models` can be; a field stands here only
+because two families really differ by it.
 
-Alphabet of dimensions, used in every docstring: B sequences, T packed tokens, S context, H query heads, Hkv key/value heads,
-D head size, C channels, F inner channels of the MLP, L layers, P positions, V vocabulary.
+Alphabet of dimensions, used in every docstring: B sequences, T packed tokens, S context, H query heads, Hkv
+key/value heads, D head size, C channels, F inner channels of the MLP, L layers, P positions, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,16 +16,19 @@ from typing import Literal
 
 
 class ConfigError(ValueError):
-    """A configuration holds an option, or a combination of them, that minilm does not support; the message names it."""
+    """A configuration holds an option, or a combination of them, that minilm does not support; the message
+    names it."""
 
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and the ways in which its reach is extended.
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and the ways in which its reach is
+    extended.
 
-    ``default``: frequencies theta^(-2i/D). ``linear``: divided by `factor` (Chen et al. 2023, arXiv:2306.15595).
-    ``dynamic``: theta grows once a sequence is longer than `max_positions` (NTK-aware). ``llama3``: low frequencies
-    divided by `factor`, high ones kept, a ramp between. ``yarn``: Peng et al. 2023, arXiv:2309.00071.
+    ``default``: frequencies theta^(-2i/D). ``linear``: divided by `factor` (Chen et al. 2023,
+    arXiv:2306.15595). ``dynamic``: theta grows once a sequence is longer than `max_positions` (NTK-aware).
+    ``llama3``: low frequencies divided by `factor`, high ones kept, a ramp between. ``yarn``: Peng et al.
+    2023, arXiv:2309.00071.
     """
 
     theta: float = 10_000.0
@@ -55,7 +59,8 @@ class ModelConfig:
     head_dim: int
     intermediate_size: int
     max_positions: int
-    """Longest sequence: rows of the position table less `position_offset`, or the context a rope model was made for."""
+    """Longest sequence: rows of the position table less `position_offset`, or the context a rope model was
+    made for."""
 
     causal: bool
     """Decoders attend to the past only; encoders to the whole sequence."""
@@ -91,7 +96,8 @@ class ModelConfig:
     scale_by_inverse_layer: bool = False
     """Scores of layer i are divided by i + 1 as well (GPT-2's scale_attn_by_inverse_layer_idx)."""
     windows: tuple[int | None, ...] = ()
-    """For each layer, how many keys a query sees, itself included (sliding window), or None for all. () = None everywhere."""
+    """For each layer, how many keys a query sees, itself included (sliding window), or None for all. () =
+    None everywhere."""
 
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
@@ -102,21 +108,31 @@ class ModelConfig:
     hidden_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size", "max_positions"):
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "intermediate_size",
+            "max_positions",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, and is {getattr(self, name)}")
         if self.num_layers < 0:
             raise ConfigError(f"num_layers must not be negative, and is {self.num_layers}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                f"the {self.num_heads} query heads cannot be shared evenly by {self.num_kv_heads} key/value heads"
+                f"{self.num_heads} query heads cannot be shared evenly by {self.num_kv_heads} key/value heads"
             )
         if self.windows and len(self.windows) != self.num_layers:
             raise ConfigError(f"{len(self.windows)} attention windows for {self.num_layers} layers")
         if any(window is not None and window < 1 for window in self.windows):
             raise ConfigError(f"an attention window must be at least 1 token, and they are {self.windows}")
         if self.positions == "rope" and (self.rope is None or self.head_dim % 2):
-            raise ConfigError(f"rope needs a RopeConfig and an even head size, and the head size is {self.head_dim}")
+            raise ConfigError(
+                f"rope needs a RopeConfig and an even head size, and the head size is {self.head_dim}"
+            )
 
     def window(self, layer: int) -> int | None:
         """Keys that a query of `layer` sees, itself included; None is all."""

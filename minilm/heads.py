@@ -1,7 +1,8 @@
 """Models with a head: what is asked of the last hidden states, and the loss it is trained with.
 
-Heads and losses work on packed tokens; only results are padded. Labels at padding never count. A loss is computed in
-float32, by the rules of transformers: -100 is ignored, classification looks at `config.problem_type`.
+Heads and losses work on packed tokens; only results are padded. Labels at padding never count. A loss is
+computed in float32, by the rules of transformers: -100 is ignored, classification looks at
+`config.problem_type`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from .packing import Packed
+from .packing import Packed, check_columns
 from .pretrained_config import PretrainedConfig
 
 
@@ -40,7 +41,8 @@ class Pooler(nn.Module):
 
     def forward(self, hidden: Tensor, packed: Packed) -> Tensor:
         """hidden [T, C] -> [B, C]."""
-        return self.dense(hidden[packed.first()], "tanh")
+        pooled: Tensor = self.dense(hidden[packed.first()], "tanh")
+        return pooled
 
 
 class AutoModel(PreTrainedModel):
@@ -61,7 +63,8 @@ class AutoModel(PreTrainedModel):
 
 
 class MaskedLMHead(nn.Module):
-    """norm(act(W x + b)), then a score for each token of the vocabulary; beside it, if asked for, next-sentence scores."""
+    """norm(act(W x + b)), then a score for each token of the vocabulary; beside it, if asked for,
+    next-sentence scores."""
 
     def __init__(self, model: PreTrainedModel, *, next_sentence: bool = False) -> None:
         super().__init__()
@@ -69,7 +72,9 @@ class MaskedLMHead(nn.Module):
         self.activation = family.mlm_activation or spec.activation
         self.dense = Linear(spec.hidden_size, spec.hidden_size)
         self.norm = Norm(spec, eps=family.mlm_norm_eps)
-        self.decoder = None if spec.tie_word_embeddings else Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.decoder = (
+            None if spec.tie_word_embeddings else Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        )
         self.bias = nn.Parameter(torch.zeros(spec.vocab_size))
         self.next_sentence = Linear(spec.hidden_size, 2) if next_sentence else None
 
@@ -135,7 +140,8 @@ class AutoModelForPreTraining(PreTrainedModel):
     def answer(
         self, result: BodyResult, labels: Tensor | None, next_sentence_label: Tensor | None = None
     ) -> dict[str, Any]:
-        """prediction_logits [B, S, V] and seq_relationship_logits [B, 2]; the loss is the sum of both, if both are labelled."""
+        """prediction_logits [B, S, V] and seq_relationship_logits [B, 2]; the loss is the sum of both, if
+        both are labelled."""
         logits = self.head(result.hidden, self.body.embeddings.tokens.weight)
         assert self.head.next_sentence is not None
         scores = self.head.next_sentence(self.pooler(result.hidden, result.packed))
@@ -144,7 +150,11 @@ class AutoModelForPreTraining(PreTrainedModel):
             tokens = token_loss(logits, labels, result.packed)
             assert tokens is not None
             loss = tokens + ops.cross_entropy(scores, next_sentence_label.view(-1))
-        return {"loss": loss, "prediction_logits": result.packed.pad(logits), "seq_relationship_logits": scores}
+        return {
+            "loss": loss,
+            "prediction_logits": result.packed.pad(logits),
+            "seq_relationship_logits": scores,
+        }
 
 
 class ClassificationHead(nn.Module):
@@ -180,7 +190,8 @@ class AutoModelForSequenceClassification(PreTrainedModel):
         self.head = ClassificationHead(self)
 
     def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
-        """logits [B, num_labels]; labels int64 [B], or float [B] (regression), or float [B, num_labels] (multi-label)."""
+        """logits [B, num_labels]; labels int64 [B], or float [B] (regression), or float [B, num_labels]
+        (multi-label)."""
         if self.pooler is not None:
             pooled = self.pooler(result.hidden, result.packed)
         elif self.family.sequence_head.pool == "first":
@@ -196,9 +207,10 @@ class AutoModelForSequenceClassification(PreTrainedModel):
         if pad is None or result.input_ids is None:
             return last
         tokens = result.packed.pack(result.input_ids)
-        index = torch.arange(len(tokens), device=tokens.device)
-        real = [s[ids != pad] for s, ids in zip(index.split(result.packed.lengths), tokens.split(result.packed.lengths), strict=True)]
-        ends = [s[-1] if len(s) else start for s, start in zip(real, result.packed.first(), strict=True)]
+        real = [(ids != pad).nonzero().flatten() for ids in torch.split(tokens, result.packed.lengths)]
+        ends = [
+            start + (at[-1] if len(at) else 0) for start, at in zip(result.packed.first(), real, strict=True)
+        ]
         return torch.stack(ends) if ends else last
 
 
@@ -224,7 +236,9 @@ class AutoModelForTokenClassification(PreTrainedModel):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
-        self.head = TokenHead(self, config.num_labels, bias=bool(config.get("token_classification_bias", True)))
+        self.head = TokenHead(
+            self, config.num_labels, bias=bool(config.get("token_classification_bias", True))
+        )
 
     def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
         """logits [B, S, num_labels]; labels int64 [B, S]."""
@@ -249,12 +263,15 @@ class AutoModelForQuestionAnswering(PreTrainedModel):
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
     ) -> dict[str, Any]:
-        """start_logits and end_logits [B, S]; positions int64 [B] are columns, those beyond the text are ignored.
+        """start_logits and end_logits [B, S]; positions int64 [B] are columns, those beyond the text are
+        ignored.
 
         Columns without a token get the lowest number of the dtype, so that they are never the answer.
         """
         if labels is not None:
-            raise TypeError("question answering is trained with start_positions and end_positions, not with labels")
+            raise TypeError(
+                "question answering is trained with start_positions and end_positions, not with labels"
+            )
         packed = result.packed
         scores = self.head(result.hidden)
         nowhere = torch.finfo(scores.dtype).min
@@ -263,7 +280,9 @@ class AutoModelForQuestionAnswering(PreTrainedModel):
         if start_positions is not None and end_positions is not None:
             columns = packed.columns
             targets = [p.view(-1).clamp(0, columns) for p in (start_positions, end_positions)]
-            loss = sum(ops.cross_entropy(s, t, columns) for s, t in zip((start, end), targets, strict=True)) / 2
+            loss = (
+                sum(ops.cross_entropy(s, t, columns) for s, t in zip((start, end), targets, strict=True)) / 2
+            )
         return {"loss": loss, "start_logits": start, "end_logits": end}
 
 
@@ -281,7 +300,9 @@ class CausalLMHead(nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         spec = model.spec
-        self.decoder = None if spec.tie_word_embeddings else Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        self.decoder = (
+            None if spec.tie_word_embeddings else Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        )
 
     def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """hidden [T, C], the token table [V, C] -> logits [T, V]."""
@@ -299,7 +320,8 @@ class AutoModelForCausalLM(PreTrainedModel):
         self.head = CausalLMHead(self)
 
     def answer(self, result: BodyResult, labels: Tensor | None, logits_to_keep: int = 0) -> dict[str, Any]:
-        """logits [B, S, V], or of the last `logits_to_keep` columns; labels int64 [B, S], which are shifted here."""
+        """logits [B, S, V], or of the last `logits_to_keep` columns; labels int64 [B, S], which are shifted
+        here."""
         packed, hidden = result.packed, result.hidden
         if logits_to_keep and labels is None:
             packed, kept = packed.last_columns(logits_to_keep)
@@ -317,20 +339,21 @@ class AutoModelForCausalLM(PreTrainedModel):
         """Write on from prompts; see `minilm.generate.generate`."""
         from .generate import generate
 
-        return generate(self, *args, **options)
+        tokens: Tensor = generate(self, *args, **options)
+        return tokens
 
 
 def token_loss(logits: Tensor, labels: Tensor | None, packed: Packed) -> Tensor | None:
     """Cross-entropy of packed logits [T, V] with padded labels [B, S]."""
     if labels is None:
         return None
-    if labels.shape != (packed.batch, packed.columns):
-        raise ValueError(f"labels must be [batch, tokens] = [{packed.batch}, {packed.columns}], and is {list(labels.shape)}")
+    check_columns("labels", labels, packed.batch, packed.columns)
     return ops.cross_entropy(logits, packed.pack(labels.to(logits.device)))
 
 
 def classification_loss(config: PretrainedConfig, logits: Tensor, labels: Tensor | None) -> Tensor | None:
-    """Regression, one class of several, or several at once, as `config.problem_type` says; if unset, it is seen from the labels."""
+    """Regression, one class of several, or several at once, as `config.problem_type` says; if unset, it is
+    seen from the labels."""
     if labels is None:
         return None
     labels = labels.to(logits.device)
@@ -344,14 +367,18 @@ def classification_loss(config: PretrainedConfig, logits: Tensor, labels: Tensor
             else "multi_label_classification"
         )
     if config.problem_type == "regression":
-        return F.mse_loss(logits.squeeze(), labels.squeeze()) if config.num_labels == 1 else F.mse_loss(logits, labels)
+        return (
+            F.mse_loss(logits.squeeze(), labels.squeeze())
+            if config.num_labels == 1
+            else F.mse_loss(logits, labels)
+        )
     if config.problem_type == "single_label_classification":
         return ops.cross_entropy(logits.view(-1, config.num_labels), labels.view(-1))
     if config.problem_type == "multi_label_classification":
         return F.binary_cross_entropy_with_logits(logits, labels)
     raise ValueError(
-        f"problem_type {config.problem_type!r} is unknown; expected regression, single_label_classification or "
-        "multi_label_classification"
+        f"problem_type {config.problem_type!r} is unknown; expected regression, single_label_classification "
+        "or multi_label_classification"
     )
 
 

@@ -1,6 +1,7 @@
 """The layers of the one Transformer, each built from `ModelConfig`: Embeddings, Attention, MLP, Norm, Block.
 
-Everything here works on packed tokens, [T, ...]; modules hold parameters and say which ops of `minilm.ops` run on them.
+Everything here works on packed tokens, [T, ...]; modules hold parameters and say which ops of `minilm.ops`
+run on them.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ class Embeddings(nn.Module):
         learned = config.positions == "learned"
         rows = config.max_positions + config.position_offset
         self.positions = nn.Embedding(rows, config.hidden_size) if learned else None
-        self.types = nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
+        self.types = (
+            nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
+        )
         self.norm = Norm(config) if config.embedding_norm else None
 
     def forward(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
@@ -97,7 +100,8 @@ class Embeddings(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention with one projection for q, k and v; grouped heads, rope, windows and the cache as configured."""
+    """Multi-head attention with one projection for q, k and v; grouped heads, rope, windows and the cache as
+    configured."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -113,8 +117,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, run: Pass) -> Tensor:
         """x [T, C] -> [T, C]."""
         c = self.config
-        qkv = self.qkv(x).unflatten(-1, (-1, c.head_dim))  # [T, H + 2 Hkv, D]
-        q, k, v = qkv.split((c.num_heads, c.num_kv_heads, c.num_kv_heads), dim=1)
+        qkv: Tensor = self.qkv(x).view(len(x), -1, c.head_dim)  # [T, H + 2 Hkv, D]
+        q, k, v = torch.split(qkv, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm.norm(q), self.k_norm.norm(k)
         q, k = self._rope_and_append(q, k, v, run)
@@ -135,7 +139,6 @@ class Attention(nn.Module):
                 window=self.window,
                 dropout_p=c.attention_dropout if self.training else 0.0,
             )
-            assert isinstance(out, Tensor)
         else:
             assert run.cache is not None
             out = ops.paged_attention(
@@ -150,7 +153,8 @@ class Attention(nn.Module):
                 scale=self.scale,
                 window=self.window,
             )
-        return self.out(out.flatten(1))
+        projected: Tensor = self.out(out.flatten(1))
+        return projected
 
     def _rope_and_append(self, q: Tensor, k: Tensor, v: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
         if run.cache is None or run.step is None:
@@ -162,7 +166,8 @@ class Attention(nn.Module):
         return q, k
 
     def _maps(self, q: Tensor, k: Tensor, run: Pass) -> Tensor:
-        """The attention probabilities as transformers shows them, [B, H, S, context], zero where there is no token."""
+        """The attention probabilities as transformers shows them, [B, H, S, context], zero where there is no
+        token."""
         packed, cu_k = run.packed, run.packed.cu_seqlens
         context = packed.columns
         if run.cache is not None and run.step is not None and not run.step.fresh:
@@ -173,10 +178,10 @@ class Attention(nn.Module):
             q, k, packed.cu_seqlens, cu_k, scale=self.scale, causal=self.config.causal, window=self.window
         )
         full = q.new_zeros(packed.batch, self.config.num_heads, packed.columns, context)
-        flat = torch.arange(packed.batch * packed.columns, device=q.device) if packed.indices is None else packed.indices
-        for row, (p, columns) in enumerate(zip(maps, (flat % max(packed.columns, 1)).split(packed.lengths), strict=True)):
-            seen = columns if p.shape[2] == p.shape[1] else torch.arange(p.shape[2], device=q.device)
-            full[row, :, columns[:, None], seen] = p
+        columns = torch.split(packed.flat_indices() % max(packed.columns, 1), packed.lengths)
+        for row, (p, at) in enumerate(zip(maps, columns, strict=True)):
+            seen = at if p.shape[2] == p.shape[1] else torch.arange(p.shape[2], device=q.device)
+            full[row, :, at[:, None], seen] = p
         return full
 
 
@@ -194,14 +199,15 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [T, C] -> [T, C]."""
         h = ops.gated(self.up(x), self.activation) if self.gated else self.up(x, self.activation)
-        return self.down(h)
+        y: Tensor = self.down(h)
+        return y
 
 
 class Block(nn.Module):
     """One layer: attention and MLP, each with a residual sum and a norm, before (pre) or after (post) it.
 
-    The residual stream travels as a pair (x, delta) whose sum it is: each norm adds the delta as it reads x, so the sum
-    costs no pass over memory of its own.
+    The residual stream travels as a pair (x, delta) whose sum it is: each norm adds the delta as it reads x,
+    so the sum costs no pass over memory of its own.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:

@@ -1,7 +1,9 @@
-"""The one Transformer, and what every model made of it can do: run on padded batches, save itself, load itself.
+"""The one Transformer, and what every model made of it can do: run on padded batches, save itself, load
+itself.
 
-`Transformer` is the body, on packed tokens: embeddings, blocks, final norm. `PreTrainedModel` is a body with a border around
-it: it packs the [B, S] batch that it is called with, runs the body, and pads the result. The heads are in `minilm.heads`.
+`Transformer` is the body, on packed tokens: embeddings, blocks, final norm. `PreTrainedModel` is a body with
+a border around it: it packs the [B, S] batch that it is called with, runs the body, and pads the result. The
+heads are in `minilm.heads`.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +23,12 @@ from .cache import KVCache
 from .config import ModelConfig
 from .layers import Block, Embeddings, Norm, Pass
 from .outputs import ModelOutput
-from .packing import Packed, pack
+from .packing import Packed, check_columns, pack
 from .pretrained_config import PretrainedConfig
+
+if TYPE_CHECKING:
+    from .generate import GenerationConfig
+    from .weights import LoadReport
 
 Model = TypeVar("Model", bound="PreTrainedModel")
 
@@ -38,9 +44,15 @@ class Transformer(nn.Module):
         self.norm = Norm(config) if config.final_norm else None
 
     def forward(
-        self, tokens: Tensor, positions: Tensor, types: Tensor | None, run: Pass, hidden_states: list[Tensor] | None = None
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        types: Tensor | None,
+        run: Pass,
+        hidden_states: list[Tensor] | None = None,
     ) -> Tensor:
-        """tokens int64 [T] or embedded [T, C]; positions, types int64 [T]. Returns the last hidden states, [T, C].
+        """tokens int64 [T] or embedded [T, C]; positions, types int64 [T]. Returns the last hidden states,
+        [T, C].
 
         `hidden_states`, when given, collects the residual stream before each layer and the result.
         """
@@ -92,6 +104,9 @@ class PreTrainedModel(nn.Module):
         self.spec: ModelConfig = self.family.config(config)
         self.body = Transformer(self.spec)
         self.name_or_path = ""
+        self.load_report: LoadReport | None = None
+        """What loading did: tensors read, initialised, skipped with the reason."""
+        self.generation_config: GenerationConfig | None = None
 
     # Running
     def forward(
@@ -110,7 +125,8 @@ class PreTrainedModel(nn.Module):
         return_dict: bool | None = None,
         **head_options: Any,
     ) -> Any:
-        """Run a padded batch; arguments and results have transformers' names (see `run`, and `answer` of the head)."""
+        """Run a padded batch; arguments and results have transformers' names (see `run`, and `answer` of the
+        head)."""
         result = self.run(
             input_ids,
             attention_mask,
@@ -126,7 +142,9 @@ class PreTrainedModel(nn.Module):
         if result.cache is not None and "past_key_values" in self.output_class.__dataclass_fields__:  # type: ignore[attr-defined]
             fields["past_key_values"] = result.cache
         output = self.output_class(**fields, hidden_states=result.hidden_states, attentions=result.attentions)
-        return output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        return (
+            output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        )
 
     def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
         """What the head makes of the hidden states: the fields of `output_class`."""
@@ -146,8 +164,9 @@ class PreTrainedModel(nn.Module):
     ) -> BodyResult:
         """Pack a padded batch, run the body, and keep the result packed for the head.
 
-        input_ids int64 [B, S] or inputs_embeds [B, S, C]; attention_mask [B, S], or [B, past + S] with a cache; the other
-        ids [B, S] (position_ids also [1, S]). Raises ValueError for shapes or ids that do not fit.
+        input_ids int64 [B, S] or inputs_embeds [B, S, C]; attention_mask [B, S], or [B, past + S] with a
+        cache; the other ids [B, S] (position_ids also [1, S]). Raises ValueError for shapes or ids that do
+        not fit.
         """
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
@@ -155,7 +174,12 @@ class PreTrainedModel(nn.Module):
         self._check_inputs(input_ids, inputs_embeds)
         batch, columns = given.shape[:2]
         cache = self._cache(batch, past_key_values, use_cache)
-        if attention_mask is not None and cache is not None and attention_mask.dim() == 2 and attention_mask.shape[1] > columns:
+        if (
+            attention_mask is not None
+            and cache is not None
+            and attention_mask.dim() == 2
+            and attention_mask.shape[1] > columns
+        ):
             attention_mask = attention_mask[:, -columns:] if columns else attention_mask[:, :0]
         packed = pack(batch, columns, attention_mask, given.device)
         positions = self._positions(packed, input_ids, position_ids, cache)
@@ -166,7 +190,9 @@ class PreTrainedModel(nn.Module):
             run.step = cache.extend(run.rows, packed.lengths)
         run.rope = self._rope(packed, positions, run)
         want_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        want_hidden = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        want_hidden = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
         run.attentions = [] if want_attentions else None
         hidden_states: list[Tensor] | None = [] if want_hidden else None
         hidden = self.body(packed.pack(given), positions, types, run, hidden_states)
@@ -179,11 +205,13 @@ class PreTrainedModel(nn.Module):
             None if run.attentions is None else tuple(run.attentions),
         )
 
-    def run_packed(self, tokens: Tensor, packed: Packed, *, cache: KVCache | None = None, rows: Sequence[int] = ()) -> Tensor:
+    def run_packed(
+        self, tokens: Tensor, packed: Packed, *, cache: KVCache | None = None, rows: Sequence[int] = ()
+    ) -> Tensor:
         """The body on tokens that are packed already: int64 [T] -> hidden states [T, C].
 
-        `packed.positions` are the tokens' true positions. With a cache, sequence b continues its row ``rows[b]``. This is
-        the entry of the decoding loop: no padding is made, and ids are not checked.
+        `packed.positions` are the tokens' true positions. With a cache, sequence b continues its row
+        ``rows[b]``. This is the entry of the decoding loop: no padding is made, and ids are not checked.
         """
         run = Pass(packed, None, cache, list(rows))
         if cache is not None:
@@ -197,11 +225,15 @@ class PreTrainedModel(nn.Module):
             assert inputs_embeds is not None
             if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.spec.hidden_size:
                 raise ValueError(
-                    f"inputs_embeds must be [batch, tokens, {self.spec.hidden_size}], and is {list(inputs_embeds.shape)}"
+                    f"inputs_embeds must be [batch, tokens, {self.spec.hidden_size}], and is "
+                    f"{list(inputs_embeds.shape)}"
                 )
             return
         if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-            raise ValueError(f"input_ids must be integers [batch, tokens], and is {input_ids.dtype} {list(input_ids.shape)}")
+            raise ValueError(
+                f"input_ids must be integers [batch, tokens], and is {input_ids.dtype} "
+                f"{list(input_ids.shape)}"
+            )
         self._check_ids("input_ids", input_ids, self.spec.vocab_size, "the vocabulary has")
 
     @staticmethod
@@ -209,7 +241,9 @@ class PreTrainedModel(nn.Module):
         if ids.numel() and not torch.compiler.is_compiling():
             low, high = (int(v) for v in ids.aminmax())
             if low < 0 or high >= size:
-                raise ValueError(f"{name} holds {low if low < 0 else high}, and {what} {size} entries (0 to {size - 1})")
+                raise ValueError(
+                    f"{name} holds {low if low < 0 else high}, and {what} {size} entries (0 to {size - 1})"
+                )
 
     def _cache(self, batch: int, past: KVCache | None, use_cache: bool) -> KVCache | None:
         if past is None:
@@ -217,7 +251,9 @@ class PreTrainedModel(nn.Module):
         if not self.spec.causal:
             raise ValueError(f"{self.config.model_type} is an encoder and takes no past_key_values")
         if not isinstance(past, KVCache):
-            raise ValueError(f"past_key_values must be the KVCache of an earlier call, and is {type(past).__name__}")
+            raise ValueError(
+                f"past_key_values must be the KVCache of an earlier call, and is {type(past).__name__}"
+            )
         if len(past.rows) != batch:
             raise ValueError(f"past_key_values holds {len(past.rows)} sequences, and the batch has {batch}")
         return past
@@ -232,11 +268,10 @@ class PreTrainedModel(nn.Module):
         """The position of each packed token, int64 [T]: a row of the position table, or an angle of rope."""
         spec = self.spec
         if position_ids is not None:
-            if position_ids.shape[-1] != packed.columns or position_ids.dim() > 2:
-                raise ValueError(
-                    f"position_ids must be [batch, tokens] = [{packed.batch}, {packed.columns}], and is {list(position_ids.shape)}"
-                )
-            positions = packed.pack(position_ids.expand(packed.batch, packed.columns))
+            if position_ids.dim() == 1 or position_ids.shape[:1] == (1,):  # one row for all
+                position_ids = position_ids.view(1, -1).expand(packed.batch, -1)
+            check_columns("position_ids", position_ids, packed.batch, packed.columns)
+            positions = packed.pack(position_ids)
         elif spec.positions_skip_padding_id is not None and input_ids is not None:
             real = (input_ids != spec.positions_skip_padding_id).long()
             positions = packed.pack(real.cumsum(1) * real - 1) + spec.position_offset
@@ -244,7 +279,9 @@ class PreTrainedModel(nn.Module):
             positions = packed.positions + spec.position_offset
             if cache is not None and cache.get_seq_length():
                 past = torch.tensor([cache.lengths[row] for row in cache.rows], device=positions.device)
-                positions = positions + past.repeat_interleave(torch.tensor(packed.lengths, device=positions.device))
+                positions = positions + past.repeat_interleave(
+                    torch.tensor(packed.lengths, device=positions.device)
+                )
         if spec.positions == "learned" and positions.numel() and not torch.compiler.is_compiling():
             high, rows = int(positions.max()), spec.max_positions + spec.position_offset
             if high >= rows or int(positions.min()) < 0:
@@ -256,10 +293,7 @@ class PreTrainedModel(nn.Module):
 
     def _types(self, packed: Packed, token_type_ids: Tensor) -> Tensor | None:
         size = self.spec.vocab_size if self.spec.types_are_tokens else self.spec.type_vocab_size
-        if token_type_ids.shape != (packed.batch, packed.columns):
-            raise ValueError(
-                f"token_type_ids must be [batch, tokens] = [{packed.batch}, {packed.columns}], and is {list(token_type_ids.shape)}"
-            )
+        check_columns("token_type_ids", token_type_ids, packed.batch, packed.columns)
         if size == 0:  # a tokenizer may make them for a model that has none
             return None
         self._check_ids("token_type_ids", token_type_ids, size, "the model has")
@@ -299,7 +333,8 @@ class PreTrainedModel(nn.Module):
         return sum(
             p.numel()
             for name, p in self.named_parameters()
-            if (p.requires_grad or not only_trainable) and not (exclude_embeddings and name.startswith("body.embeddings."))
+            if (p.requires_grad or not only_trainable)
+            and not (exclude_embeddings and name.startswith("body.embeddings."))
         )
 
     def get_memory_footprint(self) -> int:
@@ -309,34 +344,40 @@ class PreTrainedModel(nn.Module):
     def fused_sizes(self) -> dict[str, tuple[int, ...]]:
         """Rows of the parts of fused matrices, for the weight rules that split them."""
         s = self.spec
-        return {"qkv": (s.q_size, s.kv_size, s.kv_size), "gate_up": (s.intermediate_size, s.intermediate_size)}
+        return {
+            "qkv": (s.q_size, s.kv_size, s.kv_size),
+            "gate_up": (s.intermediate_size, s.intermediate_size),
+        }
 
     def resize_token_embeddings(self, new_num_tokens: int) -> nn.Embedding:
         """Grow or shrink the vocabulary; new rows are random. Output matrices and biases follow."""
         if new_num_tokens < 1:
-            raise ValueError(f"the vocabulary must have at least 1 token, and {new_num_tokens} were asked for")
-        old = self.body.embeddings.tokens
+            raise ValueError(
+                f"the vocabulary must have at least 1 token, and {new_num_tokens} were asked for"
+            )
         std = float(self.config.get("initializer_range", 0.02))
+        parameters = dict(self.named_parameters())
         with torch.no_grad():
-            for module, name, parameter in list(self._vocabulary_parameters()):
-                resized = parameter.new_empty(new_num_tokens, *parameter.shape[1:])
-                initialise(name, resized, std)
-                kept = min(new_num_tokens, parameter.shape[0])
-                resized[:kept] = parameter[:kept]
-                setattr(module, name, nn.Parameter(resized, requires_grad=parameter.requires_grad))
-        old.num_embeddings = new_num_tokens
+            for name in ("body.embeddings.tokens.weight", "head.decoder.weight", "head.bias"):
+                if name not in parameters:
+                    continue
+                old = parameters[name]
+                new = old.new_empty(new_num_tokens, *old.shape[1:])
+                initialise(name, new, std)
+                kept = min(len(old), new_num_tokens)
+                new[:kept] = old[:kept]
+                owner, _, attribute = name.rpartition(".")
+                setattr(self.get_submodule(owner), attribute, nn.Parameter(new, old.requires_grad))
+        self.body.embeddings.tokens.num_embeddings = new_num_tokens
         self.config.vocab_size = new_num_tokens
         self.spec = replace(self.spec, vocab_size=new_num_tokens)
         return self.body.embeddings.tokens
 
-    def _vocabulary_parameters(self) -> list[tuple[nn.Module, str, nn.Parameter]]:
-        """(module, attribute, parameter) of everything with one row a token; heads add theirs."""
-        tokens = self.body.embeddings.tokens
-        return [(tokens, "weight", tokens.weight)]
-
     # Files
     @classmethod
-    def from_pretrained(cls: type[Model], pretrained_model_name_or_path: str | os.PathLike[str], **options: Any) -> Model:
+    def from_pretrained(
+        cls: type[Model], pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
+    ) -> Model:
         """Load a checkpoint; see `minilm.auto.from_pretrained` for the options."""
         from .auto import from_pretrained
 
@@ -350,7 +391,8 @@ class PreTrainedModel(nn.Module):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> Model:
-        """A model with random weights, in evaluation mode off (as transformers' `from_config` leaves it: training)."""
+        """A model with random weights, in evaluation mode off (as transformers' `from_config` leaves it:
+        training)."""
         from .auto import as_dtype
 
         with torch.device("meta"):
@@ -364,7 +406,8 @@ class PreTrainedModel(nn.Module):
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, max_shard_size: str = "5GB") -> None:
-        """Write config.json and safetensors into a folder that transformers loads; nothing partial stays behind."""
+        """Write config.json and safetensors into a folder that transformers loads; nothing partial stays
+        behind."""
         from .auto import save_pretrained
 
         save_pretrained(self, save_directory, max_shard_size=max_shard_size)

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 class ModelOutput(OrderedDict[str, Any]):
-    """A dataclass that is a dict and a tuple too: ``out.logits``, ``out["logits"]``, ``out[0]``, ``out.to_tuple()``.
+    """A dataclass that is a dict and a tuple too: ``out.logits``, ``out["logits"]``, ``out[0]``,
+    ``out.to_tuple()``.
 
     Fields that are None are absent from the dict and from the tuple.
     """
@@ -49,7 +50,8 @@ Tensors = tuple[Tensor, ...]
 
 @dataclass
 class BaseModelOutput(ModelOutput):
-    """last_hidden_state [B, S, C]; hidden_states: one [B, S, C] before each layer and the last; attentions: [B, H, S, S] a layer."""
+    """last_hidden_state [B, S, C]; hidden_states: one [B, S, C] before each layer and the last; attentions:
+    [B, H, S, S] a layer."""
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None

@@ -1,12 +1,13 @@
-"""The border between padded batches, as people pass them, and packed sequences, as everything inside works on them.
+"""The border between padded batches, as people pass them, and packed sequences, as everything inside works on
+them.
 
     padded  [B, S]   mask           packed [T]        cu_seqlens
     a b c .          1 1 1 0        a b c d e         0 3 5
     . . d e          0 0 1 1
 
-Padding is dropped once, here, and put back (as zeros) once, on the way out: inside nothing is computed for it, and nothing
-can leak from it. A token's position is its column less the first real column of its row, so a row means the same with
-padding on either side.
+Padding is dropped once, here, and put back (as zeros) once, on the way out: inside nothing is computed for
+it, and nothing can leak from it. A token's position is its column less the first real column of its row, so a
+row means the same with padding on either side.
 """
 
 from __future__ import annotations
@@ -53,44 +54,60 @@ class Packed:
             x = full.index_copy(0, self.indices, x)
         return x.view(self.batch, self.columns, *x.shape[1:])
 
+    def flat_indices(self) -> Tensor:
+        """Where each token stands in the flattened batch, int64 [T]: row * S + column."""
+        if self.indices is not None:
+            return self.indices
+        return torch.arange(self.batch * self.columns, device=self.cu_seqlens.device)
+
     def first(self) -> Tensor:
-        """Packed index of the first token of each sequence, int64 [B]. Raises ValueError for an empty sequence."""
+        """Packed index of the first token of each sequence, int64 [B]. Raises ValueError for an empty
+        sequence."""
         self._no_empty("first")
         return self.cu_seqlens[:-1].long()
 
     def last(self) -> Tensor:
-        """Packed index of the last token of each sequence, int64 [B]. Raises ValueError for an empty sequence."""
+        """Packed index of the last token of each sequence, int64 [B]. Raises ValueError for an empty
+        sequence."""
         self._no_empty("last")
         return self.cu_seqlens[1:].long() - 1
 
     def last_columns(self, count: int) -> tuple[Packed, Tensor | None]:
-        """The part of the batch in its last `count` columns, and its packed indices here (None: all of it)."""
+        """The part of the batch in its last `count` columns, and its packed indices here (None: all)."""
         if count >= self.columns:
             return self, None
-        device = self.cu_seqlens.device
-        flat = torch.arange(self.batch * self.columns, device=device) if self.indices is None else self.indices
+        flat = self.flat_indices()
         kept = (flat % self.columns >= self.columns - count).nonzero().squeeze(1)
-        mask = torch.zeros(self.batch * self.columns, dtype=torch.bool, device=device).index_fill(0, flat, True)
-        return pack(self.batch, count, mask.view(self.batch, -1)[:, -count:], device), kept
+        mask = torch.zeros(self.batch * self.columns, dtype=torch.bool, device=flat.device).index_fill(
+            0, flat, True
+        )
+        return pack(self.batch, count, mask.view(self.batch, -1)[:, -count:], flat.device), kept
 
     def _no_empty(self, which: str) -> None:
         if 0 in self.lengths:
-            raise ValueError(f"row {self.lengths.index(0)} has no real token, so there is no {which} token to pool")
+            raise ValueError(
+                f"row {self.lengths.index(0)} has no real token, so there is no {which} token to pool"
+            )
+
+
+def check_columns(name: str, x: Tensor, batch: int, columns: int) -> None:
+    """`x` is [B, S], or ValueError."""
+    if x.shape != (batch, columns):
+        raise ValueError(f"{name} must be [batch, tokens] = [{batch}, {columns}], and is {list(x.shape)}")
 
 
 def pack(batch: int, columns: int, attention_mask: Tensor | None, device: torch.device) -> Packed:
     """Read a padding mask, [B, S] of 0/1 or bool (1 = real), or None when every token is real."""
     if attention_mask is not None:
-        if attention_mask.shape != (batch, columns):
-            raise ValueError(
-                f"attention_mask must be [batch, tokens] = [{batch}, {columns}], and is {list(attention_mask.shape)}"
-            )
+        check_columns("attention_mask", attention_mask, batch, columns)
         real = attention_mask.to(device) != 0
         if bool(real.all()):
             attention_mask = None
     column = torch.arange(columns, device=device).expand(batch, columns)
     if attention_mask is None:
-        cu_seqlens = torch.arange(0, (batch + 1) * columns, max(columns, 1), dtype=torch.int32, device=device)[: batch + 1]
+        cu_seqlens = torch.arange(
+            0, (batch + 1) * columns, max(columns, 1), dtype=torch.int32, device=device
+        )[: batch + 1]
         if columns == 0:
             cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=device)
         return Packed(batch, columns, None, [columns] * batch, cu_seqlens, column.reshape(-1))

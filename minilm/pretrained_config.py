@@ -1,8 +1,10 @@
 """`PretrainedConfig`: a checkpoint's config.json as people read and write it, under its family's own names.
 
-    config = AutoConfig.from_pretrained("bert-base-uncased"); config.hidden_size, config.id2label, config.num_labels = 3
+    config = AutoConfig.from_pretrained("bert-base-uncased"); config.hidden_size, config.id2label,
+    config.num_labels = 3
 
-It is a mutable bag of options with the family's defaults. The model reads `ModelConfig`, which the family makes of it.
+It is a mutable bag of options with the family's defaults. The model reads `ModelConfig`, which the family
+makes of it.
 """
 
 from __future__ import annotations
@@ -32,19 +34,84 @@ COMMON: dict[str, Any] = {
 """Options that every family has, with their defaults."""
 
 NO_EFFECT = frozenset(
-    "_name_or_path transformers_version minilm_version model_type torch_dtype auto_map attn_implementation "
-    "_attn_implementation _attn_implementation_autoset _commit_hash tokenizer_class task_specific_params torchscript "
-    "use_bfloat16 pretraining_tp gradient_checkpointing initializer_range tf_legacy_loss prefix is_encoder_decoder "
-    "chunk_size_feed_forward name_or_path transformers.js_config num_labels num_attention_heads_kv "
-    "bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id mask_token_id unk_token_id decoder_start_token_id "
-    "max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p "
-    "typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids "
-    "num_return_sequences output_scores return_dict_in_generate forced_bos_token_id forced_eos_token_id "
-    "remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens output_past directionality "
-    "pooler_fc_size pooler_num_attention_heads pooler_num_fc_layers pooler_size_per_head pooler_type language emb_size n_ctx "
-    "predict_special_tokens model_max_length vocab_file gguf sentence_transformers layer_norm_epsilon_ "
-    "tie_encoder_decoder cross_attention_hidden_size use_return_dict unsloth_version unsloth_fixed rope_interleaved is_llama_config "
-    "tie_weights_ pruned_heads pretraining".split()
+    {
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "_name_or_path",
+        "attn_implementation",
+        "auto_map",
+        "bad_words_ids",
+        "begin_suppress_tokens",
+        "bos_token_id",
+        "chunk_size_feed_forward",
+        "cls_token_id",
+        "cross_attention_hidden_size",
+        "decoder_start_token_id",
+        "directionality",
+        "diversity_penalty",
+        "do_sample",
+        "early_stopping",
+        "emb_size",
+        "encoder_no_repeat_ngram_size",
+        "eos_token_id",
+        "exponential_decay_length_penalty",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "gradient_checkpointing",
+        "initializer_range",
+        "is_encoder_decoder",
+        "language",
+        "length_penalty",
+        "mask_token_id",
+        "max_length",
+        "min_length",
+        "minilm_version",
+        "model_max_length",
+        "model_type",
+        "n_ctx",
+        "name_or_path",
+        "no_repeat_ngram_size",
+        "num_beam_groups",
+        "num_beams",
+        "num_labels",
+        "num_return_sequences",
+        "output_past",
+        "output_scores",
+        "pad_token_id",
+        "pooler_fc_size",
+        "pooler_num_attention_heads",
+        "pooler_num_fc_layers",
+        "pooler_size_per_head",
+        "pooler_type",
+        "predict_special_tokens",
+        "prefix",
+        "pretraining_tp",
+        "remove_invalid_values",
+        "repetition_penalty",
+        "return_dict_in_generate",
+        "sentence_transformers",
+        "sep_token_id",
+        "suppress_tokens",
+        "task_specific_params",
+        "temperature",
+        "tf_legacy_loss",
+        "tie_encoder_decoder",
+        "tokenizer_class",
+        "top_k",
+        "top_p",
+        "torch_dtype",
+        "torchscript",
+        "transformers.js_config",
+        "transformers_version",
+        "typical_p",
+        "unk_token_id",
+        "unsloth_fixed",
+        "unsloth_version",
+        "use_bfloat16",
+        "use_return_dict",
+        "vocab_file",
+    }
 )
 """Keys that real config.json files hold and that change nothing in a forward pass of these families."""
 
@@ -52,7 +119,8 @@ NO_EFFECT = frozenset(
 class PretrainedConfig:
     """Options of a checkpoint. Unknown attributes raise AttributeError; known ones have the family's default.
 
-    Class aliases such as ``BertConfig`` are this class with `model_type` set: ``BertConfig(hidden_size=384)``.
+    Class aliases such as ``BertConfig`` are this class with `model_type` set:
+    ``BertConfig(hidden_size=384)``.
     """
 
     model_type: str = ""
@@ -180,7 +248,8 @@ class PretrainedConfig:
 
     @classmethod
     def from_dict(cls, options: dict[str, Any], **overrides: Any) -> PretrainedConfig:
-        """From the contents of a config.json. Keys that the family does not know are announced in one warning."""
+        """From the contents of a config.json. Keys that the family does not know are announced in one
+        warning."""
         from .archs import family_of
 
         model_type = options.get("model_type") or cls.model_type
@@ -191,16 +260,19 @@ class PretrainedConfig:
         unknown = sorted(k for k, v in options.items() if k not in known and v not in (None, False))
         if unknown:
             warnings.warn(
-                f"the {model_type} configuration has keys that this family does not know; they have no effect: {', '.join(unknown)}",
+                f"the {model_type} configuration has keys that this family does not know and that have no "
+                "effect: " + ", ".join(unknown),
                 stacklevel=2,
             )
         config = PretrainedConfig(model_type=model_type)
-        config.update({k: v for k, v in options.items() if k not in ("model_type", "num_labels", "minilm_version")})
+        config.update(
+            {k: v for k, v in options.items() if k not in ("model_type", "num_labels", "minilm_version")}
+        )
         if "num_labels" in options and options.get("id2label") is None:
             config.num_labels = options["num_labels"]
-        labels = {k: overrides.pop(k) for k in ("num_labels", "id2label", "label2id") if k in overrides}
-        config.update(labels)
-        config.update(overrides)
+        for name in ("num_labels", *overrides):  # before id2label, which says more
+            if name in overrides:
+                setattr(config, name, overrides[name])
         return config
 
     def __repr__(self) -> str:

@@ -1,7 +1,8 @@
 """Rotary position embedding: the angle by which each pair of a head's dimensions turns, position by position.
 
-Position p turns the pair (i, i + D/2) by p * f_i, f_i = theta^(-2i/D), so that q·k depends on the distance of two tokens
-alone (Su et al. 2021, arXiv:2104.09864). The scaled variants change the f_i (see `RopeConfig`); they are written out here.
+Position p turns the pair (i, i + D/2) by p * f_i, f_i = theta^(-2i/D), so that q·k depends on the distance of
+two tokens alone (Su et al. 2021, arXiv:2104.09864). The scaled variants change the f_i (see `RopeConfig`);
+they are written out here.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def _plain(theta: float | Tensor, head_dim: int) -> Tensor:
 
 
 def _llama3(config: RopeConfig, plain: Tensor) -> Tensor:
-    """Wavelengths longer than original/low_freq_factor are slowed by `factor`, those shorter than original/high_freq_factor kept."""
+    """Wavelengths longer than original/low_freq_factor are slowed by `factor`, those shorter than
+    original/high_freq_factor kept."""
     wavelength = 2 * math.pi / plain
     ramp = (config.original_max_positions / wavelength - config.low_freq_factor) / (
         config.high_freq_factor - config.low_freq_factor
@@ -44,10 +46,15 @@ def _llama3(config: RopeConfig, plain: Tensor) -> Tensor:
 
 
 def _yarn(config: RopeConfig, plain: Tensor, head_dim: int) -> Tensor:
-    """Dimensions that turn more than beta_fast times over the original context are kept, fewer than beta_slow slowed."""
+    """Dimensions that turn more than beta_fast times over the original context are kept, fewer than beta_slow
+    slowed."""
 
     def dimension(turns: float) -> float:
-        return head_dim * math.log(config.original_max_positions / (turns * 2 * math.pi)) / (2 * math.log(config.theta))
+        return (
+            head_dim
+            * math.log(config.original_max_positions / (turns * 2 * math.pi))
+            / (2 * math.log(config.theta))
+        )
 
     low, high = dimension(config.beta_fast), dimension(config.beta_slow)
     if config.truncate:
@@ -58,14 +65,18 @@ def _yarn(config: RopeConfig, plain: Tensor, head_dim: int) -> Tensor:
     return plain / config.factor * slowed + plain * (1 - slowed)
 
 
-def angles(config: RopeConfig, head_dim: int, positions: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def angles(
+    config: RopeConfig, head_dim: int, positions: Tensor, context: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [T, D/2], at `positions` [T].
 
-    `context` [T] is the length, so far, of the sequence that each token belongs to; `dynamic` alone asks for it: past
-    `max_positions`, theta grows with it, for each sequence by itself.
+    `context` [T] is the length, so far, of the sequence that each token belongs to; `dynamic` alone asks for
+    it: past `max_positions`, theta grows with it, for each sequence by itself.
     """
     if config.type == "dynamic" and context is not None and bool((context > config.max_positions).any()):
-        stretch = config.factor * context.clamp(min=config.max_positions) / config.max_positions - (config.factor - 1)
+        stretch = config.factor * context.clamp(min=config.max_positions) / config.max_positions - (
+            config.factor - 1
+        )
         f = _plain(config.theta * stretch.float() ** (head_dim / (head_dim - 2)), head_dim)  # [T, D/2]
     else:
         f = frequencies(config, head_dim).to(positions.device)

@@ -1,4 +1,5 @@
-"""The model families. To add one: a file that says how it differs (`FAMILY = Family(...)`), and a line in `FAMILIES`."""
+"""The model families. To add one: a file that says how it differs (`FAMILY = Family(...)`), and a line in
+`FAMILIES`."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
 """BERT (Devlin et al. 2018, arXiv:1810.04805), and so MiniLM, E5, BGE, GTE and the many others built like it.
 
-An encoder. Token, position and type vectors are summed and normalised. Each layer normalises *after* its residual sums:
-x = norm(x + attention(x)), x = norm(x + mlp(x)), LayerNorm, exact GELU, biases everywhere. The pooler is a dense layer with
-tanh on the first token ([CLS]). The masked-LM head is dense + GELU + LayerNorm, then the token table again as the output
-matrix, with a bias of its own.
+An encoder. Token, position and type vectors are summed and normalised. Each layer normalises *after* its
+residual sums: x = norm(x + attention(x)), x = norm(x + mlp(x)), LayerNorm, exact GELU, biases everywhere. The
+pooler is a dense layer with tanh on the first token ([CLS]). The masked-LM head is dense + GELU + LayerNorm,
+then the token table again as the output matrix, with a bias of its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
-"""DistilBERT (Sanh et al. 2019, arXiv:1910.01108): BERT at half the depth, without token types and without a pooler.
+"""DistilBERT (Sanh et al. 2019, arXiv:1910.01108): BERT at half the depth, without token types and without a
+pooler.
 
-The options have names of their own (dim, n_heads, hidden_dim). Heads: classification is dense + ReLU on the first token,
-then the scores; the masked-LM head's norm has an epsilon of 1e-12 whatever the configuration says, as all its norms do.
+The options have names of their own (dim, n_heads, hidden_dim). Heads: classification is dense + ReLU on the
+first token, then the scores; the masked-LM head's norm has an epsilon of 1e-12 whatever the configuration
+says, as all its norms do.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ EPS = 1e-12
 
 
 def translate(hf: PretrainedConfig) -> ModelConfig:
-    """DistilBERT's options -> ModelConfig. (sinusoidal_pos_embds only says how a fresh position table is filled.)"""
+    """DistilBERT's options -> ModelConfig. (sinusoidal_pos_embds only says how a fresh position table is
+    filled.)"""
     return ModelConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.dim,
@@ -98,7 +101,10 @@ FAMILY = Family(
             tied("vocab_projector.weight", "head.decoder.weight", "tied to the token embeddings"),
             copy("vocab_projector.bias", "head.bias"),
         ),
-        "sequence-classification": (*affine("pre_classifier", "head.dense"), *affine("classifier", "head.out")),
+        "sequence-classification": (
+            *affine("pre_classifier", "head.dense"),
+            *affine("classifier", "head.out"),
+        ),
         "token-classification": affine("classifier", "head.out"),
         "question-answering": affine("qa_outputs", "head.out"),
     },

@@ -38,7 +38,8 @@ class SequenceHead:
 
 @dataclass(frozen=True)
 class Family:
-    """One model family. Weight rules are written without the prefix; `heads` holds those of each head by kind."""
+    """One model family. Weight rules are written without the prefix; `heads` holds those of each head by
+    kind."""
 
     model_type: str
     class_prefix: str
@@ -72,10 +73,12 @@ class Family:
             value = hf.get(name)
             if value is not None and value not in allowed:
                 only = " or ".join(map(repr, allowed)) or "its absence"
-                raise ConfigError(f"{self.model_type}: {name}={value!r} is not supported; minilm supports only {only}")
-        for name, kind in (("hidden_size", int), ("num_attention_heads", int), ("num_hidden_layers", int), ("vocab_size", int)):
+                raise ConfigError(
+                    f"{self.model_type}: {name}={value!r} is not supported; minilm supports only {only}"
+                )
+        for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
             value = hf.get(name)
-            if not isinstance(value, kind) or isinstance(value, bool):
+            if not isinstance(value, int) or isinstance(value, bool):
                 raise ConfigError(f"{self.model_type}: {name} must be a whole number, and is {value!r}")
         try:
             return self.translate(hf)
@@ -83,7 +86,8 @@ class Family:
             raise ConfigError(f"{self.model_type}: the configuration cannot be read: {error}") from error
 
     def rules(self, head: Head) -> tuple[Rule, ...]:
-        """All rules for a model with `head`: its own, and the other heads' names, to be skipped with a reason."""
+        """All rules for a model with `head`: its own, and the other heads' names, to be skipped with a
+        reason."""
         own = (*self.body, *self.pooler, *self.heads.get(head, ()))
         names = {name for rule in own for name in (*rule.sources, *rule.also)}
         skipped: dict[str, Rule] = {}
@@ -135,11 +139,14 @@ DECODER_ONLY: dict[str, tuple[Any, ...]] = {
 
 
 def rope_config(hf: PretrainedConfig, default_theta: float = 10_000.0) -> RopeConfig:
-    """Rope options, written as transformers 5 does (`rope_parameters`) or 4 did (`rope_theta`, `rope_scaling`)."""
+    """Rope options, written as transformers 5 does (`rope_parameters`) or 4 did (`rope_theta`,
+    `rope_scaling`)."""
     options: dict[str, Any] = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     kind = options.get("rope_type", options.get("type", "default"))
     if any(isinstance(value, dict) for value in options.values()):
-        raise ConfigError(f"{hf.model_type}: rope_parameters for each layer type apart are not supported: {options}")
+        raise ConfigError(
+            f"{hf.model_type}: rope_parameters for each layer type apart are not supported: {options}"
+        )
     known = {
         "default": set(),
         "linear": {"factor"},
@@ -151,9 +158,11 @@ def rope_config(hf: PretrainedConfig, default_theta: float = 10_000.0) -> RopeCo
         },
     }
     if kind not in known:
-        raise ConfigError(f"{hf.model_type}: rope_type {kind!r} is not supported; supported are {', '.join(known)}")
+        raise ConfigError(
+            f"{hf.model_type}: rope_type {kind!r} is not supported; supported are {', '.join(known)}"
+        )
     positions = int(hf.max_position_embeddings)
-    factor = options.get("factor")
+    factor: Any = options.get("factor")
     original = options.get("original_max_position_embeddings") or positions
     if kind in ("llama3", "yarn") and hf.get("original_max_position_embeddings"):
         original = hf.original_max_position_embeddings
@@ -162,12 +171,17 @@ def rope_config(hf: PretrainedConfig, default_theta: float = 10_000.0) -> RopeCo
     if kind != "default" and (not isinstance(factor, (int, float)) or factor <= 0):
         raise ConfigError(f"{hf.model_type}: rope_type {kind!r} needs a positive factor, and has {factor!r}")
     if options.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ConfigError(f"{hf.model_type}: partial_rotary_factor={options['partial_rotary_factor']} is not supported, only 1.0")
+        raise ConfigError(
+            f"{hf.model_type}: partial_rotary_factor={options['partial_rotary_factor']} is not supported, "
+            "only 1.0"
+        )
     surplus = set(options) - known[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if kind == "default":  # leftovers of an unscaled model have no effect in transformers either
         surplus -= {"factor", "original_max_position_embeddings"}
     if surplus:
-        raise ConfigError(f"{hf.model_type}: rope_type {kind!r} does not know the options {', '.join(sorted(surplus))}")
+        raise ConfigError(
+            f"{hf.model_type}: rope_type {kind!r} does not know the options {', '.join(sorted(surplus))}"
+        )
     theta = options.get("rope_theta", hf.get("rope_theta", default_theta))
     return RopeConfig(
         theta=float(theta),
@@ -198,7 +212,8 @@ def _yarn_attention_factor(options: Mapping[str, Any], factor: float) -> float:
 
 
 def layer_windows(hf: PretrainedConfig, sliding_window: int | None) -> tuple[int | None, ...]:
-    """Windows by layer from `layer_types`, or from `max_window_layers` (the first layers attend in full) in its absence."""
+    """Windows by layer from `layer_types`, or from `max_window_layers` (the first layers attend in full) in
+    its absence."""
     types = hf.get("layer_types")
     if types is None:
         first = hf.max_window_layers
@@ -207,5 +222,7 @@ def layer_windows(hf: PretrainedConfig, sliding_window: int | None) -> tuple[int
     if unknown:
         raise ConfigError(f"{hf.model_type}: layer_types {', '.join(unknown)} are not supported")
     if "sliding_attention" in types and sliding_window is None:
-        raise ConfigError(f"{hf.model_type}: layer_types names sliding_attention, and there is no sliding_window")
+        raise ConfigError(
+            f"{hf.model_type}: layer_types names sliding_attention, and there is no sliding_window"
+        )
     return tuple(sliding_window if kind == "sliding_attention" else None for kind in types)

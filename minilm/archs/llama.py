@@ -1,8 +1,10 @@
-"""Llama (Touvron et al. 2023, arXiv:2302.13971; Llama 2, arXiv:2307.09288; Llama 3, arXiv:2407.21783), SmolLM2, TinyLlama.
+"""Llama (Touvron et al. 2023, arXiv:2302.13971; Llama 2, arXiv:2307.09288; Llama 3, arXiv:2407.21783),
+SmolLM2, TinyLlama.
 
-A decoder with pre-norms like GPT-2's, and everything else changed: RMSNorm in place of LayerNorm, rotary positions in place
-of a table, a gated MLP (SwiGLU), no biases, fewer key/value heads than query heads (from Llama 2 70B on). Llama 3.1 stretches
-its rotary frequencies (`llama3`). Small ones tie the output matrix to the token table.
+A decoder with pre-norms like GPT-2's, and everything else changed: RMSNorm in place of LayerNorm, rotary
+positions in place of a table, a gated MLP (SwiGLU), no biases, fewer key/value heads than query heads (from
+Llama 2 70B on). Llama 3.1 stretches its rotary frequencies (`llama3`). Small ones tie the output matrix to
+the token table.
 """
 
 from __future__ import annotations
@@ -89,7 +91,10 @@ BODY: tuple[Rule, ...] = (
     fuse(_fused("mlp", "gate up", "bias"), "body.layers.{i}.mlp.up.bias", sizes="gate_up"),
     *affine("layers.{i}.mlp.down_proj", "body.layers.{i}.mlp.down"),
     copy("norm.weight", "body.norm.weight"),
-    ignore("layers.{i}.self_attn.rotary_emb.inv_freq", "the rotary frequencies, which follow from the configuration"),
+    ignore(
+        "layers.{i}.self_attn.rotary_emb.inv_freq",
+        "the rotary frequencies, which follow from the configuration",
+    ),
     ignore("rotary_emb.inv_freq", "the rotary frequencies, which follow from the configuration"),
 )
 HEADS: dict[Head, tuple[Rule, ...]] = {

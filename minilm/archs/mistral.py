@@ -1,7 +1,7 @@
 """Mistral (Jiang et al. 2023, arXiv:2310.06825): Llama with a sliding window, which every layer applies.
 
-A query sees `sliding_window` keys, itself included; over the layers, information still travels further. Later releases
-(v0.2 on) switch the window off with null.
+A query sees `sliding_window` keys, itself included; over the layers, information still travels further. Later
+releases (v0.2 on) switch the window off with null.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Qwen3 (arXiv:2505.09388): Llama with an RMSNorm over each head of q and k, which keeps the scores from growing.
+"""Qwen3 (arXiv:2505.09388): Llama with an RMSNorm over each head of q and k, which keeps the scores from
+growing.
 
 The head size is an option of its own (128 whatever the width), biases are optional, windows are as in Qwen2.
 """

@@ -1,8 +1,9 @@
 """RoBERTa (Liu et al. 2019, arXiv:1907.11692): BERT's body, trained longer, with three habits of its own.
 
-Positions begin at the padding index + 1 (so 2), a leftover of fairseq that makes the table two rows longer than the
-longest text, and count only tokens that are not padding. There is one token type. Its heads differ: the masked-LM head
-always uses exact GELU, and the classification head has its own dense + tanh in place of the pooler's.
+Positions begin at the padding index + 1 (so 2), a leftover of fairseq that makes the table two rows longer
+than the longest text, and count only tokens that are not padding. There is one token type. Its heads differ:
+the masked-LM head always uses exact GELU, and the classification head has its own dense + tanh in place of
+the pooler's.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ def translate(hf: PretrainedConfig) -> ModelConfig:
     offset = hf.pad_token_id + 1
     if hf.max_position_embeddings <= offset:
         raise ConfigError(
-            f"{hf.model_type}: positions begin at pad_token_id + 1 = {offset}, and max_position_embeddings is "
-            f"{hf.max_position_embeddings}"
+            f"{hf.model_type}: positions begin at pad_token_id + 1 = {offset}, and "
+            f"max_position_embeddings is {hf.max_position_embeddings}"
         )
     return replace(
         bert.translate(hf),
@@ -54,7 +55,10 @@ FAMILY = Family(
             tied("lm_head.decoder.weight", "head.decoder.weight", "tied to the token embeddings"),
             copy("lm_head.decoder.bias", "head.bias", also=("lm_head.bias",)),
         ),
-        "sequence-classification": (*affine("classifier.dense", "head.dense"), *affine("classifier.out_proj", "head.out")),
+        "sequence-classification": (
+            *affine("classifier.dense", "head.dense"),
+            *affine("classifier.out_proj", "head.out"),
+        ),
         "token-classification": affine("classifier", "head.out"),
         "question-answering": affine("qa_outputs", "head.out"),
     },

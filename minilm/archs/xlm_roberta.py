@@ -1,4 +1,5 @@
-"""XLM-RoBERTa (Conneau et al. 2019, arXiv:1911.02116): RoBERTa with a sentencepiece vocabulary of a hundred languages.
+"""XLM-RoBERTa (Conneau et al. 2019, arXiv:1911.02116): RoBERTa with a sentencepiece vocabulary of a hundred
+languages.
 
 As a network it is RoBERTa to the letter; its checkpoints even call their body ``roberta``.
 """
@@ -10,5 +11,8 @@ from dataclasses import replace
 from . import roberta
 
 FAMILY = replace(
-    roberta.FAMILY, model_type="xlm-roberta", class_prefix="XLMRoberta", defaults={**roberta.DEFAULTS, "vocab_size": 30522}
+    roberta.FAMILY,
+    model_type="xlm-roberta",
+    class_prefix="XLMRoberta",
+    defaults={**roberta.DEFAULTS, "vocab_size": 30522},
 )

@@ -1,11 +1,13 @@
 """The op interface: what a Transformer is made of, each op a function whose docstring is its contract.
 
-Every function checks its arguments, describes the call by its traits, and lets `minilm.ops.dispatch` choose between the
-implementations: the reference (eager PyTorch, the specification), PyTorch's fused kernels, the native extension, Triton.
+Every function checks its arguments, describes the call by its traits, and lets `minilm.ops.dispatch` choose
+between the implementations: the reference (eager PyTorch, the specification), PyTorch's fused kernels, the
+native extension, Triton.
 
-Layout: tokens of all sequences end to end. q is [T, H, D], k and v are [T, Hkv, D]; sequence b owns the tokens
-``cu_seqlens[b]:cu_seqlens[b + 1]`` (int32, [B + 1]). The cache is in pages, [pages, page size, Hkv, D] a layer. All ops
-return fresh tensors, except `append_kv` and `rope_append`, which write the pages they are given.
+Layout: tokens of all sequences end to end. q is [T, H, D], k and v are [T, Hkv, D]; sequence b owns the
+tokens ``cu_seqlens[b]:cu_seqlens[b + 1]`` (int32, [B + 1]). The cache is in pages, [pages, page size, Hkv, D]
+a layer. All ops return fresh tensors, except `append_kv` and `rope_append`, which write the pages they are
+given.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ __all__ = [
     "append_kv",
     "attention",
     "attention_probs",
+    "attention_with_lse",
     "backend",
     "cross_entropy",
     "dispatch",
@@ -98,7 +101,8 @@ def _norm_traits(x: Tensor, weight: Tensor) -> NormTraits:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis (Ba et al. 2016, arXiv:1607.06450).
+    """(x - mean) / sqrt(variance + eps) * weight + bias over the last axis (Ba et al. 2016,
+    arXiv:1607.06450).
 
     x [..., C]; weight and bias [C]; statistics in float32. Returns [..., C] in x's dtype. Differentiable.
     """
@@ -107,18 +111,24 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return result
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """(layer_norm(x + residual), x + residual) in one pass over memory. Shapes as in `layer_norm`; both results [..., C]."""
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(x + residual), x + residual) in one pass over memory. Shapes as in `layer_norm`; both
+    results [..., C]."""
     checks.same_shape("add_layer_norm", "x", x, "residual", residual)
     checks.affine("add_layer_norm", x, weight, bias)
-    result: tuple[Tensor, Tensor] = select("add_layer_norm", _norm_traits(x, weight))(x, residual, weight, bias, eps)
+    result: tuple[Tensor, Tensor] = select("add_layer_norm", _norm_traits(x, weight))(
+        x, residual, weight, bias, eps
+    )
     return result
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467).
 
-    x [..., C], weight [C]. The scaled row is rounded to x's dtype before the weight is applied, as Llama does.
+    x [..., C], weight [C]. The scaled row is rounded to x's dtype before the weight is applied, as Llama
+    does.
     """
     checks.affine("rms_norm", x, weight, None)
     result: Tensor = select("rms_norm", _norm_traits(x, weight))(x, weight, eps)
@@ -126,7 +136,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual) in one pass over memory. Shapes as in `rms_norm`; both results [..., C]."""
+    """(rms_norm(x + residual), x + residual) in one pass over memory. Shapes as in `rms_norm`; both results
+    [..., C]."""
     checks.same_shape("add_rms_norm", "x", x, "residual", residual)
     checks.affine("add_rms_norm", x, weight, None)
     result: tuple[Tensor, Tensor] = select("add_rms_norm", _norm_traits(x, weight))(x, residual, weight, eps)
@@ -146,20 +157,58 @@ def attention(
     causal: bool,
     window: int | None = None,
     dropout_p: float = 0.0,
-    return_lse: bool = False,
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Tensor:
     """softmax(scale q k^T) v, sequence by sequence (Vaswani et al. 2017, arXiv:1706.03762).
 
-    q [Tq, H, D]; k, v [Tk, Hkv, D] with H a multiple of Hkv; cu_seqlens int32 [B + 1]. With `causal`, the last query of a
-    sequence stands at its last key and none sees beyond itself. `window`: a query sees the keys at a distance below it (to
-    both sides unless causal). `dropout_p` drops probabilities (training). Returns [Tq, H, D], and with `return_lse` the
-    log-sum-exp of the scores too, float32 [H, Tq]. Differentiable.
+    q [Tq, H, D]; k, v [Tk, Hkv, D] with H a multiple of Hkv; cu_seqlens int32 [B + 1]. With `causal`, the
+    last query of a sequence stands at its last key and none sees beyond itself. `window`: a query sees the
+    keys at a distance below it (to both sides unless causal). `dropout_p` drops probabilities (training).
+    Returns [Tq, H, D]. Differentiable.
     """
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return _attention(q, k, v, *lengths, scale, causal, window, dropout_p, lse=False)[0]
+
+
+def attention_with_lse(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`attention`, and the log-sum-exp of the scores of each query, float32 [H, Tq]."""
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    return _attention(q, k, v, *lengths, scale, causal, window, 0.0, lse=True)
+
+
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    dropout_p: float,
+    *,
+    lse: bool,
+) -> tuple[Tensor, Tensor]:
     checks.heads("attention", q, k, v)
     checks.lengths("attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
     checks.lengths("attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
-        raise ValueError(f"attention: {len(cu_seqlens_q) - 1} sequences of queries and {len(cu_seqlens_k) - 1} of keys")
+        raise ValueError(
+            f"attention: {len(cu_seqlens_q) - 1} sequences of queries and {len(cu_seqlens_k) - 1} of keys"
+        )
     traits = AttentionTraits(
         q.device.type,
         q.dtype,
@@ -168,19 +217,28 @@ def attention(
         causal,
         window is not None,
         dropout_p > 0,
-        return_lse,
+        lse,
         _needs_grad(q, k, v),
     )
-    out, lse = select("attention", traits)(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal, window, dropout_p
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    result: tuple[Tensor, Tensor] = select("attention", traits)(
+        q, k, v, *lengths, scale, causal, window, dropout_p
     )
-    return (out, lse) if return_lse else out
+    return result
 
 
 def attention_probs(
-    q: Tensor, k: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, *, scale: float, causal: bool, window: int | None = None
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
 ) -> list[Tensor]:
-    """The attention maps themselves, for readers: softmax(scale q k^T), one [H, Sq, Sk] in q's dtype for each sequence."""
+    """The attention maps themselves, for readers: softmax(scale q k^T), one [H, Sq, Sk] in q's dtype for each
+    sequence."""
     q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     return [
         reference.probabilities(q[q0:q1], k[k0:k1], scale, causal, window)[0].to(q.dtype)
@@ -214,15 +272,16 @@ def paged_attention(
     scale: float,
     window: int | None = None,
 ) -> Tensor:
-    """Causal attention of new tokens over a paged cache that already holds them (Kwon et al. 2023, arXiv:2309.06180).
+    """Causal attention of new tokens over a paged cache that already holds them (Kwon et al. 2023,
+    arXiv:2309.06180).
 
-    q [T, H, D]; pages [pages, page size, Hkv, D]; block_table int32 [B, >= pages of the longest sequence]; context_lens
-    int32 [B], the new tokens included. Returns [T, H, D]. Not differentiable.
+    q [T, H, D]; pages [pages, page size, Hkv, D]; block_table int32 [B, >= pages of the longest sequence];
+    context_lens int32 [B], the new tokens included. Returns [T, H, D]. Not differentiable.
     """
     if block_table.shape[0] != context_lens.shape[0] or cu_seqlens_q.shape[0] != context_lens.shape[0] + 1:
         raise ValueError(
-            f"paged_attention: block_table {list(block_table.shape)}, cu_seqlens_q {list(cu_seqlens_q.shape)} and context_lens "
-            f"{list(context_lens.shape)} must speak of the same number of sequences"
+            f"paged_attention: block_table {list(block_table.shape)}, cu_seqlens_q "
+            f"{list(cu_seqlens_q.shape)} and context_lens {list(context_lens.shape)} must be about equally many sequences"
         )
     result: Tensor = select("paged_attention", _paged_traits(q, k_pages, window, max_seqlen_q))(
         q, k_pages, v_pages, block_table, cu_seqlens_q, context_lens, max_seqlen_q, max_context, scale, window
@@ -235,19 +294,23 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
     q [T, H, D], k [T, Hkv, D]; cos, sin float32 [T, D/2]. Returns the turned q and k. Differentiable.
     """
-    result: tuple[Tensor, Tensor] = select("rope", PointwiseTraits(q.device.type, q.dtype, None, _needs_grad(q, k)))(q, k, cos, sin)
+    result: tuple[Tensor, Tensor] = select(
+        "rope", PointwiseTraits(q.device.type, q.dtype, None, _needs_grad(q, k))
+    )(q, k, cos, sin)
     return result
 
 
 def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
-    """Write k, v [T, Hkv, D] into the pages (in place); token t goes to ``slots[t]`` (int64) = page * page size + offset."""
+    """Write k, v [T, Hkv, D] into the pages (in place); token t goes to ``slots[t]`` (int64) = page * page
+    size + offset."""
     select("append_kv", _paged_traits(k, k_pages, None, 0))(k, v, k_pages, v_pages, slots)
 
 
 def rope_append(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """`rope`, and `append_kv` of the turned k and of v, in one pass. Writes the pages; returns the turned q and k."""
+    """`rope`, and `append_kv` of the turned k and of v, in one pass. Writes the pages; returns the turned q
+    and k."""
     result: tuple[Tensor, Tensor] = select("rope_append", _paged_traits(q, k_pages, None, 0))(
         q, k, v, cos, sin, k_pages, v_pages, slots
     )
@@ -257,15 +320,21 @@ def rope_append(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     """activation(x weight^T + bias). x [..., in], weight [out, in], bias [out]. Differentiable."""
     if x.shape[-1] != weight.shape[1]:
-        raise ValueError(f"linear: x {list(x.shape)} ends in {x.shape[-1]}, and weight {list(weight.shape)} takes {weight.shape[1]}")
+        raise ValueError(
+            f"linear: x {list(x.shape)} ends in {x.shape[-1]}, and weight {list(weight.shape)} takes "
+            f"{weight.shape[1]}"
+        )
     traits = PointwiseTraits(x.device.type, x.dtype, activation, _needs_grad(x, weight, bias))
     result: Tensor = select("linear", traits)(x, weight, bias, activation)
     return result
 
 
 def gated(x: Tensor, activation: str) -> Tensor:
-    """activation(gate) * up, for x [..., 2F] = gate and up side by side (SwiGLU with silu). Returns [..., F]. Differentiable."""
-    result: Tensor = select("gated", PointwiseTraits(x.device.type, x.dtype, activation, _needs_grad(x)))(x, activation)
+    """activation(gate) * up, for x [..., 2F] = gate and up side by side (SwiGLU with silu). Returns [..., F].
+    Differentiable."""
+    result: Tensor = select("gated", PointwiseTraits(x.device.type, x.dtype, activation, _needs_grad(x)))(
+        x, activation
+    )
     return result
 
 

@@ -1,14 +1,15 @@
 """Which implementation of an op runs, why the others did not, and how a person overrules the choice.
 
-Every op of `minilm.ops` has a *reference* (eager PyTorch, the specification) and may have faster implementations. They
-stand in one table, ``(op, backend) -> Implementation``. Before a call, the op describes itself by a small hashable tuple,
-its *traits* (device, dtype, head size, ...), and `select` walks the backends in the order of preference of the device;
-the first whose ``supports(traits)`` returns None (and not a reason why it cannot) runs.
+Every op of `minilm.ops` has a *reference* (eager PyTorch, the specification) and may have faster
+implementations. They stand in one table, ``(op, backend) -> Implementation``. Before a call, the op describes
+itself by a small hashable tuple, its *traits* (device, dtype, head size, ...), and `select` walks the
+backends in the order of preference of the device; the first whose ``supports(traits)`` returns None (and not
+a reason why it cannot) runs.
 
 Two kinds of choice:
 
-- automatic: an unsuitable backend is passed over and its reason is kept for `explain`;
-- explicit (``with backend("triton"):`` or ``MINILM_BACKEND=triton``): the named backends, in the order given, and no
+- automatic: an unsuitable backend is passed over and its reason is kept for `explain`; - explicit (``with
+backend("triton"):`` or ``MINILM_BACKEND=triton``): the named backends, in the order given, and no
   others. If none of them can run the call, `BackendError` says why. Nothing ever falls back in silence.
 
 A decision depends on the traits and on the choice alone, so it is made once and then looked up.
@@ -27,7 +28,8 @@ import torch
 
 
 class Traits(Protocol):
-    """What an implementation may look at when it says whether it can run a call (each op has its own tuple of them)."""
+    """What an implementation may look at when it says whether it can run a call (each op has its own tuple of
+    them)."""
 
     @property
     def device(self) -> str: ...  # "cpu", "cuda", "meta", ...
@@ -42,7 +44,8 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute `op`: `call` has the op's own signature; `supports` returns None or the reason it cannot run."""
+    """One way to compute `op`: `call` has the op's own signature; `supports` returns None or the reason it
+    cannot run."""
 
     op: str
     backend: str
@@ -52,7 +55,8 @@ class Implementation:
 
 @dataclass
 class Decision:
-    """What was chosen for one op and one set of traits: the chosen implementation and, for each other, why it did not run."""
+    """What was chosen for one op and one set of traits: the chosen implementation and, for each other, why it
+    did not run."""
 
     op: str
     traits: Any
@@ -63,10 +67,11 @@ class Decision:
 
 
 BACKENDS = ("native", "triton", "torch", "reference")
-"""native: the C++/CUDA extension · triton: `minilm.kernels` · torch: PyTorch's own fused kernels · reference: eager."""
+"""native: the C++/CUDA extension · triton: `minilm.kernels` · torch: PyTorch's own fused kernels · reference:
+eager."""
 
 PREFERENCE: dict[str, tuple[str, ...]] = {
-    # On a CPU, Triton is an interpreter: right, and thousands of times too slow to be chosen without being asked for.
+    # On a CPU, Triton is an interpreter: right, and far too slow to be chosen without being asked for.
     "cpu": ("native", "torch", "reference"),
     "cuda": ("native", "triton", "torch", "reference"),
 }
@@ -86,7 +91,8 @@ def register(implementation: Implementation) -> None:
 
 
 def register_unavailable(backend: str, reason: str) -> None:
-    """Say why a whole backend is absent in this process ("triton is not installed"); `explain` and errors repeat it."""
+    """Say why a whole backend is absent in this process ("triton is not installed"); `explain` and errors
+    repeat it."""
     _unavailable[backend] = reason
     _decisions.clear()
 
@@ -143,9 +149,10 @@ def _current() -> _Choice:
 def backend(*names: str, **per_op: str | Sequence[str]) -> Iterator[None]:
     """Choose implementations for the calls inside the ``with`` block, in this thread.
 
-    ``backend("reference")`` allows one backend for every op; ``backend("native", "reference")`` several, in this order;
-    ``backend(attention="torch")`` rules one op and leaves the others as they were; ``backend("auto")`` restores the
-    automatic choice. A call that none of the named backends can run raises `BackendError`.
+    ``backend("reference")`` allows one backend for every op; ``backend("native", "reference")`` several, in
+    this order; ``backend(attention="torch")`` rules one op and leaves the others as they were;
+    ``backend("auto")`` restores the automatic choice. A call that none of the named backends can run raises
+    `BackendError`.
     """
     outer = _current()
     default = outer.default if not names else None if names == ("auto",) else _parse(names)
@@ -182,11 +189,14 @@ def _decide(op: str, traits: Traits, wanted: tuple[str, ...] | None) -> Decision
             return Decision(op, traits, wanted, implementation, refused)
         refused[name] = reason
     why = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
-    raise BackendError(f"{op} cannot run on {traits.device} in {traits.dtype} with the backend asked for: {why}")
+    raise BackendError(
+        f"{op} cannot run on {traits.device} in {traits.dtype} with the backend asked for: {why}"
+    )
 
 
 def select(op: str, traits: Traits) -> Callable[..., Any]:
-    """The implementation of `op` for a call with these traits, under the choice in force. Raises `BackendError`."""
+    """The implementation of `op` for a call with these traits, under the choice in force. Raises
+    `BackendError`."""
     choice = _current()
     wanted = choice.per_op.get(op, choice.default)
     key = (op, traits, wanted)
@@ -226,7 +236,8 @@ class Explanation:
 
 
 def explain(*, reset: bool = False) -> Explanation:
-    """What ran and why: for each op and kind of call, the implementation, the number of calls, and why others did not run.
+    """What ran and why: for each op and kind of call, the implementation, the number of calls, and why others
+    did not run.
 
     >>> import minilm
     >>> model(**batch); print(minilm.explain())          # doctest: +SKIP

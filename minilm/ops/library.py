@@ -1,7 +1,7 @@
 """The `torch` backend: PyTorch's own fused kernels, where they compute one of our ops.
 
-Attention calls `scaled_dot_product_attention` once for each run of consecutive sequences of one length, so that a batch of
-equal lengths is one call and nothing is computed for padding.
+Attention calls `scaled_dot_product_attention` once for each run of consecutive sequences of one length, so
+that a batch of equal lengths is one call and nothing is computed for padding.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def attention(
             if window is not None or (causal and sq != sk and sq > 1):
                 seen = reference.visible(sq, sk, causal, window, q.device)
             out = F.scaled_dot_product_attention(
-                q[q0:q1].unflatten(0, (n, sq)).transpose(1, 2),  # [n, H, Sq, D]
-                k[k0:k1].unflatten(0, (n, sk)).transpose(1, 2),
-                v[k0:k1].unflatten(0, (n, sk)).transpose(1, 2),
+                q[q0:q1].view(n, sq, *q.shape[1:]).transpose(1, 2),  # [n, H, Sq, D]
+                k[k0:k1].view(n, sk, *k.shape[1:]).transpose(1, 2),
+                v[k0:k1].view(n, sk, *v.shape[1:]).transpose(1, 2),
                 attn_mask=seen,
                 dropout_p=dropout_p,
                 is_causal=causal and seen is None and sq > 1,
@@ -73,5 +73,15 @@ def paged_attention(
 ) -> Tensor:
     """As `minilm.ops.paged_attention`: the pages are gathered, then attended to by `attention`."""
     return reference.paged_attention(
-        q, k_pages, v_pages, block_table, cu_seqlens_q, context_lens, max_seqlen_q, max_context, scale, window, attention
+        q,
+        k_pages,
+        v_pages,
+        block_table,
+        cu_seqlens_q,
+        context_lens,
+        max_seqlen_q,
+        max_context,
+        scale,
+        window,
+        attention,
     )

@@ -1,7 +1,8 @@
-"""The specification: each op in eager PyTorch, as plainly as it can be said. Everything faster is held against this page.
+"""The specification: each op in eager PyTorch, as plainly as it can be said. Everything faster is held
+against this page.
 
-Signatures and contracts stand in `minilm.ops`; here are only the formulas. Statistics, softmax and losses are computed in
-float32 (float64 inputs in float64), whatever the dtype of the inputs, with one cast at the end.
+Signatures and contracts stand in `minilm.ops`; here are only the formulas. Statistics, softmax and losses are
+computed in float32 (float64 inputs in float64), whatever the dtype of the inputs, with one cast at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
-def add_layer_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+def add_layer_norm(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
     total = x + residual
     return layer_norm(total, weight, bias, eps), total
 
@@ -61,7 +64,8 @@ def rope_append(
 
 
 def visible(queries: int, keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
-    """Which key each query sees, bool [queries, keys]; the last query stands at the last key. None: all of them."""
+    """Which key each query sees, bool [queries, keys]; the last query stands at the last key. None: all of
+    them."""
     if not causal and window is None:
         return None
     distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
@@ -69,7 +73,9 @@ def visible(queries: int, keys: int, causal: bool, window: int | None, device: t
     return seen if window is None else seen & (distance.abs() < window)
 
 
-def probabilities(q: Tensor, k: Tensor, scale: float, causal: bool, window: int | None) -> tuple[Tensor, Tensor]:
+def probabilities(
+    q: Tensor, k: Tensor, scale: float, causal: bool, window: int | None
+) -> tuple[Tensor, Tensor]:
     """softmax(q k^T scale) of one sequence, [H, Sq, Sk] in float32, and its log-sum-exp [H, Sq]."""
     keys = k.transpose(0, 1).repeat_interleave(q.shape[1] // k.shape[1], dim=0)  # [H, Sk, D]
     scores = _wide(q.transpose(0, 1) @ keys.transpose(1, 2)) * scale
@@ -116,7 +122,7 @@ def paged_attention(
     max_context: int,
     scale: float,
     window: int | None,
-    attend: Callable[..., tuple[Tensor, Tensor]] = attention,
+    attend: Callable[..., tuple[Tensor, Tensor | None]] = attention,
 ) -> Tensor:
     """Gather each sequence's pages and attend as if they had never been paged."""
     lens = context_lens.tolist()
