@@ -280,8 +280,9 @@ def paged_attention(
     """
     if block_table.shape[0] != context_lens.shape[0] or cu_seqlens_q.shape[0] != context_lens.shape[0] + 1:
         raise ValueError(
-            f"paged_attention: block_table {list(block_table.shape)}, cu_seqlens_q "
-            f"{list(cu_seqlens_q.shape)} and context_lens {list(context_lens.shape)} must be about equally many sequences"
+            f"paged_attention: block_table {list(block_table.shape)}, context_lens "
+            f"{list(context_lens.shape)} and cu_seqlens_q {list(cu_seqlens_q.shape)} must be about equally "
+            "many sequences"
         )
     result: Tensor = select("paged_attention", _paged_traits(q, k_pages, window, max_seqlen_q))(
         q, k_pages, v_pages, block_table, cu_seqlens_q, context_lens, max_seqlen_q, max_context, scale, window
