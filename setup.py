@@ -143,8 +143,8 @@ def configuration() -> dict[str, Any]:
         if wanted == "1":
             raise SystemExit(f"minilm: MINILM_BUILD_EXT=1, but minilm._C cannot be built: {reason}")
         print(
-            f"minilm: built without the native extension minilm._C: {reason}. To add it later: "
-            "MINILM_BUILD_EXT=1 pip install --no-build-isolation --force-reinstall --no-deps minilm",
+            f"minilm: installing without the native extension minilm._C: {reason}. To get it, mend that and "
+            "install again with MINILM_BUILD_EXT=1 and pip's --force-reinstall --no-deps",
             file=sys.stderr,
         )
         return {}
@@ -155,13 +155,14 @@ def configuration() -> dict[str, Any]:
     }
 
 
-setup(
-    packages=[
-        *find_packages(include=["minilm", "minilm.*"]),
-        "minilm.kernels",
-        *(f"minilm.kernels.{name}" for name in find_packages("kernels")),
-    ],
-    package_dir={"minilm.kernels": "kernels"},
-    package_data={"minilm": ["py.typed"]},
-    **configuration(),
-)
+if __name__ == "__main__":
+    setup(
+        packages=[
+            *find_packages(include=["minilm", "minilm.*"]),
+            "minilm.kernels",
+            *(f"minilm.kernels.{name}" for name in find_packages("kernels")),
+        ],
+        package_dir={"minilm.kernels": "kernels"},
+        package_data={"minilm": ["py.typed"]},
+        **configuration(),
+    )

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -63,6 +63,7 @@ def assert_close(actual: Tensor, eager: Tensor, exact: Tensor, *, allowed: float
     assert error <= 2 * eager_error + floor, f"error {error:.3g}, eager {eager_error:.3g}, floor {floor:.3g}"
 
 
+@settings(max_examples=300)
 @given(
     leading=st.sampled_from([(), (0,), (1,), (2,), (5,), (2, 3), (3, 0, 2)]),
     channels=st.sampled_from(WIDTHS),
