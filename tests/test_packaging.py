@@ -1,4 +1,4 @@
-"""What is built from the repository: wheels with and without the extension, the sdist; what setup.py decides."""
+"""What is built from the repository: wheels with and without the extension, sdist; what setup.py decides."""
 
 from __future__ import annotations
 
