@@ -1,6 +1,7 @@
 """`GenerationConfig`: how a checkpoint wants its text to be written, as generation_config.json holds it.
 
-An option that is None is not set: what is asked of `generate` comes first, then `model.generation_config`, then `DEFAULTS`.
+An option that is None is not set: what is asked of `generate` comes first, then `model.generation_config`,
+then `DEFAULTS`.
 """
 
 from __future__ import annotations
@@ -35,8 +36,15 @@ DEFAULTS: dict[str, Any] = {
 """What `generate` takes for options that nobody has set; transformers' values."""
 
 WITHOUT_DEFAULT = (
-    *("max_new_tokens", "min_new_tokens", "min_p", "stop_strings", "eos_token_id", "pad_token_id", "bos_token_id"),
-    *("prefill_chunk_size", "seed"),
+    "max_new_tokens",
+    "min_new_tokens",
+    "min_p",
+    "stop_strings",
+    "eos_token_id",
+    "pad_token_id",
+    "bos_token_id",
+    "prefill_chunk_size",
+    "seed",
 )
 OPTIONS = (*DEFAULTS, *WITHOUT_DEFAULT)
 """The options that minilm honours."""
@@ -78,10 +86,29 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 """Options of transformers that minilm does not have, with the values (besides None) that ask for nothing."""
 
 WITHOUT_EFFECT = frozenset(
-    "early_stopping length_penalty cache_implementation cache_config max_cache_len low_memory compile_config disable_compile "
-    "decoder_start_token_id is_assistant num_assistant_tokens num_assistant_tokens_schedule assistant_confidence_threshold "
-    "max_matching_ngram_size assistant_lookbehind target_lookbehind assistant_ensemble_weight "
-    "transformers_version minilm_version _from_model_config _commit_hash".split()
+    {
+        "early_stopping",
+        "length_penalty",
+        "cache_implementation",
+        "cache_config",
+        "max_cache_len",
+        "low_memory",
+        "compile_config",
+        "disable_compile",
+        "decoder_start_token_id",
+        "is_assistant",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold",
+        "max_matching_ngram_size",
+        "assistant_lookbehind",
+        "target_lookbehind",
+        "assistant_ensemble_weight",
+        "transformers_version",
+        "minilm_version",
+        "_from_model_config",
+        "_commit_hash",
+    }
 )
 """Options that only tune what is unsupported, or how transformers computes."""
 
@@ -102,21 +129,29 @@ class GenerationConfig:
 
     @classmethod
     def from_model_config(cls, config: PretrainedConfig) -> GenerationConfig:
-        """From the options of generation that a model's own configuration holds (special tokens, and more in old ones)."""
+        """From the options of generation that a model's own configuration holds (special tokens, and more in
+        old ones)."""
         known = {*OPTIONS, *UNSUPPORTED} - {"use_cache"}
-        return cls(**{name: value for name, value in config.to_dict().items() if name in known and value is not None})
+        return cls(
+            **{name: value for name, value in config.to_dict().items() if name in known and value is not None}
+        )
 
     @classmethod
     def from_checkpoint(cls, stored: dict[str, Any], config: PretrainedConfig) -> GenerationConfig:
-        """From the contents of a generation_config.json; from the model's configuration when there is none ({})."""
+        """From the contents of a generation_config.json; from the model's configuration when there is none
+        ({})."""
         if not isinstance(stored, dict):
-            raise ConfigError(f"generation_config.json must hold an object, and holds {type(stored).__name__}")
+            raise ConfigError(
+                f"generation_config.json must hold an object, and holds {type(stored).__name__}"
+            )
         if not stored:
             return cls.from_model_config(config)
         return cls(**{str(name): value for name, value in stored.items() if name not in WITHOUT_EFFECT})
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name: str | os.PathLike[str], **overrides: Any) -> GenerationConfig:
+    def from_pretrained(
+        cls, pretrained_model_name: str | os.PathLike[str], **overrides: Any
+    ) -> GenerationConfig:
         """generation_config.json of a folder or of a name on the hub, with overrides."""
         from .auto import HUB_OPTIONS
         from .hub import read_json, resolve

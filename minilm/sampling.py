@@ -1,0 +1,288 @@
+"""From the model's scores to the next token: what is done to the logits, and how a token is drawn from them.
+
+The functions on logits are pure: float32 [B, V] in, float32 [B, V] out; a token that is ruled out scores
+-inf. They compute what transformers' processors of the same names compute, and `process` applies them in
+transformers' order. A parameter is one number for all rows or a column [B, 1] with one for each, so that rows
+of different requests share a batch; a row's result does not depend on the others.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the tokens of one request are chosen. The values given here by default change nothing.
+
+    Raises ValueError for values out of range.
+    """
+
+    do_sample: bool = True
+    """Draw from the probabilities; otherwise take the most probable token, for which the filters say
+    nothing."""
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    """Scores of tokens of the prompt and the text: divided by it, or multiplied if negative
+    (arXiv:1909.05858)."""
+    presence_penalty: float = 0.0
+    """Subtracted once from the scores of tokens that the text (not the prompt) has."""
+    frequency_penalty: float = 0.0
+    """Subtracted for each time that the text has the token."""
+    no_repeat_ngram_size: int = 0
+    min_new_tokens: int = 0
+    ends: frozenset[int] = frozenset()
+    """Tokens that are ruled out until the text has `min_new_tokens`."""
+    seed: int | None = None
+    """What is drawn depends on (seed, index of the sample, step) alone; None: on the caller's generator."""
+
+    def __post_init__(self) -> None:
+        self._check(
+            "temperature", self.temperature > 0 and math.isfinite(self.temperature), "a number above 0"
+        )
+        self._check("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "a whole number from 0 (off)")
+        self._check("top_p", 0 <= self.top_p <= 1, "between 0 and 1")
+        self._check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
+        penalty = self.repetition_penalty
+        self._check("repetition_penalty", penalty > 0 and math.isfinite(penalty), "a number above 0")
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._check(name, math.isfinite(getattr(self, name)), "a finite number")
+        for name in ("no_repeat_ngram_size", "min_new_tokens"):
+            value = getattr(self, name)
+            self._check(name, isinstance(value, int) and value >= 0, "a whole number from 0 (off)")
+
+    def _check(self, name: str, fine: bool, expected: str) -> None:
+        if not fine:
+            raise ValueError(f"{name} must be {expected}, and is {getattr(self, name)!r}")
+
+    @cached_property
+    def counts(self) -> bool:
+        """Some penalty looks at the tokens so far."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.no_repeat_ngram_size)
+        return self.repetition_penalty != 1 or any(penalties)
+
+    @cached_property
+    def untouched(self) -> bool:
+        """The logits are used as the model gives them."""
+        filters = self.do_sample and (self.temperature, self.top_k, self.top_p, self.min_p) != (1, 0, 1, 0)
+        return not (self.counts or filters or (self.min_new_tokens and self.ends))
+
+
+def penalise_repetition(logits: Tensor, tokens: Tensor, penalty: float | Tensor) -> Tensor:
+    """Divide the positive scores of `tokens` (int64 [B, S]; V stands for none) by `penalty`, multiply the
+    negative."""
+    penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
+    return torch.where(_count(tokens, logits) > 0, penalised, logits)
+
+
+def penalise_presence(
+    logits: Tensor, tokens: Tensor, presence: float | Tensor, frequency: float | Tensor
+) -> Tensor:
+    """Subtract `frequency` for each time that `tokens` (int64 [B, S]; V stands for none) has a token, and
+    `presence` once."""
+    counts = _count(tokens, logits)
+    return logits - frequency * counts - presence * (counts > 0).to(logits.dtype)
+
+
+def _count(tokens: Tensor, logits: Tensor) -> Tensor:
+    counts = logits.new_zeros(
+        logits.shape[0], logits.shape[1] + 1
+    )  # [B, V + 1]: the last column takes the padding
+    counts.scatter_add_(1, tokens, torch.ones_like(tokens, dtype=logits.dtype))
+    return counts[:, :-1]
+
+
+def ban_repeated_ngrams(logits: Tensor, tokens: Tensor, size: int) -> Tensor:
+    """Rule out each token that would make an n-gram of `size` tokens that is there already.
+
+    tokens int64 [B, S], padded on the left with V.
+    """
+    if tokens.shape[1] < size:
+        return logits
+    windows = tokens.unfold(1, size, 1)  # [B, windows, size]
+    begun = tokens[:, tokens.shape[1] - size + 1 :]
+    repeats = (windows[..., :-1] == begun[:, None]).all(-1) & (windows[..., 0] != logits.shape[1])
+    last = torch.where(repeats, windows[..., -1], logits.shape[1])
+    return logits.masked_fill(_count(last, logits) > 0, -math.inf)
+
+
+def keep_top_k(logits: Tensor, k: int | Tensor) -> Tensor:
+    """Rule out what scores less than the `k`-th best token (int, or int64 [B, 1]; 0 is off)."""
+    if isinstance(k, int):
+        threshold = logits.topk(min(k, logits.shape[1])).values[:, -1:] if k else logits.new_tensor(-math.inf)
+    else:
+        k = k.clamp(max=logits.shape[1])
+        best = logits.topk(max(1, int(k.max()))).values
+        threshold = best.gather(1, (k - 1).clamp(min=0)).masked_fill(k == 0, -math.inf)
+    return logits.masked_fill(logits < threshold, -math.inf)
+
+
+def keep_top_p(logits: Tensor, p: float | Tensor) -> Tensor:
+    """Keep the fewest best tokens whose probabilities sum to `p` or more (Holtzman et al. 2020,
+    arXiv:1904.09751).
+
+    1 is off. At least one token is kept.
+    """
+    if isinstance(p, Tensor):
+        excess = torch.where(p < 1, 1 - p.double(), -1.0).to(logits.dtype)
+    elif p < 1:
+        excess = logits.new_tensor(1 - p)
+    else:
+        return logits
+    ascending, order = logits.sort(dim=-1)
+    dropped = ascending.softmax(-1).cumsum(-1) <= excess
+    dropped[:, -1] = False
+    return logits.masked_fill(dropped.scatter(1, order, dropped), -math.inf)
+
+
+def keep_min_p(logits: Tensor, p: float | Tensor) -> Tensor:
+    """Rule out tokens less probable than `p` times the most probable one (Nguyen et al. 2024,
+    arXiv:2407.01082)."""
+    probabilities = logits.softmax(-1)
+    best, index = probabilities.max(-1, keepdim=True)
+    return logits.masked_fill((probabilities < p * best).scatter(1, index, False), -math.inf)
+
+
+def process(
+    logits: Tensor,
+    rules: Sequence[Sampling],
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+) -> Tensor:
+    """All that the rows' `rules` ask for, in transformers' order.
+
+    logits float32 [B, V]; `prompts` and `texts` hold the tokens of each row's prompt and of what was written
+    since.
+    """
+    if all(rule.untouched for rule in rules):
+        return logits
+    if any(rule.counts for rule in rules):
+        logits = _process_history(logits, rules, prompts, texts)
+    early = [
+        (row, end)
+        for row, (rule, text) in enumerate(zip(rules, texts, strict=True))
+        if len(text) < rule.min_new_tokens
+        for end in rule.ends
+    ]
+    if early:
+        rows, ends = torch.tensor(early, device=logits.device).T
+        logits = logits.index_put((rows, ends), logits.new_tensor(-math.inf))
+    return _filter(logits, rules)
+
+
+def _process_history(
+    logits: Tensor,
+    rules: Sequence[Sampling],
+    prompts: Sequence[Sequence[int]],
+    texts: Sequence[Sequence[int]],
+) -> Tensor:
+    def padded(histories: list[list[int]]) -> Tensor:
+        width, nothing = max(map(len, histories)), logits.shape[1]
+        return torch.tensor(
+            [[nothing] * (width - len(h)) + h for h in histories], device=logits.device
+        ).long()
+
+    history = padded([[*prompt, *text] for prompt, text in zip(prompts, texts, strict=True)])
+    if any(rule.repetition_penalty != 1 for rule in rules):
+        penalty = _column([rule.repetition_penalty for rule in rules], logits)
+        logits = penalise_repetition(logits, history, penalty)
+    if any(rule.presence_penalty or rule.frequency_penalty for rule in rules):
+        presence = _column([rule.presence_penalty for rule in rules], logits)
+        frequency = _column([rule.frequency_penalty for rule in rules], logits)
+        logits = penalise_presence(logits, padded([list(text) for text in texts]), presence, frequency)
+    for size in {rule.no_repeat_ngram_size for rule in rules} - {0}:
+        rows = [row for row, rule in enumerate(rules) if rule.no_repeat_ngram_size == size]
+        index = torch.tensor(rows, device=logits.device)
+        logits = logits.index_copy(0, index, ban_repeated_ngrams(logits[index], history[index], size))
+    return logits
+
+
+def _filter(logits: Tensor, rules: Sequence[Sampling]) -> Tensor:
+    drawn = [rule if rule.do_sample else _NO_FILTER for rule in rules]
+    if any(rule.temperature != 1 for rule in drawn):
+        logits = logits / _column([rule.temperature for rule in drawn], logits)
+    if any(rule.top_k for rule in drawn):
+        ks = [rule.top_k for rule in drawn]
+        same = len(set(ks)) == 1
+        logits = keep_top_k(logits, ks[0] if same else torch.tensor(ks, device=logits.device)[:, None])
+    if any(rule.top_p < 1 for rule in drawn):
+        logits = keep_top_p(logits, _column([rule.top_p for rule in drawn], logits, torch.float64))
+    if any(rule.min_p for rule in drawn):
+        logits = keep_min_p(logits, _column([rule.min_p for rule in drawn], logits))
+    return logits
+
+
+_NO_FILTER = Sampling()
+
+
+def _column(values: Sequence[float], logits: Tensor, dtype: torch.dtype | None = None) -> float | Tensor:
+    """The one value that all rows have, or a column of them (in the dtype of `logits`)."""
+    if all(value == values[0] for value in values):
+        return values[0]
+    return torch.tensor(values, dtype=dtype or logits.dtype, device=logits.device)[:, None]
+
+
+def draw(logits: Tensor, keys: Sequence[tuple[int, int, int]]) -> Tensor:
+    """Draw a token for each row, int64 [B], with randomness that depends on the row's key (seed, index, step)
+    alone.
+
+    Inverts the cumulative distribution, summed in float64, at `uniform(key)`: the same on any device and in
+    any batch.
+    """
+    cumulative = _probabilities(logits).double().cumsum(-1)
+    at = torch.tensor([uniform(*key) for key in keys], dtype=torch.float64, device=logits.device)[:, None]
+    # The first token whose sum lies above the point; as 0 < at < 1, its probability is not 0.
+    return torch.searchsorted(cumulative, at * cumulative[:, -1:], right=True).squeeze(1)
+
+
+def draw_rows(logits: Tensor, rows: Sequence[int], total: int, generator: torch.Generator | None) -> Tensor:
+    """Draw a token for each row, int64 [B], as ``torch.multinomial(probabilities, 1)`` draws it for a batch
+    of `total` rows.
+
+    Row b stands at ``rows[b]`` of that batch; the other rows' share of the generator's numbers is spent and
+    not used, so that a batch from which finished rows were removed draws what the whole batch would have
+    drawn.
+    """
+    probabilities = _probabilities(logits)
+    noise = probabilities.new_empty(total, probabilities.shape[1]).exponential_(1, generator=generator)
+    if len(rows) < total or list(rows) != list(range(total)):
+        noise = noise[torch.tensor(rows, device=noise.device)]
+    return probabilities.div_(noise).argmax(
+        -1
+    )  # the race of exponential clocks is won with these probabilities
+
+
+def _probabilities(logits: Tensor) -> Tensor:
+    probabilities = logits.softmax(-1)
+    if bool(probabilities[:, 0].isnan().any()):  # one NaN, or nothing but -inf, makes the whole row NaN
+        raise ValueError("no token can be drawn: the model's scores are NaN, or rule out every token")
+    return probabilities
+
+
+def uniform(seed: int, index: int, step: int) -> float:
+    """A number in (0, 1) that looks random, with 32 random bits: splitmix64 over (seed, index, step)."""
+    state = 0
+    for value in (seed, index, step):
+        state = _mix((state ^ value) & _MASK)
+    return ((state >> 32) + 0.5) / 2**32
+
+
+_MASK = 2**64 - 1
+
+
+def _mix(x: int) -> int:
+    """Finaliser of splitmix64 (Steele, Lea, Flood 2014): every input bit changes about half of the
+    output's."""
+    x = (x + 0x9E3779B97F4A7C15) & _MASK
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
+    return x ^ (x >> 31)
