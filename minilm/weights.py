@@ -265,7 +265,11 @@ def save_weights(
             if len(shards) > 1:
                 Path(temporary, INDEX).write_text(_index(files, shards), encoding="utf-8")
                 files = [*files, INDEX]
+            # safetensors makes files that only their owner can read; these get the mode of any new file.
+            usual = Path(temporary, "any")
+            usual.touch()
             for file in files:
+                Path(temporary, file).chmod(usual.stat().st_mode & 0o777)
                 os.replace(Path(temporary, file), folder / file)
         for old in folder.iterdir():
             if (_OURS.fullmatch(old.name) or old.name == INDEX) and old.name not in files:
