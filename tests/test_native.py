@@ -157,6 +157,14 @@ def test_infinities_and_nan_stay_in_their_row() -> None:
     assert y[1:3].isnan().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_nan_of_any_payload_stays_nan(dtype: torch.dtype) -> None:
+    """All its mantissa's bits are set: rounding it up as if it were a number would give zero."""
+    bias = torch.full((21,), 0x7FFFFFFF, dtype=torch.int32).view(torch.float32)
+    for b in (bias, -bias):
+        assert native.layer_norm(random(3, 21, seed=0, dtype=dtype), torch.ones(21), b, EPS).isnan().all()
+
+
 def test_one_channel_and_equal_channels_give_the_bias() -> None:
     bias = random(9, seed=0)
     for channels in (1, 9):
