@@ -1,0 +1,89 @@
+"""Token ids that come one by one -> pieces of text that can be shown at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
+
+_REPLACEMENT = "\ufffd"
+_MAX_PENDING = 32
+
+
+class IncrementalDecoder:
+    """Decodes a growing sequence of ids.
+
+        decoder = IncrementalDecoder(tokenizer)
+        for token in generated: print(decoder.push(token), end="")
+        print(decoder.flush())
+
+    What `push` and `flush` return, joined, is `tokenizer.decode` of all ids. A character whose bytes are
+    spread over several tokens is held back until it is whole. With `prompt_ids` the text continues a
+    prompt, so that the space before its first word is kept; none of the prompt is returned.
+
+    A token cannot be decoded alone (a leading space is dropped, "##ing" needs its stem), and decoding
+    everything again for each token takes quadratic time. So a window is decoded twice, with and without the
+    new tokens, and the difference is returned; the window moves on whenever it ends in whole characters.
+
+    Two kinds of text can differ from decoding all at once: clean-up of spaces across tokens
+    (`clean_up_tokenization_spaces`), and bytes of sentencepiece that never become a character.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt_ids: Iterable[int] = ()
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip = skip_special_tokens
+        self._window: list[int] = []  # ids that only give context, then those whose text was not returned yet
+        self._context = 0  # how many give context
+        self._shown = ""  # text of the window that was returned, or belongs to the context
+        self._move_past([int(index) for index in prompt_ids][-_MAX_PENDING:])
+
+    def push(self, ids: int | Iterable[int]) -> str:
+        """Takes one id or several; returns the text that is certain now, possibly empty."""
+        return "".join(self._push(int(index)) for index in ([ids] if isinstance(ids, int) else ids))
+
+    def flush(self) -> str:
+        """The rest, whole or not. The decoder can be used for another sequence afterwards."""
+        text = self._decode(self._window)
+        if text.startswith(self._shown):
+            piece = text[len(self._shown) :]
+        else:
+            piece = self._decode(self._window[self._context :])
+        self._window, self._context, self._shown = [], 0, ""
+        return piece
+
+    def _push(self, index: int) -> str:
+        self._window.append(index)
+        text = self._decode(self._window)
+        whole = text.rstrip(_REPLACEMENT)
+        if len(self._window) - self._context > _MAX_PENDING:  # no character has so many tokens
+            whole = text
+        if whole.startswith(self._shown):
+            piece = whole[len(self._shown) :]
+            self._shown = whole
+        elif whole == text:
+            # sentencepiece decodes a run of bytes as a whole: bad ones behind good ones spoil it all. The
+            # good ones have been shown, so the new ones are decoded without them.
+            piece = self._decode(self._window[self._context :])
+        else:
+            return ""
+        if whole == text and piece:
+            self._move_past(self._window)
+        return piece
+
+    def _move_past(self, ids: list[int]) -> None:
+        """Makes the shortest end of `ids` that has a clean text of its own the context for what follows."""
+        for size in range(1, len(ids) + 1):
+            text = self._decode(ids[-size:])
+            if text.strip() and _REPLACEMENT not in text:
+                self._window, self._shown = ids[-size:], text
+                break
+        else:
+            self._window, self._shown = list(ids), self._decode(ids)
+        self._context = len(self._window)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip) if ids else ""
