@@ -1,4 +1,5 @@
-"""Builds `minilm._C` from csrc/ and installs the folder kernels/ as `minilm.kernels`. See pyproject.toml too.
+"""Builds `minilm._C` from csrc/, and installs the folders kernels/ and benchmarks/ as `minilm.kernels` and
+`minilm.benchmarks`. See pyproject.toml too.
 
 The extension is built on PyTorch's stable ABI and Python's limited API: one binary serves PyTorch 2.10 and
 every later one, and CPython 3.10 and every later one. It needs PyTorch's headers and libraries, and a C++17
@@ -161,8 +162,10 @@ if __name__ == "__main__":
             *find_packages(include=["minilm", "minilm.*"]),
             "minilm.kernels",
             *(f"minilm.kernels.{name}" for name in find_packages("kernels")),
+            "minilm.benchmarks",
+            "minilm.benchmarks.peers",
         ],
-        package_dir={"minilm.kernels": "kernels"},
-        package_data={"minilm": ["py.typed"]},
+        package_dir={"minilm.kernels": "kernels", "minilm.benchmarks": "benchmarks"},
+        package_data={"minilm": ["py.typed"], "minilm.benchmarks": ["*.cpp"]},
         **configuration(),
     )

@@ -1,0 +1,86 @@
+"""What repeats say: median, 20/80 percentiles, whether two engines can be told apart, whether a result has moved."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+MAX_SPREAD = 0.30
+"""A figure whose 20-80 % range is wider than this share of its median is not turned into a ratio."""
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` (0..1) of `values` lie, interpolated linearly. Raises ValueError when there are
+    none."""
+    if not values:
+        raise ValueError("no repeats, so no percentile")
+    ordered = sorted(values)
+    at = share * (len(ordered) - 1)
+    low = int(at)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (at - low)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Median and the range that holds the middle 60 % of the repeats."""
+
+    median: float
+    p20: float
+    p80: float
+    repeats: int
+
+    @property
+    def spread(self) -> float:
+        """(p80 - p20) / median."""
+        return (self.p80 - self.p20) / self.median if self.median else 0.0
+
+
+def summary(values: Sequence[float]) -> Summary:
+    """The summary of at least one repeat."""
+    return Summary(percentile(values, 0.5), percentile(values, 0.2), percentile(values, 0.8), len(values))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """How many times faster the first is than the second, or why that is not said."""
+
+    value: Summary
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        return self.reason or f"{self.value.median:.2f}"
+
+
+def ratio(ours: Sequence[float], other: Sequence[float], max_spread: float = MAX_SPREAD) -> Ratio:
+    """other / ours, repeat by repeat: both were taken in the same rounds, so what slowed the machine for a while
+    slowed both.
+
+    Without the same number of repeats the medians are compared, with the corner cases of both ranges as the spread.
+    """
+    if len(ours) == len(other):
+        value = summary([b / a for a, b in zip(ours, other, strict=True)])
+    else:
+        a, b = summary(ours), summary(other)
+        value = Summary(b.median / a.median, b.p20 / a.p80, b.p80 / a.p20, min(a.repeats, b.repeats))
+    return Ratio(value, too_wide(value, max_spread))
+
+
+def too_wide(value: Summary, max_spread: float = MAX_SPREAD) -> str | None:
+    """None, or the sentence that stands in place of a figure."""
+    if value.repeats < 3:
+        return f"too few repeats ({value.repeats})"
+    if value.spread > max_spread:
+        return f"spread too wide: the middle 60 % of {value.repeats} repeats span {value.spread:.0%} of the median"
+    return None
+
+
+def moved(before: Sequence[float], after: Sequence[float], least: float = 0.05) -> float | None:
+    """after / before of the medians when that is beyond the noise, otherwise None.
+
+    Beyond the noise: the 20-80 % ranges of the two runs do not touch, and the medians differ by more than `least`.
+    """
+    a, b = summary(before), summary(after)
+    apart = a.p80 < b.p20 or b.p80 < a.p20
+    change = b.median / a.median
+    return change if apart and abs(change - 1) > least else None
