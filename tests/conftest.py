@@ -18,6 +18,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+if not torch.cuda.is_available():  # before anything imports triton: its kernels run as NumPy
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 
 # Time limits for single examples say more about the machine's other work than about the code.

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, library, native, reference
+from . import checks, dispatch, library, native, reference, triton
 from .dispatch import BackendError, Implementation, backend, explain, register, select
 from .reference import ACTIVATIONS
 
@@ -371,3 +371,4 @@ for _op in (
 register(Implementation("attention", "torch", library.attention, _sdpa_supports))
 register(Implementation("paged_attention", "torch", library.paged_attention))
 native.register_all()
+triton.register_all()

@@ -208,6 +208,12 @@ def select(op: str, traits: Traits) -> Callable[..., Any]:
     return decision.chosen.call
 
 
+def decide(op: str, traits: Traits) -> Decision:
+    """What `select` would choose for a call with these traits, and why not the others. Nothing is counted."""
+    choice = _current()
+    return _decide(op, traits, choice.per_op.get(op, choice.default))
+
+
 class Explanation:
     """What ran since the start (or the last `explain(reset=True)`); ``print`` it, or read `decisions`."""
 
