@@ -1,8 +1,8 @@
 """The KV cache: what a decoder remembers of the tokens it has read, in pages.
 
-    sequence 0: "the cat sat"      block_table   0: [2, 0]        k_pages[layer]  [page, slot, Hkv, D]
-    sequence 1: "a dog"                          1: [1]              page 2: the cat   page 0: sat .   page 1:
-    a dog
+    sequence 0: "the cat sat"    block_table   0: [2, 0]     k_pages[layer]   page 0: sat .    page 1: a dog
+    sequence 1: "a dog"                        1: [1]        [page, slot,     page 2: the cat
+                                                              Hkv, D]
 
 Each sequence owns whole pages of `page_size` tokens, found through its row of the block table, so that
 sequences of any length live side by side, grow without moving, and give their pages back when they end (Kwon
