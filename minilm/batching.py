@@ -1,0 +1,108 @@
+"""From texts to hidden states: what sentence embeddings and the pipelines have in common.
+
+Texts are tokenised without padding and batched by length; what padding a batch needs is dropped at the
+border of the model, so that a text's result does not depend on what it is batched with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import TYPE_CHECKING, TypeVar
+
+import torch
+from torch import Tensor
+
+from .models import BodyResult, PreTrainedModel
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """One tokenised text, or pair of texts."""
+
+    ids: list[int]
+    types: list[int] | None = None
+    """Token types; None when all are 0."""
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def run(model: PreTrainedModel, texts: Sequence[Tokens]) -> BodyResult:
+    """The body of `model` over at least one text; hidden states are packed, in the order of `texts`."""
+    lengths = torch.tensor([len(text) for text in texts])
+    columns = int(lengths.max())
+    real = torch.arange(columns) < lengths[:, None]
+    types = None
+    if any(text.types is not None for text in texts):
+        types = _padded([text.types or [0] * len(text) for text in texts], real).to(model.device)
+    ids = _padded([text.ids for text in texts], real).to(model.device)
+    return model.run(ids, real.to(model.device), types)
+
+
+def _padded(rows: Sequence[Sequence[int]], real: Tensor) -> Tensor:
+    padded = torch.zeros(real.shape, dtype=torch.int64)
+    padded[real] = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64)
+    return padded
+
+
+def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of at most `batch_size`, longest first: what memory cannot hold fails at once."""
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    yield from (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+
+
+def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """The items in lists of `size` (the last may be shorter), taken from the iterable only when needed."""
+    chunk: list[T] = []
+    for item in items:
+        chunk.append(item)
+        if len(chunk) == size:
+            yield chunk
+            chunk = []
+    if chunk:
+        yield chunk
+
+
+def check_batch_size(batch_size: object) -> int:
+    """`batch_size` if it is a positive integer. Raises ValueError."""
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ValueError(f"batch_size must be a positive integer, and is {batch_size!r}")
+    return batch_size
+
+
+def window(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
+    """The most tokens that a text may have: as the tokenizer says, within the positions of the model."""
+    return min(int(tokenizer.model_max_length or model.spec.max_positions), model.spec.max_positions)
+
+
+def tokenise(
+    tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
+) -> tuple[list[Tokens], int]:
+    """The tokens of texts (or pairs), at most `max_length` each, and how many texts were cut for that."""
+    if not texts:
+        return [], 0
+    encoded = tokenizer(
+        list(texts),
+        None if pairs is None else list(pairs),
+        truncation=True,
+        max_length=max_length,
+        return_attention_mask=False,
+        return_overflowing_tokens=True,
+    )
+    rows = encoded["overflow_to_sample_mapping"]
+    ids, types = encoded["input_ids"], encoded.get("token_type_ids")
+    first: dict[int, int] = {}
+    for row, text in enumerate(rows):
+        first.setdefault(text, row)
+    tokens = [
+        Tokens(ids[row], types[row] if types is not None and any(types[row]) else None)
+        for row in first.values()
+    ]
+    return tokens, len({text for row, text in enumerate(rows) if row != first[text]})

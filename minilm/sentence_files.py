@@ -1,0 +1,96 @@
+"""The files of a sentence-transformers model -> its modules."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import torch
+from torch import nn
+
+from .hub import FileError, is_bundled, read_json, resolve
+from .sentence_modules import KINDS, Pooling
+from .sentence_transformer import Transformer
+
+logger = logging.getLogger(__name__)
+
+_WITHOUT_OWNER = (
+    *("bert-base-", "bert-large-", "distilbert-base-", "roberta-base", "roberta-large", "xlm-roberta-"),
+    *("gpt2", "distilgpt2", "distilroberta-base"),
+)
+"""Beginnings of names on the hub that have no owner and are not of sentence-transformers."""
+
+
+def load(
+    name_or_path: str | os.PathLike[str],
+    device: str | int | torch.device,
+    dtype: torch.dtype | str | None,
+    options: dict[str, Any],
+) -> tuple[list[nn.Module], dict[str, Any]]:
+    """The modules of a model, and its config_sentence_transformers.json; `options` as of SentenceEncoder."""
+    name = os.fspath(name_or_path)
+    model_options = {"dtype": dtype, **(options.pop("model_kwargs", None) or {})}
+    older = options.pop("tokenizer_kwargs", None)
+    tokenizer_options = options.pop("processor_kwargs", None) or older or {}
+    options.pop("trust_remote_code", None)  # code of a model is never run
+    if "cache_folder" in options:
+        options["cache_dir"] = options.pop("cache_folder")
+    if options.pop("backend", "torch") != "torch":
+        raise ValueError("the only backend is torch")
+    unknown = set(options) - {"revision", "cache_dir", "token", "local_files_only"}
+    if unknown:
+        raise TypeError(f"SentenceEncoder takes no option {', '.join(sorted(unknown))}")
+    canonical = name.startswith(_WITHOUT_OWNER) and "-nli-" not in name
+    if "/" not in name and not (canonical or is_bundled(name) or Path(name).exists()):
+        name = f"sentence-transformers/{name}"
+    path = resolve(name, **options)
+
+    if not (path / "modules.json").is_file():
+        transformer = Transformer.load(path, "", device, model_options, tokenizer_options)
+        architectures = transformer.model.config.get("architectures") or [""]
+        decoder = architectures[0].endswith("ForCausalLM") or path.is_file()
+        pooling = Pooling(transformer.get_embedding_dimension(), "lasttoken" if decoder else "mean")
+        logger.warning("%s has no modules.json: its tokens are pooled as %s", name, pooling.modes[0])
+        return [transformer, pooling], {}
+    file = path / "config_sentence_transformers.json"
+    stored = read_json(file) if file.is_file() else {}
+    kind = stored.get("model_type", "SentenceTransformer")
+    if kind != "SentenceTransformer":
+        raise FileError(f"{file}: the model is a {kind}, expected a SentenceTransformer")
+    modules: list[nn.Module] = []
+    for place, kind in _listed(path / "modules.json"):
+        if kind == "Transformer":
+            modules.append(Transformer.load(path, place, device, model_options, tokenizer_options))
+        else:
+            modules.append(KINDS[kind].load(path / place))
+    return modules, stored
+
+
+def _listed(file: Path) -> list[tuple[str, str]]:
+    """The folder and the kind of each module in modules.json."""
+    try:
+        listed = json.loads(file.read_text(encoding="utf-8"))
+        found = [(str(entry["path"]), str(entry["type"])) for entry in listed]
+    except (ValueError, KeyError, TypeError, RecursionError) as problem:
+        raise FileError(f"{file}: expected a list of modules with path and type: {problem}") from problem
+    modules = []
+    for index, (place, name) in enumerate(found):
+        package, _, kind = name.rpartition(".")
+        if package.partition(".")[0] != "sentence_transformers":
+            raise FileError(f"{file}: the module {name} is code of the model's own, which is never run")
+        if kind not in KINDS and kind != "Transformer":
+            supported = ", ".join(("Transformer", *KINDS))
+            raise FileError(f"{file}: the module {name} is not supported; supported are {supported}")
+        if (kind == "Transformer") != (index == 0):
+            raise FileError(
+                f"{file}: expected one Transformer, as the first module, but number {index} is {kind}"
+            )
+        if PurePosixPath(place).is_absolute() or ".." in PurePosixPath(place).parts:
+            raise FileError(f"{file}: the path {place!r} leads out of the model's folder")
+        modules.append((place, kind))
+    if not modules:
+        raise FileError(f"{file}: lists no modules")
+    return modules

@@ -1,0 +1,139 @@
+"""The first module of a sentence encoder: tokenizer and Transformer, and how long a text may be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .batching import Tokens, tokenise, window
+from .heads import AutoModel
+from .hub import read_json
+from .sentence_modules import check_known, write_json
+from .tokenizer import AutoTokenizer, Tokenizer
+from .weights import open_checkpoint
+
+_CONFIGS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+
+
+class Transformer(nn.Module):
+    """A Transformer with its tokenizer.
+
+    Args:
+        model: a model, or the name or folder of one. tokenizer: None loads the one that belongs to `model`.
+        max_seq_length: longer texts are cut; None: as the tokenizer says. Never more than the model has
+        positions. do_lower_case: lower-case the texts, even if the tokenizer does not.
+    """
+
+    def __init__(
+        self,
+        model: AutoModel | str,
+        tokenizer: Tokenizer | None = None,
+        max_seq_length: int | None = None,
+        do_lower_case: bool = False,
+    ) -> None:
+        super().__init__()
+        if not isinstance(model, AutoModel):
+            model = AutoModel.from_pretrained(model)
+        self.model = model
+        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.name_or_path)
+        self.do_lower_case = do_lower_case
+        if do_lower_case:
+            _lower_case(self.tokenizer)
+        if max_seq_length is not None:
+            self.tokenizer.model_max_length = int(max_seq_length)
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        place: str,
+        device: str | int | torch.device,
+        model_options: dict[str, Any],
+        tokenizer_options: dict[str, Any],
+    ) -> Transformer:
+        """Read the module in the folder `place` of the model's folder (or the GGUF file) `path`."""
+        folder = path / place if place else path
+        files = [folder / f"sentence_{name}_config.json" for name in _CONFIGS]
+        file = next((file for file in files if file.is_file()), None)
+        config = read_json(file) if file is not None else {}
+        longest, lower = config.pop("max_seq_length", None), bool(config.pop("do_lower_case", False))
+        if file is not None:
+            _check(file, config)
+        with open_checkpoint(folder) as checkpoint:
+            pooler = any("pooler." in name for name in checkpoint.tensors)
+        # A pooler of the checkpoint is kept, so that saving loses nothing; a random one has no use.
+        model = AutoModel.from_pretrained(folder, device=device, add_pooling_layer=pooler, **model_options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_options)
+        return cls(model, tokenizer, tokenizer_options.get("model_max_length") or longest, lower)
+
+    @property
+    def auto_model(self) -> AutoModel:
+        """The model, under the name that sentence-transformers has for it."""
+        return self.model
+
+    @property
+    def max_seq_length(self) -> int:
+        """The most tokens of a text that are read, special ones included. Can be set; None: no own limit."""
+        return window(self.model, self.tokenizer)
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int | None) -> None:
+        limit = self.model.spec.max_positions
+        value = limit if value is None else value
+        if (
+            not isinstance(value, int)
+            or value < 1
+            or (value > limit and self.model.spec.positions == "learned")
+        ):
+            raise ValueError(f"max_seq_length must be at least 1 and at most {limit}, and is {value!r}")
+        self.tokenizer.model_max_length = value
+
+    def get_embedding_dimension(self) -> int:
+        """C."""
+        return self.model.spec.hidden_size
+
+    get_word_embedding_dimension = get_embedding_dimension
+
+    def tokenise(self, texts: list[str]) -> tuple[list[Tokens], int]:
+        """The tokens of each text, cut to `max_seq_length`, and how many texts were cut."""
+        return tokenise(self.tokenizer, texts, None, self.max_seq_length)
+
+    def prompt_length(self, prompt: str) -> int:
+        """Tokens that a prompt takes at the beginning of a text, without the special token that ends it."""
+        ids = self.tokenise([prompt])[0][0].ids
+        return len(ids) - (bool(ids) and ids[-1] in self.tokenizer.all_special_ids)
+
+    def save(self, folder: Path) -> None:
+        """Write model, tokenizer and sentence_bert_config.json."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        config = {"max_seq_length": self.max_seq_length, "do_lower_case": self.do_lower_case}
+        write_json(folder / "sentence_bert_config.json", config)
+
+
+def _check(file: Path, config: dict[str, Any]) -> None:
+    """Newer files say how a model that takes several kinds of input is called; minilm's take text."""
+    text = config.pop("modality_config", {}).get("text", {})
+    if text and (text.get("method"), text.get("method_output_name")) != ("forward", "last_hidden_state"):
+        check_known(file, "a Transformer", {f"modality_config {text}": True})
+    if config.pop("transformer_task", "feature-extraction") != "feature-extraction":
+        check_known(file, "a Transformer", {"another transformer_task than feature-extraction": True})
+    for name in ("module_output_name", "unpad_inputs", "model_args", "model_kwargs", "tokenizer_args"):
+        config.pop(name, None)
+    check_known(file, "a Transformer", {name: value for name, value in config.items() if value != {}})
+
+
+def _lower_case(tokenizer: Tokenizer) -> None:
+    """Put lower-casing before what the tokenizer does to a text, unless it does so itself."""
+    from tokenizers import normalizers
+
+    backend = tokenizer.backend_tokenizer
+    steps = json.loads(backend.to_str())["normalizer"]
+    steps = steps["normalizers"] if steps and steps["type"] == "Sequence" else [steps] if steps else []
+    if not any(step["type"] == "Lowercase" or step.get("lowercase") for step in steps):
+        first = normalizers.Lowercase()
+        backend.normalizer = normalizers.Sequence([first, backend.normalizer]) if steps else first
