@@ -81,8 +81,14 @@ class KVCache:
 
     @property
     def rows(self) -> list[int]:
-        """The living rows, in order of their birth."""
+        """The living rows, in order of their birth (unless `reorder` changed it)."""
         return list(self.lengths)
+
+    def reorder(self, rows: Sequence[int]) -> None:
+        """Put the living rows into another order."""
+        if sorted(rows) != sorted(self.lengths):
+            raise ValueError(f"the rows are {self.rows}, and the new order is {list(rows)}")
+        self.lengths = {row: self.lengths[row] for row in rows}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Tokens of the longest sequence (the name that transformers uses)."""

@@ -1,5 +1,380 @@
-"""`model.generate`: transformers' way of asking a decoder to write on."""
+"""`model.generate`: transformers' way of asking a decoder to write on, over the decoding loop of
+`minilm.engine`."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+from .engine import Engine, Request, Sample, check_length, context_window, draw_by_seed
+from .generation_config import DEFAULTS, OPTIONS, UNSUPPORTED, WITHOUT_EFFECT
 from .generation_config import GenerationConfig as GenerationConfig
+from .outputs import ModelOutput
+from .sampling import Sampling, draw_rows
+from .stopping import GrowingText
+from .streamers import Streamer
+from .streamers import TextIteratorStreamer as TextIteratorStreamer
+from .streamers import TextStreamer as TextStreamer
+
+if TYPE_CHECKING:
+    from .heads import AutoModelForCausalLM
+
+NOT_ARGUMENTS = frozenset(
+    {
+        "assistant_model",
+        "assistant_tokenizer",
+        "custom_generate",
+        "inputs_embeds",
+        "logits_processor",
+        "negative_prompt_attention_mask",
+        "negative_prompt_ids",
+        "position_ids",
+        "prefix_allowed_tokens_fn",
+        "stopping_criteria",
+    }
+)
+"""Arguments of transformers' `generate` that minilm does not have; empty ones are let through."""
+NO_EFFECT = WITHOUT_EFFECT | {"synced_gpus", "trust_remote_code", "logits_to_keep", "return_dict"}
+
+
+@dataclass
+class GenerateDecoderOnlyOutput(ModelOutput):
+    """sequences int64 [B, S + new]; scores and logits: for each step one float32 [B, V], processed and as
+    the model gave them, zeros where the row had ended; past_key_values: everything but the last token of
+    each row."""
+
+    sequences: Tensor | None = None
+    scores: tuple[Tensor, ...] | None = None
+    logits: tuple[Tensor, ...] | None = None
+    past_key_values: KVCache | None = None
+
+
+def generate(
+    model: AutoModelForCausalLM,
+    inputs: Tensor | None = None,
+    generation_config: GenerationConfig | None = None,
+    *,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    past_key_values: KVCache | None = None,
+    streamer: Streamer | None = None,
+    tokenizer: Any = None,
+    generator: torch.Generator | None = None,
+    **options: Any,
+) -> Tensor | GenerateDecoderOnlyOutput:
+    """Write on from prompts. Arguments, defaults and results are those of transformers' `generate`.
+
+    `inputs` (or `input_ids`) int64 [B, S], prompts padded on either side; attention_mask [B, S], inferred
+    from the padding token as transformers does. Options, in order of precedence: those given here, those of
+    `generation_config`, of `model.generation_config` (the checkpoint's), and
+    `minilm.generation_config.DEFAULTS`:
+
+    - length: max_new_tokens, or max_length (columns, prompt included; without either 20 new tokens),
+      min_new_tokens, min_length (real tokens), max_time (seconds)
+    - choice: do_sample, temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size,
+      num_return_sequences, seed
+    - end: eos_token_id (one or several), stop_strings (with `tokenizer`), pad_token_id
+    - result: return_dict_in_generate, output_scores, output_logits; use_cache=False leaves the cache out of
+      it (the loop itself always uses one)
+
+    Without `seed`, tokens are drawn with `generator`, or torch's global one, just as transformers draws
+    them: after the same torch.manual_seed they are the same. With `seed`, a row's draws depend on (seed,
+    number of the returned sequence of its prompt, step) alone, so that each row gets what it gets alone.
+
+    `past_key_values`: the cache of an earlier call with `return_dict_in_generate`; the prompts, which begin
+    with what it holds, are then read from there on. It is changed. `streamer` gets the prompts, then the
+    new tokens [B] of each step.
+
+    Returns int64 [B * num_return_sequences, S + new]: the prompts' columns as they were passed, then the
+    new tokens, then pad_token_id (or the first eos) where a row ended before the others. So a prompt padded
+    on the right has its padding between its last token and the first new one; the new tokens are right
+    nevertheless, as padding is never read.
+
+    Raises ValueError for prompts that are empty or too long, and for options that are not supported;
+    TypeError for unknown ones.
+    """
+    settings, asked = _settings(model, generation_config, options)
+    ids, rows = _prompts(model, inputs, input_ids, attention_mask, token_type_ids, settings)
+    eos, pad = _special_tokens(settings)
+    n = int(settings["num_return_sequences"])
+    requests = _requests(model, rows, ids.shape[1], n, eos, settings, asked)
+    watches = _stop_strings(settings["stop_strings"], tokenizer, requests)
+    if watches and pad is None and len(rows) * n > 1:
+        raise ValueError(
+            "stop_strings end the rows at different lengths: give the pad_token_id to fill them with"
+        )
+    samples = [sample for request in requests for sample in request.samples]
+    as_dict = bool(settings["return_dict_in_generate"])
+    keep = past_key_values is not None or (as_dict and bool(settings["use_cache"]))
+    if past_key_values is not None:
+        _continue(past_key_values, requests)
+    record = (
+        _Record(samples) if as_dict and (settings["output_scores"] or settings["output_logits"]) else None
+    )
+    places = {sample: place for place, sample in enumerate(samples)}
+
+    def draw_together(logits: Tensor, drawn: Sequence[Sample]) -> Tensor:
+        return draw_rows(logits, [places[sample] for sample in drawn], len(samples), generator)
+
+    chunk = settings["prefill_chunk_size"]
+    engine = Engine(
+        model,
+        max_num_seqs=len(samples),
+        max_num_batched_tokens=sum(map(len, rows)) if chunk is None else len(rows) * int(chunk),
+        together=True,
+        cache=past_key_values,
+        keep_rows=keep,
+        inference_mode=not (keep or as_dict),  # inference tensors could not meet autograd later
+        drawer=draw_together if settings["seed"] is None else draw_by_seed,
+        recorder=record,
+    )
+    for request in requests:
+        engine.add(request)
+    if streamer is not None:
+        streamer.put(ids.repeat_interleave(n, dim=0).cpu())
+    deadline = None if settings["max_time"] is None else time.monotonic() + float(settings["max_time"])
+    while engine.busy:
+        grown = engine.step()
+        if streamer is not None:
+            new = torch.full((len(samples),), pad or 0)
+            for sample in grown:
+                new[places[sample]] = sample.tokens[-1]
+            streamer.put(new)
+        if deadline is not None and time.monotonic() > deadline:
+            break
+    if streamer is not None:
+        streamer.end()
+    sequences = _padded(ids.repeat_interleave(n, dim=0), [sample.tokens for sample in samples], pad or 0)
+    if not as_dict:
+        return sequences
+    if keep:
+        engine.cache.reorder([sample.row for sample in samples])
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences,
+        scores=tuple(record.scores) if record and settings["output_scores"] else None,
+        logits=tuple(record.logits) if record and settings["output_logits"] else None,
+        past_key_values=engine.cache if keep else None,
+    )
+
+
+def _settings(
+    model: AutoModelForCausalLM, given: GenerationConfig | None, options: dict[str, Any]
+) -> tuple[dict[str, Any], set[str]]:
+    """Every option with its value, and the names of those that this call (not the checkpoint) asks for."""
+    for name, value in options.items():
+        if name in NOT_ARGUMENTS:
+            if value is not None and not (hasattr(value, "__len__") and len(value) == 0):
+                raise ValueError(f"generate does not support {name}")
+        elif name not in OPTIONS and name not in UNSUPPORTED and name not in NO_EFFECT:
+            raise TypeError(f"generate has no argument {name!r}")
+    stored = getattr(model, "generation_config", None)
+    if stored is None:
+        stored = GenerationConfig.from_model_config(model.config)
+    of_call = {} if given is None else {k: v for k, v in given.to_dict().items() if v is not None}
+    of_call.update({name: value for name, value in options.items() if name not in NOT_ARGUMENTS})
+    settings = {**dict.fromkeys(OPTIONS), **DEFAULTS, "max_length": None}
+    settings.update({k: v for k, v in stored.to_dict().items() if v is not None})
+    settings.update(of_call)
+    for name, harmless in UNSUPPORTED.items():
+        value = settings.get(name)
+        if value is not None and value not in harmless:
+            where = "" if name in of_call else ", which the checkpoint's generation config asks for"
+            raise ValueError(f"generate does not support {name}={value!r}{where}")
+    return settings, {name for name, value in of_call.items() if value is not None}
+
+
+def _prompts(
+    model: AutoModelForCausalLM,
+    inputs: Tensor | None,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    token_type_ids: Tensor | None,
+    settings: dict[str, Any],
+) -> tuple[Tensor, list[list[int]]]:
+    """The prompts as they were passed, int64 [B, S], and the real tokens of each."""
+    if inputs is not None and input_ids is not None:
+        raise ValueError("inputs and input_ids are the same argument: give one of them")
+    if token_type_ids is not None and (model.spec.type_vocab_size or model.spec.types_are_tokens):
+        raise ValueError("generate does not support token_type_ids for a model that has token types")
+    ids = input_ids if inputs is None else inputs
+    if ids is None:
+        if settings["bos_token_id"] is None:
+            raise ValueError("there is no prompt: give input_ids, or a bos_token_id to begin with")
+        ids = torch.tensor([[int(settings["bos_token_id"])]])
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
+        what = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"input_ids must be a tensor of integers [batch, tokens], and is {what}")
+    if 0 in ids.shape:
+        raise ValueError(
+            f"the prompts are empty: input_ids is {list(ids.shape)}, and needs a row and a token at least"
+        )
+    if attention_mask is None:
+        attention_mask = _infer_mask(ids, *_special_tokens(settings))
+    elif attention_mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask must be [batch, tokens] = {list(ids.shape)}, and is {list(attention_mask.shape)}"
+        )
+    mask = (attention_mask != 0).tolist()
+    rows = [
+        [i for i, real in zip(row, m, strict=True) if real] for row, m in zip(ids.tolist(), mask, strict=True)
+    ]
+    for number, row in enumerate(rows):
+        if not row:
+            raise ValueError(f"the prompt in row {number} is empty: it is all padding")
+        if min(row) < 0 or max(row) >= model.spec.vocab_size:
+            wrong = min(row) if min(row) < 0 else max(row)
+            raise ValueError(
+                f"input_ids holds {wrong}, and the vocabulary has {model.spec.vocab_size} entries "
+                f"(0 to {model.spec.vocab_size - 1})"
+            )
+    return ids, rows
+
+
+def _infer_mask(ids: Tensor, eos: list[int], pad: int | None) -> Tensor:
+    """Padding tokens are padding, unless they are end tokens too, which may be part of the text."""
+    if pad is None or pad in eos:
+        return torch.ones_like(ids)
+    return (ids != pad).long()
+
+
+def _special_tokens(settings: dict[str, Any]) -> tuple[list[int], int | None]:
+    """eos_token_id as a list, and what to pad with."""
+    eos, pad = settings["eos_token_id"], settings["pad_token_id"]
+    ends = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
+    return ends, int(pad) if pad is not None else ends[0] if ends else None
+
+
+def _requests(
+    model: AutoModelForCausalLM,
+    rows: list[list[int]],
+    columns: int,
+    n: int,
+    eos: list[int],
+    settings: dict[str, Any],
+    asked: set[str],
+) -> list[Request]:
+    sampled = bool(settings["do_sample"])
+    if n < 1:
+        raise ValueError(f"num_return_sequences must be at least 1, and is {n}")
+    if n > 1 and not sampled:
+        raise ValueError(
+            f"num_return_sequences={n} needs do_sample=True: greedy decoding writes one text a prompt"
+        )
+    new = _new_tokens(model, max(map(len, rows)), columns, settings, asked)
+    filters: dict[str, Any] = {}
+    if sampled:
+        filters = {
+            "temperature": _or(settings["temperature"], 1.0),
+            "top_k": _or(settings["top_k"], 0),
+            "top_p": _or(settings["top_p"], 1.0),
+            "min_p": _or(settings["min_p"], 0.0),
+        }
+    ends = frozenset(eos)
+    requests = []
+    for row in rows:
+        shortest = settings["min_new_tokens"]
+        if shortest is None:
+            shortest = max(0, _or(settings["min_length"], 0) - len(row))
+        sampling = Sampling(
+            do_sample=sampled,
+            repetition_penalty=_or(settings["repetition_penalty"], 1.0),
+            no_repeat_ngram_size=_or(settings["no_repeat_ngram_size"], 0),
+            min_new_tokens=shortest,
+            ends=ends,
+            seed=settings["seed"],
+            **filters,
+        )
+        requests.append(Request(row, sampling, new, ends, n))
+    return requests
+
+
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
+def _new_tokens(
+    model: AutoModelForCausalLM, longest: int, columns: int, settings: dict[str, Any], asked: set[str]
+) -> int:
+    """How many tokens each row may get at most. What the checkpoint asks for is cut to the window, what the
+    call asks for not."""
+    window = context_window(model.spec)
+    if settings["max_new_tokens"] is not None:
+        new, strict = int(settings["max_new_tokens"]), "max_new_tokens" in asked
+        if new < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, and is {new}")
+    elif settings["max_length"] is not None:
+        new, strict = int(settings["max_length"]) - columns, "max_length" in asked
+        if new < 1:
+            raise ValueError(
+                f"the prompts have {columns} columns, and max_length={settings['max_length']} leaves no room "
+                "for a new token: give max_new_tokens"
+            )
+    else:
+        new, strict = DEFAULTS["max_length"], False
+    if window is not None and not strict:
+        new = max(1, min(new, window - longest))
+    check_length(longest, new, window)
+    return new
+
+
+def _stop_strings(strings: str | Sequence[str] | None, tokenizer: Any, requests: list[Request]) -> bool:
+    """Let each sample look for the stop strings."""
+    if not strings:
+        return False
+    if tokenizer is None:
+        raise ValueError("stop_strings are found in text: give the tokenizer too")
+    stop = [strings] if isinstance(strings, str) else list(strings)
+    for request in requests:
+        for sample in request.samples:
+            sample.watch = GrowingText(
+                tokenizer, stop, prompt_ids=request.prompt, search_prompt=True, skip_special_tokens=False
+            ).push
+    return True
+
+
+def _continue(cache: KVCache, requests: list[Request]) -> None:
+    """Let each request go on from a row of the cache."""
+    if not isinstance(cache, KVCache):
+        raise ValueError(
+            f"past_key_values must be the KVCache of an earlier call, and is {type(cache).__name__}"
+        )
+    if len(cache.rows) != len(requests):
+        raise ValueError(
+            f"past_key_values holds {len(cache.rows)} sequences, and there are {len(requests)} prompts"
+        )
+    for request, row in zip(requests, cache.rows, strict=True):
+        if cache.lengths[row] >= len(request.prompt):
+            raise ValueError(
+                f"past_key_values holds {cache.lengths[row]} tokens of a prompt of {len(request.prompt)}: "
+                "the prompts must begin with what it holds, and have at least one token more"
+            )
+        request.row = row
+
+
+class _Record:
+    """Keeps the logits of each step, in the order of the rows of the result."""
+
+    def __init__(self, samples: Sequence[Sample]) -> None:
+        self.places = {sample: place for place, sample in enumerate(samples)}
+        self.scores: list[Tensor] = []
+        self.logits: list[Tensor] = []
+
+    def __call__(self, samples: Sequence[Sample], logits: Tensor, scores: Tensor) -> None:
+        index = torch.tensor([self.places[sample] for sample in samples], device=logits.device)
+        for kept, new in ((self.logits, logits), (self.scores, scores)):
+            full = new.new_zeros(len(self.places), new.shape[1])
+            kept.append(full.index_copy_(0, index, new))
+
+
+def _padded(prompts: Tensor, texts: list[list[int]], pad: int) -> Tensor:
+    """prompts [B, S] and the new tokens of each row -> [B, S + longest]."""
+    width = max(map(len, texts))
+    new = torch.tensor([text + [pad] * (width - len(text)) for text in texts], dtype=prompts.dtype)
+    return torch.cat((prompts, new.to(prompts.device)), dim=1)

@@ -43,6 +43,7 @@ WITHOUT_DEFAULT = (
     "eos_token_id",
     "pad_token_id",
     "bos_token_id",
+    "max_time",
     "prefill_chunk_size",
     "seed",
 )
@@ -79,7 +80,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "guidance_scale": (1, 1.0),
     "token_healing": (False,),
     "watermarking_config": (),
-    "max_time": (),
     "output_attentions": (False,),
     "output_hidden_states": (False,),
 }

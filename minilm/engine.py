@@ -1,0 +1,338 @@
+"""The one decoding loop: requests go in, tokens come out, many texts at a time.
+
+    waiting   prompts not yet read           step(): 1. read prompts, packed end to end, while there is room
+    running   texts that grow                        2. one new token for every running text, as one packed
+    batch
+
+A text that ends leaves the batch at once and gives its pages of the cache back, and a waiting prompt takes
+its place (continuous batching: Yu et al. 2022, "Orca"). Several samples of one prompt read it once. A prompt
+longer than what one step may read is read in chunks, so that it does not hold up the others. `generate` and
+`LLM` both run on this loop.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from .cache import KVCache
+from .config import ModelConfig
+from .heads import AutoModelForCausalLM
+from .packing import Packed
+from .sampling import Sampling, draw, process
+
+
+@dataclass(eq=False)
+class Sample:
+    """One text that is being written for a request."""
+
+    request: Request
+    index: int
+    """Which of the request's samples it is, from 0."""
+    tokens: list[int] = field(default_factory=list)
+    """What was written, the token that ended it included."""
+    finish_reason: Literal["stop", "length"] | None = None
+    """None while it grows; "stop" for an end token or a stop string, "length" for the limit of tokens."""
+    stop_reason: int | str | None = None
+    """The end token or the stop string."""
+    watch: Callable[[int], str | None] | None = None
+    """Called with each token that does not end the text; a stop string that it returns does."""
+    logprobs: list[dict[int, tuple[float, int]]] = field(default_factory=list)
+    """For each token: token -> (log-probability, rank from 1) of the best ones and of the one taken."""
+    row: int = -1
+    """Its sequence in the cache; -1 before and after."""
+
+    def take(self, token: int) -> None:
+        """Write one more token, and see whether the text ends with it."""
+        request = self.request
+        self.tokens.append(token)
+        if token in request.ends:
+            self.finish_reason, self.stop_reason = "stop", token
+        elif self.watch is not None and (found := self.watch(token)) is not None:
+            self.finish_reason, self.stop_reason = "stop", found
+        elif len(self.tokens) >= request.max_new_tokens:
+            self.finish_reason = "length"
+
+
+@dataclass(eq=False)
+class Request:
+    """A prompt, and what is to be written after it."""
+
+    prompt: list[int]
+    sampling: Sampling
+    max_new_tokens: int
+    ends: frozenset[int] = frozenset()
+    """Tokens that end a text."""
+    n: int = 1
+    """Samples to write."""
+    logprobs: int | None = None
+    """Of how many of the best tokens to keep the log-probabilities (those of the model, before any
+    processing)."""
+    row: int = -1
+    """The sequence in the cache that the prompt is read into; given by the caller to go on from what it
+    holds."""
+    samples: list[Sample] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.samples = [Sample(self, index) for index in range(self.n)]
+
+    @property
+    def finished(self) -> bool:
+        """All samples have ended."""
+        return all(sample.finish_reason for sample in self.samples)
+
+
+Drawer = Callable[[Tensor, Sequence[Sample]], Tensor]
+"""(processed logits [B, V], the sample of each row) -> tokens int64 [B]."""
+Recorder = Callable[[Sequence[Sample], Tensor, Tensor], None]
+"""Told at each step: the samples, the model's logits and the processed ones, float32 [B, V]."""
+
+
+def draw_by_seed(logits: Tensor, samples: Sequence[Sample]) -> Tensor:
+    """Each row by its request's seed, its index and its step; without a seed the global generator gives
+    one."""
+    keys = []
+    for sample in samples:
+        seed = sample.request.sampling.seed
+        seed = int(torch.randint(2**62, ())) if seed is None else seed
+        keys.append((seed, sample.index, len(sample.tokens)))
+    return draw(logits, keys)
+
+
+class Engine:
+    """Runs requests on a model.
+
+    `max_num_seqs`: texts that grow at the same time. `max_num_batched_tokens`: prompt tokens that one step
+    reads. `together`: all waiting prompts are read before the first token is drawn, so that the samples go in
+    step. `keep_rows`: ended texts stay in the cache. `inference_mode=False` where the results, or the cache,
+    shall meet autograd later.
+    """
+
+    def __init__(
+        self,
+        model: AutoModelForCausalLM,
+        *,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 8192,
+        together: bool = False,
+        cache: KVCache | None = None,
+        keep_rows: bool = False,
+        inference_mode: bool = True,
+        drawer: Drawer = draw_by_seed,
+        recorder: Recorder | None = None,
+    ) -> None:
+        for name, value in (
+            ("max_num_seqs", max_num_seqs),
+            ("max_num_batched_tokens", max_num_batched_tokens),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, and is {value}")
+        self.model = model
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.cache = model.new_cache() if cache is None else cache
+        self.waiting: deque[Request] = deque()
+        self.running: list[Sample] = []
+        self._together = together
+        self._keep_rows = keep_rows
+        self._grad_mode = torch.inference_mode if inference_mode else torch.no_grad
+        self._draw = drawer
+        self._record = recorder
+        self._counting = torch.arange(
+            2, dtype=torch.int32, device=model.device
+        )  # 0, 1, 2, ... as far as was needed
+
+    def add(self, request: Request) -> None:
+        """Put a request in the queue. The caller has checked that it fits the model's window
+        (`check_length`)."""
+        if not request.prompt:
+            raise ValueError("the prompt is empty: there is no token to continue from")
+        self.waiting.append(request)
+
+    def abort(self, request: Request) -> None:
+        """Forget a request, finished or not, and take its pages back."""
+        if request in self.waiting:
+            self.waiting.remove(request)
+        if request.row >= 0:
+            self.cache.free_row(request.row)
+            request.row = -1
+        self.running = [sample for sample in self.running if sample.request is not request]
+        for sample in request.samples:
+            if sample.row >= 0:
+                self._free(sample)
+
+    @property
+    def busy(self) -> bool:
+        """Some request is not finished."""
+        return bool(self.waiting or self.running)
+
+    def run(self) -> None:
+        """Step until nothing is left to do."""
+        while self.busy:
+            self.step()
+
+    def step(self) -> list[Sample]:
+        """Read what prompts there is room for, and write one token of each running text; returns what
+        grew."""
+        with self._grad_mode():
+            growing, begun = self.running, list[Sample]()
+            first: list[Tensor] = []
+            while chunks := self._admit():
+                samples, logits = self._read(chunks)
+                begun += samples
+                first.append(logits)
+                if not self._together:
+                    break
+            if begun:
+                self._choose(begun, first[0] if len(first) == 1 else torch.cat(first))
+            if growing:
+                self._choose(growing, self._decode(growing))
+            grown = [*growing, *begun]
+            self.running = [sample for sample in grown if sample.finish_reason is None]
+            if not self._keep_rows:
+                for sample in grown:
+                    if sample.finish_reason is not None:
+                        self._free(sample)
+            return grown
+
+    def _free(self, sample: Sample) -> None:
+        self.cache.free_row(sample.row)
+        sample.row = -1
+
+    # Reading prompts
+    def _admit(self) -> list[tuple[Request, int]]:
+        """The next prompts to read, and how many tokens of each: all that remain, except of the last one."""
+        chunks: list[tuple[Request, int]] = []
+        seats = self.max_num_seqs - len(self.running)
+        budget = self.max_num_batched_tokens
+        for request in self.waiting:
+            seats -= request.n
+            # A request with more samples than there are seats runs alone.
+            if not budget or (seats < 0 and (self.running or chunks)):
+                break
+            if request.row < 0:
+                (request.row,) = self.cache.add_rows(1)
+            count = min(budget, len(request.prompt) - self.cache.lengths[request.row])
+            chunks.append((request, count))
+            budget -= count
+        return chunks
+
+    def _read(self, chunks: list[tuple[Request, int]]) -> tuple[list[Sample], Tensor]:
+        """Read parts of prompts; gives the samples whose prompt is read to its end, and their first logits
+        [B, V]."""
+        tokens: list[int] = []
+        positions: list[int] = []
+        ends = [0]
+        samples: list[Sample] = []
+        last: list[int] = []  # of each sample, the packed index of its prompt's last token
+        for request, count in chunks:
+            start = self.cache.lengths[request.row]
+            tokens += request.prompt[start : start + count]
+            positions += range(start, start + count)
+            ends.append(len(tokens))
+            if start + count == len(request.prompt):
+                samples += request.samples
+                last += [len(tokens) - 1] * request.n
+        cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=self.model.device)
+        lengths, rows = [count for _, count in chunks], [request.row for request, _ in chunks]
+        hidden = self._forward(tokens, positions, lengths, cu_seqlens, rows)
+        for sample in samples:
+            request = sample.request
+            if sample.index == 0:
+                self.waiting.popleft()  # only the last of the chunks can be of a request that stays
+                sample.row, request.row = request.row, -1
+            else:
+                sample.row = self.cache.fork(request.samples[0].row)
+        return samples, self.model.logits(hidden[torch.tensor(last, dtype=torch.int64, device=hidden.device)])
+
+    # Writing
+    def _decode(self, samples: list[Sample]) -> Tensor:
+        """Feed the last token of each sample; the next logits, [B, V]."""
+        batch, rows = len(samples), [sample.row for sample in samples]
+        if len(self._counting) <= batch:
+            self._counting = torch.arange(2 * batch + 1, dtype=torch.int32, device=self.model.device)
+        tokens = [sample.tokens[-1] for sample in samples]
+        positions = [self.cache.lengths[row] for row in rows]
+        return self.model.logits(
+            self._forward(tokens, positions, [1] * batch, self._counting[: batch + 1], rows)
+        )
+
+    def _forward(
+        self, tokens: list[int], positions: list[int], lengths: list[int], cu_seqlens: Tensor, rows: list[int]
+    ) -> Tensor:
+        device = self.model.device
+        packed = Packed(
+            len(lengths), max(lengths), None, lengths, cu_seqlens, torch.tensor(positions, device=device)
+        )
+        return self.model.run_packed(torch.tensor(tokens, device=device), packed, cache=self.cache, rows=rows)
+
+    def _choose(self, samples: list[Sample], logits: Tensor) -> None:
+        """Append the next token to each sample; logits [B, V]."""
+        rules = [sample.request.sampling for sample in samples]
+        if self._record is None and not any(rule.do_sample or not rule.untouched for rule in rules):
+            tokens = logits.argmax(-1).tolist()
+        else:
+            logits = logits.float()
+            prompts = [sample.request.prompt for sample in samples]
+            scores = process(logits, rules, prompts, [sample.tokens for sample in samples])
+            if self._record is not None:
+                self._record(samples, logits, scores)
+            tokens = self._pick(samples, scores, [rule.do_sample for rule in rules])
+        for row, (sample, token) in enumerate(zip(samples, tokens, strict=True)):
+            if sample.request.logprobs is not None:
+                sample.logprobs.append(best_logprobs(logits[row], sample.request.logprobs, token))
+            sample.take(token)
+
+    def _pick(self, samples: list[Sample], scores: Tensor, drawn: list[bool]) -> list[int]:
+        if all(drawn):
+            return self._draw(scores, samples).tolist()
+        tokens: list[int] = scores.argmax(-1).tolist()
+        if any(drawn):
+            rows = [row for row, is_drawn in enumerate(drawn) if is_drawn]
+            part = scores[torch.tensor(rows, device=scores.device)]
+            for row, token in zip(
+                rows, self._draw(part, [samples[row] for row in rows]).tolist(), strict=True
+            ):
+                tokens[row] = token
+        return tokens
+
+
+def best_logprobs(logits: Tensor, count: int, token: int) -> dict[int, tuple[float, int]]:
+    """token -> (log-probability, rank from 1), of `token` and of the `count` best; logits [V]."""
+    logs = logits.float().log_softmax(-1)
+    own = float(logs[token])
+    found = {token: (own, 1 + int((logs > own).sum()))}
+    best = logs.topk(min(count, len(logs)))
+    for rank, (value, index) in enumerate(zip(best.values.tolist(), best.indices.tolist(), strict=True)):
+        found.setdefault(index, (value, rank + 1))
+    return found
+
+
+def context_window(config: ModelConfig) -> int | None:
+    """The longest sequence that the model can read, prompt and text together; None where rope adapts itself
+    to any.
+
+    Checkpoints state the window before or after `linear` and `yarn` rope scaling; both readings are let
+    through.
+    """
+    rope = config.rope
+    if rope is None or rope.type in ("default", "llama3"):
+        return config.max_positions
+    if rope.type == "dynamic":
+        return None
+    stretched = rope.factor * (rope.original_max_positions if rope.type == "yarn" else config.max_positions)
+    return max(config.max_positions, int(stretched))
+
+
+def check_length(prompt: int, new: int, window: int | None) -> None:
+    """Raise ValueError, with both lengths, when prompt and new tokens do not fit the window."""
+    if window is not None and prompt + new > window:
+        raise ValueError(
+            f"the prompt has {prompt} tokens, with the {new} to be written {prompt + new}, "
+            f"and the model's window is {window} tokens"
+        )
