@@ -71,16 +71,17 @@ class GGUFCheckpoint(Checkpoint):
         self.architecture = self._checked_architecture()
         self._stored: dict[str, GGUFTensor] = {}
         self._heads: dict[str, int] = {}  # heads of the tensors whose rows are to be put back
-        self._rope_freqs = file.tensors.pop(_ROPE_FREQS, None)
+        self._rope_freqs = file.tensors.get(_ROPE_FREQS)
         unreadable = _unreadable_types(tensor.type for tensor in file.tensors.values())
         for theirs, tensor in file.tensors.items():
+            kind = tensor.type.name
             if tensor.type in unreadable:
-                raise WeightError(
-                    f"{path}: {theirs} is stored as {tensor.type.name}, which cannot be dequantised"
-                )
+                raise WeightError(f"{path}: {theirs} is stored as {kind}, which cannot be dequantised")
+            if theirs == _ROPE_FREQS:
+                continue
             name = self._name(theirs)
             self._stored[name] = tensor
-            self.tensors[name] = TensorInfo(tensor.shape, torch.float32, self.path, tensor.type.name)
+            self.tensors[name] = TensorInfo(tensor.shape, torch.float32, self.path, kind)
         if self.architecture == "llama":
             self._note_permuted()
 
@@ -90,12 +91,12 @@ class GGUFCheckpoint(Checkpoint):
         parts = self.metadata.get("split.count", 1)
         if kind != "model":
             raise WeightError(f"{self.path}: expected a model, general.type is {kind!r}")
-        if architecture not in ARCHITECTURES:
+        if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
             raise WeightError(f"{self.path}: architecture {architecture!r} is not supported, only {known}")
         if parts not in (0, 1):
             raise WeightError(f"{self.path}: one of {parts} files; join them with llama-gguf-split --merge")
-        return str(architecture)
+        return architecture
 
     def _name(self, theirs: str) -> str:
         found = _NAME.fullmatch(theirs)

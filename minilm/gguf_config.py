@@ -33,6 +33,7 @@ _KNOWN = {
     "rope.scaling.finetuned", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
     "tensor_data_layout", "pooling_type",
 }  # fmt: skip
+_ORIGINAL = 8192  # positions that Llama 3 was trained on before its context was extended
 _WITHOUT_EFFECT: dict[str, Any] = {
     "expert_count": 0,
     "expert_used_count": 0,
@@ -70,7 +71,7 @@ class _Options:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number, not negative. The float32 next to 1e-5 is taken for 1e-5."""
+        """A finite number, not negative; of 1e-5 as float32, 1e-5 and not the 9.99999974e-06 that it is."""
         value = self.metadata.get(self.prefix + key, default)
         if value is None:
             raise self.fail(f"metadata {self.prefix}{key} is missing")
@@ -147,7 +148,7 @@ def config_from_metadata(
         "hidden_act": "silu",
         "max_position_embeddings": options.integer("context_length"),
         "rms_norm_eps": options.number("attention.layer_norm_rms_epsilon"),
-        "rope_theta": options.number("rope.freq_base", 10000.0),
+        "rope_theta": options.number("rope.freq_base", 0.0) or 10000.0,
         "tie_word_embeddings": "lm_head.weight" not in shapes,
     }
     config["rope_scaling"] = _rope_scaling(options, head_dim, config["rope_theta"], rope_factors)
@@ -169,6 +170,8 @@ def _head_dim(options: _Options, hidden: int, heads: int) -> int:
         if options.integer(key, head_dim) != head_dim:
             value = options.integer(key)
             raise options.fail(f"metadata {options.prefix}{key} = {value} is not supported, only {head_dim}")
+    if head_dim % 2:
+        raise options.fail(f"heads of {head_dim} channels, an odd number, cannot have rotary embeddings")
     return head_dim
 
 
@@ -205,54 +208,64 @@ def _rope_scaling(
     return {"rope_type": "linear", "factor": factor} if kind == "linear" and factor != 1 else None
 
 
-def llama3_factors(
-    head_dim: int, theta: float, factor: float, low: float, high: float, original: int
-) -> Array:
-    """By what Llama 3's scaling divides each of the D/2 frequencies, float64.
+def _turns(head_dim: int, theta: float, positions: int) -> Array:
+    """How many times each of the D/2 rotary channels turns round within `positions`, float64."""
+    return np.asarray(positions * theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi))
 
-    A channel that turns at least `high` times within `original` positions is left alone, one that turns at
-    most `low` times is slowed down by `factor`, and those between are interpolated.
+
+def llama3_divisors(turns: Array, factor: float, low: float, high: float) -> Array:
+    """By what Llama 3's scaling divides the frequencies of channels that turn so often in its original length.
+
+    One that turns `high` times or more is left alone, one that turns `low` times or less is slowed down by
+    `factor`, and those between are interpolated.
     """
-    frequencies = theta ** -(np.arange(0, head_dim, 2) / head_dim)
-    turns = original * frequencies / (2 * math.pi)
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     return np.asarray(1 / ((1 - smooth) / factor + smooth))
 
 
 def _llama3_scaling(options: _Options, head_dim: int, theta: float, factors: Array) -> dict[str, Any] | None:
-    """The parameters of Llama 3's rope scaling, from the divisors [D/2] of the frequencies.
-
-    `factor` is the largest divisor. The interpolated channels tell the rest: there 1/divisor is linear in the
-    number of turns. Turns are counted in any number of positions, so `original` may be chosen: the 8192 of
-    Llama 3, for which its files give back low = 1 and high = 4. What was found must give the divisors again.
-    """
-    found = np.asarray(factors, np.float64)
-    if found.shape != (head_dim // 2,) or not np.isfinite(found).all() or found.min() <= 0:
+    """The parameters of Llama 3's rope scaling, from the divisors [D/2] of the frequencies."""
+    divisors = np.asarray(factors, np.float64)
+    if divisors.shape != (head_dim // 2,) or not np.isfinite(divisors).all() or divisors.min() <= 0:
         raise options.fail(
-            f"rope_freqs.weight: expected {head_dim // 2} positive numbers, got {_brief(found)}"
+            f"rope_freqs.weight: expected {head_dim // 2} positive numbers, got {_brief(factors)}"
         )
-    if found.min() == found.max():
-        return {"rope_type": "linear", "factor": _shortest(found[0])} if found[0] != 1 else None
-    factor, original = _shortest(found.max()), 8192
+    if divisors.min() == divisors.max():
+        return {"rope_type": "linear", "factor": _shortest(divisors[0])} if divisors[0] != 1 else None
+    with np.errstate(all="ignore"):
+        found = _fit(divisors, _turns(head_dim, theta, _ORIGINAL))
+    if found is None:
+        raise options.fail(
+            "rope_freqs.weight: these are not the numbers of Llama 3's rope scaling, the only one known"
+        )
+    factor, low, high = found
+    return {
+        "rope_type": "llama3",
+        "factor": factor,
+        "low_freq_factor": low,
+        "high_freq_factor": high,
+        "original_max_position_embeddings": _ORIGINAL,
+    }
+
+
+def _fit(divisors: Array, turns: Array) -> tuple[float, float, float] | None:
+    """(factor, low, high) that give the divisors, or None.
+
+    `factor` is the largest of them. The interpolated channels tell the rest, as there 1/divisor is linear in
+    the number of turns. The file does not say in which length turns are counted, and it makes no difference:
+    it may be chosen, low and high follow. With that of Llama 3, its own 1 and 4 come out, which are tried
+    first.
+    """
+    factor = _shortest(divisors.max())
     candidates = [(1.0, 4.0)]
-    if factor > 1:
-        smooth = (1 / found - 1 / factor) / (1 - 1 / factor)
-        between = (smooth > 1e-4) & (smooth < 1 - 1e-4)
-        if between.sum() >= 2:
-            turns = original * theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi)
-            slope, offset = np.polyfit(turns[between], smooth[between], 1)
-            candidates.append((-offset / slope, (1 - offset) / slope))
+    smooth = (1 / divisors - 1 / factor) / (1 - 1 / factor)
+    between = (smooth > 1e-4) & (smooth < 1 - 1e-4)
+    if between.sum() >= 2:
+        slope, offset = np.polyfit(turns[between], smooth[between], 1)
+        candidates.append((float(-offset / slope), float((1 - offset) / slope)))
     for low, high in candidates:
         if 0 < low < high and np.allclose(
-            llama3_factors(head_dim, theta, factor, low, high, original), found, rtol=1e-4, atol=0
+            llama3_divisors(turns, factor, low, high), divisors, rtol=1e-4, atol=0
         ):
-            return {
-                "rope_type": "llama3",
-                "factor": factor,
-                "low_freq_factor": float(low),
-                "high_freq_factor": float(high),
-                "original_max_position_embeddings": original,
-            }
-    raise options.fail(
-        "rope_freqs.weight: these factors are not those of Llama 3's rope scaling, nor supported"
-    )
+            return factor, low, high
+    return None
