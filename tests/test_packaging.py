@@ -234,5 +234,9 @@ def test_the_folder_kernels_is_installed_as_minilm_kernels_only(tmp_path: Path) 
     done = run(sys.executable, "-c", "import minilm.kernels as k; print(k.__name__)", cwd=tmp_path)
     assert done.stdout.strip() == "minilm.kernels", done.stderr
     assert run(sys.executable, "-c", "import kernels", cwd=tmp_path).returncode != 0
-    done = run(sys.executable, "-c", "import kernels", cwd=ROOT)
-    assert "this folder is the package minilm.kernels" in done.stderr
+
+
+def test_transformers_does_not_take_the_folder_for_the_package_it_looks_for() -> None:
+    code = "import transformers.activations; print(transformers.utils.is_kernels_available())"
+    done = run(sys.executable, "-c", code, cwd=ROOT)
+    assert done.stdout.strip() == "False", done.stderr
