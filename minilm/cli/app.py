@@ -1,0 +1,83 @@
+"""The application: its commands, and one place where every error becomes one line and an exit status.
+
+Exit status: 0 done, 2 an error that the message explains (a wrong option, a missing file, a checkpoint that
+does not fit), 1 a fault of minilm itself, 130 Ctrl-C, 141 the reader of the output has gone (`| head`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import typer
+
+from .. import __version__
+from .errors import State, closed_pipe, report, tidy_messages
+
+
+class Group(typer.core.TyperGroup):
+    """The top level. In place of typer's own boxes and tracebacks, errors are reported by `errors.report`."""
+
+    def main(self, args: Any = None, prog_name: Any = None, **options: Any) -> Any:
+        """Run, and (unless the caller wants the exceptions) end the process with the exit status."""
+        if not options.pop("standalone_mode", True):
+            return super().main(args, prog_name, standalone_mode=False, **options)
+        state = State()
+        try:
+            with tidy_messages():
+                result = super().main(args, prog_name, standalone_mode=False, obj=state, **options)
+            status = result if isinstance(result, int) else 0
+        except Exception as error:
+            status = report(error, debug=state.debug)
+        raise SystemExit(status)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was asked for. What is printed is flushed here, so that a closed pipe shows
+        here."""
+        try:
+            result = super().invoke(ctx)
+            typer.get_text_stream("stdout").flush()
+            return result
+        except BrokenPipeError:
+            closed_pipe()
+            raise typer.Exit(141) from None
+
+
+app = typer.Typer(
+    cls=Group,
+    name="minilm",
+    help="Transformers to read, to use and to measure: embeddings, text, and what is inside a model.",
+    epilog="Start with:  minilm doctor",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"minilm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    ctx: typer.Context,
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+    ),
+    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+) -> None:
+    if isinstance(ctx.obj, State):
+        ctx.obj.debug |= debug
+
+
+def _add_commands() -> None:
+    from . import encode, files, machine, tasks, write
+
+    for module in (encode, tasks, write, files, machine):
+        module.add_to(app)
+
+
+_add_commands()

@@ -1,0 +1,124 @@
+"""Errors and warnings as people want to read them: one line on standard error, and a traceback on request."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+CLICK_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+"""Usage errors. Newer releases of typer carry their own copy of click, older ones import it."""
+
+
+@dataclass
+class State:
+    """What the whole run of a command knows."""
+
+    debug: bool = False
+
+
+class CommandError(ValueError):
+    """Something that a command was asked for and cannot do; the message says what to do instead."""
+
+
+def report(error: Exception, *, debug: bool) -> int:
+    """Print `error` on standard error, in one line unless `debug`; returns the exit status."""
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, CLICK_ERROR):
+        _say("error", _usage(error))
+        return 2
+    if isinstance(error, typer.Abort):
+        return 130
+    if _expected(error):
+        _say("error", _message(error))
+        return 2
+    hint = "" if debug else " (a fault of minilm: run it again with --debug for the traceback)"
+    _say("error", f"unexpected {type(error).__name__}: {_message(error)}{hint}")
+    return 1
+
+
+def _usage(error: Any) -> str:
+    message = str(error.format_message()).strip().rstrip(".")
+    ctx = getattr(error, "ctx", None)
+    return message if ctx is None else f"{message} (see {ctx.command_path} --help)"
+
+
+def _expected(error: Exception) -> bool:
+    """Whether the message is for the user: bad input, missing files, a backend that cannot run, no memory."""
+    if isinstance(error, (ValueError, OSError, MemoryError)):
+        return True
+    dispatch = sys.modules.get("minilm.ops.dispatch")
+    if dispatch is not None and isinstance(error, dispatch.BackendError):
+        return True
+    torch = sys.modules.get("torch")
+    out_of_memory = getattr(torch, "OutOfMemoryError", ())
+    # PyTorch's allocator for the CPU raises a plain RuntimeError.
+    return isinstance(error, out_of_memory) or (
+        isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+    )
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, MemoryError) and not str(error):
+        return "not enough memory"
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.filename}: {error.strerror}" if error.filename is not None else error.strerror
+    if "DefaultCPUAllocator" in str(error):
+        return "not enough memory: " + str(error).partition("DefaultCPUAllocator: ")[2].splitlines()[0]
+    return str(error) or type(error).__name__
+
+
+def warn(message: str) -> None:
+    """Print a warning on standard error."""
+    _say("warning", message)
+
+
+def note(message: str) -> None:
+    """Tell what was done, to somebody who is watching: nothing when standard error is not a terminal."""
+    if sys.stderr is not None and sys.stderr.isatty():
+        print(message, file=sys.stderr)
+
+
+def _say(kind: str, message: str) -> None:
+    if sys.stderr is not None:
+        print(f"{kind}: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+class _LogLines(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        _say(record.levelname.lower(), record.getMessage())
+
+
+@contextmanager
+def tidy_messages() -> Iterator[None]:
+    """Warnings and log messages come out as one line each, like errors."""
+    log, handler = logging.getLogger("minilm"), _LogLines(logging.WARNING)
+    log.addHandler(handler)
+    propagate, log.propagate = log.propagate, False
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *rest, **options: warn(str(message))
+            yield
+    finally:
+        log.removeHandler(handler)
+        log.propagate = propagate
+
+
+def closed_pipe() -> None:
+    """Point standard output to nowhere, so that what Python flushes at its end does not complain again."""
+    try:
+        descriptor = sys.stdout.fileno()
+    except (OSError, ValueError):  # a test's stream in memory
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, descriptor)
+    os.close(nowhere)

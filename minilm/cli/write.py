@@ -1,0 +1,206 @@
+"""`generate` and `chat`: decoders write."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import CommandError, note
+from .options import DECODER, Decoder, Runtime, command
+from .results import Output, Record
+from .texts import Texts, chunks, read_items
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from ..llm import LLM, SamplingParams
+
+PANEL = "Decoders"
+CHUNK = 256
+"""Prompts that are read before the first result is written."""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands of this file."""
+    command(
+        app,
+        "generate",
+        panel=PANEL,
+        examples="""
+            minilm generate "The three laws of robotics are" --max-tokens 100
+            minilm generate --file prompts.txt --temperature 0.8 --seed 1 --output texts.jsonl
+            """,
+    )(generate)
+    command(
+        app,
+        "chat",
+        panel=PANEL,
+        examples="""
+            minilm chat
+            minilm chat "Why is the sky blue?" --max-tokens 100
+            minilm chat --model models/my-llama --system "Answer in one sentence."
+            """,
+    )(chat)
+
+
+@dataclass
+class Sampling:
+    """How tokens are chosen; names as in vLLM."""
+
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="The most tokens to write.")] = 256
+    temperature: Annotated[
+        float,
+        typer.Option(
+            min=0.0, metavar="T", help="0 always takes the most probable token; 1 draws as the model says."
+        ),
+    ] = 0.0
+    top_p: Annotated[
+        float, typer.Option(metavar="P", help="Draw from the tokens that make up probability P.")
+    ] = 1.0
+    top_k: Annotated[
+        int, typer.Option(metavar="K", help="Draw from the K most probable tokens; 0 from all.")
+    ] = 0
+    min_p: Annotated[
+        float, typer.Option(metavar="P", help="Leave out tokens less probable than P times the best.")
+    ] = 0.0
+    repetition_penalty: Annotated[
+        float, typer.Option(metavar="X", help="Above 1: tokens that were used become less probable.")
+    ] = 1.0
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before this text. Repeatable.")
+    ] = None
+    seed: Annotated[int | None, typer.Option(metavar="N", help="What is drawn is the same each time.")] = None
+
+    def params(self) -> SamplingParams:
+        """As `minilm.LLM` takes them."""
+        from ..llm import SamplingParams
+
+        return SamplingParams(**asdict(self))
+
+
+def generate(
+    *,
+    source: Texts,
+    model: Decoder = DECODER,
+    sampling: Sampling,
+    out: Output,
+    run: Runtime,
+) -> None:
+    """Write on from prompts, as they stand (no chat template; for questions see `minilm chat`).
+
+    A single prompt on a terminal appears as it is written. Several are written together, each exactly as
+    alone.
+    """
+    out.check()
+    params = sampling.params()
+    with run.running() as device:
+        llm = _llm(model, device, run)
+        single = source.texts if out.for_people and not source.file else None
+        if single is not None and len(single) == 1 and single[0] != "-":
+            typer.echo(single[0], nl=False)
+            _show(llm, llm.stream(single[0], params))
+            return
+        with out.writer(_text_table) as write:
+            for chunk in chunks(source.read(), CHUNK):
+                answers = llm.generate([item.text for item in chunk], params, use_tqdm=False)
+                for item, answer in zip(chunk, answers, strict=True):
+                    write({**item.record, "prompt": item.text, **_completion(answer)})
+
+
+def chat(
+    *,
+    question: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="QUESTION", help="Answered once; - or a pipe reads it. None: a conversation."),
+    ] = None,
+    model: Decoder = DECODER,
+    system: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="What the model is told beforehand.")
+    ] = None,
+    sampling: Sampling,
+    out: Output,
+    run: Runtime,
+) -> None:
+    """Talk with a model, which answers as it writes.
+
+    In a conversation /reset begins anew, /system TEXT says how to answer, /quit or Ctrl-D ends it, and
+    Ctrl-C stops an answer. With --json or --output a question gives one JSON object.
+    """
+    out.check()
+    params = sampling.params()
+    conversing = not question and sys.stdin is not None and sys.stdin.isatty()
+    if conversing and (out.output is not None or out.json):
+        raise CommandError("a conversation is not written as JSON: ask one question")
+    asked = (
+        ""
+        if conversing
+        else " ".join(i.text for i in read_items(question or [], [], None, whole=True)).strip()
+    )
+    if not conversing and not asked:
+        raise CommandError("the question is empty")
+    with run.running() as device:
+        llm = _llm(model, device, run)
+        if conversing:
+            from .conversation import Conversation
+
+            Conversation(lambda messages: llm.stream_chat(messages, params), system).run()
+            return
+        messages = [
+            *([{"role": "system", "content": system}] if system else []),
+            {"role": "user", "content": asked},
+        ]
+        if out.output is None and not out.json:
+            _show(llm, llm.stream_chat(messages, params))
+            return
+        (answer,) = llm.chat(messages, params, use_tqdm=False)
+        with out.writer(_text_table) as write:
+            write({"messages": messages, **_completion(answer)})
+
+
+def _llm(model: str, device: Any, run: Runtime) -> LLM:
+    from ..llm import LLM
+
+    return LLM(model, device=device, dtype=run.dtype or "auto")
+
+
+def _completion(answer: Any) -> Record:
+    text = answer.outputs[0]
+    return {
+        "text": text.text,
+        "token_ids": list(text.token_ids),
+        "prompt_tokens": len(answer.prompt_token_ids),
+        "finish_reason": text.finish_reason,
+    }
+
+
+def _show(llm: LLM, pieces: Iterable[str]) -> None:
+    """Print the pieces as they come; a watcher is told how fast they came."""
+    start, parts = time.perf_counter(), []
+    for piece in pieces:
+        parts.append(piece)
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    seconds = time.perf_counter() - start
+    count = len(llm.get_tokenizer().encode("".join(parts), add_special_tokens=False))
+    note(f"({count} tokens in {seconds:.1f} s, {count / seconds:.1f} a second, the prompt included)")
+
+
+def _text_table(records: list[Record]) -> RenderableType:
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_lines=True)
+    table.add_column("prompt", style="cyan", overflow="fold", ratio=1)
+    table.add_column("text", overflow="fold", ratio=2)
+    table.add_column("tokens", justify="right", no_wrap=True)
+    table.add_column("ended by", no_wrap=True)
+    for record in records:
+        table.add_row(
+            record["prompt"], record["text"], str(len(record["token_ids"])), str(record["finish_reason"])
+        )
+    return table

@@ -1,0 +1,170 @@
+"""From any checkpoint that minilm loads to a folder of safetensors that transformers loads too.
+
+    convert("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2", dtype="bfloat16")
+
+Everything is written to a temporary folder beside the destination first. The destination appears, or
+changes, when all is there; after an error or Ctrl-C it is as it was.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+import torch
+
+from .auto import as_dtype, read_config
+from .checkpoint import Checkpoint, open_checkpoint
+from .heads import MODELS
+from .hub import CONFIG_FILES, SENTENCE_FILES, TOKENIZER_FILES, VOCABULARY_FILES, WEIGHT_FILES, resolve
+from .models import PreTrainedModel
+from .summary import fitting_head, named_head, on_meta, planned
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written."""
+
+    folder: Path
+    architecture: str
+    """The class that loads it, as transformers calls it."""
+    dtype: torch.dtype
+    parameters: int
+    files: dict[str, int]
+    """Names, relative to the folder, and sizes in bytes."""
+    left_out: dict[str, str]
+    """Tensors of the source that the model has no use for, and why."""
+    tokenizer: bool
+
+
+def convert(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str | None = None,
+    force: bool = False,
+    max_shard_size: str = "5GB",
+) -> Conversion:
+    """Write the model called `source` (a folder, a GGUF file, a name on the hub) to the folder `destination`.
+
+    `dtype` of the weights; None keeps the source's (GGUF: float32). `force` replaces the checkpoint in a
+    folder that is not empty: the files that belong to a model there go, others stay. The tokenizer's files,
+    and the modules of sentence-transformers, come along. A head that the source lacks is not made up.
+
+    Raises ValueError (a destination that may not be written), and what loading and saving raise.
+    """
+    path, folder = resolve(source), Path(destination).expanduser()
+    as_dtype(dtype)
+    _check_destination(folder, path, force)
+    model = _load(path, dtype)
+    with _appearing(folder) as temporary:
+        model.save_pretrained(temporary, max_shard_size=max_shard_size)
+        tokenizer = _write_tokenizer(path, temporary)
+        if path.is_dir():
+            _copy(path, temporary, SENTENCE_FILES)
+        files = {name: (temporary / name).stat().st_size for name in _listed(temporary)}
+    return Conversion(
+        folder=folder,
+        architecture=model.family.class_name(model.head_kind),
+        dtype=model.dtype,
+        parameters=model.num_parameters(),
+        files=files,
+        left_out={} if model.load_report is None else dict(model.load_report.skipped),
+        tokenizer=tokenizer,
+    )
+
+
+def _check_destination(folder: Path, source: Path, force: bool) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder to write to, and this is a file")
+    own = source if source.is_dir() else source.parent
+    if folder.exists() and folder.resolve() == own.resolve():
+        raise ValueError(f"{folder}: the destination is the folder of the source")
+    if folder.is_dir() and any(folder.iterdir()) and not force:
+        raise ValueError(
+            f"{folder}: the folder is not empty; to replace the model in it, ask for --force (force=True)"
+        )
+
+
+def _load(path: Path, dtype: torch.dtype | str | None) -> PreTrainedModel:
+    config = read_config(path)
+    with open_checkpoint(path) as checkpoint:
+        head = named_head(config)
+        if head is None or _initialised(on_meta(config, head), checkpoint):
+            head = fitting_head(config, checkpoint)
+        missing = _initialised(on_meta(config, head), checkpoint)
+    if head == "base" and missing and all(name.startswith("pooler.") for name in missing):
+        return MODELS[head].from_pretrained(path, dtype=dtype, add_pooling_layer=False)
+    if missing:
+        raise ValueError(
+            f"{path}: the weights of {', '.join(missing)} are missing, so there is no model to convert"
+        )
+    return MODELS[head].from_pretrained(path, dtype=dtype)
+
+
+def _initialised(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
+    return [entry.target for entry in planned(model, checkpoint) if entry.transform == "initialised"]
+
+
+def _write_tokenizer(path: Path, folder: Path) -> bool:
+    """The source's own files, or those made of a GGUF file's metadata; False if it has no tokenizer."""
+    if path.is_dir() and any((path / name).is_file() for name in VOCABULARY_FILES):
+        _copy(path, folder, [name for name in TOKENIZER_FILES if name not in CONFIG_FILES])
+        return True
+    from .tokenizer import AutoTokenizer
+
+    gguf = [path] if path.is_file() else sorted(path.glob("*.gguf"))
+    if not gguf or gguf[0].suffix != ".gguf":
+        return False
+    AutoTokenizer.from_pretrained(gguf[0]).save_pretrained(folder)
+    return True
+
+
+def _copy(source: Path, folder: Path, patterns: Sequence[str]) -> None:
+    for name in _listed(source, patterns):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source / name, folder / name)
+
+
+def _listed(folder: Path, patterns: Sequence[str] = ("*",)) -> list[str]:
+    """The files of a folder whose names, relative to it, match a pattern."""
+    names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    return sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
+
+
+@contextmanager
+def _appearing(folder: Path) -> Iterator[Path]:
+    """A temporary folder whose files are moved to `folder` in the end; on an error it goes away with all in
+    it."""
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+            temporary = Path(name)
+            yield temporary
+            if not folder.exists():
+                umask = os.umask(0)
+                os.umask(umask)
+                temporary.chmod(0o777 & ~umask)  # mkdtemp's own is for the owner alone
+                temporary.replace(folder)
+                temporary.mkdir()  # what TemporaryDirectory shall find
+                return
+            kept = set(_listed(temporary))
+            ours = (*CONFIG_FILES, *TOKENIZER_FILES, *WEIGHT_FILES, *SENTENCE_FILES)
+            for file in sorted(kept):
+                (folder / file).parent.mkdir(parents=True, exist_ok=True)
+                (temporary / file).replace(folder / file)
+            for file in _listed(folder, ours):
+                if file not in kept:
+                    (folder / file).unlink()
+    except BaseException:
+        for parent in made[1:]:  # the nearest first; not if somebody else has put something there
+            if parent.is_dir() and not any(parent.iterdir()):
+                parent.rmdir()
+        raise

@@ -1,0 +1,260 @@
+"""What a checkpoint is, told from its headers alone: no weight is read.
+
+    summary = summarise("all-MiniLM-L6-v2")
+    summary.count, summary.memory(torch.float16), summary.flops(512), summary.parameters
+
+The model is built on the meta device, where tensors have shapes and no values, and the plan of loading is
+made (`minilm.weights.weight_map`); numbers are counted on these, so they are those of the model that would
+be loaded.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from .archs import family_of
+from .archs.family import Head
+from .auto import read_config
+from .checkpoint import Checkpoint, WeightError, open_checkpoint
+from .config import ConfigError, ModelConfig
+from .heads import MODELS
+from .hub import read_json, resolve
+from .models import PreTrainedModel
+from .pretrained_config import PretrainedConfig
+from .weights import MapEntry, weight_map
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PER_TOKEN: frozenset[Head] = frozenset(
+    ("masked-lm", "pre-training", "token-classification", "question-answering", "causal-lm")
+)
+"""Heads that compute something for every token; the others do it once a sequence."""
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of the model and where it comes from. `stored`: the dtype in the file, "" if it has
+    none."""
+
+    name: str
+    shape: tuple[int, ...]
+    count: int
+    stored: str
+    sources: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A checkpoint as minilm understands it. Counts are of parameters, sizes in bytes."""
+
+    name: str
+    path: Path
+    format: str
+    files: dict[str, int]
+    """The weight files and their sizes."""
+    given: dict[str, Any]
+    """config.json, or what a GGUF file says in its place."""
+    config: PretrainedConfig
+    spec: ModelConfig
+    head: Head
+    parameters: tuple[Parameter, ...]
+    weights: tuple[MapEntry, ...]
+    """What becomes of each tensor of the checkpoint."""
+    tokenizer: str | None
+    """The file that the tokenizer is made of."""
+    chat_template: bool
+    linear_weights: int
+    """Elements of the matrices that every token is multiplied with."""
+
+    @property
+    def count(self) -> int:
+        """Number of parameters."""
+        return sum(p.count for p in self.parameters)
+
+    @property
+    def class_name(self) -> str:
+        """The class that loads it, under the ecosystem's name."""
+        return MODELS[self.head].__name__
+
+    def memory(self, dtype: torch.dtype) -> int:
+        """Bytes of the weights in memory."""
+        return self.count * dtype.itemsize
+
+    def kv_bytes(self, dtype: torch.dtype) -> int:
+        """Bytes of the KV cache a token; 0 for encoders, which have none."""
+        return 2 * self.spec.num_layers * self.spec.kv_size * dtype.itemsize if self.spec.causal else 0
+
+    def flops(self, context: int) -> int:
+        """Floating-point operations of the forward pass for one token that attends to `context` tokens,
+        itself included.
+
+        A multiplication and an addition are two. Counted are the matrix products: the linear layers, and in
+        attention the scores and the weighted sum, 4 H D a visible token. A decode step does this much; a
+        prompt of S tokens, or an encoder's text, S times it where the attention is computed in full. What
+        runs once a sequence (a pooler, a classifier) is left out.
+        """
+        layers = range(self.spec.num_layers)
+        visible = sum(min(context, self.spec.window(layer) or context) for layer in layers)
+        return 2 * self.linear_weights + 4 * self.spec.q_size * visible
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of it, as JSON can hold it."""
+        contexts = sorted({min(c, self.spec.max_positions) for c in (1, 512, self.spec.max_positions)})
+        return {
+            "name": self.name,
+            "path": str(self.path),
+            "format": self.format,
+            "files": self.files,
+            "class": self.class_name,
+            "head": self.head,
+            "config": self.given,
+            "understood_as": asdict(self.spec),
+            "parameters": self.count,
+            "memory_bytes": {_name(dtype): self.memory(dtype) for dtype in DTYPES},
+            "kv_cache_bytes_per_token": {_name(dtype): self.kv_bytes(dtype) for dtype in DTYPES},
+            "flops_per_token": {str(context): self.flops(context) for context in contexts},
+            "tokenizer": self.tokenizer,
+            "chat_template": self.chat_template,
+            "parameter_table": [asdict(p) for p in self.parameters],
+            "weight_map": [entry._asdict() for entry in self.weights],
+        }
+
+
+def summarise(name_or_path: str | os.PathLike[str], *, head: Head | None = None) -> Summary:
+    """Look at a folder, a GGUF file or a name on the hub (which is fetched if need be).
+
+    `head`: with which head to see it; if not said, the one that the checkpoint names, or else the one that
+    fits its tensors. Raises HubError, ConfigError and WeightError as loading does.
+    """
+    path = resolve(name_or_path)
+    config = read_config(path)
+    with open_checkpoint(path) as checkpoint:
+        head = head or named_head(config) or fitting_head(config, checkpoint)
+        model = on_meta(config, head)
+        entries = planned(model, checkpoint)
+        files = {info.file: info.file.stat().st_size for info in checkpoint.tensors.values()}
+        given = _given(path, checkpoint)
+    tokenizer, template = _tokenizer(path, checkpoint)
+    return Summary(
+        name=str(name_or_path),
+        path=path,
+        format="GGUF" if any(file.suffix == ".gguf" for file in files) else "safetensors",
+        files={file.name: size for file, size in files.items()},
+        given=given,
+        config=config,
+        spec=model.spec,
+        head=head,
+        parameters=tuple(_parameters(model, entries)),
+        weights=tuple(entries),
+        tokenizer=tokenizer,
+        chat_template=template,
+        linear_weights=_linear_weights(model),
+    )
+
+
+def named_head(config: PretrainedConfig) -> Head | None:
+    """The head that the configuration's `architectures` name; None if it names none that minilm has."""
+    family = family_of(config.model_type)
+    for name in config.get("architectures") or ():
+        for head in MODELS:
+            if (head == "base" or head in family.heads) and name == family.class_name(head):
+                return head
+    return None
+
+
+def fitting_head(config: PretrainedConfig, checkpoint: Checkpoint) -> Head:
+    """The head for which the checkpoint has all weights, and of which it leaves the fewest over.
+
+    Raises WeightError when the tensors do not fit the family with any head.
+    """
+    best: tuple[int, int, Head] | None = None
+    failure: WeightError | None = None
+    for head in MODELS:
+        if head != "base" and head not in family_of(config.model_type).heads:
+            continue
+        try:
+            entries = planned(on_meta(config, head), checkpoint)
+        except WeightError as error:
+            failure = failure or error
+            continue
+        initialised = sum(entry.transform == "initialised" for entry in entries)
+        left = sum(not entry.target for entry in entries)
+        if best is None or (initialised, left) < best[:2]:
+            best = (initialised, left, head)
+    if best is None:
+        raise failure or ConfigError(f"{config.model_type} models have no head")
+    return best[2]
+
+
+def on_meta(config: PretrainedConfig, head: Head, **options: Any) -> PreTrainedModel:
+    """The model with its shapes and without values."""
+    with torch.device("meta"):
+        return MODELS[head](config, **options)
+
+
+def planned(model: PreTrainedModel, checkpoint: Checkpoint) -> list[MapEntry]:
+    """`weight_map` of a model of one of the families."""
+    return weight_map(model, checkpoint, model.family.rules(model.head_kind), model.family.prefixes)
+
+
+def _given(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
+    from .gguf import GGUFCheckpoint
+
+    if isinstance(checkpoint, GGUFCheckpoint) and not (path / "config.json").is_file():
+        return checkpoint.hf_config()
+    return read_json(path / "config.json", error=ConfigError)
+
+
+def _parameters(model: PreTrainedModel, entries: Iterable[MapEntry]) -> Iterable[Parameter]:
+    sources: dict[str, list[MapEntry]] = {}
+    for entry in entries:
+        if entry.target and entry.source:
+            sources.setdefault(entry.target, []).append(entry)
+    for name, parameter in model.named_parameters():
+        found = sources.get(name, [])
+        stored = ", ".join(dict.fromkeys(entry.dtype for entry in found))
+        yield Parameter(
+            name, tuple(parameter.shape), parameter.numel(), stored, tuple(entry.source for entry in found)
+        )
+
+
+def _linear_weights(model: PreTrainedModel) -> int:
+    """Elements of all matrices that each token is multiplied with, the tied output matrix included."""
+    per_sequence = "head.next_sentence."
+    total = 0
+    for name, module in model.named_modules():
+        in_head = name.startswith("head.") and model.head_kind in PER_TOKEN
+        if isinstance(module, nn.Linear) and (name.startswith("body.") or in_head):
+            total += 0 if f"{name}.".startswith(per_sequence) else math.prod(module.weight.shape)
+    if model.head_kind in ("masked-lm", "pre-training", "causal-lm") and model.spec.tie_word_embeddings:
+        total += model.body.embeddings.tokens.weight.numel()
+    return total
+
+
+def _tokenizer(path: Path, checkpoint: Checkpoint) -> tuple[str | None, bool]:
+    from .gguf import GGUFCheckpoint
+    from .hub import VOCABULARY_FILES
+
+    folder = path if path.is_dir() else None
+    names = [name for name in VOCABULARY_FILES if folder is not None and (folder / name).is_file()]
+    if not names and isinstance(checkpoint, GGUFCheckpoint):
+        has = "tokenizer.ggml.tokens" in checkpoint.metadata
+        return ("in the GGUF file" if has else None), "tokenizer.chat_template" in checkpoint.metadata
+    template = False
+    if folder is not None:
+        template = (folder / "chat_template.jinja").is_file() or any(folder.glob("chat_templates/*.jinja"))
+        settings = folder / "tokenizer_config.json"
+        if not template and settings.is_file():
+            template = bool(read_json(settings, error=ConfigError).get("chat_template"))
+    return (names[0] if names else None), template
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
