@@ -68,7 +68,8 @@ def test_wheel_with_the_extension(source: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         entry_points = archive.read(f"minilm-{__version__}.dist-info/entry_points.txt").decode()
-    for folder, package in (("minilm", "minilm"), ("kernels", "minilm/kernels")):
+    packages = {"minilm": "minilm", "kernels": "minilm/kernels", "benchmarks": "minilm/benchmarks"}
+    for folder, package in packages.items():
         expected = {
             f"{package}/{file.relative_to(source / folder)}" for file in (source / folder).rglob("*.py")
         }
@@ -76,7 +77,7 @@ def test_wheel_with_the_extension(source: Path) -> None:
     assert {"minilm/_C.abi3.so", "minilm/py.typed"} <= names
     assert any(name.endswith("/LICENSE") for name in names)
     assert {name.split("/")[0] for name in names} == {"minilm", f"minilm-{__version__}.dist-info"}
-    assert not [name for name in names if name.endswith((".cpp", ".h", ".pyc"))]
+    assert not [name for name in names if name.endswith((".h", ".pyc")) or "csrc" in name]
     assert "minilm = minilm.cli:main" in entry_points
 
     target = source.parent / "installed"
@@ -148,7 +149,7 @@ def test_sdist_holds_what_a_wheel_is_built_from(source: Path) -> None:
     assert done.returncode == 0, done.stderr
     with tarfile.open(source / "dist" / done.stdout.splitlines()[-1]) as archive:
         names = {name.partition("/")[2] for name in archive.getnames()}
-    for folder in ("csrc", "kernels", "minilm", "tests"):
+    for folder in ("csrc", "kernels", "benchmarks", "minilm", "tests"):
         files = {
             file.relative_to(source).as_posix() for file in (source / folder).rglob("*.*") if file.is_file()
         }
