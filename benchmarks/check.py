@@ -1,0 +1,120 @@
+"""An implementation is right before it is timed.
+
+Against the specification in float64 on the same values: err(implementation) <= 2 x err(eager PyTorch in the same
+dtype) + a floor of 8 units in the last place of the largest value. NaN and infinity never pass. Two draws of inputs are
+looked at, so that a result left over in memory from the first cannot pass for the second.
+
+Engines that run a whole model have no common dtype; they are held against the float32 model: embeddings by the cosine,
+decoders by the first tokens of greedy decoding (`cosines`, `equal_tokens`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FACTOR = 2.0
+ULPS = 8.0
+
+LEAST_COSINE = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.99, "int8": 0.95, "q4": 0.9}
+"""The worst embedding may be that far from the float32 one; an engine below is reported as wrong."""
+LEAST_TOKENS = {"fp32": 8, "fp16": 8, "bf16": 2, "int8": 2, "q4": 1}
+"""So many first greedy tokens must be the same as in float32."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the check found: errors as the largest difference over the largest value."""
+
+    ok: bool
+    error: float
+    allowed: float
+    detail: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def tensors(values: Any) -> list[Tensor]:
+    """The floating-point tensors in a result, in order."""
+    if isinstance(values, Tensor):
+        return [values] if values.is_floating_point() else []
+    if isinstance(values, (tuple, list)):
+        return [t for v in values for t in tensors(v)]
+    return []
+
+
+def error(result: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
+    """Largest |result - truth| over largest |truth|, the worst of all outputs; infinity for NaN or another shape."""
+    if len(result) != len(truth):
+        return float("inf")
+    worst = 0.0
+    for a, b in zip(result, truth, strict=True):
+        if a.shape != b.shape or not bool(a.isfinite().all()):
+            return float("inf")
+        if b.numel():
+            scale = float(b.abs().max()) or 1.0
+            worst = max(worst, float((a.detach().double().cpu() - b.double().cpu()).abs().max()) / scale)
+    return worst
+
+
+def to_float64(values: Any) -> Any:
+    """The same arguments with every floating-point tensor in float64 on the CPU (integers as they are)."""
+    if isinstance(values, Tensor):
+        moved = values.detach().cpu()
+        return moved.double() if values.is_floating_point() else moved
+    if isinstance(values, (tuple, list)):
+        return type(values)(to_float64(v) for v in values)
+    return values
+
+
+def clone(values: Any) -> Any:
+    """Independent tensors, for ops that write into their arguments."""
+    if isinstance(values, Tensor):
+        return values.clone()
+    return type(values)(clone(v) for v in values) if isinstance(values, (tuple, list)) else values
+
+
+def compare(
+    call: Callable[[Any], Any], eager: Callable[[Any], Any], truth: Callable[[Any], Any], draws: Sequence[Any]
+) -> Verdict:
+    """Judge `call` on each of `draws`; `eager` is the same in plain PyTorch, `truth` the specification (it is given
+    the float64 arguments)."""
+    worst, allowed = 0.0, 0.0
+    with torch.no_grad():
+        for values in draws:
+            exact = tensors(truth(to_float64(clone(values))))
+            baseline = error(tensors(eager(clone(values))), exact)
+            result = tensors(call(clone(values)))
+            eps = max((torch.finfo(t.dtype).eps for t in result), default=0.0)
+            limit, found = FACTOR * baseline + ULPS * eps, error(result, exact)
+            if found - limit >= worst - allowed or not worst:
+                worst, allowed = found, limit
+            if not found <= limit:
+                break
+    ok = worst <= allowed
+    detail = "" if ok else f"error {worst:.2e} of the largest value, allowed {allowed:.2e}"
+    return Verdict(ok, worst, allowed, detail)
+
+
+def cosines(found: Tensor, truth: Tensor, precision: str) -> Verdict:
+    """Embeddings [B, C] against the float32 ones, row by row."""
+    least = LEAST_COSINE[precision]
+    if found.shape != truth.shape or not bool(found.isfinite().all()):
+        return Verdict(False, 2.0, 1 - least, f"shape {list(found.shape)} or NaN, expected {list(truth.shape)}")
+    worst = float(torch.cosine_similarity(found.double(), truth.double(), dim=1).min())
+    return Verdict(worst >= least, 1 - worst, 1 - least, f"worst cosine {worst:.5f}, least allowed {least}")
+
+
+def equal_tokens(found: Sequence[int], truth: Sequence[int], precision: str) -> Verdict:
+    """How many first tokens of greedy decoding are the same."""
+    same = next((i for i, (a, b) in enumerate(zip(found, truth, strict=False)) if a != b), None)
+    same = min(len(found), len(truth)) if same is None else same
+    least = min(LEAST_TOKENS[precision], len(truth))
+    detail = f"first {same} of {len(truth)} greedy tokens equal, least allowed {least}"
+    return Verdict(same >= least, float(len(truth) - same), float(len(truth) - least), detail)

@@ -1,0 +1,221 @@
+"""Shapes of real models, and the op calls that they make: what the op level measures.
+
+Random weights do not change what is moved or computed, so BERT-base, GPT-2 and Llama-1B are their configurations alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import costs, machine
+
+HF_CONFIGS: dict[str, dict[str, Any]] = {
+    "MiniLM-L6": {
+        "model_type": "bert",
+        "vocab_size": 30522,
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+        "hidden_act": "gelu",
+        "max_position_embeddings": 512,
+        "type_vocab_size": 2,
+        "layer_norm_eps": 1e-12,
+        "pad_token_id": 0,
+    },
+    "BERT-base": {
+        "model_type": "bert",
+        "vocab_size": 30522,
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "hidden_act": "gelu",
+        "max_position_embeddings": 512,
+        "type_vocab_size": 2,
+        "layer_norm_eps": 1e-12,
+        "pad_token_id": 0,
+    },
+    "GPT-2": {
+        "model_type": "gpt2",
+        "vocab_size": 50257,
+        "n_embd": 768,
+        "n_layer": 12,
+        "n_head": 12,
+        "n_positions": 1024,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "bos_token_id": 50256,
+        "eos_token_id": 50256,
+    },
+    "SmolLM2-135M": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "hidden_act": "silu",
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000.0,
+        "tie_word_embeddings": True,
+    },
+    "Llama-1B": {
+        "model_type": "llama",
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "intermediate_size": 8192,
+        "hidden_act": "silu",
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": True,
+    },
+}
+
+ENCODERS = ("MiniLM-L6", "BERT-base")
+
+
+def hf_config(model: str, layers: int | None = None) -> dict[str, Any]:
+    """config.json of a model, with `layers` layers if given; a toy of the same family under MINILM_BENCH_TINY."""
+    config = dict(HF_CONFIGS[model])
+    gpt = config["model_type"] == "gpt2"
+    depth = "n_layer" if gpt else "num_hidden_layers"
+    if machine.tiny():
+        config |= {"vocab_size": 211, depth: 2}
+        if gpt:
+            config |= {"n_embd": 64, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+        else:
+            config |= {"hidden_size": 64, "intermediate_size": 128}
+            config |= {"num_attention_heads": 2}
+            if "num_key_value_heads" in config:
+                config |= {"num_key_value_heads": 1, "head_dim": 32}
+    if layers is not None:
+        config[depth] = layers
+    return config
+
+
+def spec(model: str, layers: int | None = None) -> Any:
+    """The `minilm.config.ModelConfig` of a model."""
+    from minilm.archs import family_of
+    from minilm.pretrained_config import PretrainedConfig
+
+    config = PretrainedConfig.from_dict(hf_config(model, layers))
+    return family_of(config.model_type).config(config)
+
+
+@dataclass(frozen=True)
+class Regime:
+    """What a pass is about: lengths of the new tokens, and of the contexts they continue."""
+
+    name: str
+    lengths: tuple[int, ...]
+    contexts: tuple[int, ...] | None = None
+
+    @property
+    def tokens(self) -> int:
+        """New tokens."""
+        return sum(self.lengths)
+
+    @property
+    def decoding(self) -> bool:
+        """Whether there is a past."""
+        return self.contexts is not None
+
+
+def regimes(model: str) -> list[Regime]:
+    """The situations in which a model is used; toy sizes under MINILM_BENCH_TINY."""
+    small = machine.tiny()
+    if model in ENCODERS:
+        return [
+            Regime("1 x 16", (16,)),
+            Regime("1 x 512", (40 if small else 512,)),
+            Regime("32 x 128", (8,) * 3 if small else (128,) * 32),
+        ]
+    contexts = (32, 48) if small else (32, 1024)
+    if model == "GPT-2":  # its window is 1,024 tokens
+        contexts = (32, 48) if small else (32, 1000)
+    eight = (1,) * (3 if small else 8)
+    return [
+        Regime("prefill 512", (40 if small else 512,)),
+        Regime(f"decode after {contexts[0]}", (1,), (contexts[0] + 1,)),
+        Regime(f"decode after {contexts[1]}", (1,), (contexts[1] + 1,)),
+        Regime("decode, batch 8", eight, (contexts[0] + 1,) * len(eight)),
+    ]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One op at one shape of one model."""
+
+    model: str
+    regime: Regime
+    call: costs.Call
+    spec: Any
+
+    @property
+    def op(self) -> str:
+        """Name in `minilm.ops`."""
+        return self.call.op
+
+    @property
+    def label(self) -> str:
+        """Shape in words, for tables."""
+        dims = self.call.dims
+        if self.op == "linear":
+            return f"{dims['T']} x {dims['I']} -> {dims['O']}"
+        if self.op in ("attention", "paged_attention"):
+            first = self.regime.lengths[0]
+            context = f" on {self.regime.contexts[0]}" if self.regime.contexts else ""
+            return f"{len(self.regime.lengths)} x {first}{context}, {dims['H']}/{dims['Hkv']} heads of {dims['D']}"
+        if "C" in dims:
+            return f"{dims['T']} x {dims['C']}"
+        if self.op == "gated":
+            return f"{dims['T']} x 2 x {dims['F']}"
+        if self.op == "cross_entropy":
+            return f"{dims['T']} x {dims['V']}"
+        return f"{dims['T']} tokens, {dims.get('H', '-')}/{dims['Hkv']} heads of {dims['D']}"
+
+    @property
+    def name(self) -> str:
+        """Unique name of the workload."""
+        return f"{self.op} [{self.label}] {self.model} {self.regime.name}"
+
+
+def op_cases(models: Sequence[str] = tuple(HF_CONFIGS), itemsize: int = 4) -> list[Case]:
+    """Every op of the interface at the shapes of `models`, each shape of a model once."""
+    cases: list[Case] = []
+    for model in models:
+        config, seen = spec(model), set()
+        for regime in regimes(model):
+            logits = 0 if model in ENCODERS else len(regime.lengths)
+            calls = costs.forward(
+                config,
+                regime.lengths,
+                contexts=regime.contexts,
+                logits=logits,
+                cached=model not in ENCODERS,
+                b=itemsize,
+                wb=itemsize,
+                cb=itemsize,
+            )
+            if model not in ENCODERS and not regime.decoding:
+                dims = {"T": regime.tokens, "V": config.vocab_size, "b": itemsize}
+                calls.append(costs.Call("cross_entropy", dims, 1, "loss"))
+                if config.rope is not None:
+                    heads = {"H": config.num_heads, "Hkv": config.num_kv_heads, "D": config.head_dim}
+                    calls.append(costs.Call("rope", {"T": regime.tokens, **heads, "b": itemsize}, 1, "attention"))
+            for call in calls:
+                key = (call.op, repr(call.dims))
+                if call.op != "embedding" and key not in seen:
+                    seen.add(key)
+                    cases.append(Case(model, regime, call, config))
+    return cases
