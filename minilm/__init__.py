@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from .cache import KVCache as KVCache
     from .config import ConfigError as ConfigError
     from .config import ModelConfig as ModelConfig
-    from .engine import RequestOutput as RequestOutput
     from .generate import GenerationConfig as GenerationConfig
     from .generate import TextIteratorStreamer as TextIteratorStreamer
     from .generate import TextStreamer as TextStreamer
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
     from .heads import AutoModelForTokenClassification as AutoModelForTokenClassification
     from .hub import HubError as HubError
     from .llm import LLM as LLM
+    from .llm import RequestOutput as RequestOutput
     from .llm import SamplingParams as SamplingParams
     from .ops import BackendError as BackendError
     from .ops import backend as backend
@@ -46,7 +46,6 @@ _HOME = {
     "auto": ("AutoConfig",),
     "cache": ("KVCache",),
     "config": ("ConfigError", "ModelConfig"),
-    "engine": ("RequestOutput",),
     "generate": ("GenerationConfig", "TextIteratorStreamer", "TextStreamer"),
     "heads": (
         "AutoModel",
@@ -59,7 +58,7 @@ _HOME = {
         "AutoModelForTokenClassification",
     ),
     "hub": ("HubError",),
-    "llm": ("LLM", "SamplingParams"),
+    "llm": ("LLM", "RequestOutput", "SamplingParams"),
     "ops": ("BackendError", "backend", "explain"),
     "pipelines": ("pipeline",),
     "pretrained_config": ("PretrainedConfig",),

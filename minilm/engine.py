@@ -166,6 +166,11 @@ class Engine:
             if sample.row >= 0:
                 self._free(sample)
 
+    def clear(self) -> None:
+        """Forget every request."""
+        for request in {*self.waiting, *(sample.request for sample in self.running)}:
+            self.abort(request)
+
     @property
     def busy(self) -> bool:
         """Some request is not finished."""

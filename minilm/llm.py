@@ -1,0 +1,364 @@
+"""`LLM`: text in, text out, for many prompts at a time; vLLM's names over the decoding loop of
+`minilm.engine`.
+
+    llm = LLM("SmolLM2-135M-Instruct")
+    for output in llm.generate(["The sea is", "A list:"], SamplingParams(temperature=0, max_tokens=20)):
+        print(output.outputs[0].text)
+    for piece in llm.stream_chat([{"role": "user", "content": "Why is the sky blue?"}]):
+        print(piece, end="", flush=True)
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .engine import Engine, Request, Sample, check_length, context_window
+from .heads import AutoModelForCausalLM
+from .llm_output import CompletionOutput as CompletionOutput
+from .llm_output import Logprob as Logprob
+from .llm_output import RequestOutput as RequestOutput
+from .sampling_params import SamplingParams as SamplingParams
+from .stopping import GrowingText
+
+Message = dict[str, Any]
+Prompt = str | dict[str, Any] | list[int]
+"""A text, {"prompt": text}, {"prompt_token_ids": ids}, or ids."""
+
+NO_EFFECT = frozenset(
+    {
+        "async_scheduling",
+        "disable_log_stats",
+        "enable_chunked_prefill",
+        "enable_prefix_caching",
+        "enforce_eager",
+        "gpu_memory_utilization",
+        "kv_cache_dtype",
+        "swap_space",
+        "tokenizer_mode",
+        "trust_remote_code",
+    }
+)
+"""Options of vLLM's `LLM` that programs pass, and that ask for nothing here."""
+
+
+@dataclass(eq=False)
+class _Job:
+    """A request on its way through the engine, with the text of each sample."""
+
+    number: int
+    prompt: str | None
+    params: SamplingParams
+    request: Request
+    texts: list[GrowingText] = field(default_factory=list)
+
+
+class LLM:
+    """A decoder with its tokenizer, behind one engine; calls from several threads share it.
+
+    `model`: a name, a folder, a GGUF file, or a loaded model. `tokenizer`: another name, or a loaded one.
+    `dtype`: of the weights, by default the checkpoint's. `device`: by default a GPU if there is one.
+    `seed`: with it, a program draws the same texts each time it runs (else they hang on torch's global
+    generator). `max_model_len`: a smaller window. `max_num_seqs`, `max_num_batched_tokens`: see `Engine`.
+    Further options go to `from_pretrained`.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | AutoModelForCausalLM,
+        *,
+        tokenizer: Any = None,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | int | None = None,
+        seed: int | None = None,
+        max_model_len: int | None = None,
+        max_num_seqs: int = 256,
+        max_num_batched_tokens: int = 8192,
+        tensor_parallel_size: int = 1,
+        **options: Any,
+    ) -> None:
+        if tensor_parallel_size != 1:
+            raise ValueError(f"tensor_parallel_size must be 1, and is {tensor_parallel_size}")
+        options = {name: value for name, value in options.items() if name not in NO_EFFECT}
+        if isinstance(model, AutoModelForCausalLM):
+            self.model = model
+        else:
+            if device is None:
+                device = "cuda" if torch.cuda.is_available() else "cpu"
+            self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device=device, **options)
+        self.tokenizer = self._tokenizer(tokenizer, model, options)
+        window = context_window(self.model.spec)
+        if max_model_len is not None and window is not None and not 1 <= max_model_len <= window:
+            raise ValueError(
+                f"max_model_len must be from 1 to the model's window of {window}, and is {max_model_len}"
+            )
+        rope = self.model.spec.rope
+        dynamic = int(self.model.spec.max_positions * (rope.factor if rope is not None else 1))
+        self.max_model_len: int = max_model_len or window or dynamic
+        """The longest sequence, prompt and text together."""
+        self._engine = Engine(
+            self.model, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+        )
+        self._lock = threading.RLock()
+        self._generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self._numbers = itertools.count()
+
+    def _tokenizer(self, tokenizer: Any, model: Any, options: dict[str, Any]) -> Any:
+        if tokenizer is None and isinstance(model, AutoModelForCausalLM):
+            raise ValueError("a loaded model comes without its tokenizer: give tokenizer= too")
+        if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike):
+            return tokenizer
+        from .auto import HUB_OPTIONS
+        from .tokenizer import AutoTokenizer
+
+        hub = {name: value for name, value in options.items() if name in HUB_OPTIONS and tokenizer is None}
+        return AutoTokenizer.from_pretrained(model if tokenizer is None else tokenizer, **hub)
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer."""
+        return self.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the checkpoint's generation_config.json recommends, over the defaults of `SamplingParams`."""
+        stored = getattr(self.model, "generation_config", None)
+        found = {} if stored is None else stored.to_dict()
+        names = {"max_new_tokens": "max_tokens"} | {
+            name: name for name in ("repetition_penalty", "temperature", "top_k", "top_p", "min_p")
+        }
+        return SamplingParams(**{names[name]: value for name, value in found.items() if name in names})
+
+    # What people call
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Write on from each prompt; one result for each, in their order.
+
+        `sampling_params`: one for all, or one for each; None is what the checkpoint recommends. Raises
+        ValueError, before anything runs, for a prompt that is empty or leaves no room in the window.
+        """
+        one = isinstance(prompts, str | dict) or (bool(prompts) and isinstance(prompts[0], int))
+        several: Any = [prompts] if one else prompts
+        return self._generate([self._encode(prompt) for prompt in several], sampling_params, use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = True,
+        **template: Any,
+    ) -> list[RequestOutput]:
+        """Answer a conversation, or each of several: lists of {"role": ..., "content": ...}.
+
+        `template`: chat_template, add_generation_prompt (default True), continue_final_message, tools and
+        chat_template_kwargs, for the tokenizer's `apply_chat_template`.
+        """
+        one = bool(messages) and isinstance(messages[0], dict)
+        conversations: Any = [messages] if one else messages
+        return self._generate([self._render(c, template) for c in conversations], sampling_params, use_tqdm)
+
+    def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> TextStream:
+        """Write on from one prompt, and give the text piece by piece, as soon as each piece is certain."""
+        return TextStream(self, self._job(*self._encode(prompt), sampling_params))
+
+    def stream_chat(
+        self, messages: Sequence[Message], sampling_params: SamplingParams | None = None, **template: Any
+    ) -> TextStream:
+        """Answer one conversation, piece by piece; see `chat` and `stream`."""
+        return TextStream(self, self._job(*self._render(messages, template), sampling_params))
+
+    # From prompts to jobs
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if not isinstance(prompt, dict):
+            prompt = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
+        text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+        if ids is None and isinstance(text, str):
+            ids = self.tokenizer(text)["input_ids"]
+        if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+            raise ValueError(
+                "a prompt must be a text, token ids, or a dict with prompt or prompt_token_ids, and is "
+                f"{prompt!r:.80}"
+            )
+        return text, ids
+
+    def _render(self, messages: Sequence[Message], template: dict[str, Any]) -> tuple[str, list[int]]:
+        options = {"add_generation_prompt": not template.get("continue_final_message"), **template}
+        options |= options.pop("chat_template_kwargs", None) or {}
+        text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options)
+        return text, self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _job(self, prompt: str | None, ids: list[int], params: SamplingParams | None) -> _Job:
+        params = self.get_default_sampling_params() if params is None else params
+        if not isinstance(params, SamplingParams):
+            raise TypeError(f"sampling_params must be SamplingParams, and is {type(params).__name__}")
+        vocabulary = self.model.spec.vocab_size
+        if not ids:
+            raise ValueError("the prompt is empty: there is no token to continue from")
+        if min(ids) < 0 or max(ids) >= vocabulary:
+            wrong = min(ids) if min(ids) < 0 else max(ids)
+            raise ValueError(
+                f"the prompt holds token {wrong}, and the vocabulary has {vocabulary} (0 to {vocabulary - 1})"
+            )
+        check_length(len(ids), 1, self.max_model_len)
+        room = self.max_model_len - len(ids)
+        ends = frozenset([*(() if params.ignore_eos else self._eos()), *(params.stop_token_ids or ())])
+        with self._lock:
+            seed = (
+                int(torch.randint(2**62, (), generator=self._generator))
+                if params.seed is None
+                else params.seed
+            )
+            number = next(self._numbers)
+        logprobs = vocabulary if params.logprobs == -1 else params.logprobs
+        new = room if params.max_tokens is None else min(room, params.max_tokens)
+        job = _Job(
+            number, prompt, params, Request(ids, params.sampling(ends, seed), new, ends, params.n, logprobs)
+        )
+        if params.detokenize:
+            for sample in job.request.samples:
+                text = GrowingText(
+                    self.tokenizer,
+                    params.stop or (),
+                    include_stop=params.include_stop_str_in_output,
+                    min_tokens=params.min_tokens,
+                    prompt_ids=ids,
+                    skip_special_tokens=params.skip_special_tokens,
+                )
+                job.texts.append(text)
+                sample.watch = text.push
+        return job
+
+    def _eos(self) -> list[int]:
+        """The model's end tokens; the tokenizer's comes first."""
+        stored = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        found = [] if stored is None else torch.as_tensor(stored).flatten().tolist()
+        own = self.tokenizer.eos_token_id
+        return found if own is None else [own, *found]
+
+    # Running
+    def _generate(
+        self,
+        prompts: list[tuple[str | None, list[int]]],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        use_tqdm: bool,
+    ) -> list[RequestOutput]:
+        each = list(params) if isinstance(params, Sequence) else [params] * len(prompts)
+        if len(each) != len(prompts):
+            raise ValueError(f"there are {len(prompts)} prompts and {len(each)} sampling_params")
+        jobs = [self._job(*prompt, own) for prompt, own in zip(prompts, each, strict=True)]
+        bar = None
+        if use_tqdm:
+            from tqdm import tqdm
+
+            bar = tqdm(total=len(jobs), desc="Processed prompts")
+        for _ in self._run(jobs):
+            if bar is not None:
+                bar.update(sum(job.request.finished for job in jobs) - bar.n)
+        if bar is not None:
+            bar.close()
+        return [self._output(job) for job in jobs]
+
+    def _run(self, jobs: list[_Job]) -> Generator[None, None, None]:
+        """Step the engine until these jobs are done, yielding after each step; nothing stays behind."""
+        try:
+            with self._lock:
+                for job in jobs:
+                    self._engine.add(job.request)
+            while not all(job.request.finished for job in jobs):
+                with self._lock:
+                    if not self._engine.busy:
+                        raise RuntimeError("the texts were given up after an error in another thread")
+                    try:
+                        self._engine.step()
+                    except BaseException:
+                        self._engine.clear()
+                        raise
+                yield
+        finally:
+            with self._lock:
+                for job in jobs:
+                    self._engine.abort(job.request)
+
+    def _output(self, job: _Job) -> RequestOutput:
+        """The job's state, finished or not."""
+        return RequestOutput(
+            request_id=str(job.number),
+            prompt=job.prompt,
+            prompt_token_ids=job.request.prompt,
+            outputs=[self._completion(job, sample) for sample in job.request.samples],
+            finished=job.request.finished,
+        )
+
+    def _completion(self, job: _Job, sample: Sample) -> CompletionOutput:
+        text = ""
+        if job.texts:
+            growing = job.texts[sample.index]
+            text = self._finish(job, sample) if sample.finish_reason else growing.text
+        logprobs = cumulative = None
+        if job.params.logprobs is not None:
+            cumulative = sum(
+                step[token][0] for token, step in zip(sample.tokens, sample.logprobs, strict=True)
+            )
+            logprobs = [
+                {
+                    token: Logprob(value, rank, self.tokenizer.decode([token]))
+                    for token, (value, rank) in step.items()
+                }
+                for step in sample.logprobs
+            ]
+        reason = sample.stop_reason
+        return CompletionOutput(
+            index=sample.index,
+            text=text,
+            token_ids=list(sample.tokens),
+            cumulative_logprob=cumulative,
+            logprobs=logprobs,
+            finish_reason=sample.finish_reason,
+            stop_reason=None if reason == self.tokenizer.eos_token_id else reason,
+        )
+
+    @staticmethod
+    def _finish(job: _Job, sample: Sample) -> str:
+        """The whole text of a sample that has ended; with the token that ended it only if asked for."""
+        by_token = sample.finish_reason == "stop" and isinstance(sample.stop_reason, int)
+        with_end = by_token and job.params.include_stop_str_in_output
+        return job.texts[sample.index].finish(sample.tokens[-1:] if with_end else ())
+
+
+class TextStream(Iterator[str]):
+    """The pieces of one text. `output` is what was written so far, and why it ended; `close` gives up."""
+
+    def __init__(self, llm: LLM, job: _Job) -> None:
+        if job.params.n != 1 or not job.params.detokenize:
+            raise ValueError("a stream is one text: n must be 1, and detokenize True")
+        self._llm = llm
+        self._job = job
+        self._pieces = self._run()
+
+    def _run(self) -> Generator[str, None, None]:
+        (text,), (sample,) = self._job.texts, self._job.request.samples
+        for _ in self._llm._run([self._job]):
+            if sample.finish_reason is not None:
+                self._llm._finish(self._job, sample)
+            if piece := text.piece():
+                yield piece
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stop writing."""
+        self._pieces.close()
+
+    @property
+    def output(self) -> RequestOutput:
+        """The text so far, with its token ids and, once it has ended, its reason."""
+        return self._llm._output(self._job)

@@ -1,0 +1,47 @@
+"""What `LLM.generate` returns, under vLLM's names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass
+class Logprob:
+    """A token at one step: the log of the model's probability for it, its rank (1 is the best), its text."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass
+class CompletionOutput:
+    """One text that was written."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    """The token that ended the text included."""
+    cumulative_logprob: float | None = None
+    """Sum of the log-probabilities of `token_ids`, if `logprobs` were asked for."""
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    """"stop" (an end token or a stop string), "length", or None while it is written."""
+    stop_reason: int | str | None = None
+    """The stop string, or the token of `stop_token_ids`; None for the model's end token."""
+
+    def finished(self) -> bool:
+        """The text has ended."""
+        return self.finish_reason is not None
+
+
+@dataclass
+class RequestOutput:
+    """A prompt and what was written after it."""
+
+    request_id: str
+    prompt: str | None
+    """None when token ids were given."""
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool

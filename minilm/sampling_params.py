@@ -1,0 +1,111 @@
+"""`SamplingParams`: what is asked of `LLM.generate`, under vLLM's names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from .sampling import Sampling
+
+_GREEDY_BELOW = 1e-5
+
+
+@dataclass
+class SamplingParams:
+    """How texts are written. Raises ValueError, naming the value, for what makes no sense."""
+
+    n: int = 1
+    """Texts to write for each prompt; they read it once."""
+    presence_penalty: float = 0.0
+    """-2 to 2, subtracted from the scores of tokens that the text has."""
+    frequency_penalty: float = 0.0
+    """-2 to 2, subtracted for each time that the text has the token."""
+    repetition_penalty: float = 1.0
+    """Above 0; scores of tokens in prompt and text are divided by it (multiplied if negative)."""
+    temperature: float = 1.0
+    """0 takes the most probable token each time."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 or -1 is off."""
+    min_p: float = 0.0
+    seed: int | None = None
+    """Text number i of a prompt depends on (seed, i) and nothing else; None: on the seed of the LLM."""
+    stop: str | Sequence[str] | None = None
+    """Strings that end the text; they are not part of it, unless `include_stop_str_in_output`."""
+    stop_token_ids: Sequence[int] | None = None
+    """Tokens that end the text, besides the model's own."""
+    ignore_eos: bool = False
+    """Write on past the model's end tokens."""
+    max_tokens: int | None = 16
+    """None: as many as the window holds."""
+    min_tokens: int = 0
+    """No end of any kind before so many tokens."""
+    logprobs: int | None = None
+    """At each step, give the log-probabilities of so many of the best tokens (-1: all) and of the one taken."""
+    detokenize: bool = True
+    """False: token ids only, no text."""
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    """Without effect, as with vLLM's fast tokenizers."""
+    include_stop_str_in_output: bool = False
+
+    def __post_init__(self) -> None:
+        self._whole("n", 1)
+        for name in ("presence_penalty", "frequency_penalty"):
+            self._check(name, -2 <= getattr(self, name) <= 2, "between -2 and 2")
+        penalty = self.repetition_penalty
+        self._check("repetition_penalty", penalty > 0 and math.isfinite(penalty), "a number above 0")
+        self._check(
+            "temperature", self.temperature >= 0 and math.isfinite(self.temperature), "0 or a number above"
+        )
+        self._check("top_p", 0 < self.top_p <= 1, "above 0, and at most 1")
+        self._whole("top_k", -1)
+        self._check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
+        if self.seed is not None:
+            self._check("seed", isinstance(self.seed, int), "a whole number")
+        if self.max_tokens is not None:
+            self._whole("max_tokens", 1)
+        self._whole("min_tokens", 0)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
+        if self.logprobs is not None:
+            self._whole("logprobs", -1)
+        self.stop = [] if not self.stop else [self.stop] if isinstance(self.stop, str) else list(self.stop)
+        self._check("stop", all(isinstance(s, str) and s for s in self.stop), "texts that are not empty")
+        self.stop_token_ids = list(self.stop_token_ids or ())
+        self._check("stop_token_ids", all(isinstance(t, int) for t in self.stop_token_ids), "token ids")
+        if self.stop and not self.detokenize:
+            raise ValueError("stop strings are found in text, and detokenize=False makes none")
+        if self.greedy and self.n > 1:
+            raise ValueError(f"n={self.n} texts of temperature 0 would all be the same: n must be 1")
+
+    def _check(self, name: str, fine: bool, expected: str) -> None:
+        if not fine:
+            raise ValueError(f"{name} must be {expected}, and is {getattr(self, name)!r}")
+
+    def _whole(self, name: str, least: int) -> None:
+        value = getattr(self, name)
+        self._check(name, isinstance(value, int) and value >= least, f"a whole number from {least}")
+
+    @property
+    def greedy(self) -> bool:
+        """Nothing is drawn."""
+        return self.temperature < _GREEDY_BELOW
+
+    def sampling(self, ends: frozenset[int], seed: int) -> Sampling:
+        """The same for the decoding loop; `ends`: all tokens that end the text, `seed`: taken if none is given."""
+        drawn = not self.greedy
+        return Sampling(
+            do_sample=drawn,
+            temperature=self.temperature if drawn else 1.0,
+            top_k=max(0, self.top_k) if drawn else 0,
+            top_p=self.top_p if drawn else 1.0,
+            min_p=self.min_p if drawn else 0.0,
+            repetition_penalty=self.repetition_penalty,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            min_new_tokens=self.min_tokens,
+            ends=ends,
+            seed=seed if self.seed is None else self.seed,
+        )
