@@ -58,3 +58,46 @@ def norm_backward_programs(rows: int, block_rows: int, processors: int) -> int:
     """
     blocks = -(-rows // block_rows)
     return max(1, min(blocks, 2 * processors))
+
+
+class AttentionBlock(NamedTuple):
+    """Tiles of an attention kernel."""
+
+    queries: int
+    keys: int
+    num_warps: int
+    num_stages: int
+
+
+def attention_block(head_dim: int, itemsize: int, max_queries: int, max_keys: int) -> AttentionBlock:
+    """Tiles of the forward: 128 queries keep wgmma fed; keys as many as shared memory holds twice.
+
+    At D = 64 in 16 bits, k and v of 128 keys are 32 KB a stage; at D = 128, 64 keys are. In float32 (ieee, no
+    tensor cores) registers bind first. Tiles longer than the sequences would be mostly masks.
+    """
+    if itemsize == 4:
+        queries, keys, warps, stages = 64, 32, 4, 2
+    elif head_dim <= 64:
+        queries, keys, warps, stages = 128, 128, 8, 3
+    elif head_dim <= 128:
+        queries, keys, warps, stages = 128, 64, 8, 3
+    else:
+        queries, keys, warps, stages = 64, 64, 4, 2
+    queries = max(16, min(queries, next_power_of_2(max(max_queries, 1))))
+    keys = max(16, min(keys, next_power_of_2(max(max_keys, 1))))
+    return AttentionBlock(queries, keys, warps if queries >= 128 else min(warps, 4), stages)
+
+
+def attention_backward_block(head_dim: int, itemsize: int, max_queries: int, max_keys: int) -> AttentionBlock:
+    """Tiles of the backward, which holds two accumulators and twice the operands: half of the forward's."""
+    if itemsize == 4:
+        queries, keys, warps, stages = 32, 32, 4, 1
+    elif head_dim <= 64:
+        queries, keys, warps, stages = 64, 128, 8, 2
+    elif head_dim <= 128:
+        queries, keys, warps, stages = 64, 64, 8, 2
+    else:
+        queries, keys, warps, stages = 32, 32, 4, 1
+    queries = max(16, min(queries, next_power_of_2(max(max_queries, 1))))
+    keys = max(16, min(keys, next_power_of_2(max(max_keys, 1))))
+    return AttentionBlock(queries, keys, warps, stages)

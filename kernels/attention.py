@@ -1,0 +1,292 @@
+"""Attention on packed sequences, forward: softmax(scale q k^T + ...) v without ever holding the scores.
+
+For a block of queries, over blocks of keys j (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao 2023,
+arXiv:2307.08691), in base 2, where s = log2(e) (score):
+
+    m'  = max(m, max_j s_j)          the running maximum
+    p_j = 2^(s_j - m')
+    l   = l 2^(m - m') + sum_j p_j   the running sum
+    o   = o 2^(m - m') + p_j v_j     at the end o / l; and lse = ln(2) (m + log2 l)
+
+    score = scale q k^T;  cap tanh(score / cap);  + bias[h, i, j];  + slope_h * -|i - j|   (each optional)
+
+Query i of a sequence with Sq queries and Sk keys stands at key i + Sk - Sq. With `causal` it sees no key after
+itself, with a window only keys at a distance below it. Blocks that no query of the block sees are not visited;
+those that all see in full are not masked.
+
+Layout: q [Tq, H, D], k and v [Tk, Hkv, D], any strides with contiguous D. A program owns BLOCK_M queries of one
+head of one sequence; H / Hkv heads read the same keys, which L2 serves. Operations: 4 Sq Sk D a head, half of
+that if causal, and one exponential a score. Bytes: q, k, v, o once, if keys stay in L2: short sequences are
+bound by memory, long ones by the tensor cores or, for D <= 64, by the exponentials.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from .heuristics import attention_block
+from .registration import kernel_op
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+def twin(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, causal: bool, block: int) -> np.ndarray:
+    """The algorithm for one head of one sequence, in NumPy: q [Sq, D], k and v [Sk, D] -> [Sq, D]."""
+    offset = len(k) - len(q)
+    m, l, o = np.full(len(q), -np.inf), np.zeros(len(q)), np.zeros((len(q), v.shape[1]))
+    for start in range(0, len(k), block):
+        j = np.arange(start, min(start + block, len(k)))
+        s = q @ k[j].T * (scale * 1.4426950408889634)
+        if causal:
+            s = np.where(np.arange(len(q))[:, None] + offset >= j, s, -np.inf)
+        new = np.maximum(m, s.max(1))
+        base = np.where(np.isinf(new), 0, new)  # a row that has seen nothing yet
+        p, shrink = np.exp2(s - base[:, None]), np.exp2(m - base)
+        l, o, m = l * shrink + p.sum(1), o * shrink[:, None] + p @ v[j], new
+    return o / np.where(l == 0, 1, l)[:, None]
+
+
+@triton.jit
+def scores(
+    qk, i, j, q_len, k_len, head, BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ALIBI: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    """log2(e) times the scores of queries i (column) against keys j (row), -inf where j is not seen."""
+    if CAP:
+        s = qk * (scale / cap)
+        s = cap * (2.0 * tl.sigmoid(2.0 * s) - 1.0) * LOG2E
+    else:
+        s = qk * (scale * LOG2E)
+    inside = (i < q_len) & (j < k_len)
+    if HAS_BIAS:
+        s += (
+            tl.load(BIAS + head * bias_h + i * bias_i + j * bias_j, mask=inside, other=0.0).to(tl.float32)
+            * LOG2E
+        )
+    distance = i + (k_len - q_len) - j
+    if ALIBI:
+        s -= (slope * LOG2E) * tl.abs(distance).to(tl.float32)
+    if MASK:
+        seen = inside
+        if CAUSAL:
+            seen = seen & (distance >= 0)
+        if WINDOW:
+            seen = seen & (distance < window) & (distance > -window)
+        s = tl.where(seen, s, float("-inf"))
+    return s
+
+
+@triton.jit
+def kept(p, i, j, head, seed, q_start, keys, dropout, DROPOUT: tl.constexpr):
+    """The probabilities with a share `dropout` of them zeroed and the others raised, by a counter."""
+    if DROPOUT:
+        random = tl.rand(seed + head, (q_start + i) * keys + j)
+        p = tl.where(random >= dropout, p / (1.0 - dropout), 0.0)
+    return p
+
+
+@triton.jit
+def key_range(
+    m0, q_len, k_len, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
+):  # fmt: skip
+    """Keys for queries m0 .. m0 + BLOCK_M: first seen, first and last of the blocks seen by all, last seen."""
+    offset = k_len - q_len
+    low, high, full_low, full_high = 0, k_len, 0, k_len
+    if CAUSAL:
+        high = min(high, m0 + BLOCK_M + offset)
+        full_high = min(full_high, m0 + 1 + offset)
+    if WINDOW:
+        low = max(low, m0 + offset - window + 1)
+        full_low = max(full_low, m0 + BLOCK_M - 1 + offset - window + 1)
+        if not CAUSAL:
+            high = min(high, m0 + BLOCK_M - 1 + offset + window)
+            full_high = min(full_high, m0 + offset + window)
+    low = max(low, 0) // BLOCK_N * BLOCK_N
+    full_low = tl.cdiv(full_low, BLOCK_N) * BLOCK_N
+    full_high = max(full_high, 0) // BLOCK_N * BLOCK_N
+    if full_high < full_low:  # no block is seen in full: the masked loops take all
+        full_low, full_high = high, high
+    return low, full_low, full_high, high
+
+
+@triton.jit
+def _attend(
+    o, l, m, q, K, V, k_stride, v_stride, i, d, low, high, q_len, k_len, q_start, head,
+    BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
+    D: tl.constexpr, PAD: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    CAP: tl.constexpr, HAS_BIAS: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    for n0 in range(low, high, BLOCK_N):
+        j = n0 + tl.arange(0, BLOCK_N)
+        here = (j[:, None] < k_len) & (d[None, :] < D) if MASK or PAD else None
+        zero = 0.0 if MASK or PAD else None
+        k = tl.load(K + j[:, None] * k_stride + d[None, :], mask=here, other=zero)
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+        s = scores(
+            qk, i[:, None], j[None, :], q_len, k_len, head, BIAS, bias_h, bias_i, bias_j, slope, scale, cap,
+            window, CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, MASK,
+        )  # fmt: skip
+        new = tl.maximum(m, tl.max(s, axis=1))
+        base = tl.where(new == float("-inf"), 0.0, new) if MASK else new
+        p = tl.exp2(s - base[:, None])
+        shrink = tl.exp2(m - base)
+        l = l * shrink + tl.sum(p, axis=1)
+        p = kept(p, i[:, None], j[None, :], head, seed, q_start, keys, dropout, DROPOUT)
+        v = tl.load(V + j[:, None] * v_stride + d[None, :], mask=here, other=zero)
+        o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision="ieee")
+        m = new
+    return o, l, m
+
+
+@triton.jit
+def _forward(
+    Q, K, V, O, LSE, CU_Q, CU_K, BIAS, SLOPES,
+    q_t, q_h, k_t, k_h, v_t, v_h, bias_h, bias_i, bias_j, tokens, scale, cap, window, seed, keys, dropout,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    CAP: tl.constexpr, HAS_BIAS: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    sequence = tl.program_id(2)
+    q_start = tl.load(CU_Q + sequence)
+    q_len = tl.load(CU_Q + sequence + 1) - q_start
+    k_start = tl.load(CU_K + sequence)
+    k_len = tl.load(CU_K + sequence + 1) - k_start
+    m0 = tl.program_id(0) * BLOCK_M
+    if CAUSAL:  # the last queries have the most to do: start with them
+        m0 = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M
+    if m0 >= q_len:
+        return
+    i = m0 + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    PAD: tl.constexpr = BLOCK_D != D
+    real = (i[:, None] < q_len) & (d[None, :] < D)
+    Q += q_start.to(tl.int64) * q_t + head * q_h
+    K += k_start.to(tl.int64) * k_t + (head // GROUP) * k_h
+    V += k_start.to(tl.int64) * v_t + (head // GROUP) * v_h
+    q = tl.load(Q + i[:, None] * q_t + d[None, :], mask=real, other=0.0)
+    slope = tl.load(SLOPES + head) if ALIBI else 0.0
+    o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    low, full_low, full_high, high = key_range(m0, q_len, k_len, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
+    if WINDOW:
+        o, l, m = _attend(
+            o, l, m, q, K, V, k_t, v_t, i, d, low, min(full_low, high), q_len, k_len, q_start, head,
+            BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
+            D, PAD, BLOCK_N, CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, DROPOUT, True,
+        )  # fmt: skip
+    o, l, m = _attend(
+        o, l, m, q, K, V, k_t, v_t, i, d, full_low, full_high, q_len, k_len, q_start, head,
+        BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
+        D, PAD, BLOCK_N, CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, DROPOUT, False,
+    )  # fmt: skip
+    o, l, m = _attend(
+        o, l, m, q, K, V, k_t, v_t, i, d, full_high, high, q_len, k_len, q_start, head,
+        BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
+        D, PAD, BLOCK_N, CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, DROPOUT, True,
+    )  # fmt: skip
+    lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(l)) * LN2)
+    o = o / tl.where(l == 0.0, 1.0, l)[:, None]
+    rows = q_start.to(tl.int64) + i
+    tl.store(O + (rows[:, None] * H + head) * D + d[None, :], o.to(O.dtype.element_ty), mask=real)
+    tl.store(LSE + head * tokens + rows, lse, mask=i < q_len)
+
+
+@kernel_op("minilm_triton::attention", mutates_args={})
+def attention_op(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, slopes: Tensor | None, cu_q: Tensor, cu_k: Tensor,
+    max_q: int, max_k: int, scale: float, causal: bool, window: int, cap: float, dropout: float, seed: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(o [Tq, H, D], lse float32 [H, Tq]).
+
+    bias [H, >= max_q, >= max_k] by the position in the sequence, or None; slopes float32 [H] (ALiBi), or None;
+    window 0, cap 0.0 and dropout 0.0 are none. `seed` numbers the dropout's stream.
+    """
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    tokens, heads, head_dim = q.shape
+    o, lse = _empty(q)
+    if tokens == 0:
+        return o, lse
+    block = attention_block(head_dim, q.element_size(), max_q, max_k)
+    wrap_triton(_forward)[(triton.cdiv(max_q, block.queries), heads, len(cu_q) - 1)](
+        q, k, v, o, lse, cu_q, cu_k, q if bias is None else bias, q if slopes is None else slopes,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        *((0, 0, 0) if bias is None else bias.stride()), tokens, scale, cap, window, seed, max_k, dropout,
+        H=heads, GROUP=heads // k.shape[1], D=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+        BLOCK_M=block.queries, BLOCK_N=block.keys, CAUSAL=causal, WINDOW=window > 0, CAP=cap > 0,
+        HAS_BIAS=bias is not None, ALIBI=slopes is not None, DROPOUT=dropout > 0,
+        num_warps=block.num_warps, num_stages=block.num_stages,
+    )  # fmt: skip
+    return o, lse
+
+
+def _empty(q: Tensor) -> tuple[Tensor, Tensor]:
+    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
+
+
+@attention_op.register_fake
+def _(q, k, v, bias, slopes, cu_q, cu_k, max_q, max_k, scale, causal, window, cap, dropout, seed):
+    return _empty(q)
+
+
+@kernel_op("minilm_triton::attention_backward", mutates_args={})
+def attention_backward_op(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias: Tensor | None, slopes: Tensor | None,
+    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float, causal: bool, window: int, cap: float,
+    dropout: float, seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv, dbias); dbias is empty without a bias."""
+    from . import attention_backward
+
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    dq, dk, dv, db = attention_backward.launch(
+        do, q, k, v, o, lse, bias, slopes, cu_q, cu_k, max_q, max_k, scale, causal, window, cap, dropout, seed
+    )
+    return dq, dk, dv, q.new_empty(0) if db is None else db
+
+
+@attention_backward_op.register_fake
+def _(do, q, k, v, o, lse, bias, slopes, *rest):
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return dq, dk, dv, q.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, bias, slopes, cu_q, cu_k, *ctx.scalars = inputs
+    o, lse = output
+    ctx.save_for_backward(q, k, v, o, lse, bias, slopes, cu_q, cu_k)
+    ctx.mark_non_differentiable(lse)
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx, do, _):
+    q, k, v, o, lse, bias, slopes, cu_q, cu_k = ctx.saved_tensors
+    if do is None:
+        return (None,) * 15
+    dq, dk, dv, db = attention_backward_op(do, q, k, v, o, lse, bias, slopes, cu_q, cu_k, *ctx.scalars)
+    return (dq, dk, dv, None if bias is None else db, *(None,) * 11)
+
+
+attention_op.register_autograd(_gradient, setup_context=_setup)
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
+    max_seqlen_k: int, scale: float, causal: bool, window: int | None, dropout_p: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """As `minilm.ops.attention_with_lse`, with dropout."""
+    seed = int(torch.randint(2**31 - 1, ()).item()) if dropout_p > 0 else 0
+    result: tuple[Tensor, Tensor] = attention_op(
+        q, k, v, None, None, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
+        window or 0, 0.0, dropout_p, seed,
+    )  # fmt: skip
+    return result

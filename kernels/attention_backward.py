@@ -1,0 +1,238 @@
+"""Attention on packed sequences, backward: nothing of the forward is kept but o and the log-sum-exp.
+
+    p  = exp(score - lse)                 the probabilities again, block by block
+    dv = p^T do                           p with its dropout
+    dp = do v^T                           with the dropout of p
+    ds = p (dp - delta)                   delta_i = sum over D of do o
+    dq = scale ds k,  dk = scale ds^T q   ds times (1 - tanh^2) first, where the scores are capped
+    dbias[h, i, j] = sum over the batch of ds
+
+Three kernels, so that every sum is made in one place and no result depends on an order of arrival: dq by blocks of
+queries over keys; dk and dv by blocks of keys over the queries of all heads that share them; dbias by blocks of
+[i, j] over the batch. Operations: 10 Sq Sk D a head (the forward has 4), of which 4 are recomputation.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from .attention import LOG2E, kept, key_range, scores
+from .heuristics import attention_backward_block
+
+
+@triton.jit
+def _probabilities_and_ds(
+    q, k, v, do, lse, delta, i, j, q_len, k_len, q_start, head, BIAS, bias_h, bias_i, bias_j, slope, scale, cap,
+    window, seed, keys, dropout, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    HAS_BIAS: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    """(p with dropout, ds) of queries i [M, 1] and keys j [1, N]; ds is by the score before the cap's slope."""
+    qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+    s = scores(
+        qk, i, j, q_len, k_len, head, BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window,
+        CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, True,
+    )  # fmt: skip
+    base = tl.where(lse == float("-inf"), 0.0, lse * LOG2E)
+    p = tl.exp2(s - base)
+    dp = kept(
+        tl.dot(do, tl.trans(v), input_precision="ieee"), i, j, head, seed, q_start, keys, dropout, DROPOUT
+    )
+    return kept(p, i, j, head, seed, q_start, keys, dropout, DROPOUT), p * (dp - delta), qk
+
+
+@triton.jit
+def _through_cap(ds, qk, scale, cap, CAP: tl.constexpr):
+    if CAP:
+        t = 2.0 * tl.sigmoid(2.0 * qk * (scale / cap)) - 1.0
+        ds = ds * (1.0 - t * t)
+    return ds
+
+
+@triton.jit
+def _dq(
+    Q, K, V, DO, LSE, DELTA, DQ, CU_Q, CU_K, BIAS, SLOPES,
+    q_t, q_h, k_t, k_h, v_t, v_h, bias_h, bias_i, bias_j, tokens, scale, cap, window, seed, keys, dropout,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    CAP: tl.constexpr, HAS_BIAS: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(1)
+    sequence = tl.program_id(2)
+    q_start = tl.load(CU_Q + sequence)
+    q_len = tl.load(CU_Q + sequence + 1) - q_start
+    k_start = tl.load(CU_K + sequence)
+    k_len = tl.load(CU_K + sequence + 1) - k_start
+    m0 = tl.program_id(0) * BLOCK_M
+    if m0 >= q_len:
+        return
+    i = m0 + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    real = (i[:, None] < q_len) & (d[None, :] < D)
+    rows = q_start.to(tl.int64) + i
+    q = tl.load(Q + rows[:, None] * q_t + head * q_h + d[None, :], mask=real, other=0.0)
+    do = tl.load(DO + (rows[:, None] * H + head) * D + d[None, :], mask=real, other=0.0)
+    lse = tl.load(LSE + head * tokens + rows, mask=i < q_len, other=0.0)
+    delta = tl.load(DELTA + head * tokens + rows, mask=i < q_len, other=0.0)
+    slope = tl.load(SLOPES + head) if ALIBI else 0.0
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    low, _, _, high = key_range(m0, q_len, k_len, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
+    for n0 in range(low, high, BLOCK_N):
+        j = n0 + tl.arange(0, BLOCK_N)
+        here = (j[:, None] < k_len) & (d[None, :] < D)
+        at = k_start.to(tl.int64) + j
+        k = tl.load(K + at[:, None] * k_t + (head // GROUP) * k_h + d[None, :], mask=here, other=0.0)
+        v = tl.load(V + at[:, None] * v_t + (head // GROUP) * v_h + d[None, :], mask=here, other=0.0)
+        _, ds, qk = _probabilities_and_ds(
+            q, k, v, do, lse[:, None], delta[:, None], i[:, None], j[None, :], q_len, k_len, q_start, head,
+            BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
+            CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, DROPOUT,
+        )  # fmt: skip
+        ds = _through_cap(ds, qk, scale, cap, CAP)
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+    tl.store(
+        DQ + (rows[:, None] * H + head) * D + d[None, :], (dq * scale).to(DQ.dtype.element_ty), mask=real
+    )
+
+
+@triton.jit
+def _dkdv(
+    Q, K, V, DO, LSE, DELTA, DK, DV, CU_Q, CU_K, BIAS, SLOPES,
+    q_t, q_h, k_t, k_h, v_t, v_h, bias_h, bias_i, bias_j, tokens, scale, cap, window, seed, keys, dropout,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    CAP: tl.constexpr, HAS_BIAS: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(1)
+    sequence = tl.program_id(2)
+    q_start = tl.load(CU_Q + sequence)
+    q_len = tl.load(CU_Q + sequence + 1) - q_start
+    k_start = tl.load(CU_K + sequence)
+    k_len = tl.load(CU_K + sequence + 1) - k_start
+    n0 = tl.program_id(0) * BLOCK_N
+    if n0 >= k_len:
+        return
+    j = n0 + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    here = (j[:, None] < k_len) & (d[None, :] < D)
+    at = k_start.to(tl.int64) + j
+    k = tl.load(K + at[:, None] * k_t + kv_head * k_h + d[None, :], mask=here, other=0.0)
+    v = tl.load(V + at[:, None] * v_t + kv_head * v_h + d[None, :], mask=here, other=0.0)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    offset = k_len - q_len
+    low, high = 0, q_len  # the queries that see any of these keys
+    if CAUSAL:
+        low = max(low, n0 - offset)
+    if WINDOW:
+        high = min(high, n0 + BLOCK_N - 1 - offset + window)
+        if not CAUSAL:
+            low = max(low, n0 - offset - window + 1)
+    low = low // BLOCK_M * BLOCK_M
+    for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
+        slope = tl.load(SLOPES + head) if ALIBI else 0.0
+        for m0 in range(low, high, BLOCK_M):
+            i = m0 + tl.arange(0, BLOCK_M)
+            real = (i[:, None] < q_len) & (d[None, :] < D)
+            rows = q_start.to(tl.int64) + i
+            q = tl.load(Q + rows[:, None] * q_t + head * q_h + d[None, :], mask=real, other=0.0)
+            do = tl.load(DO + (rows[:, None] * H + head) * D + d[None, :], mask=real, other=0.0)
+            lse = tl.load(LSE + head * tokens + rows, mask=i < q_len, other=0.0)
+            delta = tl.load(DELTA + head * tokens + rows, mask=i < q_len, other=0.0)
+            p, ds, qk = _probabilities_and_ds(
+                q, k, v, do, lse[:, None], delta[:, None], i[:, None], j[None, :], q_len, k_len, q_start, head,
+                BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
+                CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, DROPOUT,
+            )  # fmt: skip
+            ds = _through_cap(ds, qk, scale, cap, CAP)
+            dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision="ieee")
+            dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision="ieee")
+    out = (at[:, None] * (H // GROUP) + kv_head) * D + d[None, :]
+    tl.store(DK + out, (dk * scale).to(DK.dtype.element_ty), mask=here)
+    tl.store(DV + out, dv.to(DV.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def _dbias(
+    Q, K, V, DO, LSE, DELTA, DB, CU_Q, CU_K, BIAS, SLOPES,
+    q_t, q_h, k_t, k_h, v_t, v_h, bias_h, bias_i, bias_j, tokens, scale, cap, window, seed, keys, dropout,
+    sequences, rows_of_bias, columns_of_bias,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    CAP: tl.constexpr, HAS_BIAS: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+):  # fmt: skip
+    head = tl.program_id(2)
+    i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    d = tl.arange(0, BLOCK_D)
+    slope = tl.load(SLOPES + head) if ALIBI else 0.0
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for sequence in range(0, sequences):
+        q_start = tl.load(CU_Q + sequence)
+        q_len = tl.load(CU_Q + sequence + 1) - q_start
+        k_start = tl.load(CU_K + sequence)
+        k_len = tl.load(CU_K + sequence + 1) - k_start
+        real = (i[:, None] < q_len) & (d[None, :] < D)
+        here = (j[:, None] < k_len) & (d[None, :] < D)
+        rows = q_start.to(tl.int64) + i
+        at = k_start.to(tl.int64) + j
+        q = tl.load(Q + rows[:, None] * q_t + head * q_h + d[None, :], mask=real, other=0.0)
+        do = tl.load(DO + (rows[:, None] * H + head) * D + d[None, :], mask=real, other=0.0)
+        lse = tl.load(LSE + head * tokens + rows, mask=i < q_len, other=0.0)
+        delta = tl.load(DELTA + head * tokens + rows, mask=i < q_len, other=0.0)
+        k = tl.load(K + at[:, None] * k_t + (head // GROUP) * k_h + d[None, :], mask=here, other=0.0)
+        v = tl.load(V + at[:, None] * v_t + (head // GROUP) * v_h + d[None, :], mask=here, other=0.0)
+        _, ds, _ = _probabilities_and_ds(
+            q, k, v, do, lse[:, None], delta[:, None], i[:, None], j[None, :], q_len, k_len, q_start, head,
+            BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
+            CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, DROPOUT,
+        )  # fmt: skip
+        total += ds
+    inside = (i[:, None] < rows_of_bias) & (j[None, :] < columns_of_bias)
+    out = (head.to(tl.int64) * rows_of_bias + i[:, None]) * columns_of_bias + j[None, :]
+    tl.store(DB + out, total.to(DB.dtype.element_ty), mask=inside)
+
+
+def launch(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias: Tensor | None, slopes: Tensor | None,
+    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float, causal: bool, window: int, cap: float,
+    dropout: float, seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
+    """(dq, dk, dv, dbias) from the gradient `do` [Tq, H, D] of the forward's o. Arguments as there."""
+    tokens, heads, head_dim = q.shape
+    kv_heads, sequences = k.shape[1], len(cu_q) - 1
+    do = do.contiguous()
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    db = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
+    if tokens == 0 or len(k) == 0:
+        return dq, dk, dv, None if db is None else db.zero_()
+    delta = (do.float() * o.float()).sum(-1).t().contiguous()  # [H, Tq]
+    block = attention_backward_block(head_dim, q.element_size(), max_q, max_k)
+    strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
+    tensors = (cu_q, cu_k, q if bias is None else bias, q if slopes is None else slopes)
+    scalars = (
+        *strides, *((0, 0, 0) if bias is None else bias.stride()), tokens, scale, cap, window, seed, max_k, dropout
+    )  # fmt: skip
+    constants = {
+        "H": heads, "GROUP": heads // kv_heads, "D": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_M": block.queries, "BLOCK_N": block.keys, "CAUSAL": causal, "WINDOW": window > 0, "CAP": cap > 0,
+        "HAS_BIAS": bias is not None, "ALIBI": slopes is not None, "DROPOUT": dropout > 0,
+        "num_warps": block.num_warps, "num_stages": block.num_stages,
+    }  # fmt: skip
+    q_blocks, k_blocks = triton.cdiv(max_q, block.queries), triton.cdiv(max_k, block.keys)
+    wrap_triton(_dq)[(q_blocks, heads, sequences)](
+        q, k, v, do, lse, delta, dq, *tensors, *scalars, **constants
+    )
+    wrap_triton(_dkdv)[(k_blocks, kv_heads, sequences)](
+        q, k, v, do, lse, delta, dk, dv, *tensors, *scalars, **constants
+    )
+    if db is not None:
+        rows, columns = db.shape[1:]
+        grid = (triton.cdiv(rows, block.queries), triton.cdiv(columns, block.keys), heads)
+        wrap_triton(_dbias)[grid](
+            q, k, v, do, lse, delta, db, *tensors, *scalars, sequences, rows, columns, **constants
+        )
+    return dq, dk, dv, db
