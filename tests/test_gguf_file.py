@@ -162,12 +162,21 @@ def test_truncated(tmp_path: Path) -> None:
         read_gguf_metadata(tmp_path)
 
 
+def read_all(path: Path) -> None:
+    with GGUFCheckpoint(path) as checkpoint:
+        for name in checkpoint.tensors:
+            read(checkpoint, name)
+        checkpoint.hf_config()
+
+
 @pytest.fixture(scope="module")
-def small_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, int]:
-    """A small file, and how much of it is header."""
+def sound_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, int]:
+    """A small file without fault, and how much of it is header."""
     quantised = (blocks_of(Type.Q4_1, 12, 1, 5), Type.Q4_1)
-    tensors = {"blk.0.ffn_up.weight": quantised, "rope_freqs.weight": np.array([1, 8], np.float32)}
-    data = small(tmp_path_factory.mktemp("gguf") / "x.gguf", tensors).read_bytes()
+    tensors = {"blk.0.ffn_up.weight": quantised, "rope_freqs.weight": np.full(2, 4, np.float32)}
+    path = small(tmp_path_factory.mktemp("gguf") / "x.gguf", tensors)
+    read_all(path)
+    data = path.read_bytes()
     return data, data.index(b"rope_freqs") + 40
 
 
@@ -175,16 +184,13 @@ def small_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, int]:
 @given(st.data())
 @settings(deadline=None, max_examples=400)
 def test_damaged_file_is_an_error_or_loads(
-    tmp_path_factory: pytest.TempPathFactory, small_file: tuple[bytes, int], draw: st.DataObject
+    tmp_path_factory: pytest.TempPathFactory, sound_file: tuple[bytes, int], draw: st.DataObject
 ) -> None:
     path = tmp_path_factory.getbasetemp() / "damaged.gguf"
-    path.write_bytes(damaged(small_file[0], draw, small_file[1]))
+    path.write_bytes(damaged(sound_file[0], draw, sound_file[1]))
     message = str(path)
     try:
-        with GGUFCheckpoint(path) as checkpoint:
-            for name in checkpoint.tensors:
-                read(checkpoint, name)
-            checkpoint.hf_config()
+        read_all(path)
     except WeightError as error:
         message = str(error)
     assert str(path) in message
