@@ -278,8 +278,8 @@ def test_compiles_without_a_graph_break() -> None:
     w, b = random(24, seed=0), random(24, seed=1)
 
     def twice(x: Tensor, r: Tensor) -> Tensor:
-        y, total = native.add_layer_norm(x, r, w, b, EPS)
-        return native.layer_norm(y + total, w, None, EPS)
+        y, total = ops.add_layer_norm(x, r, w, b, EPS)
+        return ops.layer_norm(y + total, w, None, EPS)
 
     compiled = torch.compile(twice, backend="aot_eager", fullgraph=True, dynamic=True)
     for rows in (3, 7):

@@ -18,9 +18,9 @@ A decision depends on the traits and on the choice alone, so it is made once and
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -131,15 +131,18 @@ def _choice_from_environment() -> _Choice:
         raise BackendError(f"MINILM_BACKEND={value}: {error}") from None
 
 
-_choice: ContextVar[_Choice | None] = ContextVar("minilm_backend", default=None)
+class _Thread(threading.local):  # not a ContextVar: torch.compile cannot trace one
+    choice: _Choice | None = None
+
+
+_thread = _Thread()
 _environment: _Choice | None = None
 
 
 def _current() -> _Choice:
     global _environment
-    choice = _choice.get()
-    if choice is not None:
-        return choice
+    if _thread.choice is not None:
+        return _thread.choice
     if _environment is None:
         _environment = _choice_from_environment()
     return _environment
@@ -160,11 +163,12 @@ def backend(*names: str, **per_op: str | Sequence[str]) -> Iterator[None]:
         if op not in _table:
             raise ValueError(f"unknown op {op!r}; expected one of {', '.join(ops())}")
     kept = outer.per_op if not names else {}
-    token = _choice.set(_Choice(default, {**kept, **{op: _parse(value) for op, value in per_op.items()}}))
+    chosen = _Choice(default, {**kept, **{op: _parse(value) for op, value in per_op.items()}})
+    before, _thread.choice = _thread.choice, chosen
     try:
         yield
     finally:
-        _choice.reset(token)
+        _thread.choice = before
 
 
 def _decide(op: str, traits: Traits, wanted: tuple[str, ...] | None) -> Decision:
