@@ -40,19 +40,18 @@ class SentenceEncoder(nn.Module):
     """Encodes texts as vectors.
 
     Args:
-        model_name_or_path: a folder, one of the bundled models, or a name on the hub (without an owner: of
-            sentence-transformers). A model without modules.json gets mean pooling (a decoder: its last
-            token).
-        modules: instead of a name: a `Transformer` and what follows it.
+        model_name_or_path: a folder, one of the bundled models, or a name on the hub (one without an owner
+            is of sentence-transformers). A model without modules.json gets mean pooling (a decoder: its
+            last token).
+        modules: instead of a name, a `Transformer` and what follows it.
         device: where to; None takes the GPU if there is one.
         dtype: of the weights; None: as the checkpoint says.
-        prompts: name -> text that is put before the texts; those of the model that are not named stay.
+        prompts: name -> text that is put before the texts; prompts of the model that are not named stay.
         default_prompt_name: the prompt of calls that name none.
         similarity_fn_name: cosine, dot, euclidean or manhattan; None: as the model says, or cosine.
         truncate_dim: keep only so many dimensions.
-        options: `revision`, `cache_folder`, `token`, `local_files_only` are for the hub; `model_kwargs` for
-            AutoModel.from_pretrained, `tokenizer_kwargs` (or `processor_kwargs`) for
-            AutoTokenizer.from_pretrained.
+        options: `revision`, `cache_folder`, `token`, `local_files_only` for the hub; `model_kwargs` for
+            AutoModel.from_pretrained, `processor_kwargs` for AutoTokenizer.from_pretrained.
 
     Raises HubError, FileError, ConfigError or WeightError for a model that cannot be read.
     """
@@ -119,13 +118,16 @@ class SentenceEncoder(nn.Module):
 
         Args:
             batch_size: the most texts that go through the model at once; it does not change the result.
-            prompt, prompt_name: a text put before each, or the name of one in `prompts`. show_progress_bar:
-            None shows one when the logger `minilm` is at INFO or below. output_value: "token_embeddings"
-            gives a list of tensors [tokens, C], None a list of dicts with both. precision: int8, uint8,
-            binary or ubinary, see `minilm.similarity.quantize_embeddings`. convert_to_numpy,
-            convert_to_tensor: False and True give a tensor, False and False a list of tensors. device:
-            moves the model there first. normalize_embeddings: True scales every vector to length 1 (None:
-            only if a module of the model does). truncate_dim: only so many dimensions, before that.
+            prompt, prompt_name: a text put before each, or the name of one in `prompts`.
+            show_progress_bar: None shows one when the logger `minilm` is at INFO or below.
+            output_value: "token_embeddings" gives a list of tensors [tokens, C], None a list of dicts with
+                both.
+            precision: int8, uint8, binary or ubinary, see `minilm.similarity.quantize_embeddings`.
+            convert_to_numpy, convert_to_tensor: False, True gives a tensor; False, False a list of tensors.
+            device: moves the model there first.
+            normalize_embeddings: True scales every vector to length 1; None leaves that to the model's
+                modules.
+            truncate_dim: only so many dimensions; before the scaling.
 
         Texts longer than `max_seq_length` are cut, with a warning that counts them. Raises TypeError for
         what is not text.

@@ -102,11 +102,11 @@ _FLAGS = {
 
 class Pooling(Module):
     """One vector a text: its first or last token, the largest value or the mean of each channel, the sum
-    over the square root of the number of tokens, or a mean whose weights grow with the position (1, 2, 3,
-    ...).
+    over the square root of the number of tokens, or a mean whose weights grow with the position: 1, 2, 3,
+    ...
 
-    Several modes are concatenated. Without `include_prompt` the tokens of the prompt are left out (but
-    still counted as positions). A text without any token left gives zeros.
+    Several modes are concatenated. Without `include_prompt` the tokens of the prompt are left out, though
+    they count as positions. A text without any token left gives zeros.
     """
 
     kind = "Pooling"
@@ -131,13 +131,14 @@ class Pooling(Module):
         packed, x = features.packed, features.tokens
         skip = 0 if self.include_prompt else features.prompt_length
         counts = (packed.cu_seqlens.diff().long() - skip).clamp(min=0)  # [B]
-        rows = (packed.positions >= skip).nonzero().squeeze(1)  # packed indices of the tokens that count
+        rows = torch.arange(len(x), device=x.device)  # packed indices of the tokens that count
+        rows = rows[packed.positions >= skip] if skip else rows
         ends = counts.cumsum(0)
         offsets = F.pad(ends, (1, 0))
         wide = x if x.dtype == torch.float64 else x.float()
         positions = packed.positions[rows] + 1
         total = F.pad(positions.cumsum(0), (1, 0))[offsets].diff()[:, None]
-        count = counts[:, None]
+        count = counts[:, None].to(wide.dtype)
 
         def bags(mode: str, weights: Tensor | None = None) -> Tensor:
             return F.embedding_bag(

@@ -23,9 +23,11 @@ class Transformer(nn.Module):
     """A Transformer with its tokenizer.
 
     Args:
-        model: a model, or the name or folder of one. tokenizer: None loads the one that belongs to `model`.
-        max_seq_length: longer texts are cut; None: as the tokenizer says. Never more than the model has
-        positions. do_lower_case: lower-case the texts, even if the tokenizer does not.
+        model: a model, or the name or folder of one.
+        tokenizer: None loads the one that belongs to `model`.
+        max_seq_length: longer texts are cut; None: as the tokenizer says. Never more than the model's
+            positions.
+        do_lower_case: lower-case the texts, even if the tokenizer does not.
     """
 
     def __init__(

@@ -1,0 +1,98 @@
+"""Small random checkpoints with small real tokenizers, as transformers saves them.
+
+The weights are spread out, so that scores differ clearly and a mistake shows.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import ByteLevelBPETokenizer
+
+_LISTED = """ the a of in is was lives works city france paris berlin london john smith mary anna who where
+what when does live company river green tea house red book old man ##s ##ed ##ing ##er ##land ##town un
+"""
+WORDS = _LISTED.split()
+LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789éüñ北京"
+SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+CORPUS = [
+    "John Smith lives in Paris, the old city of France.",
+    "Mary works in London; Anna was in Berlin. Where does Anna live?",
+    "The green tea house: who is the man in the red book?",
+    "Éric drinks tea in Nürnberg, 北京 and Washington (D.C.).",
+]
+
+TEXTS = [
+    "John Smith lives in Paris.",
+    "anna",
+    "Éric was in 北京 and Nürnberg, where Mary Smithers works; who is unhappy? 😀 the end",
+    "the old man of the river lives in the green house in Greenland, in the city of Parisland" * 2,
+    "London",
+]
+"""Of mixed lengths, with characters outside ASCII and outside the vocabularies; 2 to about 60 tokens."""
+
+
+def _bert_vocabulary(folder: Path) -> Path:
+    continued = [f"##{letter}" for letter in LETTERS]
+    vocabulary = [*SPECIAL, *WORDS, *LETTERS, *continued, *".,;:?!'()-"]
+    file = folder / "vocab.txt"
+    file.write_text("\n".join(dict.fromkeys(vocabulary)), encoding="utf-8")
+    return file
+
+
+def save_tokenizer(folder: Path, family: str, model_max_length: int) -> Any:
+    """Write the tokenizer of a family; returns transformers' tokenizer."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if family == "roberta":
+        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+        trained = ByteLevelBPETokenizer()
+        trained.train_from_iterator(CORPUS * 3, vocab_size=330, min_frequency=2, special_tokens=special)
+        trained.save_model(str(folder))
+    else:
+        _bert_vocabulary(folder)
+    cls = {
+        "bert": transformers.BertTokenizerFast,
+        "distilbert": transformers.DistilBertTokenizerFast,
+        "roberta": transformers.RobertaTokenizerFast,
+    }[family]
+    tokenizer = cls.from_pretrained(str(folder), model_max_length=model_max_length)
+    tokenizer.save_pretrained(str(folder))
+    return tokenizer
+
+
+def save_model(
+    folder: Path,
+    family: str,
+    head: str = "Model",
+    *,
+    positions: int = 64,
+    seed: int = 0,
+    spread: float = 0.3,
+    **options: Any,
+) -> Path:
+    """A tiny random model with a head (a class name's end, `ForMaskedLM`) and its tokenizer, in `folder`."""
+    tokenizer = save_tokenizer(folder, family, positions)
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer), **options}
+    if family == "distilbert":
+        sizes.update(dim=24, n_layers=2, n_heads=3, hidden_dim=40, max_position_embeddings=positions)
+        config: Any = transformers.DistilBertConfig(**sizes)
+    else:
+        sizes.update(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40)
+        offset = 2 if family == "roberta" else 0
+        sizes.update(max_position_embeddings=positions + offset)
+        config = {"bert": transformers.BertConfig, "roberta": transformers.RobertaConfig}[family](**sizes)
+    if family == "roberta":
+        config.pad_token_id, config.bos_token_id, config.eos_token_id = 1, 0, 2
+    prefix = {"bert": "Bert", "distilbert": "DistilBert", "roberta": "Roberta"}[family]
+    model = getattr(transformers, prefix + head)(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0.0, spread)
+            if "norm" in name.lower() and name.endswith("weight"):
+                parameter.add_(1.0)
+    model.save_pretrained(str(folder))
+    return folder
