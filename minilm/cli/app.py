@@ -6,6 +6,8 @@ does not fit), 1 a fault of minilm itself, 130 Ctrl-C, 141 the reader of the out
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import typer
@@ -17,14 +19,23 @@ from .errors import State, closed_pipe, report, tidy_messages
 class Group(typer.core.TyperGroup):
     """The top level. In place of typer's own boxes and tracebacks, errors are reported by `errors.report`."""
 
-    def main(self, args: Any = None, prog_name: Any = None, **options: Any) -> Any:
+    def main(
+        self,
+        args: Sequence[str] | None = None,
+        prog_name: str | None = None,
+        complete_var: str | None = None,
+        standalone_mode: bool = True,
+        windows_expand_args: bool = True,
+        **extra: Any,
+    ) -> Any:
         """Run, and (unless the caller wants the exceptions) end the process with the exit status."""
-        if not options.pop("standalone_mode", True):
-            return super().main(args, prog_name, standalone_mode=False, **options)
+        run = partial(super().main, args, prog_name, complete_var, False, windows_expand_args)
+        if not standalone_mode:
+            return run(**extra)
         state = State()
         try:
             with tidy_messages():
-                result = super().main(args, prog_name, standalone_mode=False, obj=state, **options)
+                result = run(obj=state, **extra)
             status = result if isinstance(result, int) else 0
         except Exception as error:
             status = report(error, debug=state.debug)

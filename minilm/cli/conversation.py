@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from typing import Protocol
 
 Message = dict[str, str]
-Answer = Callable[[list[Message]], Iterable[str]]
+
+
+class Stream(Protocol):
+    """The pieces of an answer; `close` gives the rest of it up."""
+
+    def __iter__(self) -> Iterator[str]: ...
+
+    def close(self) -> None: ...
+
+
+Answer = Callable[[list[Message]], Stream]
 
 COMMANDS = {
     "/reset": "begin anew",
@@ -79,10 +91,11 @@ class Conversation:
         told = [{"role": "system", "content": self.system}] if self.system else []
         pieces: list[str] = []
         try:
-            for piece in self.answer([*told, *self.messages]):
-                pieces.append(piece)
-                sys.stdout.write(piece)
-                sys.stdout.flush()
+            with closing(self.answer([*told, *self.messages])) as stream:
+                for piece in stream:
+                    pieces.append(piece)
+                    sys.stdout.write(piece)
+                    sys.stdout.flush()
             print()
         except KeyboardInterrupt:
             print(" (stopped)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +18,7 @@ from .texts import Texts, chunks, read_items
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..llm import LLM, SamplingParams
+    from ..llm import LLM, SamplingParams, TextStream
 
 PANEL = "Decoders"
 CHUNK = 256
@@ -103,7 +103,7 @@ def generate(
         single = source.texts if out.for_people and not source.file else None
         if single is not None and len(single) == 1 and single[0] != "-":
             typer.echo(single[0], nl=False)
-            _show(llm, llm.stream(single[0], params))
+            _show(llm.stream(single[0], params))
             return
         with out.writer(_text_table) as write:
             for chunk in chunks(source.read(), CHUNK):
@@ -155,7 +155,7 @@ def chat(
             {"role": "user", "content": asked},
         ]
         if out.output is None and not out.json:
-            _show(llm, llm.stream_chat(messages, params))
+            _show(llm.stream_chat(messages, params))
             return
         (answer,) = llm.chat(messages, params, use_tqdm=False)
         with out.writer(_text_table) as write:
@@ -165,7 +165,7 @@ def chat(
 def _llm(model: str, device: Any, run: Runtime) -> LLM:
     from ..llm import LLM
 
-    return LLM(model, device=device, dtype=run.dtype or "auto")
+    return LLM(model, device=device, dtype=run.dtype)
 
 
 def _completion(answer: Any) -> Record:
@@ -178,17 +178,19 @@ def _completion(answer: Any) -> Record:
     }
 
 
-def _show(llm: LLM, pieces: Iterable[str]) -> None:
-    """Print the pieces as they come; a watcher is told how fast they came."""
-    start, parts = time.perf_counter(), []
-    for piece in pieces:
-        parts.append(piece)
-        sys.stdout.write(piece)
-        sys.stdout.flush()
+def _show(stream: TextStream) -> None:
+    """Print the pieces as they come; a watcher is told how many there were and how fast they came."""
+    start = time.perf_counter()
+    with closing(stream):
+        for piece in stream:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
     sys.stdout.write("\n")
     seconds = time.perf_counter() - start
-    count = len(llm.get_tokenizer().encode("".join(parts), add_special_tokens=False))
-    note(f"({count} tokens in {seconds:.1f} s, {count / seconds:.1f} a second, the prompt included)")
+    count = len(stream.output.outputs[0].token_ids)
+    note(
+        f"({count} tokens in {seconds:.1f} s, {count / seconds:.1f} a second, with the reading of the prompt)"
+    )
 
 
 def _text_table(records: list[Record]) -> RenderableType:
