@@ -320,15 +320,16 @@ class AutoModelForCausalLM(PreTrainedModel):
         self.head = CausalLMHead(self)
 
     def answer(self, result: BodyResult, labels: Tensor | None, logits_to_keep: int = 0) -> dict[str, Any]:
-        """logits [B, S, V], or of the last `logits_to_keep` columns; labels int64 [B, S], which are shifted
-        here."""
+        """logits [B, S, V], or of the last `logits_to_keep` columns.
+
+        labels int64 [B, S], shifted here: each token is asked for the label of the next one of its row.
+        """
         packed, hidden = result.packed, result.hidden
         if logits_to_keep and labels is None:
             packed, kept = packed.last_columns(logits_to_keep)
             hidden = hidden if kept is None else hidden[kept]
         logits = self.logits(hidden)
-        shifted = None if labels is None else F.pad(labels, (0, 1), value=-100)[:, 1:]
-        return {"loss": token_loss(logits, shifted, packed), "logits": packed.pad(logits)}
+        return {"loss": token_loss(logits, labels, packed, shift=True), "logits": packed.pad(logits)}
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [T, C] -> [T, V]."""
@@ -343,12 +344,19 @@ class AutoModelForCausalLM(PreTrainedModel):
         return tokens
 
 
-def token_loss(logits: Tensor, labels: Tensor | None, packed: Packed) -> Tensor | None:
-    """Cross-entropy of packed logits [T, V] with padded labels [B, S]."""
+def token_loss(
+    logits: Tensor, labels: Tensor | None, packed: Packed, *, shift: bool = False
+) -> Tensor | None:
+    """Cross-entropy of packed logits [T, V] with padded labels [B, S]; `shift`: with those of the next token."""
     if labels is None:
         return None
     check_columns("labels", labels, packed.batch, packed.columns)
-    return ops.cross_entropy(logits, packed.pack(labels.to(logits.device)))
+    targets = packed.pack(labels.to(logits.device))
+    if shift:  # after packing, so that no label at padding comes in from the side
+        ends = packed.cu_seqlens[1:].long()
+        targets = F.pad(targets[1:], (0, 1), value=-100)[: len(targets)]
+        targets = targets.index_fill(0, ends[ends > 0] - 1, -100)
+    return ops.cross_entropy(logits, targets)
 
 
 def classification_loss(config: PretrainedConfig, logits: Tensor, labels: Tensor | None) -> Tensor | None:
