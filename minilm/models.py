@@ -304,8 +304,8 @@ class PreTrainedModel(nn.Module):
             return None
         context = None
         if self.spec.rope.type == "dynamic":
-            lengths = packed.cu_seqlens.diff() if run.step is None else run.step.context_lens
-            context = lengths.repeat_interleave(torch.tensor(packed.lengths, device=lengths.device))
+            rows = positions.split(packed.lengths)
+            context = torch.cat([row.max().expand(len(row)) + 1 for row in rows if len(row)] or [positions])
         return rope.angles(self.spec.rope, self.spec.head_dim, positions, context)
 
     # Being a model
