@@ -290,6 +290,26 @@ def test_compiles_without_a_graph_break() -> None:
         torch.testing.assert_close(actual, expected)
 
 
+def test_a_compiled_function_follows_the_choice_of_a_backend() -> None:
+    targets: list[list[str]] = []
+
+    def note(graph: torch.fx.GraphModule, _: list[Tensor]) -> Any:
+        targets.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    w, x = random(24, seed=0), random(3, 24, seed=1)
+    compiled = torch.compile(lambda x: ops.layer_norm(x, w, None, EPS), backend=note, fullgraph=True)
+    compiled(x)
+    assert targets[-1][0] == "minilm.layer_norm.default"
+    with ops.backend("reference"):
+        compiled(x)
+    assert "minilm.layer_norm.default" not in targets[-1]
+    compiled(x)
+    with ops.backend("native"):
+        compiled(x)
+    assert targets[-1][0] == "minilm.layer_norm.default"
+
+
 C = 6
 BAD: list[tuple[str, dict[str, Tensor], str]] = [
     (

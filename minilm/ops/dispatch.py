@@ -132,7 +132,8 @@ def _choice_from_environment() -> _Choice:
 
 
 class _Thread(threading.local):  # not a ContextVar: torch.compile cannot trace one
-    choice: _Choice | None = None
+    def __init__(self) -> None:  # an attribute of the class would not be guarded by torch.compile
+        self.choice: _Choice | None = None
 
 
 _thread = _Thread()
