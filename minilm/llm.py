@@ -260,8 +260,9 @@ class LLM:
 
             bar = tqdm(total=len(jobs), desc="Processed prompts")
         for _ in self._run(jobs):
-            if bar is not None:
-                bar.update(sum(job.request.finished for job in jobs) - bar.n)
+            done = sum(job.request.finished for job in jobs)
+            if bar is not None and done > bar.n:
+                bar.update(done - bar.n)
         if bar is not None:
             bar.close()
         return [self._output(job) for job in jobs]

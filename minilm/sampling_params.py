@@ -42,7 +42,7 @@ class SamplingParams:
     min_tokens: int = 0
     """No end of any kind before so many tokens."""
     logprobs: int | None = None
-    """At each step, give the log-probabilities of so many of the best tokens (-1: all) and of the one taken."""
+    """At each step, give the log-probabilities of so many best tokens (-1: all) and of the one taken."""
     detokenize: bool = True
     """False: token ids only, no text."""
     skip_special_tokens: bool = True
@@ -94,7 +94,7 @@ class SamplingParams:
         return self.temperature < _GREEDY_BELOW
 
     def sampling(self, ends: frozenset[int], seed: int) -> Sampling:
-        """The same for the decoding loop; `ends`: all tokens that end the text, `seed`: taken if none is given."""
+        """The same for the decoding loop. `ends`: tokens that end the text. `seed`: taken if there is none."""
         drawn = not self.greedy
         return Sampling(
             do_sample=drawn,
