@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import struct
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -339,6 +341,45 @@ def test_other_kinds_of_file(tmp_path: Path) -> None:
         path = write_gguf(tmp_path / "x.gguf", "llama", {}, SMALL | metadata)
         with pytest.raises(WeightError, match=message):
             GGUFCheckpoint(path)
+
+
+LOAD_AND_MEASURE = """
+import sys
+import torch
+from torch import nn
+from minilm.weights import copy, load_weights, open_checkpoint
+
+def kilobytes(key):
+    with open("/proc/self/status") as status:
+        return int(next(line for line in status if line.startswith(key)).split()[1])
+
+with torch.device("meta"):
+    model = nn.Module()
+    model.body = nn.ModuleList([nn.Linear(2048, 6000, bias=False) for _ in range(5)])
+rules = [copy("layers.{i}.mlp.up_proj.weight", "body.{i}.weight")]
+import gguf.quants
+before = kilobytes("VmRSS")
+with open_checkpoint(sys.argv[1]) as checkpoint:
+    load_weights(model, checkpoint, rules, ["model."], dtype=torch.bfloat16, device="cpu", init=None)
+after = kilobytes("VmHWM")
+print((after - before) * 1024 / sum(parameter.nbytes for parameter in model.parameters()))
+print(float(model.body[4].weight[5999, 2047]))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
+def test_peak_memory_is_little_more_than_the_weights(tmp_path: Path) -> None:
+    raw = np.zeros((6000, 2048 // 32 * 34), np.uint8)
+    raw[-1, -34:-32] = np.float16(0.5).reshape(1).view(np.uint8)
+    raw[-1, -1] = 3
+    tensors = {f"blk.{i}.ffn_up.weight": (raw, Type.Q8_0) for i in range(5)}
+    path = write_gguf(tmp_path / "big.gguf", "qwen2", tensors, {})
+    command = [sys.executable, "-c", LOAD_AND_MEASURE, str(path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    ratio, value = map(float, result.stdout.split())
+    assert value == 1.5
+    assert 0.9 < ratio < 1.2, f"{ratio:.3f} times the weights"
 
 
 def smollm2() -> Path:
