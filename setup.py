@@ -2,18 +2,19 @@
 `minilm.benchmarks`. See pyproject.toml too.
 
 The extension is built on PyTorch's stable ABI and Python's limited API: one binary serves PyTorch 2.10 and
-every later one, and CPython 3.10 and every later one. It needs PyTorch's headers and libraries, and a C++17
-compiler that knows GNU vector extensions (g++, clang++); nothing of torch.utils.cpp_extension, and no GPU.
+every later one, and CPython 3.10 and every later one. It needs the headers and libraries of PyTorch, Python's
+headers, and a C++17 compiler that knows GNU vector extensions (g++, clang++); nothing of
+torch.utils.cpp_extension, and no GPU.
 
 PyTorch is looked for in this process's environment and then, since pip builds in an environment of its own
 that hides it, in the one that pip will install into. It is not a build requirement of the package: pip would
 fetch it anew, with all of CUDA, to compile a few files.
 
 Environment
-    MINILM_BUILD_EXT=auto   (default) build the extension where PyTorch and a compiler are found, otherwise
-                            install the package without it and say in one line what was missing.
-                            A compile error is an error.
-    MINILM_BUILD_EXT=1      build it; a missing PyTorch or compiler is an error too.
+    MINILM_BUILD_EXT=auto   (default) build the extension where all of that is found, otherwise install the
+                            package without it and say in one line what was missing. A compile error is an
+                            error.
+    MINILM_BUILD_EXT=1      build it; whatever is missing is an error too.
     MINILM_BUILD_EXT=0      leave it out.
     CXX, CXXFLAGS, LDFLAGS  as usual.
 """
@@ -95,6 +96,8 @@ def extension() -> tuple[Extension | None, str]:
         return None, f"PyTorch {version} is too old (expected 2.10 or later)"
     if find_compiler() is None:
         return None, "no C++ compiler was found (install g++, or set CXX)"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return None, "Python's headers were not found (on Debian and Ubuntu: apt install python3-dev)"
     return (
         Extension(
             "minilm._C",

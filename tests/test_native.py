@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,11 @@ EPS = 1e-5
 def _extension_is_there() -> None:
     if native.unavailable is None:
         return
-    if os.environ.get("MINILM_BUILD_EXT") == "0" or not any(map(shutil.which, ("g++", "clang++", "c++"))):
+    headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
+    compiler = any(map(shutil.which, ("g++", "clang++", "c++")))
+    if os.environ.get("MINILM_BUILD_EXT") == "0" or not (compiler and headers):
         pytest.skip(native.unavailable)
-    pytest.fail(f"this machine has a C++ compiler, but {native.unavailable}")
+    pytest.fail(f"this machine could build the extension, but {native.unavailable}")
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:

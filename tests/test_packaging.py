@@ -194,7 +194,12 @@ def without_a_compiler(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> s
     return "no C++ compiler was found"
 
 
-@pytest.mark.parametrize("lacking", [without_torch, with_an_old_torch, without_a_compiler])
+def without_headers(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/nowhere")
+    return "Python's headers were not found"
+
+
+@pytest.mark.parametrize("lacking", [without_torch, with_an_old_torch, without_a_compiler, without_headers])
 def test_what_is_missing_is_said(
     lacking: object, setup_py: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

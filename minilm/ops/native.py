@@ -31,7 +31,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError as error:
         if error.name != "minilm._C":
             raise
-        return None, "the extension minilm._C is not built (it needs a C++ compiler; setup.py tells how)"
+        return None, "the extension minilm._C is not built (setup.py tells what it needs)"
     except ImportError as error:  # a binary of another platform, a symbol that this PyTorch lacks
         return None, f"the extension minilm._C does not load: {error}"
 
