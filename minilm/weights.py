@@ -289,8 +289,10 @@ def _stored_tensors(model: nn.Module, rules: Sequence[Rule], prefix: str) -> dic
         if len(inverse) != 1:
             many = "more than one rule says" if inverse else "no rule says"
             raise WeightError(f"{name} cannot be saved: {many} what a checkpoint calls it")
-        rule, (sources, _) = inverse[0]
+        rule, (sources, also) = inverse[0]
         parts = views(rule, fused_sizes(rule, model, name, parameter), parameter)
+        if rule.write_also:
+            sources, parts = (*sources, *also), (*parts, *(parameter.clone() for _ in also))
         for source, part in zip(sources, parts, strict=True):
             key = prefix + source if rule.in_base else source
             if key in tensors:
