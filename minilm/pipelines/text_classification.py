@@ -1,0 +1,100 @@
+"""text-classification (sentiment-analysis): the classes of a text, or of a pair of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from ..batching import Tokens
+from ..heads import AutoModelForSequenceClassification
+from ..models import BodyResult
+from .base import Pipeline, Work
+
+Function = Literal["default", "sigmoid", "softmax", "none"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """`top_k`: so many classes, best first; None for all; if it is not said, only the best.
+    `function_to_apply`: what makes scores of logits; "default" is no function for a regression, the sigmoid
+    for one or independent labels, softmax otherwise. `truncation`: True cuts texts to `max_length` or the
+    window of the model without a word, False never cuts."""
+
+    top_k: int | Literal[""] | None = ""
+    function_to_apply: Function | None = None
+    truncation: bool | str | None = None
+    max_length: int | None = None
+    padding: Any = None
+
+    def __post_init__(self) -> None:
+        if self.top_k not in ("", None) and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ValueError(f"top_k must be a positive integer or None, and is {self.top_k!r}")
+        if self.function_to_apply not in (None, "default", "sigmoid", "softmax", "none"):
+            given = self.function_to_apply
+            raise ValueError(f"function_to_apply must be default, sigmoid, softmax or none, and is {given!r}")
+
+
+class TextClassificationPipeline(Pipeline[Options]):
+    """A text, or {"text": ..., "text_pair": ...} -> {"label", "score"}, or a list of them with `top_k`.
+
+    As in transformers, a text alone gives a list of one, and a pair alone gives its result as it is.
+    """
+
+    task = "text-classification"
+    model_class = AutoModelForSequenceClassification
+    options_class = Options
+
+    def __call__(self, inputs: Any, *, batch_size: int | None = None, **options: Any) -> Any:
+        """The result for one input, or the results for several."""
+        found = super().__call__(inputs, batch_size=batch_size, **options)
+        return [found] if isinstance(inputs, str) and "top_k" not in options else found
+
+    def prepare(self, item: Any, options: Options) -> Work:
+        """One window."""
+        text, pair = item, None
+        if isinstance(item, Mapping):
+            if not {"text"} <= set(item) <= {"text", "text_pair"}:
+                raise ValueError(
+                    f'a pair of texts is {{"text": ..., "text_pair": ...}}, not {dict(item)!r:.80}'
+                )
+            text, pair = item["text"], item.get("text_pair")
+        elif isinstance(item, (list, tuple)):
+            raise TypeError(f'a pair of texts is {{"text": ..., "text_pair": ...}}, not {item!r:.80}')
+        pair = None if pair is None else self.text(pair)
+        return self.encode(self.text(text), pair, options.truncation, options.max_length)
+
+    def head(self, result: BodyResult, windows: Sequence[Tokens]) -> Sequence[Tensor]:
+        """Logits [num_labels] of each window."""
+        logits: Tensor = self.model.answer(result, None)["logits"]
+        return list(logits.float().cpu())
+
+    def finish(self, work: Work, outputs: list[Any], options: Options) -> Any:
+        """The labels."""
+        logits: Tensor = outputs[0]
+        function = self._function(options.function_to_apply)
+        scores = (
+            logits.sigmoid()
+            if function == "sigmoid"
+            else logits.softmax(-1)
+            if function == "softmax"
+            else logits
+        )
+        labels = self.model.config.id2label
+        found = [{"label": labels[i], "score": score} for i, score in enumerate(scores.tolist())]
+        best = sorted(found, key=lambda answer: -answer["score"])
+        return best[0] if options.top_k == "" else best[: options.top_k]
+
+    def _function(self, asked: Function | None) -> Function:
+        if asked is not None and asked != "default":
+            return asked
+        config = self.model.config
+        if config.problem_type == "regression":
+            return "none"
+        return (
+            "sigmoid"
+            if config.problem_type == "multi_label_classification" or config.num_labels == 1
+            else "softmax"
+        )

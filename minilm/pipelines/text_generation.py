@@ -1,0 +1,225 @@
+"""text-generation: a decoder writes on from a text, or answers in a chat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+
+from ..batching import Tokens, chunks
+from ..engine import context_window
+from ..heads import AutoModelForCausalLM
+from ..models import BodyResult
+from .base import Pipeline, Work
+
+SAMPLED = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}
+"""What transformers' pipeline asks for unless the checkpoint or the call says otherwise."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of transformers' pipeline; all others go to `model.generate`.
+
+    return_full_text: with the prompt before the new text, or the whole chat (the default). return_tensors:
+        token ids instead of a text.
+    prefix: put before every text. add_special_tokens, truncation, max_length, tokenizer_encode_kwargs: for
+        the tokenizer.
+    continue_final_message: the model goes on with the last message of a chat; None: if that is the
+        assistant's.
+    tools, documents: for the chat template. handle_long_generation: "hole" drops the beginning of a prompt
+        that leaves too little room for new tokens.
+    stop_sequence: a text whose tokens each end the generation.
+    """
+
+    return_full_text: bool | None = None
+    return_tensors: bool | None = None
+    return_text: bool | None = None
+    clean_up_tokenization_spaces: bool = True
+    skip_special_tokens: bool | None = None
+    prefix: str = ""
+    add_special_tokens: bool | None = None
+    truncation: bool | str | None = None
+    padding: Any = None
+    max_length: int | None = None
+    tokenizer_encode_kwargs: dict[str, Any] | None = None
+    continue_final_message: bool | None = None
+    tools: list[Any] | None = None
+    documents: list[Any] | None = None
+    handle_long_generation: str | None = None
+    stop_sequence: str | None = None
+    generate: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.return_full_text is not None and (
+            self.return_text is not None or self.return_tensors is not None
+        ):
+            raise ValueError("return_full_text goes with neither return_text nor return_tensors")
+        if self.return_text is not None and self.return_tensors is not None:
+            raise ValueError("return_text and return_tensors exclude each other")
+        if self.handle_long_generation not in (None, "hole"):
+            raise ValueError(
+                f"handle_long_generation must be None or 'hole', and is {self.handle_long_generation!r}"
+            )
+
+
+class TextGenerationPipeline(Pipeline[Options]):
+    """A text -> [{"generated_text": ...}], one for each of `num_return_sequences`; a chat (a list of
+    {"role", "content"}) -> the same with the messages and the answer as `generated_text`.
+
+    Prompts are written on one by one unless `batch_size` says otherwise: draws are then those of
+    transformers after the same torch.manual_seed.
+    """
+
+    task = "text-generation"
+    model_class = AutoModelForCausalLM
+    options_class = Options
+    default_batch_size = 1
+
+    def is_single(self, inputs: Any) -> bool:
+        """A text, or a chat."""
+        return isinstance(inputs, str) or _is_chat(inputs)
+
+    def parse(self, options: dict[str, Any]) -> Options:
+        """Names that are none of `Options` are for `model.generate`, which checks them."""
+        ours = {f.name for f in fields(Options)} - {"generate"}
+        own = {name: value for name, value in options.items() if name in ours}
+        for_generate = {name: value for name, value in options.items() if name not in ours}
+        if own.get("max_length") is not None:
+            for_generate["max_length"] = own["max_length"]
+        return Options(**own, generate=for_generate)
+
+    def prepare(self, item: Any, options: Options) -> Work:
+        """The tokens of the prompt."""
+        own = {name: getattr(options, name) for name in ("add_special_tokens", "truncation", "max_length")}
+        asked: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
+        asked.update(options.tokenizer_encode_kwargs or {})
+        if _is_chat(item):
+            asked.pop("add_special_tokens", None)  # the template writes them
+            goes_on = _goes_on(item, options)
+            encoded = self.tokenizer.apply_chat_template(
+                list(item),
+                tools=options.tools,
+                documents=options.documents,
+                add_generation_prompt=not goes_on,
+                continue_final_message=goes_on,
+                **asked,
+            )
+        else:
+            encoded = self.tokenizer(options.prefix + self.text(item), verbose=False, **asked)
+        ids = list(encoded["input_ids"])
+        if options.handle_long_generation == "hole":
+            ids = ids[-self._room(len(ids), options) :]
+        return Work([Tokens(ids)], item)
+
+    def _room(self, prompt: int, options: Options) -> int:
+        """Tokens of the prompt that leave room for the new ones."""
+        longest = context_window(self.model.spec)
+        new = self._settings(options, prompt).get("max_new_tokens")
+        if longest is None or new is None:
+            return prompt
+        if new >= longest:
+            raise ValueError(
+                f"max_new_tokens={new} leaves no room for a prompt in the window of {longest} tokens"
+            )
+        return longest - int(new)
+
+    def head(self, result: BodyResult, windows: Sequence[Tokens]) -> Sequence[Any]:
+        """Not used: `run` generates."""
+        raise NotImplementedError
+
+    def run(self, items: Iterable[Any], options: Options, batch_size: int, slab: int = 1) -> Iterator[Any]:
+        """Generate for `batch_size` prompts at a time."""
+        for chunk in chunks(items, batch_size):
+            works = [self.prepare(item, options) for item in chunk]
+            for work, rows in zip(works, self._generate(works, options), strict=True):
+                yield self.finish(work, rows, options)
+
+    def _settings(self, options: Options, longest: int) -> dict[str, Any]:
+        """Options of `generate`: those asked for, then the defaults that the checkpoint leaves open."""
+        asked = dict(options.generate)
+        stored = asked.get("generation_config") or getattr(self.model, "generation_config", None)
+        for name, value in SAMPLED.items():
+            if asked.get(name) is None and getattr(stored, name, None) is None:
+                asked[name] = value
+        if options.generate.get("max_new_tokens") is None:
+            longer = getattr(stored, "max_length", None)
+            if options.generate.get("max_length") or longer not in (None, 20):
+                asked.pop("max_new_tokens", None)
+            limit = context_window(self.model.spec)
+            if limit is not None and "max_new_tokens" in asked:  # a default that does not fit is no error
+                asked["max_new_tokens"] = max(1, min(asked["max_new_tokens"], limit - longest))
+        if getattr(stored, "pad_token_id", None) is None and self.tokenizer.pad_token_id is not None:
+            asked.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        if options.stop_sequence is not None:
+            asked["eos_token_id"] = self.tokenizer.encode(options.stop_sequence, add_special_tokens=False)
+        if asked.get("stop_strings"):
+            asked.setdefault("tokenizer", self.tokenizer)
+        return asked
+
+    def _generate(self, works: list[Work], options: Options) -> list[list[Any]]:
+        """For each prompt the new tokens of each of its sequences."""
+        assert isinstance(self.model, AutoModelForCausalLM)
+        prompts = [work.windows[0].ids for work in works]
+        columns = max(len(prompt) for prompt in prompts)
+        settings = self._settings(options, columns)
+        if columns == 0 and len(prompts) == 1:  # an empty text: the model begins with its bos token
+            sequences = self.model.generate(**settings)
+        else:
+            ids = torch.zeros(len(prompts), columns, dtype=torch.int64)
+            mask = torch.zeros_like(ids)
+            for row, prompt in enumerate(prompts):
+                ids[row, columns - len(prompt) :] = torch.tensor(prompt, dtype=torch.int64)
+                mask[row, columns - len(prompt) :] = 1
+            ids, mask = ids.to(self.model.device), mask.to(self.model.device)
+            sequences = self.model.generate(ids, attention_mask=mask, **settings)
+        new = sequences[:, columns:].tolist()
+        each = len(new) // len(works)
+        ends = settings.get("eos_token_id")
+        if ends is None:
+            ends = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        listed = set(torch.as_tensor([] if ends is None else ends).flatten().tolist())
+        groups = [new[i * each : (i + 1) * each] for i in range(len(works))]
+        return [_trimmed(group, listed) if len(works) > 1 else group for group in groups]
+
+    def finish(self, work: Work, outputs: list[Any], options: Options) -> Any:
+        """One dict for each sequence."""
+        return [self._record(work, tokens, options) for tokens in outputs]
+
+    def _record(self, work: Work, tokens: list[int], options: Options) -> dict[str, Any]:
+        if options.return_tensors:
+            return {"generated_token_ids": [*work.windows[0].ids, *tokens]}
+        text = self.tokenizer.decode(
+            tokens,
+            skip_special_tokens=options.skip_special_tokens is not False,
+            clean_up_tokenization_spaces=options.clean_up_tokenization_spaces,
+        )
+        prompt = work.state
+        if options.return_full_text is False:
+            return {"generated_text": text}
+        if isinstance(prompt, str):
+            return {"generated_text": prompt + text}
+        messages = [dict(message) for message in prompt]
+        if _goes_on(prompt, options):
+            last = {"role": messages[-1]["role"], "content": messages[-1]["content"] + text}
+            return {"generated_text": [*messages[:-1], last]}
+        return {"generated_text": [*messages, {"role": "assistant", "content": text}]}
+
+
+def _is_chat(item: Any) -> bool:
+    """A list of messages."""
+    is_list = isinstance(item, (list, tuple)) and len(item) > 0
+    return is_list and all(isinstance(m, Mapping) and "role" in m and "content" in m for m in item)
+
+
+def _goes_on(messages: Sequence[Mapping[str, Any]], options: Options) -> bool:
+    """Whether the model continues the last message, and does not answer it."""
+    asked = options.continue_final_message
+    return messages[-1]["role"] == "assistant" if asked is None else asked
+
+
+def _trimmed(rows: list[list[int]], ends: set[int]) -> list[list[int]]:
+    """The rows of one prompt without the padding that longer rows of other prompts brought."""
+    lengths = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
+    return [row[: max(lengths)] for row in rows]
