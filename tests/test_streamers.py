@@ -1,0 +1,187 @@
+"""Streamers against those of transformers, and text that grows token by token."""
+
+from __future__ import annotations
+
+from queue import Empty
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny_decoders import CORPUS, VOCABULARY, decoder, prompts
+
+from minilm.stopping import GrowingText
+from minilm.streamers import TextIteratorStreamer, TextStreamer
+
+
+def tokenizers() -> tuple[Any, Any]:
+    d = decoder("llama")
+    return d.tokenizer, d.their_tokenizer
+
+
+texts = st.one_of(st.sampled_from(CORPUS), st.text(max_size=30), st.text("ab \n京,", max_size=30))
+tokens = st.one_of(
+    texts.map(lambda text: tokenizers()[0](text)["input_ids"]),
+    st.lists(st.integers(0, VOCABULARY - 1), max_size=20),
+)
+
+
+@given(tokens, st.booleans(), st.booleans(), st.integers(1, 5))
+def test_the_pieces_are_those_of_transformers(
+    ids: list[int], skip_prompt: bool, skip_special_tokens: bool, prompt: int
+) -> None:
+    ours, theirs = tokenizers()
+    found: list[list[tuple[str, bool]]] = []
+    for library, tokenizer in ((TextStreamer, ours), (transformers.TextStreamer, theirs)):
+        pieces: list[tuple[str, bool]] = []
+
+        class Streamer(library):  # type: ignore[misc, valid-type]
+            def on_finalized_text(self, text: str, stream_end: bool = False, pieces: Any = pieces) -> None:
+                pieces.append((text, stream_end))
+
+        streamer = Streamer(tokenizer, skip_prompt, skip_special_tokens=skip_special_tokens)
+        for _ in range(2):  # a streamer can be used again
+            streamer.put(torch.tensor([ids[:prompt]], dtype=torch.int64))
+            for token in ids[prompt:]:
+                streamer.put(torch.tensor([token]))
+            streamer.end()
+        found.append(pieces)
+    assert found[0] == found[1]
+
+
+def test_a_streamer_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    d = decoder("llama")
+    prompt = d.tokenizer("The cat sat", return_tensors="pt")["input_ids"]
+    for skip in (False, True):
+        out = d.ours.generate(prompt, max_new_tokens=20, streamer=TextStreamer(d.tokenizer, skip_prompt=skip))
+        shown = d.tokenizer.decode(out[0][prompt.shape[1] :] if skip else out[0])
+        assert capsys.readouterr().out == shown + "\n"
+
+
+def test_another_thread_iterates_over_the_pieces() -> None:
+    d = decoder("llama")
+    call = d.tokenizer("once upon a time", return_tensors="pt")
+    streamer = TextIteratorStreamer(d.tokenizer, skip_prompt=True, timeout=60)
+    thread = Thread(target=d.ours.generate, kwargs={**call, "streamer": streamer, "max_new_tokens": 25})
+    thread.start()
+    text = "".join(streamer)
+    thread.join()
+    expected = d.ours.generate(**call, max_new_tokens=25)[0, call["input_ids"].shape[1] :]
+    assert text == d.tokenizer.decode(expected)
+
+
+def test_waiting_has_an_end() -> None:
+    streamer = TextIteratorStreamer(tokenizers()[0], timeout=0.01)
+    with pytest.raises(Empty):
+        next(streamer)
+
+
+def test_a_streamer_shows_one_text() -> None:
+    d = decoder("llama")
+    with pytest.raises(ValueError, match="one text, and got a batch of 2"):
+        d.ours.generate(torch.tensor(prompts([3, 3])), streamer=TextStreamer(d.tokenizer))
+
+
+def test_what_a_streamer_is_given() -> None:
+    d = decoder("llama")
+    given: list[Any] = []
+
+    class Streamer:
+        def put(self, value: torch.Tensor) -> None:
+            given.append(value)
+
+        def end(self) -> None:
+            given.append("end")
+
+    ids = torch.tensor(prompts([4, 4]))
+    free = d.ours.generate(ids, max_new_tokens=6, eos_token_id=None, pad_token_id=2)
+    end = int(free[0, 6])
+    out = d.ours.generate(ids, max_new_tokens=6, eos_token_id=end, pad_token_id=2, streamer=Streamer())
+    assert torch.equal(given[0], ids)
+    assert given[-1] == "end"
+    assert torch.equal(torch.stack(given[1:-1], 1), out[:, 4:])
+
+
+# GrowingText
+
+
+@given(tokens, st.lists(st.text("abt .京", min_size=1, max_size=3), max_size=3), st.booleans())
+def test_pieces_make_the_text_and_the_text_ends_before_the_first_stop_string(
+    ids: list[int], stop: list[str], include: bool
+) -> None:
+    tokenizer, _ = tokenizers()
+    growing = GrowingText(tokenizer, stop, include_stop=include)
+    pieces, found = [], None
+    for count, token in enumerate(ids, 1):
+        found = growing.push(token)
+        if found is not None:
+            ids = ids[:count]
+            break
+        pieces.append(growing.piece())
+        shown = "".join(pieces)
+        assert growing.text.startswith(shown)
+        assert not any(shown.endswith(s[:size]) for s in stop for size in range(1, len(s))), (
+            "could be a stop string"
+        )
+        assert not any(s in shown for s in stop)
+    text = growing.finish()
+    pieces.append(growing.piece())
+    assert "".join(pieces) == text
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    if found is None:
+        assert text == whole.rstrip("\ufffd") or whole.startswith(text)
+        assert not any(s in text for s in stop)
+    else:
+        start = min(whole.find(s) for s in stop if s in whole)
+        assert whole.startswith(found, start)
+        assert text == whole[: start + len(found) if include else start]
+
+
+def test_a_stop_string_across_tokens_and_within_one() -> None:
+    tokenizer, _ = tokenizers()
+    ids = tokenizer("the cat sat on the mat")["input_ids"]
+    for stop in ("cat", "at s", "the mat", "t o", "t"):
+        growing = GrowingText(tokenizer, [stop])
+        pushed = 0
+        for token in ids:
+            pushed += 1
+            if growing.push(token) is not None:
+                break
+        before = "the cat sat on the mat".split(stop)[0]
+        assert growing.finish() == before
+        assert (
+            len(tokenizer.decode(ids[: pushed - 1]))
+            < len(before + stop)
+            <= len(tokenizer.decode(ids[:pushed]))
+        )
+
+
+def test_no_stop_before_the_least_number_of_tokens() -> None:
+    tokenizer, _ = tokenizers()
+    ids = tokenizer("a b a b a b a b")["input_ids"]
+    growing = GrowingText(tokenizer, ["b"], min_tokens=4)
+    stopped = next(count for count, token in enumerate(ids, 1) if growing.push(token))
+    assert stopped > 4
+    assert growing.text == tokenizer.decode(ids[:stopped]).rsplit("b", 1)[0]
+
+
+def test_half_a_character_is_never_shown() -> None:
+    tokenizer, _ = tokenizers()
+    ids = tokenizer("x😀y京z")["input_ids"]
+    growing = GrowingText(tokenizer)
+    pieces = [(growing.push(token), growing.piece())[1] for token in ids]
+    assert "".join(pieces) == "x😀y京z"
+    assert not any("\ufffd" in piece for piece in pieces)
+    cut = GrowingText(tokenizer)
+    for token in tokenizer("x😀")["input_ids"][:-1]:
+        cut.push(token)
+    assert cut.finish() == "x"
+
+
+@pytest.mark.parametrize("stop", [[""], [3], ["a", ""]])
+def test_stop_strings_are_texts(stop: Any) -> None:
+    with pytest.raises(ValueError, match="not empty"):
+        GrowingText(tokenizers()[0], stop)
