@@ -2,8 +2,7 @@
 
 A `Checkpoint` knows the name, shape and dtype of every tensor before a byte of data is read, and copies one
 tensor at a time straight to where it shall be: `read_into(name, out)` converts to the dtype and device of
-`out` on the way. Nothing else is allocated, so that a model loads in hardly more memory than its weights
-take.
+`out` on the way. Nothing else is allocated, so that loading takes hardly more memory than the weights do.
 
 safetensors files are memory-mapped. Pages of a mapping that were touched count as memory of the process for
 as long as the mapping lives, so that a naive reader of a 10 GB file seems to need 20 GB. Opening a file again
@@ -112,8 +111,7 @@ def blocks(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """One safetensors file, or the shards that an index names. The headers of all files are checked on
-    opening.
+    """One safetensors file, or the shards that an index names. Opening it checks the headers of all files.
 
     With an index, index and shards must agree: every shard exists and lies beside the index, and holds
     exactly the tensors that the index says.
@@ -206,8 +204,7 @@ def _hint(file: Path) -> str:
 
 
 def _read_index(path: Path) -> dict[Path, set[str]]:
-    """Shard files and the tensors that the index says each has, in the order in which the index names the
-    files."""
+    """The shards that an index names, in its order, and the tensors that it says each has."""
     try:
         data = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError) as error:

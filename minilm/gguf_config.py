@@ -214,7 +214,7 @@ def _turns(head_dim: int, theta: float, positions: int) -> Array:
 
 
 def llama3_divisors(turns: Array, factor: float, low: float, high: float) -> Array:
-    """By what Llama 3's scaling divides the frequencies of channels that turn so often in its original length.
+    """By what Llama 3 divides the frequencies of channels that turn so often in its original length.
 
     One that turns `high` times or more is left alone, one that turns `low` times or less is slowed down by
     `factor`, and those between are interpolated.
@@ -253,8 +253,7 @@ def _fit(divisors: Array, turns: Array) -> tuple[float, float, float] | None:
 
     `factor` is the largest of them. The interpolated channels tell the rest, as there 1/divisor is linear in
     the number of turns. The file does not say in which length turns are counted, and it makes no difference:
-    it may be chosen, low and high follow. With that of Llama 3, its own 1 and 4 come out, which are tried
-    first.
+    it may be chosen, low and high follow. With that of Llama 3 its own 1 and 4 come out, tried first.
     """
     factor = _shortest(divisors.max())
     candidates = [(1.0, 4.0)]

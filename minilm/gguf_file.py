@@ -2,9 +2,8 @@
 
 A GGUF file is a header (magic, version, two counts), key-value metadata, the table of tensors (name,
 dimensions, type, offset), padding, and the data. All numbers are little-endian. The format is described in
-https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the `gguf` package has a reader of its own, which
-we do not use because it trusts the counts in the file and makes an array object of every token of a
-vocabulary.
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the `gguf` package is not used: it
+trusts the counts in the file, and makes an array object of every token of a vocabulary.
 
 Here no count is believed before the file has proved to be long enough for it, and nothing but the part that
 is asked for is read.

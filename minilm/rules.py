@@ -38,7 +38,7 @@ class Rule:
     `sources` are the names in the checkpoint (several only for `fuse`), `also` other names under which the
     same tensor may be stored, `target` is the parameter of ours ("" for `ignore`), `sizes` the key into
     `model.fused_sizes()` that tells how many rows each source has ("" means equal parts), `reason` what the
-    report says when a key is skipped.
+    report says when a key is skipped, `write_also` whether saving writes the names of `also` too.
     """
 
     transform: Transform
@@ -47,6 +47,7 @@ class Rule:
     also: tuple[str, ...] = ()
     sizes: str = ""
     reason: str = ""
+    write_also: bool = False
 
     def __post_init__(self) -> None:
         names = (*self.sources, *self.also, *([self.target] if self.target else []))
@@ -96,10 +97,10 @@ def _compile(name: str, *, wildcard: bool) -> re.Pattern[str]:
     return re.compile(text.replace(re.escape("*"), ".*") if wildcard else text, re.DOTALL)
 
 
-def copy(source: str, target: str, *, also: Sequence[str] = ()) -> Rule:
+def copy(source: str, target: str, *, also: Sequence[str] = (), write_also: bool = False) -> Rule:
     """The same tensor under another name. Of `source` and `also` the first that is present is read, in this
-    order; the others are skipped as duplicates. Saving writes `source`."""
-    return Rule("copy", (source,), target, also=tuple(also))
+    order; the others are skipped as duplicates. Saving writes `source`; with `write_also` all of them."""
+    return Rule("copy", (source,), target, also=tuple(also), write_also=write_also)
 
 
 def affine(source: str, target: str) -> tuple[Rule, Rule]:
@@ -114,14 +115,12 @@ def transpose(source: str, target: str) -> Rule:
 
 def fuse(sources: Sequence[str], target: str, *, sizes: str = "") -> Rule:
     """Several tensors concatenated along dimension 0, in this order. `model.fused_sizes()[sizes]` says how
-    many rows each of them has, e.g. "qkv" -> (H*D, Hkv*D, Hkv*D); without `sizes` all have the same
-    number."""
+    many rows each has, e.g. "qkv" -> (H*D, Hkv*D, Hkv*D); without `sizes` all have the same number."""
     return Rule("fuse", tuple(sources), target, sizes=sizes)
 
 
 def tied(source: str, target: str, reason: str) -> Rule:
-    """A tensor that some models own and others share: like `copy` where the model has `target`, else
-    skipped."""
+    """A tensor that some models own and others share: `copy` where the model has `target`, else skipped."""
     return Rule("tied", (source,), target, reason=reason)
 
 

@@ -1,5 +1,4 @@
-"""The plan of a load: what becomes of every tensor of a checkpoint, decided from names, shapes and dtypes
-alone.
+"""The plan of a load: what becomes of every tensor, decided from names, shapes and dtypes alone.
 
 Read minilm/weights.py first: it tells what this is for.
 """
@@ -221,8 +220,7 @@ class _Planner:
 
     @staticmethod
     def _sources(rule: Rule, target: str, claimed: dict[str, str]) -> tuple[str, ...]:
-        """The names that `target` is to be read from: the rule's own, or the first of `also` that is
-        there."""
+        """The names to read `target` from: the rule's own, or the first of `also` that is there."""
         sources, also = rule.match_target(target) or ((), ())
         present = [name for name in (*sources, *also) if name in claimed]
         return (present[0],) if also and present else sources

@@ -6,27 +6,23 @@ query, key and value are one matrix here. What happens between the two is said b
 which are data (minilm/rules.py says what a rule is, minilm/archs/ has them), and is done here in three steps.
 
 1. *Names are normalised.* A BERT with a head calls its body `bert.…`, the bare model leaves that out. If any
-key
-   starts with a prefix of the family, then keys with the prefix are the base model's and lose it, and the
+   key starts with a prefix of the family, then keys with the prefix are the base model's and lose it, and the
    others belong to heads. The LayerNorm names of 2018, gamma and beta, become weight and bias.
 
 2. *A plan is made* (minilm/weight_plan.py) from names, shapes and dtypes alone. Every key must match exactly
-one
-   rule, every parameter must be filled exactly once, every shape must agree. Where something is left over, it
-   depends on where it belongs:
+   one rule, every parameter must be filled exactly once, every shape must agree. Where something is left
+   over, it depends on where it belongs:
 
    - In the body nothing may be missing, surplus or misshapen. Any of it means that the configuration, or the
      family, is not the checkpoint's, and the model would compute something, but not what it was trained to.
    - A head that the checkpoint lacks is initialised and announced; one that the model lacks is skipped, and
-   the
-     report says so.
+     the report says so.
 
    All problems are found before the first byte is copied, and one error tells of several.
 
 3. *The plan is carried out*, one parameter at a time: memory is allocated in the final dtype on the final
-device,
-   each source is copied to its place in it, and on to the next. The model gets its parameters when all are
-   there; if anything fails before, it is as it was.
+   device, each source is copied to its place in it, and on to the next. The model gets its parameters when
+   all are there; if anything fails before, it is as it was.
 
 Saving is step 2 backwards. Which part of a parameter is which tensor of the checkpoint is asked of one
 function in both directions, and so what was loaded is saved again byte for byte.
@@ -180,8 +176,7 @@ def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def _finite(part: Tensor) -> bool:
-    """Whether all values are finite. One pass and no memory: the extremes of a tensor show NaN and
-    infinity."""
+    """Whether all values are finite: the extremes of a tensor show NaN and infinity, and cost no memory."""
     if part.numel() == 0:
         return True
     low, high = torch.aminmax(part if part.is_contiguous() else part.t())
@@ -291,7 +286,7 @@ def _stored_tensors(model: nn.Module, rules: Sequence[Rule], prefix: str) -> dic
             raise WeightError(f"{name} cannot be saved: {many} what a checkpoint calls it")
         rule, (sources, also) = inverse[0]
         parts = views(rule, fused_sizes(rule, model, name, parameter), parameter)
-        if rule.write_also:
+        if rule.write_also:  # a safetensors file has no way to say that two names share their data
             sources, parts = (*sources, *also), (*parts, *(parameter.clone() for _ in also))
         for source, part in zip(sources, parts, strict=True):
             key = prefix + source if rule.in_base else source
@@ -302,8 +297,7 @@ def _stored_tensors(model: nn.Module, rules: Sequence[Rule], prefix: str) -> dic
 
 
 def _shards(tensors: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    """Cuts the tensors, in their order, into shards of at most `limit` bytes; a larger one has a shard of its
-    own."""
+    """Cuts the tensors, in their order, into shards of at most `limit` bytes; a larger one stands alone."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for key, tensor in tensors.items():

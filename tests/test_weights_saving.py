@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,20 @@ def test_saved_names_and_values(tmp_path: Path) -> None:
     assert all(torch.equal(saved[name], want[name]) for name in want)
     (tmp_path / "any").touch()
     assert file.stat().st_mode == (tmp_path / "any").stat().st_mode
+
+
+def test_all_names_are_written_where_the_rule_says_so(tmp_path: Path) -> None:
+    rules = tuple(replace(rule, write_also=bool(rule.also)) for rule in RULES)
+    model = Model(lm="tied")
+    nn.init.normal_(model.head.bias)
+    (file,) = save_weights(model, tmp_path / "a", rules, "base.")
+    saved = load_file(file)
+    for name in ("cls.out.bias", "cls.bias", "cls.old.bias"):
+        assert torch.equal(saved[name], model.head.bias)
+    again = on_meta(lm="tied")
+    assert load(tmp_path / "a", again, rules=rules).skipped.keys() == {"cls.bias", "cls.old.bias"}
+    (other,) = save_weights(again, tmp_path / "b", rules, "base.")
+    assert file.read_bytes() == other.read_bytes()
 
 
 def test_shards_and_index(tmp_path: Path) -> None:
