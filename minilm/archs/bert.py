@@ -89,7 +89,8 @@ MASKED_LM = (
     *affine("cls.predictions.transform.dense", "head.dense"),
     *affine("cls.predictions.transform.LayerNorm", "head.norm"),
     tied("cls.predictions.decoder.weight", "head.decoder.weight", "tied to the token embeddings"),
-    copy("cls.predictions.decoder.bias", "head.bias", also=("cls.predictions.bias",)),
+    # transformers has the bias twice, and they are one only where the matrix is tied
+    copy("cls.predictions.decoder.bias", "head.bias", also=("cls.predictions.bias",), write_also=True),
 )
 NEXT_SENTENCE = affine("cls.seq_relationship", "head.next_sentence")
 

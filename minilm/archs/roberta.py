@@ -53,7 +53,7 @@ FAMILY = Family(
             *affine("lm_head.dense", "head.dense"),
             *affine("lm_head.layer_norm", "head.norm"),
             tied("lm_head.decoder.weight", "head.decoder.weight", "tied to the token embeddings"),
-            copy("lm_head.decoder.bias", "head.bias", also=("lm_head.bias",)),
+            copy("lm_head.decoder.bias", "head.bias", also=("lm_head.bias",), write_also=True),  # as BERT's
         ),
         "sequence-classification": (
             *affine("classifier.dense", "head.dense"),
