@@ -304,7 +304,7 @@ class PreTrainedModel(nn.Module):
             return None
         context = None
         if self.spec.rope.type == "dynamic":
-            rows = positions.split(packed.lengths)
+            rows = torch.split(positions, packed.lengths)
             context = torch.cat([row.max().expand(len(row)) + 1 for row in rows if len(row)] or [positions])
         return rope.angles(self.spec.rope, self.spec.head_dim, positions, context)
 
