@@ -42,7 +42,7 @@ TOKENIZER_FILES = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
-    "chat_templates/*.jinja",
+    "additional_chat_templates/*.jinja",
 )
 # Weights by their exact names: repositories hold further copies beside them (onnx/, consolidated.*).
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")

@@ -195,7 +195,7 @@ class TextEncoder(Vocabulary):
                 cuts = "do_not_truncate"
         if pads != "do_not_pad" and (self.pad_token is None or self.pad_token_id is None):
             raise TokenizerError(
-                "cannot pad, the tokenizer has no padding token: set tokenizer.pad_token = tokenizer.eos_token "
+                "cannot pad without a padding token: set tokenizer.pad_token = tokenizer.eos_token "
                 "or add one with tokenizer.add_special_tokens({'pad_token': '[PAD]'})"
             )
         if pads != "do_not_pad" and cuts != "do_not_truncate" and multiple and (max_length or 0) % multiple:

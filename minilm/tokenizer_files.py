@@ -239,6 +239,13 @@ def _from_tokenizer_json(
         ):
             if step.get("type") in ("ByteLevel", "RobertaProcessing"):
                 step["add_prefix_space"] = settings["add_prefix_space"]
+        for step in (
+            *_steps(data.get("pre_tokenizer"), "pretokenizers"),
+            *_steps(data.get("decoder"), "decoders"),
+        ):
+            if step.get("type") == "Metaspace":
+                step.pop("add_prefix_space", None)  # the older name of prepend_scheme
+                step["prepend_scheme"] = "always" if settings["add_prefix_space"] else "never"
     if family.name == "LlamaTokenizer" and isinstance(model, dict) and model.get("byte_fallback"):
         _as_llama(data, settings)
     with backend_errors(f"{path}: not a file of the tokenizers library"):
@@ -300,7 +307,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             if (folder / name).is_file():
                 found = read_json(folder / name, error=TokenizerError)
                 config.update(found if name == "special_tokens_map.json" else {"added_tokens": found})
-    templates = {file.stem: file for file in sorted(folder.glob("chat_templates/*.jinja"))}
+    templates = {file.stem: file for file in sorted(folder.glob("additional_chat_templates/*.jinja"))}
     if (folder / "chat_template.jinja").is_file():
         templates["default"] = folder / "chat_template.jinja"
     if templates:
@@ -377,7 +384,7 @@ def _add_tokens(
             known.add(token.content)
             if backend.token_to_id(token.content) != index:
                 raise TokenizerError(
-                    f"{path}: the added token {token.content!r} has id {index}, but after the vocabulary comes "
+                    f"{path}: the added token {token.content!r} has id {index}, but the next one would be "
                     f"{backend.token_to_id(token.content)}"
                 )
         new = [

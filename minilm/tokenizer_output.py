@@ -143,7 +143,8 @@ class BatchEncoding(dict[str, Any]):
     def convert_to_tensors(
         self, tensor_type: str | None = None, prepend_batch_axis: bool = False
     ) -> BatchEncoding:
-        """Makes every value a torch ("pt") or numpy ("np") array, in place."""
+        """Makes every value a torch ("pt") or numpy ("np") array, in place. Rows of different lengths are an
+        error for torch, and an array of arrays for numpy."""
         if tensor_type is None:
             return self
         kind = str(getattr(tensor_type, "value", tensor_type))
@@ -188,9 +189,11 @@ def _pair(batch_or_index: int, index: int | None) -> tuple[int, int]:
 def _tensor(value: Any, kind: str) -> Any:
     import numpy as np
 
+    if kind == "np" and len({len(row) for row in value if isinstance(row, (list, tuple))}) > 1:
+        array = np.empty(len(value), dtype=object)  # rows of different lengths, as transformers returns them
+        array[:] = [np.asarray(row) for row in value]
+        return array
     array = np.asarray(value)
-    if array.dtype == object:
-        raise ValueError("rows of different lengths")
     if array.size == 0:
         array = array.astype(np.int64)
     if kind == "np":

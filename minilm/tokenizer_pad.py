@@ -9,11 +9,11 @@ from .tokenizer_errors import TokenizerError
 from .tokenizer_output import BatchEncoding
 
 if TYPE_CHECKING:
-    from .tokenizer import Tokenizer
+    from .tokenizer_encode import TextEncoder
 
 
 def pad(
-    tokenizer: Tokenizer,
+    tokenizer: TextEncoder,
     encoded: Any,
     padding: bool | str = True,
     *,

@@ -40,7 +40,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> tuple[str, ...]:
             continue
         if PurePosixPath(name).name != name or "\\" in name:
             raise TokenizerError(f"the chat template {name!r} cannot be saved: its name is no file name")
-        files[f"chat_templates/{name}.jinja"] = text
+        files[f"additional_chat_templates/{name}.jinja"] = text
 
     folder.mkdir(parents=True, exist_ok=True)
     unfinished: list[tuple[Path, Path]] = []

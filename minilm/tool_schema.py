@@ -8,8 +8,8 @@
             days: How many days ahead. (choices: [1, 2, 3])
         '''
 
-The types come from the signature, the descriptions from the docstring in Google's format. The schema is the one
-that transformers' `get_json_schema` makes, with which models were trained.
+The types come from the signature, the descriptions from the docstring in Google's format. The schema is the
+one that transformers' `get_json_schema` makes, with which models were trained.
 """
 
 from __future__ import annotations
