@@ -1,0 +1,118 @@
+"""minilm itself, through what its users have: SentenceEncoder, and the engine that LLM and generate run on."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from ..shapes import ENCODERS
+from .base import Assets, Engine, Unavailable
+
+
+class MiniLM(Engine):
+    """Weights in float32, the automatic choice of implementations."""
+
+    encoder = decoder = True
+    devices = ("cpu", "cuda")
+    only_real_models = False
+    backend = ""
+    weights: str | None = None
+    """What `from_pretrained` is told by `weights=`."""
+    source = "folder"
+
+    def __init__(self, assets: Assets, threads: int, device: str = "cpu") -> None:
+        super().__init__(assets, threads, device)
+        if self.backend:
+            os.environ["MINILM_BACKEND"] = self.backend
+
+    def load(self) -> None:
+        """Load the encoder or decoder. Raises Unavailable when minilm has no such weights."""
+        import torch
+
+        torch.set_num_threads(self.threads)
+        options: dict[str, Any] = {"dtype": torch.float32 if self.device == "cpu" else torch.float16}
+        if self.weights is not None:
+            options["weights"] = self.weights
+        try:
+            if self.assets.model in ENCODERS:
+                from minilm import SentenceEncoder
+
+                extra = {"model_kwargs": {"weights": options.pop("weights")}} if self.weights else {}
+                self.model: Any = SentenceEncoder(self.assets.folder, device=self.device, **options, **extra)
+                return
+            from minilm import AutoModelForCausalLM
+
+            path = self.assets.gguf if self.weights == "gguf" else self.assets.folder
+            self.model = AutoModelForCausalLM.from_pretrained(path, device=self.device, **options)
+        except TypeError as error:
+            if self.weights is not None and "weights" in str(error):
+                raise Unavailable(f"minilm has no {self.weights} weights yet") from None
+            raise
+
+    def embed_ids(self, batch: Sequence[Sequence[int]]) -> Any:
+        """SentenceEncoder's forward on ids that are ready; the padding goes at its border."""
+        import torch
+
+        lengths = torch.tensor([len(ids) for ids in batch])
+        mask = torch.arange(int(lengths.max())) < lengths[:, None]
+        ids = torch.zeros(mask.shape, dtype=torch.int64)
+        ids[mask] = torch.tensor([token for row in batch for token in row])
+        with torch.inference_mode():
+            features = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+            sentence = self.model(features)["sentence_embedding"].float()
+            return torch.nn.functional.normalize(sentence, dim=1).cpu().numpy()
+
+    def embed_texts(self, texts: Sequence[str]) -> Any:
+        """SentenceEncoder.encode."""
+        return self.model.encode(list(texts), batch_size=32, normalize_embeddings=True)
+
+    def _requests(self, prompts: Sequence[Sequence[int]], new: int) -> tuple[Any, list[Any]]:
+        from minilm.engine import Engine as Runner
+        from minilm.engine import Request
+        from minilm.sampling import Sampling
+
+        runner = Runner(self.model, max_num_batched_tokens=16384, together=True)
+        requests = [Request(list(p), Sampling(do_sample=False), new) for p in prompts]
+        for request in requests:
+            runner.add(request)
+        return runner, requests
+
+    def generate(self, prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
+        """Greedy; no token ends a text."""
+        runner, requests = self._requests(prompts, new)
+        runner.run()
+        return [request.samples[0].tokens for request in requests]
+
+    def decode_seconds(self, prompts: Sequence[Sequence[int]], new: int) -> float:
+        """The steps after the one that reads the prompts."""
+        runner, _ = self._requests(prompts, 1 + new)
+        runner.step()
+        begin = time.perf_counter()
+        runner.run()
+        return time.perf_counter() - begin
+
+
+class Reference(MiniLM):
+    """The specification only: what the fast paths are worth."""
+
+    backend = "reference"
+
+
+class Int8(MiniLM):
+    """8-bit weights."""
+
+    precision = "int8"
+    bytes_a_weight = 1.0
+    weights = "int8"
+    only_real_models = True
+
+
+class Q4(MiniLM):
+    """4-bit weights."""
+
+    precision = "q4"
+    bytes_a_weight = 20 / 32
+    weights = "q4"
+    only_real_models = True

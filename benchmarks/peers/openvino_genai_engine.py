@@ -1,0 +1,49 @@
+"""OpenVINO GenAI reading a GGUF of float16 weights (its reader knows no Q4_1)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from .base import Unavailable
+from .llama_cpp_engine import F16
+
+
+class OpenVinoGenAI(F16):
+    """LLMPipeline on the file that llama.cpp's quantiser makes; needs llama-cpp-python once, to make it."""
+
+    package = "openvino-genai"
+
+    def load(self) -> None:
+        """Load on the CPU."""
+        import openvino_genai
+
+        self.lib = openvino_genai
+        settings = {"INFERENCE_NUM_THREADS": self.threads, "ATTENTION_BACKEND": "SDPA"}
+        self.pipe: Any = openvino_genai.LLMPipeline(str(self.path()), "CPU", **settings)
+
+    def _config(self, new: int) -> Any:
+        config = self.lib.GenerationConfig()
+        config.max_new_tokens, config.ignore_eos, config.do_sample = new, True, False
+        return config
+
+    def generate(self, prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
+        """Greedy, on ids."""
+        import numpy as np
+        import openvino
+
+        if len(prompts) > 1:
+            raise Unavailable("its stateful pipeline is run with one sequence here")
+        ids = openvino.Tensor(np.array([list(prompts[0])], dtype=np.int64))
+        mask = openvino.Tensor(np.ones((1, len(prompts[0])), dtype=np.int64))
+        found = self.pipe.generate(self.lib.TokenizedInputs(ids, mask), self._config(new))
+        return [list(row) for row in found.tokens]
+
+    def decode_seconds(self, prompts: Sequence[Sequence[int]], new: int) -> float:
+        """By difference: 1 + new tokens less 1 token."""
+        begin = time.perf_counter()
+        self.generate(prompts, 1)
+        middle = time.perf_counter()
+        self.generate(prompts, 1 + new)
+        return time.perf_counter() - middle - (middle - begin)
