@@ -336,12 +336,11 @@ class AutoModelForCausalLM(PreTrainedModel):
         scores: Tensor = self.head(hidden, self.body.embeddings.tokens.weight)
         return scores
 
-    def generate(self, *args: Any, **options: Any) -> Tensor:
+    def generate(self, *args: Any, **options: Any) -> Any:
         """Write on from prompts; see `minilm.generate.generate`."""
         from .generate import generate
 
-        tokens: Tensor = generate(self, *args, **options)
-        return tokens
+        return generate(self, *args, **options)
 
 
 def token_loss(
