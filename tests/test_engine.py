@@ -1,4 +1,4 @@
-"""The decoding loop: who runs when, that nobody changes another's text, that every page of the cache comes back."""
+"""The decoding loop: who runs when, that texts do not change each other, that all pages come back."""
 
 from __future__ import annotations
 
