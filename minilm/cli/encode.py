@@ -65,10 +65,11 @@ def embed(
     text.
     """
     out.check("embedding")
+    items = source.read()
     with run.running() as device:
         encoder = _encoder(model, device, run)
         with out.writer(_embedding_table, "embedding") as write:
-            for chunk in chunks(source.read(), CHUNK):
+            for chunk in chunks(items, CHUNK):
                 vectors = _encode(encoder, chunk, batch_size, prompt, normalize or None)
                 for item, vector in zip(chunk, vectors, strict=True):
                     write({**item.record, "text": item.text, "embedding": vector})
@@ -100,12 +101,13 @@ def similar(
     out.check()
     if not query.strip():
         raise CommandError("the query is empty")
+    source = read_items(texts or [], file or [], field)
     with run.running() as device:
         encoder = _encoder(model, device, run)
         wanted = _encode(encoder, [Item(query)], batch_size, query_prompt, None)
         items: list[Item] = []
         scores: list[torch.Tensor] = []
-        for chunk in chunks(read_items(texts or [], file or [], field), CHUNK):
+        for chunk in chunks(source, CHUNK):
             items += chunk
             scores.append(encoder.similarity(wanted, _encode(encoder, chunk, batch_size, prompt, None))[0])
         score = torch.cat(scores).float()
@@ -140,10 +142,10 @@ def _embedding_table(records: list[Record]) -> RenderableType:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    table.add_column("text", style="cyan", overflow="ellipsis", no_wrap=True, ratio=1)
-    table.add_column("size", justify="right", no_wrap=True)
-    table.add_column("length", justify="right", no_wrap=True)
-    table.add_column("first numbers", no_wrap=True)
+    table.add_column("text", style="cyan", overflow="ellipsis", no_wrap=True)
+    table.add_column("size", justify="right", min_width=4)  # the texts give way
+    table.add_column("length", justify="right", min_width=6)
+    table.add_column("first numbers", min_width=31)
     for record in records:
         vector = record["embedding"]
         first = " ".join(f"{x:+.3f}" for x in vector[:4].tolist()) + (" ..." if len(vector) > 4 else "")

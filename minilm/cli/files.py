@@ -68,9 +68,10 @@ def tokenize(
     from ..tokenizer import AutoTokenizer
 
     out.check()
+    items = source.read()
     tokenizer = AutoTokenizer.from_pretrained(model)
     with out.writer(_token_tables) as write:
-        for item in source.read():
+        for item in items:
             encoded = tokenizer(
                 item.text, pair, add_special_tokens=special, return_offsets_mapping=True, verbose=False
             )

@@ -86,10 +86,11 @@ def fill_mask(
     Needs a model with a masked-LM head; the default model has none.
     """
     out.check()
+    items = source.read()
     with run.running() as device:
         pipe = _pipeline("fill-mask", model, device, run, untrained)
         with out.writer(_filled_table) as write:
-            for chunk in chunks(source.read(), CHUNK):
+            for chunk in chunks(items, CHUNK):
                 answers = pipe([item.text for item in chunk], top_k=top_k, batch_size=batch_size)
                 for item, answer in zip(chunk, answers, strict=True):
                     masks = answer if answer and isinstance(answer[0], list) else [answer]
@@ -117,10 +118,11 @@ def classify(
     Needs a model with a sequence-classification head; the default model has none.
     """
     out.check()
+    items = source.read()
     with run.running() as device:
         pipe = _pipeline("text-classification", model, device, run, untrained)
         with out.writer(_class_table) as write:
-            for chunk in chunks(source.read(), CHUNK):
+            for chunk in chunks(items, CHUNK):
                 inputs: list[Any] = [item.text for item in chunk]
                 if pair is not None:
                     inputs = [{"text": text, "text_pair": pair} for text in inputs]
@@ -157,10 +159,11 @@ def ner(
     strategies = ("none", "simple", "first", "average", "max")
     if aggregation not in strategies:
         raise CommandError(f"--aggregation must be one of {', '.join(strategies)}, and is {aggregation!r}")
+    items = source.read()
     with run.running() as device:
         pipe = _pipeline("token-classification", model, device, run, untrained)
         with out.writer(_entity_table) as write:
-            for chunk in chunks(source.read(), CHUNK):
+            for chunk in chunks(items, CHUNK):
                 texts = [item.text for item in chunk]
                 answers = pipe(texts, aggregation_strategy=aggregation, batch_size=batch_size)
                 for item, answer in zip(chunk, answers, strict=True):
@@ -194,10 +197,11 @@ def qa(
     in the field `context`.
     """
     out.check()
+    items = read_items(contexts or [], file or [], field, whole=True, default_field="context")
     with run.running() as device:
         pipe = _pipeline("question-answering", model, device, run, untrained)
         with out.writer(_answer_table) as write:
-            for item in read_items(contexts or [], file or [], field, whole=True, default_field="context"):
+            for item in items:
                 answers = pipe(
                     question=question, context=item.text, top_k=top_k, handle_impossible_answer=no_answer
                 )

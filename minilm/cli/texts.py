@@ -62,12 +62,23 @@ def read_items(
     whole: bool = False,
     default_field: str = "text",
 ) -> Iterator[Item]:
-    """All texts, as they come. `whole`: a text file or standard input is one text, and not one a line."""
+    """All texts, as they come. `whole`: a text file or standard input is one text, and not one a line.
+
+    Raises CommandError when there is nothing to read, OSError when a file cannot be opened, both at once;
+    what is wrong in a file shows when it is read.
+    """
     sources: list[str | Path] = [*(Path("-") if text == "-" else text for text in texts), *files]
     if not sources:
         if sys.stdin is None or sys.stdin.isatty():
             raise CommandError("no text was given: pass it as an argument, with --file, or on standard input")
         sources = [Path("-")]
+    for source in sources:
+        if isinstance(source, Path) and str(source) != "-":
+            source.open("rb").close()  # an error before anything else is done
+    return _items(sources, field, whole, default_field)
+
+
+def _items(sources: list[str | Path], field: str | None, whole: bool, default_field: str) -> Iterator[Item]:
     count = 0
     for source in sources:
         items = [Item(source)] if isinstance(source, str) else _from_file(source, field, whole, default_field)
@@ -127,7 +138,8 @@ def _json_items(lines: Iterable[tuple[int, str]], name: str, field: str) -> Iter
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise CommandError(f"{name}: line {number} is not JSON: {error}") from error
+            reason = error.msg if isinstance(error, json.JSONDecodeError) else error
+            raise CommandError(f"{name}: line {number} is not JSON: {reason}") from error
         if not isinstance(record, dict):
             raise CommandError(f"{name}: line {number} is not a JSON object, but {type(record).__name__}")
         text = record.get(field)

@@ -97,6 +97,7 @@ def generate(
     alone.
     """
     out.check()
+    items = source.read()
     params = sampling.params()
     with run.running() as device:
         llm = _llm(model, device, run)
@@ -106,7 +107,7 @@ def generate(
             _show(llm.stream(single[0], params))
             return
         with out.writer(_text_table) as write:
-            for chunk in chunks(source.read(), CHUNK):
+            for chunk in chunks(items, CHUNK):
                 answers = llm.generate([item.text for item in chunk], params, use_tqdm=False)
                 for item, answer in zip(chunk, answers, strict=True):
                     write({**item.record, "prompt": item.text, **_completion(answer)})
