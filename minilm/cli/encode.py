@@ -142,10 +142,10 @@ def _embedding_table(records: list[Record]) -> RenderableType:
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)
-    table.add_column("text", style="cyan", overflow="ellipsis", no_wrap=True)
-    table.add_column("size", justify="right", min_width=4)  # the texts give way
-    table.add_column("length", justify="right", min_width=6)
-    table.add_column("first numbers", min_width=31)
+    table.add_column("text", style="cyan", overflow="ellipsis", no_wrap=True, max_width=31)
+    table.add_column("size", justify="right", no_wrap=True)
+    table.add_column("length", justify="right", no_wrap=True)
+    table.add_column("first numbers", no_wrap=True)
     for record in records:
         vector = record["embedding"]
         first = " ".join(f"{x:+.3f}" for x in vector[:4].tolist()) + (" ..." if len(vector) > 4 else "")
