@@ -10,14 +10,14 @@ arXiv:2307.08691), in base 2, where s = log2(e) (score):
 
     score = scale q k^T;  cap tanh(score / cap);  + bias[h, i, j];  + slope_h * -|i - j|   (each optional)
 
-Query i of a sequence with Sq queries and Sk keys stands at key i + Sk - Sq. With `causal` it sees no key after
-itself, with a window only keys at a distance below it. Blocks that no query of the block sees are not visited;
-those that all see in full are not masked.
+Query i of a sequence with Sq queries and Sk keys stands at key i + Sk - Sq. With `causal` it sees no key
+after itself, with a window only keys at a distance below it. Blocks that no query of the block sees are not
+visited; those that all see in full are not masked.
 
-Layout: q [Tq, H, D], k and v [Tk, Hkv, D], any strides with contiguous D. A program owns BLOCK_M queries of one
-head of one sequence; H / Hkv heads read the same keys, which L2 serves. Operations: 4 Sq Sk D a head, half of
-that if causal, and one exponential a score. Bytes: q, k, v, o once, if keys stay in L2: short sequences are
-bound by memory, long ones by the tensor cores or, for D <= 64, by the exponentials.
+Layout: q [Tq, H, D], k and v [Tk, Hkv, D], any strides with contiguous D. A program owns BLOCK_M queries of
+one head of one sequence; H / Hkv heads read the same keys, which L2 serves. Operations: 4 Sq Sk D a head,
+half of that if causal, and one exponential a score. Bytes: q, k, v, o once, if keys stay in L2: short
+sequences are bound by memory, long ones by the tensor cores or, for D <= 64, by the exponentials.
 """
 
 from __future__ import annotations
@@ -30,10 +30,12 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from .heuristics import attention_block
-from .registration import kernel_op
+from .registration import INTERPRETED, kernel_op
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# The interpreter holds bfloat16 as integers, and would multiply those.
+IN_FLOAT32 = tl.constexpr(INTERPRETED)
 
 
 def twin(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, causal: bool, block: int) -> np.ndarray:
@@ -50,6 +52,14 @@ def twin(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, causal: bool
         p, shrink = np.exp2(s - base[:, None]), np.exp2(m - base)
         l, o, m = l * shrink + p.sum(1), o * shrink[:, None] + p @ v[j], new
     return o / np.where(l == 0, 1, l)[:, None]
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a b in float32."""
+    if IN_FLOAT32:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
@@ -94,9 +104,10 @@ def kept(p, i, j, head, seed, q_start, keys, dropout, DROPOUT: tl.constexpr):
 
 @triton.jit
 def key_range(
-    m0, q_len, k_len, window, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr
+    m0, q_len, k_len, window,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
-    """Keys for queries m0 .. m0 + BLOCK_M: first seen, first and last of the blocks seen by all, last seen."""
+    """Keys for queries m0 .. m0 + BLOCK_M: first seen, bounds of the blocks that all see, last seen."""
     offset = k_len - q_len
     low, high, full_low, full_high = 0, k_len, 0, k_len
     if CAUSAL:
@@ -128,7 +139,7 @@ def _attend(
         here = (j[:, None] < k_len) & (d[None, :] < D) if MASK or PAD else None
         zero = 0.0 if MASK or PAD else None
         k = tl.load(K + j[:, None] * k_stride + d[None, :], mask=here, other=zero)
-        qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+        qk = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
         s = scores(
             qk, i[:, None], j[None, :], q_len, k_len, head, BIAS, bias_h, bias_i, bias_j, slope, scale, cap,
             window, CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, MASK,
@@ -140,7 +151,7 @@ def _attend(
         l = l * shrink + tl.sum(p, axis=1)
         p = kept(p, i[:, None], j[None, :], head, seed, q_start, keys, dropout, DROPOUT)
         v = tl.load(V + j[:, None] * v_stride + d[None, :], mask=here, other=zero)
-        o = tl.dot(p.to(v.dtype), v, o * shrink[:, None], input_precision="ieee")
+        o = dot(p.to(v.dtype), v, o * shrink[:, None])
         m = new
     return o, l, m
 
@@ -207,7 +218,7 @@ def attention_op(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """(o [Tq, H, D], lse float32 [H, Tq]).
 
-    bias [H, >= max_q, >= max_k] by the position in the sequence, or None; slopes float32 [H] (ALiBi), or None;
+    bias [H, >= max_q, >= max_k] by the position in the sequence, slopes float32 [H] (ALiBi), or None each;
     window 0, cap 0.0 and dropout 0.0 are none. `seed` numbers the dropout's stream.
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
@@ -240,8 +251,9 @@ def _(q, k, v, bias, slopes, cu_q, cu_k, max_q, max_k, scale, causal, window, ca
 
 @kernel_op("minilm_triton::attention_backward", mutates_args={})
 def attention_backward_op(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias: Tensor | None, slopes: Tensor | None,
-    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float, causal: bool, window: int, cap: float,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias: Tensor | None,
+    slopes: Tensor | None, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float, causal: bool,
+    window: int, cap: float,
     dropout: float, seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """(dq, dk, dv, dbias); dbias is empty without a bias."""

@@ -7,9 +7,10 @@
     dq = scale ds k,  dk = scale ds^T q   ds times (1 - tanh^2) first, where the scores are capped
     dbias[h, i, j] = sum over the batch of ds
 
-Three kernels, so that every sum is made in one place and no result depends on an order of arrival: dq by blocks of
-queries over keys; dk and dv by blocks of keys over the queries of all heads that share them; dbias by blocks of
-[i, j] over the batch. Operations: 10 Sq Sk D a head (the forward has 4), of which 4 are recomputation.
+Three kernels, so that every sum is made in one place and no result depends on an order of arrival: dq by
+blocks of queries over keys; dk and dv by blocks of keys over the queries of all heads that share them; dbias
+by blocks of [i, j] over the batch. Operations: 14 Sq Sk D a head (the forward has 4), of which 6 make the
+probabilities and dp twice, once in each of the first two kernels.
 """
 
 from __future__ import annotations
@@ -20,27 +21,27 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .attention import LOG2E, kept, key_range, scores
+from .attention import LOG2E, dot, kept, key_range, scores
 from .heuristics import attention_backward_block
 
 
 @triton.jit
 def _probabilities_and_ds(
-    q, k, v, do, lse, delta, i, j, q_len, k_len, q_start, head, BIAS, bias_h, bias_i, bias_j, slope, scale, cap,
-    window, seed, keys, dropout, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
+    q, k, v, do, lse, delta, i, j, q_len, k_len, q_start, head,
+    BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
+    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    """(p with dropout, ds) of queries i [M, 1] and keys j [1, N]; ds is by the score before the cap's slope."""
-    qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+    """(p with dropout, ds, q k^T) of queries i [M, 1] and keys j [1, N]; ds does not know of the cap yet."""
+    nothing = tl.zeros([q.shape[0], k.shape[0]], tl.float32)
+    qk = dot(q, tl.trans(k), nothing)
     s = scores(
         qk, i, j, q_len, k_len, head, BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window,
         CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, True,
     )  # fmt: skip
     base = tl.where(lse == float("-inf"), 0.0, lse * LOG2E)
     p = tl.exp2(s - base)
-    dp = kept(
-        tl.dot(do, tl.trans(v), input_precision="ieee"), i, j, head, seed, q_start, keys, dropout, DROPOUT
-    )
+    dp = kept(dot(do, tl.trans(v), nothing), i, j, head, seed, q_start, keys, dropout, DROPOUT)
     return kept(p, i, j, head, seed, q_start, keys, dropout, DROPOUT), p * (dp - delta), qk
 
 
@@ -79,20 +80,20 @@ def _dq(
     delta = tl.load(DELTA + head * tokens + rows, mask=i < q_len, other=0.0)
     slope = tl.load(SLOPES + head) if ALIBI else 0.0
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    low, _, _, high = key_range(m0, q_len, k_len, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
+    low, _full_low, _full_high, high = key_range(m0, q_len, k_len, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
     for n0 in range(low, high, BLOCK_N):
         j = n0 + tl.arange(0, BLOCK_N)
         here = (j[:, None] < k_len) & (d[None, :] < D)
         at = k_start.to(tl.int64) + j
         k = tl.load(K + at[:, None] * k_t + (head // GROUP) * k_h + d[None, :], mask=here, other=0.0)
         v = tl.load(V + at[:, None] * v_t + (head // GROUP) * v_h + d[None, :], mask=here, other=0.0)
-        _, ds, qk = _probabilities_and_ds(
+        _p, ds, qk = _probabilities_and_ds(
             q, k, v, do, lse[:, None], delta[:, None], i[:, None], j[None, :], q_len, k_len, q_start, head,
             BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
             CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, DROPOUT,
         )  # fmt: skip
         ds = _through_cap(ds, qk, scale, cap, CAP)
-        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision="ieee")
+        dq = dot(ds.to(k.dtype), k, dq)
     tl.store(
         DQ + (rows[:, None] * H + head) * D + d[None, :], (dq * scale).to(DQ.dtype.element_ty), mask=real
     )
@@ -143,13 +144,13 @@ def _dkdv(
             lse = tl.load(LSE + head * tokens + rows, mask=i < q_len, other=0.0)
             delta = tl.load(DELTA + head * tokens + rows, mask=i < q_len, other=0.0)
             p, ds, qk = _probabilities_and_ds(
-                q, k, v, do, lse[:, None], delta[:, None], i[:, None], j[None, :], q_len, k_len, q_start, head,
-                BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
+                q, k, v, do, lse[:, None], delta[:, None], i[:, None], j[None, :], q_len, k_len, q_start,
+                head, BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
                 CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, DROPOUT,
             )  # fmt: skip
             ds = _through_cap(ds, qk, scale, cap, CAP)
-            dv = tl.dot(tl.trans(p.to(do.dtype)), do, dv, input_precision="ieee")
-            dk = tl.dot(tl.trans(ds.to(q.dtype)), q, dk, input_precision="ieee")
+            dv = dot(tl.trans(p.to(do.dtype)), do, dv)
+            dk = dot(tl.trans(ds.to(q.dtype)), q, dk)
     out = (at[:, None] * (H // GROUP) + kv_head) * D + d[None, :]
     tl.store(DK + out, (dk * scale).to(DK.dtype.element_ty), mask=here)
     tl.store(DV + out, dv.to(DV.dtype.element_ty), mask=here)
@@ -170,7 +171,7 @@ def _dbias(
     d = tl.arange(0, BLOCK_D)
     slope = tl.load(SLOPES + head) if ALIBI else 0.0
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for sequence in range(0, sequences):
+    for sequence in range(sequences):
         q_start = tl.load(CU_Q + sequence)
         q_len = tl.load(CU_Q + sequence + 1) - q_start
         k_start = tl.load(CU_K + sequence)
@@ -185,7 +186,7 @@ def _dbias(
         delta = tl.load(DELTA + head * tokens + rows, mask=i < q_len, other=0.0)
         k = tl.load(K + at[:, None] * k_t + (head // GROUP) * k_h + d[None, :], mask=here, other=0.0)
         v = tl.load(V + at[:, None] * v_t + (head // GROUP) * v_h + d[None, :], mask=here, other=0.0)
-        _, ds, _ = _probabilities_and_ds(
+        _p, ds, _qk = _probabilities_and_ds(
             q, k, v, do, lse[:, None], delta[:, None], i[:, None], j[None, :], q_len, k_len, q_start, head,
             BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
             CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, DROPOUT,
@@ -197,8 +198,9 @@ def _dbias(
 
 
 def launch(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias: Tensor | None, slopes: Tensor | None,
-    cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float, causal: bool, window: int, cap: float,
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias: Tensor | None,
+    slopes: Tensor | None, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float, causal: bool,
+    window: int, cap: float,
     dropout: float, seed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(dq, dk, dv, dbias) from the gradient `do` [Tq, H, D] of the forward's o. Arguments as there."""
@@ -214,11 +216,14 @@ def launch(
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
     tensors = (cu_q, cu_k, q if bias is None else bias, q if slopes is None else slopes)
     scalars = (
-        *strides, *((0, 0, 0) if bias is None else bias.stride()), tokens, scale, cap, window, seed, max_k, dropout
+        *strides, *((0, 0, 0) if bias is None else bias.stride()),
+        tokens, scale, cap, window, seed, max_k, dropout,
     )  # fmt: skip
     constants = {
-        "H": heads, "GROUP": heads // kv_heads, "D": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_M": block.queries, "BLOCK_N": block.keys, "CAUSAL": causal, "WINDOW": window > 0, "CAP": cap > 0,
+        "H": heads, "GROUP": heads // kv_heads,
+        "D": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_M": block.queries, "BLOCK_N": block.keys,
+        "CAUSAL": causal, "WINDOW": window > 0, "CAP": cap > 0,
         "HAS_BIAS": bias is not None, "ALIBI": slopes is not None, "DROPOUT": dropout > 0,
         "num_warps": block.num_warps, "num_stages": block.num_stages,
     }  # fmt: skip

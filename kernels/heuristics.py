@@ -89,13 +89,17 @@ def attention_block(head_dim: int, itemsize: int, max_queries: int, max_keys: in
 
 
 def attention_backward_block(head_dim: int, itemsize: int, max_queries: int, max_keys: int) -> AttentionBlock:
-    """Tiles of the backward, which holds two accumulators and twice the operands: half of the forward's."""
+    """Tiles of the backward, which holds two accumulators and twice the operands: half of the forward's.
+
+    Larger ones spill: compiled for sm_90, 64 x 128 by 8 warps at D = 64 needs more than 255 registers, and so
+    does a second stage at D = 128.
+    """
     if itemsize == 4:
         queries, keys, warps, stages = 32, 32, 4, 1
     elif head_dim <= 64:
-        queries, keys, warps, stages = 64, 128, 8, 2
+        queries, keys, warps, stages = 64, 64, 4, 2
     elif head_dim <= 128:
-        queries, keys, warps, stages = 64, 64, 8, 2
+        queries, keys, warps, stages = 64, 64, 8, 1
     else:
         queries, keys, warps, stages = 32, 32, 4, 1
     queries = max(16, min(queries, next_power_of_2(max(max_queries, 1))))

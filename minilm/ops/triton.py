@@ -23,6 +23,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LONGEST_NORM = 16384
 """Channels of a row that the normalisation kernels can hold in registers."""
 
+LARGEST_HEAD = 256
+"""Head size of the attention kernels."""
+
 
 @cache
 def _module(name: str) -> Any:
@@ -63,6 +66,13 @@ def _norm_supports(traits: Any) -> str | None:
     return reason
 
 
+def _attention_supports(traits: Any) -> str | None:
+    reason = _refusal(traits)
+    if reason is None and traits.head_dim > LARGEST_HEAD:
+        return f"heads of {traits.head_dim} are larger than the kernels' tiles (at most {LARGEST_HEAD})"
+    return reason
+
+
 def _lazy(module: str, function: str) -> Callable[..., Any]:
     def call(*args: Any) -> Any:
         return getattr(_module(module), function)(*args)
@@ -72,5 +82,7 @@ def _lazy(module: str, function: str) -> Callable[..., Any]:
 
 def register_all() -> None:
     """Put the kernels into the dispatch table."""
+    attention = _lazy("attention", "attention")
+    dispatch.register(dispatch.Implementation("attention", "triton", attention, _attention_supports))
     for op in ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm"):
         dispatch.register(dispatch.Implementation(op, "triton", _lazy("norm", op), _norm_supports))

@@ -1,0 +1,173 @@
+"""The Triton attention kernels in the interpreter, forward and backward, against float64 formulas."""
+
+from __future__ import annotations
+
+import math
+from itertools import accumulate
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+pytest.importorskip("triton", reason="Triton is not installed")
+
+from minilm import ops
+from minilm.kernels.attention import attention_op, twin
+
+LENGTHS = [0, 1, 15, 16, 17, 33]
+
+
+def cumulative(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def formula(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, slopes: Tensor | None, q_lens: list[int],
+    k_lens: list[int], scale: float, causal: bool, window: int, cap: float,
+) -> Tensor:  # fmt: skip
+    """Attention in the dtype of its inputs, one sequence and one head at a time."""
+    outputs = []
+    for row, (sq, sk) in enumerate(zip(q_lens, k_lens, strict=True)):
+        q0, k0 = sum(q_lens[:row]), sum(k_lens[:row])
+        heads = []
+        for h in range(q.shape[1]):
+            kv = h * k.shape[1] // q.shape[1]
+            s = torch.einsum("id,jd->ij", q[q0 : q0 + sq, h], k[k0 : k0 + sk, kv]) * scale
+            if cap:
+                s = cap * torch.tanh(s / cap)
+            distance = torch.arange(sk - sq, sk)[:, None] - torch.arange(sk)
+            if bias is not None:
+                s = s + bias[h, :sq, :sk]
+            if slopes is not None:
+                s = s - slopes[h] * distance.abs()
+            hidden = torch.zeros(sq, sk, dtype=torch.bool)
+            if causal:
+                hidden |= distance < 0
+            if window:
+                hidden |= distance.abs() >= window
+            p = s.masked_fill(hidden, -math.inf).softmax(-1)
+            heads.append(p @ v[k0 : k0 + sk, kv])
+        outputs.append(torch.stack(heads, dim=1))
+    return torch.cat(outputs)
+
+
+@st.composite
+def problems(draw: st.DrawFn) -> dict[str, object]:
+    q_lens = draw(st.lists(st.sampled_from(LENGTHS), min_size=1, max_size=2).filter(any))
+    kv_heads = draw(st.sampled_from([1, 2]))
+    return {
+        "q_lens": q_lens,
+        "k_lens": [n + draw(st.sampled_from([0, 0, 1, 20])) if n else 0 for n in q_lens],
+        "kv_heads": kv_heads,
+        "heads": kv_heads * draw(st.sampled_from([1, 1, 2])),
+        "head_dim": draw(st.sampled_from([16, 24, 32, 64, 80])),
+        "dtype": draw(st.sampled_from([torch.float32, torch.float32, torch.float16, torch.bfloat16])),
+        "causal": draw(st.booleans()),
+        "window": draw(st.sampled_from([0, 0, 1, 5, 20])),
+        "cap": draw(st.sampled_from([0.0, 0.0, 3.0])),
+        "bias": draw(st.booleans()),
+        "alibi": draw(st.booleans()),
+        "strided": draw(st.booleans()),
+        "seed": draw(st.integers(0, 2**20)),
+    }
+
+
+@settings(max_examples=12)
+@given(problem=problems())
+def test_forward_and_backward_err_no_more_than_twice_eager(problem: dict) -> None:  # type: ignore[type-arg]
+    g = torch.Generator().manual_seed(problem["seed"])
+    q_lens, k_lens, d = problem["q_lens"], problem["k_lens"], problem["head_dim"]
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g).to(problem["dtype"])
+
+    def heads(tokens: int, count: int) -> Tensor:
+        return draw(tokens, 2 * count, d)[:, ::2] if problem["strided"] else draw(tokens, count, d)
+
+    tensors = [heads(sum(q_lens), problem["heads"])]
+    tensors += [heads(sum(k_lens), problem["kv_heads"]) + 0.5 for _ in range(2)]
+    tensors += [draw(problem["heads"], max(q_lens) + 1, max(k_lens) + 2)] if problem["bias"] else []
+    slopes = torch.rand(problem["heads"], generator=g) if problem["alibi"] else None
+    upstream = draw(*tensors[0].shape)
+    scale, options = d**-0.5, (problem["causal"], problem["window"], problem["cap"])
+
+    def run(dtype: torch.dtype, ours: bool) -> list[Tensor]:
+        leaves = [t.detach().to(dtype).requires_grad_() for t in tensors]
+        bias = leaves[3] if problem["bias"] else None
+        if ours:
+            lengths = (cumulative(q_lens), cumulative(k_lens), max(q_lens), max(k_lens))
+            out, _ = attention_op(*leaves[:3], bias, slopes, *lengths, scale, *options, 0.0, 0)
+        else:
+            s = None if slopes is None else slopes.to(dtype)
+            out = formula(*leaves[:3], bias, s, q_lens, k_lens, scale, *options)
+        out.backward(upstream.to(dtype))
+        return [out.detach(), *(leaf.grad for leaf in leaves)]  # type: ignore[misc]
+
+    # dp - delta cancels where the true gradient is small (one key: exactly zero), so its rounding counts too.
+    q, k, v = (t.double().norm(dim=-1).max() for t in tensors[:3])
+    terms = upstream.double().norm(dim=-1).max() * v * max(k, q) * scale
+    exact, eager, ours = run(torch.float64, False), run(problem["dtype"], False), run(problem["dtype"], True)
+    for name, a, b, e in zip(["o", "dq", "dk", "dv", "dbias"], ours, eager, exact, strict=False):
+        error, allowed = (a.double() - e).abs().max(), (b.double() - e).abs().max()
+        floor = 4 * torch.finfo(problem["dtype"]).eps * (1 + e.abs().max() + (terms if name != "o" else 0))
+        assert error <= 2 * allowed + floor, f"{name}: error {error:.3g}, eager's {allowed:.3g} + {floor:.3g}"
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_numpy_twin_says_the_same(causal: bool) -> None:
+    q, k, v = (torch.randn(n, 1, 16) for n in (37, 50, 50))
+    lengths = (cumulative([37]), cumulative([50]), 37, 50)
+    ours, _ = attention_op(q, k, v, None, None, *lengths, 0.25, causal, 0, 0.0, 0.0, 0)
+    theirs = twin(*(t[:, 0].double().numpy() for t in (q, k, v)), 0.25, causal, 16)
+    np.testing.assert_allclose(ours[:, 0].numpy(), theirs, atol=2e-6)
+
+
+def test_lse_through_the_op_interface() -> None:
+    q, k, v = torch.randn(9, 4, 32), torch.randn(12, 2, 32), torch.randn(12, 2, 32)
+    lengths = (cumulative([4, 5]), cumulative([7, 5]), 5, 7)
+    outs = []
+    for backend in ("triton", "reference"):
+        with ops.backend(backend):
+            outs.append(ops.attention_with_lse(q, k, v, *lengths, scale=0.2, causal=True, window=3))
+    torch.testing.assert_close(outs[0], outs[1], atol=2e-6, rtol=1e-5)
+
+
+def test_dropout_drops_the_share_asked_for_and_its_gradient_uses_the_same_mask() -> None:
+    n, p = 64, 0.3
+    q, k = torch.zeros(n, 1, 16), torch.zeros(n, 1, 16)  # all probabilities are 1/n
+    v = torch.randn(n, 1, 16, requires_grad=True)
+    lengths = (cumulative([n]), cumulative([n]), n, n)
+
+    def run(values: Tensor, seed: int) -> Tensor:
+        return attention_op(q, k, values, None, None, *lengths, 1.0, False, 0, 0.0, p, seed)[0]
+
+    mask = run(torch.eye(n)[:, None, :16].contiguous(), 5)[:, 0] * n  # what query i takes of key j < 16
+    dropped = (mask == 0).float().mean().item()
+    assert abs(dropped - p) < 0.06
+    torch.testing.assert_close(mask[mask != 0], torch.full_like(mask[mask != 0], 1 / (1 - p)))
+    assert not torch.equal(run(v, 5), run(v, 6))
+    upstream = torch.randn(n, 1, 16)
+    run(v, 5).backward(upstream)
+    assert v.grad is not None
+    torch.testing.assert_close(v.grad[:16, 0], (mask / n).T @ upstream[:, 0], atol=1e-5, rtol=1e-5)
+
+
+def test_a_sequence_does_not_depend_on_its_batch() -> None:
+    q, k, v = (torch.randn(50, 2, 32) for _ in range(3))
+
+    def run(tensors: list[Tensor], lengths: list[int]) -> Tensor:
+        cu = cumulative(lengths)
+        return attention_op(*tensors, None, None, cu, cu, 30, 30, 0.2, True, 0, 0.0, 0.0, 0)[0]
+
+    assert torch.equal(run([q, k, v], [20, 30])[20:], run([q[20:], k[20:], v[20:]], [30]))
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_opcheck(with_bias: bool) -> None:
+    q, k, v = (torch.randn(9, h, 16, requires_grad=True) for h in (2, 1, 1))
+    bias = torch.randn(2, 6, 6, requires_grad=True) if with_bias else None
+    cu = cumulative([3, 6])
+    torch.library.opcheck(attention_op, (q, k, v, bias, None, cu, cu, 6, 6, 0.25, True, 0, 0.0, 0.0, 0))
