@@ -53,6 +53,7 @@ class AutoModel(PreTrainedModel):
     def __init__(self, config: PretrainedConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
         self.pooler = Pooler(self.spec.hidden_size) if self.family.pooler and add_pooling_layer else None
+        self.initialise()
 
     def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
         """last_hidden_state [B, S, C] and pooler_output [B, C]."""
@@ -93,6 +94,7 @@ class AutoModelForMaskedLM(PreTrainedModel):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         self.head = MaskedLMHead(self)
+        self.initialise()
 
     def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
         """logits [B, S, V]; labels int64 [B, S]."""
@@ -118,6 +120,7 @@ class AutoModelForNextSentencePrediction(PreTrainedModel):
         super().__init__(config)
         self.pooler = Pooler(self.spec.hidden_size)
         self.head = NextSentenceHead(self.spec.hidden_size)
+        self.initialise()
 
     def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
         """logits [B, 2]; labels int64 [B]."""
@@ -136,6 +139,7 @@ class AutoModelForPreTraining(PreTrainedModel):
         super().__init__(config)
         self.pooler = Pooler(self.spec.hidden_size)
         self.head = MaskedLMHead(self, next_sentence=True)
+        self.initialise()
 
     def answer(
         self, result: BodyResult, labels: Tensor | None, next_sentence_label: Tensor | None = None
@@ -188,6 +192,7 @@ class AutoModelForSequenceClassification(PreTrainedModel):
         super().__init__(config)
         self.pooler = Pooler(self.spec.hidden_size) if self.family.sequence_head.hidden == "pooler" else None
         self.head = ClassificationHead(self)
+        self.initialise()
 
     def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
         """logits [B, num_labels]; labels int64 [B], or float [B] (regression), or float [B, num_labels]
@@ -239,6 +244,7 @@ class AutoModelForTokenClassification(PreTrainedModel):
         self.head = TokenHead(
             self, config.num_labels, bias=bool(config.get("token_classification_bias", True))
         )
+        self.initialise()
 
     def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
         """logits [B, S, num_labels]; labels int64 [B, S]."""
@@ -255,6 +261,7 @@ class AutoModelForQuestionAnswering(PreTrainedModel):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         self.head = TokenHead(self, 2)
+        self.initialise()
 
     def answer(
         self,
@@ -318,6 +325,7 @@ class AutoModelForCausalLM(PreTrainedModel):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         self.head = CausalLMHead(self)
+        self.initialise()
 
     def answer(self, result: BodyResult, labels: Tensor | None, logits_to_keep: int = 0) -> dict[str, Any]:
         """logits [B, S, V], or of the last `logits_to_keep` columns.
@@ -346,7 +354,7 @@ class AutoModelForCausalLM(PreTrainedModel):
 def token_loss(
     logits: Tensor, labels: Tensor | None, packed: Packed, *, shift: bool = False
 ) -> Tensor | None:
-    """Cross-entropy of packed logits [T, V] with padded labels [B, S]; `shift`: with those of the next token."""
+    """Cross-entropy of packed logits [T, V] with padded labels [B, S], or with `shift` those of the next token."""
     if labels is None:
         return None
     check_columns("labels", labels, packed.batch, packed.columns)

@@ -65,9 +65,19 @@ class Norm(nn.Module):
 class Linear(nn.Linear):
     """x W^T + b, with an activation if asked for, through `minilm.ops.linear`."""
 
+    def reset_parameters(self) -> None:
+        """Nothing: a checkpoint, or `PreTrainedModel.initialise`, fills the weights."""
+
     def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
         """x [..., in] -> [..., out]."""
         return ops.linear(x, self.weight, self.bias, activation)
+
+
+class Embedding(nn.Embedding):
+    """A table of vectors."""
+
+    def reset_parameters(self) -> None:
+        """Nothing, as in `Linear`. (Drawing on the meta device, too, would import half of torch.compile.)"""
 
 
 class Embeddings(nn.Module):
@@ -76,13 +86,11 @@ class Embeddings(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.tokens = Embedding(config.vocab_size, config.hidden_size)
         learned = config.positions == "learned"
         rows = config.max_positions + config.position_offset
-        self.positions = nn.Embedding(rows, config.hidden_size) if learned else None
-        self.types = (
-            nn.Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
-        )
+        self.positions = Embedding(rows, config.hidden_size) if learned else None
+        self.types = Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
         self.norm = Norm(config) if config.embedding_norm else None
 
     def forward(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:

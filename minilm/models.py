@@ -373,6 +373,14 @@ class PreTrainedModel(nn.Module):
         self.spec = replace(self.spec, vocab_size=new_num_tokens)
         return self.body.embeddings.tokens
 
+    def initialise(self) -> None:
+        """Fill all parameters at random (nothing on the meta device). Heads call it when they are made."""
+        std = float(self.config.get("initializer_range", 0.02))
+        if self.device.type != "meta":
+            with torch.no_grad():
+                for name, parameter in self.named_parameters():
+                    initialise(name, parameter, std)
+
     # Files
     @classmethod
     def from_pretrained(
@@ -399,10 +407,7 @@ class PreTrainedModel(nn.Module):
             model = cls(config)
         model.to(as_dtype(dtype) or torch.get_default_dtype())
         model.to_empty(device=torch.device(device or "cpu"))
-        std = float(config.get("initializer_range", 0.02))
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                initialise(name, parameter, std)
+        model.initialise()
         return model
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, max_shard_size: str = "5GB") -> None:
