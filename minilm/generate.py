@@ -101,9 +101,11 @@ def generate(
     TypeError for unknown ones.
     """
     settings, asked = _settings(model, generation_config, options)
+    if generator is not None and settings["seed"] is not None:
+        raise ValueError("give a seed or a generator, not both")
     ids, rows = _prompts(model, inputs, input_ids, attention_mask, token_type_ids, settings)
     eos, pad = _special_tokens(settings)
-    n = int(settings["num_return_sequences"])
+    n = _whole(settings, "num_return_sequences", 1)
     requests = _requests(model, rows, ids.shape[1], n, eos, settings, asked)
     watches = _stop_strings(settings["stop_strings"], tokenizer, requests)
     if watches and pad is None and len(rows) * n > 1:
@@ -115,19 +117,20 @@ def generate(
     keep = past_key_values is not None or (as_dict and bool(settings["use_cache"]))
     if past_key_values is not None:
         _continue(past_key_values, requests)
-    record = (
-        _Record(samples) if as_dict and (settings["output_scores"] or settings["output_logits"]) else None
-    )
+    wants_record = as_dict and (settings["output_scores"] or settings["output_logits"])
+    record = _Record(samples) if wants_record else None
     places = {sample: place for place, sample in enumerate(samples)}
 
     def draw_together(logits: Tensor, drawn: Sequence[Sample]) -> Tensor:
         return draw_rows(logits, [places[sample] for sample in drawn], len(samples), generator)
 
-    chunk = settings["prefill_chunk_size"]
+    budget = sum(map(len, rows))
+    if settings["prefill_chunk_size"] is not None:
+        budget = len(rows) * _whole(settings, "prefill_chunk_size", 1)
     engine = Engine(
         model,
         max_num_seqs=len(samples),
-        max_num_batched_tokens=sum(map(len, rows)) if chunk is None else len(rows) * int(chunk),
+        max_num_batched_tokens=budget,
         together=True,
         cache=past_key_values,
         keep_rows=keep,
@@ -207,7 +210,7 @@ def _prompts(
     if ids is None:
         if settings["bos_token_id"] is None:
             raise ValueError("there is no prompt: give input_ids, or a bos_token_id to begin with")
-        ids = torch.tensor([[int(settings["bos_token_id"])]])
+        ids = torch.tensor([[_whole(settings, "bos_token_id", 0)]])
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         what = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"input_ids must be a tensor of integers [batch, tokens], and is {what}")
@@ -247,8 +250,13 @@ def _infer_mask(ids: Tensor, eos: list[int], pad: int | None) -> Tensor:
 def _special_tokens(settings: dict[str, Any]) -> tuple[list[int], int | None]:
     """eos_token_id as a list, and what to pad with."""
     eos, pad = settings["eos_token_id"], settings["pad_token_id"]
-    ends = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
-    return ends, int(pad) if pad is not None else ends[0] if ends else None
+    eos = eos.tolist() if isinstance(eos, Tensor) else eos
+    ends = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
+    pad = int(pad) if isinstance(pad, Tensor) else pad
+    for name, ids in (("eos_token_id", ends), ("pad_token_id", [] if pad is None else [pad])):
+        if not all(isinstance(token, int) for token in ids):
+            raise ValueError(f"{name} must be token ids, and is {settings[name]!r}")
+    return ends, pad if pad is not None else ends[0] if ends else None
 
 
 def _requests(
@@ -261,8 +269,6 @@ def _requests(
     asked: set[str],
 ) -> list[Request]:
     sampled = bool(settings["do_sample"])
-    if n < 1:
-        raise ValueError(f"num_return_sequences must be at least 1, and is {n}")
     if n > 1 and not sampled:
         raise ValueError(
             f"num_return_sequences={n} needs do_sample=True: greedy decoding writes one text a prompt"
@@ -299,6 +305,13 @@ def _or(value: Any, default: Any) -> Any:
     return default if value is None else value
 
 
+def _whole(settings: dict[str, Any], name: str, least: int) -> int:
+    value = settings[name]
+    if not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number from {least}, and is {value!r}")
+    return value
+
+
 def _new_tokens(
     model: AutoModelForCausalLM, longest: int, columns: int, settings: dict[str, Any], asked: set[str]
 ) -> int:
@@ -306,11 +319,9 @@ def _new_tokens(
     call asks for not."""
     window = context_window(model.spec)
     if settings["max_new_tokens"] is not None:
-        new, strict = int(settings["max_new_tokens"]), "max_new_tokens" in asked
-        if new < 1:
-            raise ValueError(f"max_new_tokens must be at least 1, and is {new}")
+        new, strict = _whole(settings, "max_new_tokens", 1), "max_new_tokens" in asked
     elif settings["max_length"] is not None:
-        new, strict = int(settings["max_length"]) - columns, "max_length" in asked
+        new, strict = _whole(settings, "max_length", 1) - columns, "max_length" in asked
         if new < 1:
             raise ValueError(
                 f"the prompts have {columns} columns, and max_length={settings['max_length']} leaves no room "

@@ -46,19 +46,21 @@ class Sampling:
     """What is drawn depends on (seed, index of the sample, step) alone; None: on the caller's generator."""
 
     def __post_init__(self) -> None:
-        self._check(
-            "temperature", self.temperature > 0 and math.isfinite(self.temperature), "a number above 0"
-        )
-        self._check("top_k", isinstance(self.top_k, int) and self.top_k >= 0, "a whole number from 0 (off)")
-        self._check("top_p", 0 <= self.top_p <= 1, "between 0 and 1")
-        self._check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
-        penalty = self.repetition_penalty
-        self._check("repetition_penalty", penalty > 0 and math.isfinite(penalty), "a number above 0")
+        for name in ("temperature", "repetition_penalty"):
+            self._check(name, self._number(name) > 0, "a number above 0")
+        for name in ("top_p", "min_p"):
+            self._check(name, 0 <= self._number(name) <= 1, "a number between 0 and 1")
         for name in ("presence_penalty", "frequency_penalty"):
-            self._check(name, math.isfinite(getattr(self, name)), "a finite number")
-        for name in ("no_repeat_ngram_size", "min_new_tokens"):
+            self._number(name)
+        for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens"):
             value = getattr(self, name)
             self._check(name, isinstance(value, int) and value >= 0, "a whole number from 0 (off)")
+        self._check("seed", self.seed is None or isinstance(self.seed, int), "a whole number")
+
+    def _number(self, name: str) -> float:
+        value = getattr(self, name)
+        self._check(name, isinstance(value, int | float) and math.isfinite(value), "a number")
+        return float(value)
 
     def _check(self, name: str, fine: bool, expected: str) -> None:
         if not fine:

@@ -53,17 +53,13 @@ class SamplingParams:
     def __post_init__(self) -> None:
         self._whole("n", 1)
         for name in ("presence_penalty", "frequency_penalty"):
-            self._check(name, -2 <= getattr(self, name) <= 2, "between -2 and 2")
-        penalty = self.repetition_penalty
-        self._check("repetition_penalty", penalty > 0 and math.isfinite(penalty), "a number above 0")
-        self._check(
-            "temperature", self.temperature >= 0 and math.isfinite(self.temperature), "0 or a number above"
-        )
-        self._check("top_p", 0 < self.top_p <= 1, "above 0, and at most 1")
+            self._check(name, -2 <= self._number(name) <= 2, "between -2 and 2")
+        self._check("repetition_penalty", self._number("repetition_penalty") > 0, "above 0")
+        self._check("temperature", self._number("temperature") >= 0, "0 or above")
+        self._check("top_p", 0 < self._number("top_p") <= 1, "above 0, and at most 1")
         self._whole("top_k", -1)
-        self._check("min_p", 0 <= self.min_p <= 1, "between 0 and 1")
-        if self.seed is not None:
-            self._check("seed", isinstance(self.seed, int), "a whole number")
+        self._check("min_p", 0 <= self._number("min_p") <= 1, "between 0 and 1")
+        self._check("seed", self.seed is None or isinstance(self.seed, int), "a whole number")
         if self.max_tokens is not None:
             self._whole("max_tokens", 1)
         self._whole("min_tokens", 0)
@@ -84,6 +80,11 @@ class SamplingParams:
         if not fine:
             raise ValueError(f"{name} must be {expected}, and is {getattr(self, name)!r}")
 
+    def _number(self, name: str) -> float:
+        value = getattr(self, name)
+        self._check(name, isinstance(value, int | float) and math.isfinite(value), "a number")
+        return float(value)
+
     def _whole(self, name: str, least: int) -> None:
         value = getattr(self, name)
         self._check(name, isinstance(value, int) and value >= least, f"a whole number from {least}")
@@ -94,7 +95,7 @@ class SamplingParams:
         return self.temperature < _GREEDY_BELOW
 
     def sampling(self, ends: frozenset[int], seed: int) -> Sampling:
-        """The same for the decoding loop. `ends`: tokens that end the text. `seed`: taken if there is none."""
+        """The same for the decoding loop. `ends`: tokens that end the text; `seed`: for want of one here."""
         drawn = not self.greedy
         return Sampling(
             do_sample=drawn,

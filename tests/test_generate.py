@@ -46,6 +46,44 @@ def test_greedy_is_that_of_transformers_and_each_row_is_what_it_is_alone(family:
     assert torch.equal(d.ours.generate(**right, max_new_tokens=64, **ALONE)[:, 30:], ours[:, 30:])
 
 
+@pytest.mark.parametrize(
+    "way",
+    [
+        {"repetition_penalty": 1.4},
+        {"no_repeat_ngram_size": 1},
+        {"min_new_tokens": 12, "eos_token_id": ENDS},
+        {"min_length": 20, "eos_token_id": ENDS},
+        {"prefill_chunk_size": 5, "no_repeat_ngram_size": 2, "repetition_penalty": 0.8},
+    ],
+    ids=str,
+)
+def test_greedy_with_penalties_is_that_of_transformers(way: dict[str, Any]) -> None:
+    d = decoder("llama")
+    call = batch(prompts([13, 13], seed=2))
+    options = {"max_new_tokens": 40, **ALONE, **way}
+    ours = d.ours.generate(**call, **options)
+    assert torch.equal(ours, d.theirs.generate(**call, **options))
+    assert not torch.equal(ours, d.ours.generate(**call, max_new_tokens=40, **ALONE))
+
+
+def test_token_types_are_refused_where_they_mean_something() -> None:
+    call = batch(prompts([4]))
+    types = torch.ones_like(call["input_ids"])
+    expected = decoder("llama").ours.generate(**call, max_new_tokens=3)
+    assert torch.equal(
+        decoder("llama").ours.generate(**call, token_type_ids=types, max_new_tokens=3), expected
+    )
+    with pytest.raises(ValueError, match="token_type_ids"):
+        decoder("gpt2").ours.generate(**call, token_type_ids=types, max_new_tokens=3)
+
+
+def test_time_is_limited() -> None:
+    out = decoder("llama").ours.generate(
+        torch.tensor([[5]]), max_new_tokens=100, max_time=0.0, eos_token_id=None
+    )
+    assert out.shape == (1, 2)
+
+
 def test_ends_and_padding_are_laid_out_as_by_transformers() -> None:
     d = decoder("llama")
     call = batch(prompts([5, 9, 2, 7], seed=4))
@@ -388,10 +426,16 @@ def test_generation_configs_survive_their_file(whole: dict[str, int], parts: dic
         ({"assistant_model": object()}, ValueError, "assistant_model"),
         ({"logits_processor": [print]}, ValueError, "logits_processor"),
         ({"max_new_tokns": 4}, TypeError, "max_new_tokns"),
-        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be at least 1, and is 0"),
+        ({"max_new_tokens": 0}, ValueError, "max_new_tokens must be a whole number from 1, and is 0"),
+        ({"max_new_tokens": "9"}, ValueError, "max_new_tokens must be.*'9'"),
+        ({"eos_token_id": ["</s>"]}, ValueError, "eos_token_id must be token ids"),
+        ({"pad_token_id": 1.5}, ValueError, "pad_token_id must be token ids"),
+        ({"do_sample": True, "temperature": "hot"}, ValueError, "temperature must be a number.*'hot'"),
+        ({"do_sample": True, "seed": "x"}, ValueError, "seed must be"),
+        ({"seed": 1, "generator": torch.Generator()}, ValueError, "a seed or a generator"),
         ({"max_length": 3}, ValueError, "3 columns.*max_length=3"),
         ({"num_return_sequences": 2}, ValueError, "num_return_sequences=2 needs do_sample"),
-        ({"do_sample": True, "num_return_sequences": 0}, ValueError, "num_return_sequences.*0"),
+        ({"do_sample": True, "num_return_sequences": 0}, ValueError, "num_return_sequences must be.*0"),
         ({"do_sample": True, "temperature": 0.0}, ValueError, "temperature must be"),
         ({"do_sample": True, "top_p": 1.5}, ValueError, "top_p must be.*1.5"),
         ({"repetition_penalty": -1.0}, ValueError, "repetition_penalty must be"),
