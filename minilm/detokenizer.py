@@ -82,7 +82,8 @@ class IncrementalDecoder:
                 self._window, self._shown = ids[-size:], text
                 break
         else:
-            self._window, self._shown = list(ids), self._decode(ids)
+            self._window = ids[-_MAX_PENDING:]
+            self._shown = self._decode(self._window)
         self._context = len(self._window)
 
     def _decode(self, ids: list[int]) -> str:

@@ -233,7 +233,11 @@ def _from_hub(
                 allow_patterns=patterns,
             )
         except Exception as problem:
-            raise _explain(problem, name, revision, offline) from problem
+            # Offline, and files that match `patterns` are missing: they may be ones that nobody needs now.
+            partial = getattr(problem, "snapshot_path", None)
+            if partial is None:
+                raise _explain(problem, name, revision, offline) from problem
+            folder = partial
         return Path(folder)
 
     folder = download(patterns)
@@ -263,8 +267,8 @@ def _from_hub(
                 f"{name} has its weights only as {', '.join(pickled[:3])}: pickled files run code when they "
                 f"are read and are never loaded, convert them to safetensors first"
             )
-        raise HubError(f"{name} has no weights: expected model.safetensors, its shards, or a GGUF file")
-    where = " in the local cache" if offline else ""
+        essential = ("model.safetensors", "model.safetensors.index.json", "*.gguf")
+    where = ", and nothing is fetched while offline" if offline else ""
     raise HubError(f"{name} has none of the files {', '.join(essential[:8])}{where}")
 
 

@@ -20,6 +20,7 @@ from .tokenizer_special import Vocabulary
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
+    from tokenizers import Tokenizer as Backend
 
 logger = logging.getLogger(__name__)
 
@@ -106,6 +107,7 @@ class TextEncoder(Vocabulary):
             split_special_tokens=self.split_special_tokens
             if split_special_tokens is None
             else split_special_tokens,
+            overflow=return_overflowing_tokens and truncation != "do_not_truncate",
         )
         rows: list[Encoding] = []
         sample: list[int] = []
@@ -228,19 +230,28 @@ class TextEncoder(Vocabulary):
         truncation: Mapping[str, Any],
         padding: Mapping[str, Any] | None,
         split_special_tokens: bool,
+        overflow: bool = False,
     ) -> list[Encoding]:
-        """The backend keeps truncation and padding as state; the lock makes them arguments of this call."""
+        """The backend keeps truncation and padding as state; the lock makes them arguments of this call.
+
+        With `overflow`, texts are read to their end before they are cut: tokenizers 0.23 stops reading at the
+        truncation, and what comes after is lost (huggingface/tokenizers#2091)."""
         backend = self.backend_tokenizer
+        whole: list[tuple[Encoding, Encoding | None]] = []
         with self._lock:
             try:
                 with backend_errors("encoding"):
+                    if backend.encode_special_tokens != split_special_tokens:
+                        backend.encode_special_tokens = split_special_tokens
+                    if overflow:
+                        whole = _whole(backend, inputs, split)
                     if truncation["strategy"] != "do_not_truncate":
                         backend.enable_truncation(direction=self.truncation_side, **truncation)
                     if padding is not None:
                         token: dict[str, Any] = {"pad_id": self.pad_token_id, "pad_token": self.pad_token}
                         backend.enable_padding(pad_type_id=self.pad_token_type_id, **token, **padding)
-                    if backend.encode_special_tokens != split_special_tokens:
-                        backend.encode_special_tokens = split_special_tokens
+                    if overflow:
+                        return [backend.post_process(a, b, add_special_tokens) for a, b in whole]
                     found: list[Encoding] = backend.encode_batch(
                         inputs, is_pretokenized=split, add_special_tokens=add_special_tokens
                     )
@@ -265,6 +276,18 @@ class TextEncoder(Vocabulary):
         if key not in self._warned:
             self._warned.add(key)
             logger.warning(message, *values)
+
+
+def _whole(backend: Backend, inputs: Sequence[Any], split: bool) -> list[tuple[Encoding, Encoding | None]]:
+    """The tokens of each text, or of both texts of a pair, before anything is cut or put around them."""
+    pairs = [item if isinstance(item, tuple) else (item, None) for item in inputs]
+    processor, backend.post_processor = backend.post_processor, None
+    try:
+        firsts = backend.encode_batch([a for a, _ in pairs], is_pretokenized=split)
+        seconds = iter(backend.encode_batch([b for _, b in pairs if b is not None], is_pretokenized=split))
+    finally:
+        backend.post_processor = processor
+    return [(a, None if b is None else next(seconds)) for a, (_, b) in zip(firsts, pairs, strict=True)]
 
 
 def _asked(value: bool | None, default: bool) -> bool:

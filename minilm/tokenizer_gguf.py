@@ -8,7 +8,7 @@ into words. Flags that are left out have llama.cpp's defaults.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -148,7 +148,7 @@ def _sentencepiece(fields: _Fields, tokens: list[str], kinds: list[Kind]) -> Bac
 
 
 def _kinds(fields: _Fields, count: int) -> list[Kind]:
-    numbers = fields.get("token_type", Sequence, None)
+    numbers = fields.get("token_type", list, None)
     if numbers is None:
         return [Kind.NORMAL] * count
     if len(numbers) != count:
@@ -169,7 +169,7 @@ class _Fields:
         value = self.metadata.get(f"tokenizer.ggml.{name}")
         if value is None:
             return default
-        if kind is Sequence and hasattr(value, "tolist"):
+        if hasattr(value, "tolist"):  # of numpy
             value = value.tolist()
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
             wanted = kind.__name__
@@ -184,7 +184,7 @@ class _Fields:
         return None if values is None else [float(value) for value in values]
 
     def _array(self, name: str, kind: Any) -> list[Any] | None:
-        values = self.get(name, Sequence, None)
+        values = self.get(name, list, None)
         if values is None:
             return None
         for index, value in enumerate(values):

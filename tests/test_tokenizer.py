@@ -103,6 +103,10 @@ def test_calls(kind: str, data: st.DataObject) -> None:
         options[f"return_{name}"] = draw(st.booleans())
     for name in ("token_type_ids", "attention_mask"):
         options[f"return_{name}"] = draw(st.sampled_from([None, True, False]))
+    if options["max_length"] is not None or options["truncation"] not in (None, False, "do_not_truncate"):
+        options["return_overflowing_tokens"] = (
+            False  # the reference loses tokens, see test_tokenizer_windows.py
+        )
     if not paired:
         options["stride"] = draw(st.integers(0, 2))
     if options["padding"] in (True, "longest", "max_length") and options["truncation"] not in (None, False):

@@ -413,11 +413,11 @@ def survives(load: Callable[[], Tokenizer]) -> None:
 @cache
 def original(kind: str) -> tuple[str, bytes]:
     if kind == "tokenizer.json":
-        folder = Path(folders.mkdtemp())
+        folder = folders.new_folder()
         AutoTokenizer.from_pretrained(folders.wordpiece()).save_pretrained(folder)
         return kind, (folder / kind).read_bytes()
     if kind == "xlm tokenizer.json":
-        folder = Path(folders.mkdtemp())
+        folder = folders.new_folder()
         AutoTokenizer.from_pretrained(folders.xlm_roberta()).save_pretrained(folder)
         return "tokenizer.json", (folder / "tokenizer.json").read_bytes()
     file = {

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import atexit
 import functools
 import inspect
 import json
+import shutil
 import textwrap
 from pathlib import Path
 from tempfile import mkdtemp
@@ -48,8 +50,9 @@ def smollm_file() -> Path:
 
 
 def new_folder(**files: Any) -> Path:
-    """A new folder. `config` becomes config.json, `tokenizer_config` tokenizer_config.json."""
+    """A folder that is gone after the tests. `config` becomes config.json, and so on."""
     folder = Path(mkdtemp(prefix="minilm-tokenizer-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content))
     return folder
