@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
 from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
+from tiny_models import TEXTS, save_model
+from tiny_sentence import build
 
 from minilm.hub import resolve
 from minilm.packing import pack
@@ -25,8 +27,6 @@ from minilm.sentence_modules import Normalize as OurNormalize
 from minilm.sentence_modules import Pooling as OurPooling
 from minilm.sentence_transformer import Transformer
 from minilm.similarity import SIMILARITIES, quantize_embeddings, semantic_search
-from tests.tiny_models import TEXTS, save_model
-from tests.tiny_sentence import build
 
 ATOL = 1e-5
 

@@ -13,11 +13,11 @@ import pytest
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import Pooling
+from tiny_sentence import build
 
 from minilm.hub import FileError
 from minilm.sentence import SentenceEncoder
 from minilm.weights import WeightError
-from tests.tiny_sentence import build
 
 
 @pytest.fixture(scope="module")

@@ -91,7 +91,8 @@ def save_model(
     model = getattr(transformers, prefix + head)(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            parameter.normal_(0.0, spread)
+            wide = "embeddings" in name or name.startswith(("classifier", "qa_outputs", "pre_classifier"))
+            parameter.normal_(0.0, 0.1 if name.endswith("bias") else 1.0 if wide else spread)
             if "norm" in name.lower() and name.endswith("weight"):
                 parameter.add_(1.0)
     model.save_pretrained(str(folder))

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Transformer
-
-from tests.tiny_models import save_model
+from tiny_models import save_model
 
 
 def build(
