@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import pty
@@ -69,6 +70,7 @@ class Terminal:
         )  # fmt: skip
         os.close(far_end)
         self.shown = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def type(self, text: str) -> None:
         """Type; \\x03 is Ctrl-C, \\x04 Ctrl-D."""
@@ -99,7 +101,7 @@ class Terminal:
             data = os.read(self._end, 4096)
         except OSError:  # Linux: the other end is closed
             return False
-        self.shown += data.decode(errors="replace").replace("\r\n", "\n")
+        self.shown += self._decoder.decode(data).replace("\r", "")
         return bool(data)
 
 

@@ -91,7 +91,10 @@ def fill_mask(
         pipe = _pipeline("fill-mask", model, device, run, untrained)
         with out.writer(_filled_table) as write:
             for chunk in chunks(items, CHUNK):
-                answers = pipe([item.text for item in chunk], top_k=top_k, batch_size=batch_size)
+                texts = tuple(
+                    item.text for item in chunk
+                )  # of a list of one, the pipeline gives the one result
+                answers = pipe(texts, top_k=top_k, batch_size=batch_size)
                 for item, answer in zip(chunk, answers, strict=True):
                     masks = answer if answer and isinstance(answer[0], list) else [answer]
                     write({**item.record, "text": item.text, "masks": masks})
