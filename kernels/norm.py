@@ -189,19 +189,20 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.numel() == 0 else rows.contiguous()
 
 
-def _empty(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, sum, mean, rstd), unfilled."""
-    statistics = x.new_empty(x.shape[:-1], dtype=torch.float32)
-    return x.new_empty(x.shape), x.new_empty(x.shape), statistics, torch.empty_like(statistics)
+def _outputs(x: Tensor, has_residual: bool, rms: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, sum, mean, rstd) to be filled; what a variant does not have is empty."""
+    rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    total = x.new_empty(x.shape if has_residual else 0)
+    return x.new_empty(x.shape), total, rstd.new_empty(0 if rms else rstd.shape), rstd
 
 
 @kernel_op("minilm_triton::norm", mutates_args={})
 def norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, sum, mean, rstd): x, residual, y, sum [..., C]; statistics float32 [...]. Without a residual, sum
-    is unfilled; with `rms`, mean is."""
-    y, total, mean, rstd = _empty(x)
+    """(y, sum, mean, rstd): x, residual, y, sum [..., C]; statistics float32 [...]. Without a residual the
+    sum is empty, with `rms` the mean."""
+    y, total, mean, rstd = _outputs(x, residual is not None, rms)
     rows, channels = x.numel() // x.shape[-1], x.shape[-1]
     if rows:
         block = norm_block(channels, rows)
@@ -220,7 +221,7 @@ def norm(
 def _(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float, rms: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _empty(x)
+    return _outputs(x, residual is not None, rms)
 
 
 @kernel_op("minilm_triton::norm_backward", mutates_args={})

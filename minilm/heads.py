@@ -354,7 +354,7 @@ class AutoModelForCausalLM(PreTrainedModel):
 def token_loss(
     logits: Tensor, labels: Tensor | None, packed: Packed, *, shift: bool = False
 ) -> Tensor | None:
-    """Cross-entropy of packed logits [T, V] with padded labels [B, S], or with `shift` those of the next token."""
+    """Cross-entropy of packed logits [T, V] with padded labels [B, S]; `shift`: those of the next token."""
     if labels is None:
         return None
     check_columns("labels", labels, packed.batch, packed.columns)
