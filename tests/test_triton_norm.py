@@ -6,7 +6,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -42,9 +42,10 @@ def run(function: object, tensors: list[Tensor], upstream: list[Tensor]) -> list
     return [o.detach() for o in outs] + [leaf.grad for leaf in leaves]  # type: ignore[misc]
 
 
+@settings(max_examples=15)
 @given(
     kind=st.sampled_from(KINDS),
-    rows=st.sampled_from([1, 2, 5, 130, 300]),
+    rows=st.sampled_from([1, 2, 5, 130]),
     columns=st.sampled_from(COLUMNS),
     dtype=st.sampled_from(DTYPES),
     mean=st.sampled_from([0.0, 3.0, 50.0]),
