@@ -22,8 +22,9 @@ ULPS = 8.0
 
 LEAST_COSINE = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.99, "int8": 0.95, "q4": 0.9}
 """The worst embedding may be that far from the float32 one; an engine below is reported as wrong."""
-LEAST_TOKENS = {"fp32": 8, "fp16": 8, "bf16": 2, "int8": 2, "q4": 1}
-"""So many first greedy tokens must be the same as in float32."""
+LEAST_TOKENS = {"fp32": 16, "fp16": 12, "bf16": 8, "int8": 8, "q4": 4}
+"""So many first greedy tokens must be the same as in float32 (after a prompt whose continuation is plain, see
+`end_to_end.check_prompt`)."""
 
 
 @dataclass(frozen=True)

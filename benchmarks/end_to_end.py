@@ -1,0 +1,341 @@
+"""The end-to-end level: whole models, each engine in its own process, in turn.
+
+Encoders: batches of token ids (1 x 16, 1 x 512, 32 x 128) and a corpus of 2,000 texts with tokenisation. Decoders: time to
+the first token after 512, steps after 32 and after 1,024 tokens, eight sequences at once. All: cold start (process
+start to the first result) and the peak of memory on the way. What counts is real tokens, never padding.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from . import check, corpus, costs, harness, machine, models, peers, shapes
+from .limits import Limits
+from .peers.base import Assets
+from .workers import Worker, WorkerError
+
+TRUTH = "transformers eager"
+"""What the outputs of all engines are compared with (float32)."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One thing that is done with a model."""
+
+    model: str
+    name: str
+    kind: str
+    """ids, texts, prefill, decode, cold."""
+    unit: str
+    """What is counted a second: sentences or tokens; "s" for a cold start."""
+    request: dict[str, Any]
+    units: float
+    """How many of them one call makes."""
+    calls: tuple[costs.Call, ...] = ()
+    """The op calls of one model pass, for the limits (float32); of one step for decoding."""
+    passes: int = 1
+    """Model passes a call makes: steps, when decoding."""
+
+    def cost(self, bytes_a_weight: float) -> costs.Cost:
+        """Of one call, with weights of that size."""
+        adjusted = [
+            replace(c, dims={**c.dims, "wb": bytes_a_weight}) if c.op == "linear" else c for c in self.calls
+        ]
+        return costs.total(adjusted) * self.passes
+
+
+def encoder_workloads(model: str, assets: Assets, *, with_corpus: bool) -> list[Workload]:
+    """Fixed shapes and, where the tokenizer is the model's own, the corpus."""
+    spec = shapes.spec(model)
+    found = []
+    for regime in shapes.regimes(model):
+        generator = random.Random(16)
+        batches = [
+            [[generator.randrange(5, spec.vocab_size) for _ in range(n)] for n in regime.lengths] for _ in range(8)
+        ]
+        calls = tuple(costs.forward(spec, regime.lengths))
+        units = len(regime.lengths)
+        found.append(Workload(model, regime.name, "ids", "sentences", {"batches": batches}, units, calls))
+    if with_corpus:
+        texts = corpus.sentences()
+        lengths = token_counts(assets, texts)
+        calls = tuple(costs.forward(spec, lengths))
+        name = f"{len(texts)} mixed sentences, tokenised"
+        found.append(Workload(model, name, "texts", "sentences", {"texts": texts}, len(texts), calls))
+    return found
+
+
+def token_counts(assets: Assets, texts: Sequence[str]) -> list[int]:
+    """Tokens of each text, special ones included, cut at 256."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(assets.folder / "tokenizer.json"))
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(256)
+    return [len(e.ids) for e in tokenizer.encode_batch(list(texts))]
+
+
+def decoder_workloads(model: str, assets: Assets) -> list[Workload]:
+    """Prefill, steps after a short and a long prompt, eight sequences at once."""
+    spec = shapes.spec(model)
+    new = 4 if machine.tiny() else 32
+    found = []
+    for regime in shapes.regimes(model):
+        if not regime.decoding:
+            count = regime.tokens
+            ids = models.prompt_ids(count + 64, spec.vocab_size, assets.folder)
+            prompts = [ids[i : i + count] for i in range(0, 64, 8)]
+            calls = tuple(costs.forward(spec, regime.lengths, logits=1, cached=True))
+            request = {"prompts": prompts}
+            found.append(Workload(model, regime.name, "prefill", "tokens", request, count, calls))
+            continue
+        assert regime.contexts is not None
+        count, batch = regime.contexts[0] - 1, len(regime.lengths)
+        ids = models.prompt_ids(count + batch, spec.vocab_size, assets.folder)
+        prompts = [ids[i : i + count] for i in range(batch)]
+        contexts = [count + 1 + new // 2] * batch  # of the step in the middle
+        calls = tuple(costs.forward(spec, regime.lengths, contexts=contexts, logits=batch, cached=True))
+        request = {"prompts": prompts, "new": new}
+        found.append(Workload(model, regime.name, "decode", "tokens", request, new * batch, calls, new))
+    return found
+
+
+def sweep_workloads(model: str) -> list[Workload]:
+    """One sequence of each length, and batches of each size at 128 tokens: the curves."""
+    spec = shapes.spec(model)
+    small = machine.tiny()
+    lengths = (4, 8) if small else (8, 16, 32, 64, 128, 256, 512)
+    batches = (1, 2) if small else (1, 2, 4, 8, 16, 32)
+    length = 8 if small else 128
+    found = []
+    for count, n in [*((1, n) for n in lengths), *((b, length) for b in batches if b > 1)]:
+        generator = random.Random(count * 1000 + n)
+        sets = [[[generator.randrange(5, spec.vocab_size) for _ in range(n)] for _ in range(count)] for _ in range(4)]
+        calls = tuple(costs.forward(spec, [n] * count))
+        found.append(Workload(model, f"sweep {count} x {n}", "ids", "sentences", {"batches": sets}, count, calls))
+    return found
+
+
+def engines_for(model: str, device: str, wanted: Callable[[str], bool]) -> list[tuple[str, str | None]]:
+    """(engine, None or why it is left out) for every engine that runs models of this kind."""
+    encoder = model in shapes.ENCODERS
+    found: list[tuple[str, str | None]] = []
+    for name in peers.ENGINES:
+        kind = peers.engine_class(name)
+        if not (kind.encoder if encoder else kind.decoder) or not wanted(name):
+            continue
+        reason = kind.unavailable(device)
+        if reason is None and kind.only_real_models and not models.is_real(model):
+            reason = "is run on the real models only"
+        found.append((name, reason))
+    return found
+
+
+def check_prompt(model: str, folder: Any) -> list[int]:
+    """A text that is told twice and begun a third time: what follows is plain to any precision, so that an engine is
+    not called wrong for a coin that fell on the other side."""
+    ids = models.prompt_ids(24 if machine.tiny() else 48, shapes.spec(model).vocab_size, folder)
+    return [*ids, *ids, *ids[:8]]
+
+
+CHECK_NEW = 16
+CHECK_TEXTS = 40
+
+
+def output(worker: Worker, model: str, assets: Assets) -> Any:
+    """What an engine answers to the check's question."""
+    if model in shapes.ENCODERS:
+        texts = corpus.sentences(CHECK_TEXTS)
+        if not machine.tiny():
+            texts = texts[:CHECK_TEXTS]
+        return torch.tensor(worker.ask("embed", texts=texts))
+    return worker.ask("tokens", prompts=[check_prompt(model, assets.folder)], new=CHECK_NEW)[0]
+
+
+def judge(found: Any, truth: Any, precision: str) -> check.Verdict:
+    """Embeddings by cosine, tokens by equality."""
+    if isinstance(truth, torch.Tensor):
+        return check.cosines(found, truth, precision)
+    return check.equal_tokens(found, truth, precision)
+
+
+@dataclass
+class Options:
+    """What the run of this level is told."""
+
+    settings: harness.Settings
+    threads: int
+    device: str
+    wanted: Callable[[str], bool]
+    chosen: Callable[[str], bool] = lambda name: True
+    """Which workloads, by name."""
+    say: Callable[[str], None] = lambda text: None
+    cold_repeats: int = 5
+
+
+def run_model(
+    model: str, workloads: Sequence[Workload], limits: Limits, options: Options, *, cold: bool = True
+) -> Iterator[dict[str, Any]]:
+    """All engines on all workloads of one model; yields one cell for each pair."""
+    assets = models.assets(model)
+    workloads = [w for w in workloads if options.chosen(f"{w.model} {w.name}")]
+    candidates = engines_for(model, options.device, options.wanted)
+    with ExitStack() as stack:
+        ready, verdicts, refused = _start(stack, model, assets, candidates, options)
+        for workload in workloads:
+            yield from _run(workload, ready, verdicts, refused, limits, options)
+    if cold and options.chosen(f"{model} cold start"):
+        names = [name for name in ready if verdicts[name].ok]
+        yield from _cold_starts(model, assets, names, options)
+
+
+def _start(
+    stack: ExitStack, model: str, assets: Assets, candidates: Sequence[tuple[str, str | None]], options: Options
+) -> tuple[dict[str, Worker], dict[str, check.Verdict], dict[str, tuple[str, str]]]:
+    """Start, load and check every engine. Returns the running ones, verdicts, and (status, reason) of the others."""
+    ready: dict[str, Worker] = {}
+    verdicts: dict[str, check.Verdict] = {}
+    refused: dict[str, tuple[str, str]] = {}
+    with Worker(TRUTH, options.threads) as reference:
+        reference.load(assets, options.device)
+        truth = output(reference, model, assets)
+    for name, reason in candidates:
+        if reason is not None:
+            refused[name] = ("skipped", reason)
+            continue
+        options.say(f"{model}: {name} is loaded and checked")
+        try:
+            with Worker(name, options.threads) as converter:
+                converter.load(assets, options.device, prepare=True)
+            worker = stack.enter_context(Worker(name, options.threads))
+            worker.load(assets, options.device)
+            verdicts[name] = judge(output(worker, model, assets), truth, peers.engine_class(name).precision)
+            ready[name] = worker
+            worker.pause()
+        except WorkerError as error:
+            refused[name] = ("skipped" if error.kind == "unavailable" else "failed", str(error))
+    return ready, verdicts, refused
+
+
+def _cell(workload: Workload, name: str, options: Options) -> dict[str, Any]:
+    return {
+        "level": "end to end",
+        "model": workload.model,
+        "workload": f"{workload.model} {workload.name}",
+        "peer": name,
+        "ours": name.startswith("minilm"),
+        "precision": peers.engine_class(name).precision,
+        "dtype": "float32",
+        "device": options.device,
+        "threads": options.threads,
+        "unit": workload.unit,
+        "units_per_call": workload.units,
+    }
+
+
+def _run(
+    workload: Workload,
+    ready: dict[str, Worker],
+    verdicts: dict[str, check.Verdict],
+    refused: dict[str, tuple[str, str]],
+    limits: Limits,
+    options: Options,
+) -> Iterator[dict[str, Any]]:
+    options.say(f"{workload.model}: {workload.name}")
+    cells = {name: _cell(workload, name, options) for name in (*ready, *refused)}
+    for name, (status, reason) in refused.items():
+        cells[name] |= {"status": status, "reason": reason}
+    blocks: dict[str, harness.Block] = {}
+    request = {"kind": workload.kind, **workload.request}
+    for name, worker in ready.items():
+        verdict = verdicts[name]
+        cells[name] |= {"check": verdict.to_dict(), "note": worker.note}
+        if not verdict.ok:
+            cells[name] |= {"status": "wrong", "reason": verdict.detail}
+            continue
+        if workload.kind == "texts" and not getattr(peers.engine_class(name), "mixed", True):
+            cells[name] |= {"status": "skipped", "reason": worker.note}
+            continue
+        try:
+            worker.ask("block", workload=request, calls=1)  # what cannot run says so here; what compiles does so here
+        except WorkerError as error:
+            cells[name] |= {"status": "skipped" if error.kind == "unavailable" else "failed", "reason": str(error)}
+            continue
+        finally:
+            worker.pause()
+        blocks[name] = _block(worker, request)
+        cells[name]["status"] = "ok"
+    load = machine.Load()
+    samples = harness.measure(blocks, options.settings) if blocks else {}
+    noted = load.stop()
+    for name, taken in samples.items():
+        cost = workload.cost(peers.engine_class(name).bytes_a_weight)
+        dtype = _arithmetic(peers.engine_class(name).precision, options.device)
+        floor, binding = limits.floor(cost, dtype, options.threads)
+        cells[name] |= {
+            "samples": taken.seconds,
+            "calls": taken.calls,
+            "bytes": cost.bytes,
+            "written": cost.written,
+            "operations": cost.operations,
+            "arithmetic": dtype,
+            "floor_seconds": floor,
+            "binding": binding,
+            "load": noted,
+        }
+    yield from cells.values()
+
+
+def _arithmetic(precision: str, device: str) -> str:
+    """The dtype whose peak is the limit: 16-bit weights are computed in float32 on a CPU, 8- and 4-bit ones in int8."""
+    if device == "cuda":
+        return {"fp32": "float16", "fp16": "float16", "bf16": "bfloat16"}.get(precision, "int8")
+    return "int8" if precision in ("int8", "q4") else "float32"
+
+
+def _block(worker: Worker, request: dict[str, Any]) -> harness.Block:
+    def block(calls: int) -> float:
+        try:
+            return float(worker.ask("block", workload=request, calls=calls))
+        finally:
+            worker.pause()
+
+    return block
+
+
+def _cold_starts(
+    model: str, assets: Assets, names: Sequence[str], options: Options
+) -> Iterator[dict[str, Any]]:
+    """Process start to the first result, in turn; and the most memory the process held until then."""
+    options.say(f"{model}: cold starts")
+    workload = Workload(model, "cold start", "cold", "s", {}, 1)
+    cells = {name: _cell(workload, name, options) | {"status": "ok", "samples": [], "calls": 1} for name in names}
+    repeats = 2 if machine.tiny() else options.cold_repeats
+    for done in range(repeats + 1):  # the first one fills the system's file cache
+        for name in names:
+            if cells[name]["status"] != "ok":
+                continue
+            try:
+                begin = time.perf_counter()
+                with Worker(name, options.threads) as worker:
+                    worker.load(assets, options.device)
+                    if model in shapes.ENCODERS:
+                        worker.ask("embed", texts=["The first sentence after the start."])
+                    else:
+                        worker.ask("tokens", prompts=[check_prompt(model, assets.folder)[:16]], new=1)
+                    seconds = time.perf_counter() - begin
+                    peak = worker.ask("peak")
+            except WorkerError as error:
+                cells[name] |= {"status": "failed", "reason": str(error), "samples": []}
+                continue
+            if done:
+                cells[name]["samples"].append(seconds)
+                cells[name]["peak_bytes"] = max(peak, cells[name].get("peak_bytes", 0))
+    yield from cells.values()
