@@ -268,25 +268,31 @@ class LLM:
         return [self._output(job) for job in jobs]
 
     def _run(self, jobs: list[_Job]) -> Generator[None, None, None]:
-        """Step the engine until these jobs are done, yielding after each step; nothing stays behind."""
+        """Step the engine until these jobs are done, yielding after each step; nothing is left behind."""
         try:
             with self._lock:
                 for job in jobs:
                     self._engine.add(job.request)
             while not all(job.request.finished for job in jobs):
                 with self._lock:
-                    if not self._engine.busy:
-                        raise RuntimeError("the texts were given up after an error in another thread")
-                    try:
-                        self._engine.step()
-                    except BaseException:
-                        self._engine.clear()
-                        raise
+                    self._step(jobs)
                 yield
         finally:
             with self._lock:
                 for job in jobs:
                     self._engine.abort(job.request)
+
+    def _step(self, jobs: list[_Job]) -> None:
+        """One step of the engine, which may also write for other threads, as theirs may have for these jobs."""
+        if all(job.request.finished for job in jobs):
+            return
+        if not self._engine.busy:
+            raise RuntimeError("the texts were given up after an error in another call")
+        try:
+            self._engine.step()
+        except BaseException:
+            self._engine.clear()
+            raise
 
     def _output(self, job: _Job) -> RequestOutput:
         """The job's state, finished or not."""
@@ -347,9 +353,11 @@ class TextStream(Iterator[str]):
     def _run(self) -> Generator[str, None, None]:
         (text,), (sample,) = self._job.texts, self._job.request.samples
         for _ in self._llm._run([self._job]):
-            if sample.finish_reason is not None:
-                self._llm._finish(self._job, sample)
-            if piece := text.piece():
+            with self._llm._lock:  # another thread's step may be writing
+                if sample.finish_reason is not None:
+                    self._llm._finish(self._job, sample)
+                piece = text.piece()
+            if piece:
                 yield piece
 
     def __next__(self) -> str:
@@ -362,4 +370,5 @@ class TextStream(Iterator[str]):
     @property
     def output(self) -> RequestOutput:
         """The text so far, with its token ids and, once it has ended, its reason."""
-        return self._llm._output(self._job)
+        with self._llm._lock:
+            return self._llm._output(self._job)
