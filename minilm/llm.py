@@ -283,7 +283,7 @@ class LLM:
                     self._engine.abort(job.request)
 
     def _step(self, jobs: list[_Job]) -> None:
-        """One step of the engine, which may also write for other threads, as theirs may have for these jobs."""
+        """One step of the engine, for other threads too, as theirs may have been for these jobs."""
         if all(job.request.finished for job in jobs):
             return
         if not self._engine.busy:
