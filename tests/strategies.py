@@ -1,0 +1,408 @@
+"""Hypothesis strategies over the configuration space of each family, and over the batches that a model can be called with.
+
+A configuration is drawn as the contents of a config.json, in the spelling of transformers 4 or 5, so that both libraries
+read the same file and neither can help the other. Sizes are tiny and odd; every option that is honoured is drawn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hypothesis import Phase, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert")
+DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+FAMILIES = (*ENCODERS, *DECODERS)
+ROPE_FAMILIES = DECODERS[1:]
+
+LONGEST = 11
+"""Tokens of the longest sequence that `batches` draws; position tables are at least as long."""
+
+ACTIVATIONS = (
+    *(
+        "gelu",
+        "gelu_10",
+        "gelu_accurate",
+        "gelu_fast",
+        "gelu_new",
+        "gelu_python",
+        "gelu_python_tanh",
+        "gelu_pytorch_tanh",
+    ),
+    *(
+        "hardswish",
+        "leaky_relu",
+        "linear",
+        "mish",
+        "quick_gelu",
+        "relu",
+        "relu2",
+        "relu6",
+        "sigmoid",
+        "silu",
+        "swish",
+    ),
+    "tanh",
+)
+
+Config = dict[str, Any]
+
+
+def examples(count: int) -> settings:
+    """`count` examples in the usual profile, and in proportion in one that draws more (see conftest.py)."""
+    wanted = max(1, count * settings.default.max_examples // 25)
+    # To explain a failure, hypothesis runs it some hundred times more; the small configuration says enough.
+    return settings(max_examples=wanted, phases=set(Phase) - {Phase.explain})
+
+
+def seeds() -> st.SearchStrategy[int]:
+    """Seeds for weights and inputs."""
+    return st.integers(0, 9999)
+
+
+def _maybe(options: dict[str, st.SearchStrategy[Any]]) -> st.SearchStrategy[Config]:
+    """Any subset of the options: what is left out has its default."""
+    return st.fixed_dictionaries({}, optional=options)
+
+
+EPSILONS = st.sampled_from([1e-12, 1e-8, 1e-6, 1e-5, 1e-3, 0.1])
+PROBABILITIES = st.sampled_from([0.0, 0.1, 0.5])
+VOCABULARY = st.integers(7, 90)
+
+
+@st.composite
+def bert(draw: st.DrawFn, model_type: str = "bert") -> Config:
+    """BERT, RoBERTa, XLM-RoBERTa."""
+    heads, head_dim, vocabulary = draw(st.integers(1, 4)), draw(st.integers(1, 9)), draw(VOCABULARY)
+    config = {
+        "model_type": model_type,
+        "vocab_size": vocabulary,
+        "hidden_size": max(2, heads * head_dim) if heads == 1 else heads * head_dim,
+        "num_attention_heads": heads,
+        "num_hidden_layers": draw(st.integers(0, 3)),
+        "intermediate_size": draw(st.integers(1, 50)),
+        "max_position_embeddings": draw(st.integers(LONGEST, 20)),
+        **draw(
+            _maybe(
+                {
+                    "hidden_act": st.sampled_from(ACTIVATIONS),
+                    "layer_norm_eps": EPSILONS,
+                    "type_vocab_size": st.integers(1, 3),
+                    "tie_word_embeddings": st.booleans(),
+                    "hidden_dropout_prob": PROBABILITIES,
+                    "attention_probs_dropout_prob": PROBABILITIES,
+                    "classifier_dropout": st.none() | PROBABILITIES,
+                    "initializer_range": st.just(0.3),
+                }
+            )
+        ),
+    }
+    if model_type == "bert":
+        config |= draw(
+            _maybe(
+                {
+                    "pad_token_id": st.none() | st.integers(0, vocabulary - 1),
+                    "position_embedding_type": st.just("absolute"),
+                    "is_decoder": st.just(False),
+                }
+            )
+        )
+    else:  # positions begin after the padding index, and count tokens that are not padding
+        config["pad_token_id"] = draw(st.integers(0, 3))
+        config["max_position_embeddings"] += config["pad_token_id"] + 1
+        config |= {"bos_token_id": 0, "eos_token_id": 2}
+    return config
+
+
+@st.composite
+def distilbert(draw: st.DrawFn) -> Config:
+    """DistilBERT."""
+    heads, head_dim, vocabulary = draw(st.integers(1, 4)), draw(st.integers(2, 9)), draw(VOCABULARY)
+    return {
+        "model_type": "distilbert",
+        "vocab_size": vocabulary,
+        "dim": heads * head_dim,
+        "n_heads": heads,
+        "n_layers": draw(st.integers(0, 3)),
+        "hidden_dim": draw(st.integers(1, 50)),
+        "max_position_embeddings": draw(st.integers(LONGEST, 20)),
+        **draw(
+            _maybe(
+                {
+                    "activation": st.sampled_from(ACTIVATIONS),
+                    "sinusoidal_pos_embds": st.booleans(),
+                    "tie_word_embeddings": st.booleans(),
+                    "pad_token_id": st.integers(0, vocabulary - 1),
+                    "dropout": PROBABILITIES,
+                    "attention_dropout": PROBABILITIES,
+                    "qa_dropout": PROBABILITIES,
+                    "seq_classif_dropout": PROBABILITIES,
+                }
+            )
+        ),
+    }
+
+
+@st.composite
+def gpt2(draw: st.DrawFn) -> Config:
+    """GPT-2."""
+    heads, head_dim, vocabulary = draw(st.integers(1, 4)), draw(st.integers(2, 9)), draw(VOCABULARY)
+    return {
+        "model_type": "gpt2",
+        "vocab_size": vocabulary,
+        "n_embd": heads * head_dim,
+        "n_head": heads,
+        "n_layer": draw(st.integers(0, 3)),
+        "n_positions": draw(st.integers(LONGEST, 20)),
+        "bos_token_id": None,
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": draw(st.integers(0, vocabulary - 1)),
+        **draw(
+            _maybe(
+                {
+                    "n_inner": st.none() | st.integers(1, 50),
+                    "n_ctx": st.just(20),
+                    "activation_function": st.sampled_from(ACTIVATIONS),
+                    "layer_norm_epsilon": EPSILONS,
+                    "scale_attn_weights": st.booleans(),
+                    "scale_attn_by_inverse_layer_idx": st.booleans(),
+                    "reorder_and_upcast_attn": st.booleans(),
+                    "tie_word_embeddings": st.booleans(),
+                    "resid_pdrop": PROBABILITIES,
+                    "embd_pdrop": PROBABILITIES,
+                    "attn_pdrop": PROBABILITIES,
+                    "summary_type": st.sampled_from(["cls_index", "last"]),
+                }
+            )
+        ),
+    }
+
+
+@st.composite
+def rope(draw: st.DrawFn, head_dim: int, positions: int) -> Config:
+    """The rope options of a config.json, in one of the spellings that are around."""
+    kinds = ["default", "linear", "llama3", "yarn"] + (["dynamic"] if head_dim > 2 else [])
+    kind = draw(st.sampled_from(kinds))
+    theta = draw(st.sampled_from([None, 10000.0, 10000, 500000.0, 50.0]))
+    options: Config = {}
+    if kind != "default":
+        options["factor"] = draw(st.sampled_from([1.0, 1.5, 2, 4.0, 8.0]))
+    if kind == "llama3":
+        low = draw(st.sampled_from([1, 1.0, 2.0]))
+        options |= {"low_freq_factor": low, "high_freq_factor": low + draw(st.sampled_from([0.5, 3.0]))}
+        options["original_max_position_embeddings"] = draw(st.integers(2, positions))
+    if kind == "yarn":
+        options |= draw(
+            _maybe(
+                {
+                    "original_max_position_embeddings": st.integers(2, positions),
+                    "attention_factor": st.sampled_from([0.7, 1.0, 1.4]),
+                    "beta_fast": st.sampled_from([32, 8.0, 1.5]),
+                    "beta_slow": st.sampled_from([1, 0.5, 0.05]),
+                    "mscale": st.sampled_from([1.0, 0.7]),
+                    "mscale_all_dim": st.sampled_from([0.5, 1.0]),
+                    "truncate": st.booleans(),
+                }
+            )
+        )
+    spelling = draw(st.sampled_from(["rope_parameters", "rope_scaling", "rope_scaling, type"]))
+    if spelling == "rope_parameters":  # transformers 5: everything in one place
+        if kind == "default" and theta is None:
+            return draw(st.sampled_from([{}, {"rope_parameters": None}]))
+        theta = 10000.0 if theta is None and kind == "llama3" else theta  # which insists on it
+        return {
+            "rope_parameters": {
+                "rope_type": kind,
+                **options,
+                **({} if theta is None else {"rope_theta": theta}),
+            }
+        }
+    name = "rope_type" if spelling == "rope_scaling" else "type"
+    spelled: Config = {} if theta is None else {"rope_theta": theta}
+    if kind == "default":
+        return {**spelled, **draw(st.sampled_from([{}, {"rope_scaling": None}]))}
+    if "original_max_position_embeddings" in options and draw(
+        st.booleans()
+    ):  # some keep it beside the others
+        spelled["original_max_position_embeddings"] = options.pop("original_max_position_embeddings")
+        if kind == "llama3":
+            options["original_max_position_embeddings"] = 3  # and then it is this one that counts for nothing
+    return {**spelled, "rope_scaling": {name: kind, **options}}
+
+
+@st.composite
+def llama(draw: st.DrawFn, model_type: str = "llama") -> Config:
+    """Llama, Mistral, Qwen2, Qwen3."""
+    kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    heads, vocabulary = kv_heads * group, draw(VOCABULARY)
+    layers = draw(st.integers(0, 3))
+    usual_head_dim = 2 * draw(st.integers(1, 4))
+    head_dim = draw(st.sampled_from([None, 2, 4, 6, 10]))
+    positions = draw(st.integers(3, 20))
+    config: Config = {
+        "model_type": model_type,
+        "vocab_size": vocabulary,
+        "hidden_size": heads * usual_head_dim,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "num_hidden_layers": layers,
+        "intermediate_size": draw(st.integers(1, 50)),
+        "max_position_embeddings": positions,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": draw(st.integers(0, vocabulary - 1)),
+        **draw(rope(usual_head_dim if head_dim is None else head_dim, positions)),
+        **draw(
+            _maybe(
+                {
+                    "hidden_act": st.sampled_from(ACTIVATIONS),
+                    "rms_norm_eps": EPSILONS,
+                    "tie_word_embeddings": st.booleans(),
+                    "attention_dropout": PROBABILITIES,
+                    "initializer_range": st.just(0.3),
+                }
+            )
+        ),
+    }
+    if head_dim is not None:
+        config["head_dim"] = head_dim
+    elif model_type == "qwen3":  # its default is 128, whatever the width
+        config["head_dim"] = usual_head_dim
+    elif model_type != "qwen2" and draw(st.booleans()):
+        config["head_dim"] = None
+    if group == 1 and model_type == "llama" and draw(st.booleans()):
+        del config["num_key_value_heads"]
+    if model_type == "llama":
+        config |= draw(
+            _maybe({"attention_bias": st.booleans(), "mlp_bias": st.booleans(), "pretraining_tp": st.just(1)})
+        )
+    if model_type == "qwen3":
+        config |= draw(_maybe({"attention_bias": st.booleans()}))
+    if model_type == "mistral":
+        config |= draw(_maybe({"sliding_window": st.none() | st.integers(1, 8)}))
+    if model_type in ("qwen2", "qwen3"):
+        config |= draw(_windows(layers))
+    return config
+
+
+@st.composite
+def _windows(draw: st.DrawFn, layers: int) -> Config:
+    """Sliding windows of some layers, by layer_types or by max_window_layers."""
+    if not draw(st.booleans()):
+        return draw(
+            _maybe({"use_sliding_window": st.just(False), "sliding_window": st.none() | st.integers(1, 8)})
+        )
+    config: Config = {"use_sliding_window": True, "sliding_window": draw(st.none() | st.integers(1, 8))}
+    if config["sliding_window"] is None or draw(st.booleans()):
+        return {**config, "max_window_layers": draw(st.integers(0, layers + 1))}
+    kinds = st.sampled_from(["full_attention", "sliding_attention"])
+    return {**config, "layer_types": draw(st.lists(kinds, min_size=layers, max_size=layers))}
+
+
+def configs(family: str) -> st.SearchStrategy[Config]:
+    """Contents of a config.json of one family (a model_type)."""
+    if family in ("bert", "roberta", "xlm-roberta"):
+        return bert(family)
+    return (
+        {"distilbert": distilbert, "gpt2": gpt2}[family]()
+        if family in ("distilbert", "gpt2")
+        else llama(family)
+    )
+
+
+def is_dynamic(config: Config) -> bool:
+    """Whether the rope's frequencies change with the length of the sequence."""
+    options = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    return options.get("rope_type", options.get("type")) == "dynamic"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a model is called with. `seed` decides the contents of the rows, whatever side they are padded on."""
+
+    lengths: tuple[int, ...]
+    left: bool
+    """Padding stands on the left."""
+    extra: int
+    """Columns in which no row has a token."""
+    seed: int
+    with_types: bool = False
+    with_positions: bool = False
+    embedded: bool = False
+
+    @property
+    def columns(self) -> int:
+        """S."""
+        return max(self.lengths) + self.extra
+
+    def mask(self) -> Tensor:
+        """attention_mask, int64 [B, S]."""
+        column = torch.arange(self.columns)
+        lengths = torch.tensor(self.lengths)[:, None]
+        return ((column >= self.columns - lengths) if self.left else (column < lengths)).long()
+
+    def lay_out(self, rows: Tensor, padding: float = 0) -> Tensor:
+        """Contents of the rows, [B, longest row, ...], in their columns: [B, S, ...]."""
+        full = torch.full((len(self.lengths), self.columns, *rows.shape[2:]), padding, dtype=rows.dtype)
+        for row, length in enumerate(self.lengths):
+            start = self.columns - length if self.left else 0
+            full[row, start : start + length] = rows[row, :length]
+        return full
+
+    def integers(self, low: int, high: int, what: int) -> Tensor:
+        """Random numbers below `high`, int64 [B, longest row]; `what` numbers the things that are drawn."""
+        generator = torch.Generator().manual_seed(self.seed + 10007 * what)
+        return torch.randint(low, high, (len(self.lengths), max(self.lengths)), generator=generator)
+
+    def vectors(self, size: int) -> Tensor:
+        """inputs_embeds, float32 [B, S, size]."""
+        generator = torch.Generator().manual_seed(self.seed + 1)
+        return self.lay_out(torch.randn(len(self.lengths), max(self.lengths), size, generator=generator) / 2)
+
+    def ids(self, config: Config) -> Tensor:
+        """input_ids, int64 [B, S]: never the padding id where there is a token, and nothing else where there is none."""
+        padding = padding_id(config)
+        ids = self.integers(0, config["vocab_size"] - 1, 0)
+        return self.lay_out(ids + (ids >= padding), padding)
+
+    def positions(self, first: int = 0) -> Tensor:
+        """Each token's place in its own row, int64 [B, S]."""
+        return self.lay_out(
+            torch.arange(first, first + max(self.lengths)).expand(len(self.lengths), -1), first
+        )
+
+
+def padding_id(config: Config) -> int:
+    """The id at padding: the configuration's, by its own word or by default."""
+    default = 1 if config["model_type"] in ("roberta", "xlm-roberta") else 0
+    return config.get("pad_token_id", default) or 0
+
+
+@st.composite
+def batches(draw: st.DrawFn, *, longest: int = LONGEST, even: bool = False) -> Batch:
+    """Batches of up to four rows, padded on either side. `even`: all rows are of one length."""
+    if even:
+        lengths = (draw(st.integers(1, longest)),) * draw(st.integers(1, 3))
+    else:
+        lengths = tuple(draw(st.lists(st.integers(1, longest), min_size=1, max_size=4)))
+    return Batch(
+        lengths,
+        left=draw(st.booleans()),
+        extra=0 if even else draw(st.integers(0, min(2, longest - max(lengths)))),
+        seed=draw(seeds()),
+        with_types=draw(st.booleans()),
+        with_positions=draw(st.booleans()),
+        embedded=draw(st.booleans()),
+    )
+
+
+@st.composite
+def cases(draw: st.DrawFn, family: str, **options: Any) -> tuple[Config, Batch]:
+    """A configuration and a batch for it. For `dynamic` rope all rows have one length: transformers lets the longest row of
+    a batch stretch the others, minilm each row by itself."""
+    config = draw(configs(family))
+    return config, draw(batches(even=options.pop("even", False) or is_dynamic(config), **options))
