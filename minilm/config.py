@@ -11,13 +11,21 @@ key/value heads, D head size, C channels, F inner channels of the MLP, L layers,
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 
 class ConfigError(ValueError):
     """A configuration holds an option, or a combination of them, that minilm does not support; the message
     names it."""
+
+
+ACTIVATIONS = (
+    *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python", "gelu_python_tanh"),
+    *("gelu_pytorch_tanh", "hardswish", "leaky_relu", "linear", "mish", "quick_gelu", "relu"),
+    *("relu2", "relu6", "sigmoid", "silu", "swish", "tanh"),
+)
+"""Names of activation functions; `minilm.ops` has the functions."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,15 @@ class RopeConfig:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+
+
+_KINDS: dict[str, tuple[type, ...]] = {
+    "int": (int,),
+    "float": (float, int),
+    "bool": (bool,),
+    "str": (str,),
+    "None": (type(None),),
+}
 
 
 @dataclass(frozen=True)
@@ -108,6 +125,11 @@ class ModelConfig:
     hidden_dropout: float = 0.0
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            kinds = [_KINDS.get(kind) for kind in str(f.type).split(" | ")]
+            value = getattr(self, f.name)
+            if None not in kinds and not any(type(value) in kind for kind in kinds if kind):
+                raise ConfigError(f"{f.name} must be of type {f.type}, and is {value!r}")
         for name in (
             "vocab_size",
             "hidden_size",
@@ -121,6 +143,9 @@ class ModelConfig:
                 raise ConfigError(f"{name} must be at least 1, and is {getattr(self, name)}")
         if self.num_layers < 0:
             raise ConfigError(f"num_layers must not be negative, and is {self.num_layers}")
+        if self.activation not in ACTIVATIONS:
+            known = ", ".join(ACTIVATIONS)
+            raise ConfigError(f"the activation {self.activation!r} is not supported; supported are {known}")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 f"{self.num_heads} query heads cannot be shared evenly by {self.num_kv_heads} key/value heads"

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..config import ModelConfig
 from ..rules import affine, copy, fuse, ignore, tied
-from .family import NOT_A_DECODER, Family, SequenceHead
+from .family import NOT_A_DECODER, Family, SequenceHead, equal_heads
 
 if TYPE_CHECKING:
     from ..pretrained_config import PretrainedConfig
@@ -46,7 +46,7 @@ def translate(hf: PretrainedConfig) -> ModelConfig:
         num_layers=hf.num_hidden_layers,
         num_heads=hf.num_attention_heads,
         num_kv_heads=hf.num_attention_heads,
-        head_dim=hf.hidden_size // hf.num_attention_heads,
+        head_dim=equal_heads(hf),
         intermediate_size=hf.intermediate_size,
         max_positions=hf.max_position_embeddings,
         causal=False,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from ..config import ModelConfig
 from ..rules import affine, copy, fuse, ignore, tied
-from .family import NOT_A_DECODER, Family, SequenceHead
+from .family import NOT_A_DECODER, Family, SequenceHead, equal_heads
 
 if TYPE_CHECKING:
     from ..pretrained_config import PretrainedConfig
@@ -48,7 +48,7 @@ def translate(hf: PretrainedConfig) -> ModelConfig:
         num_layers=hf.n_layers,
         num_heads=hf.n_heads,
         num_kv_heads=hf.n_heads,
-        head_dim=hf.dim // hf.n_heads,
+        head_dim=equal_heads(hf),
         intermediate_size=hf.hidden_dim,
         max_positions=hf.max_position_embeddings,
         causal=False,

@@ -82,7 +82,9 @@ class Family:
                 raise ConfigError(f"{self.model_type}: {name} must be a whole number, and is {value!r}")
         try:
             return self.translate(hf)
-        except (TypeError, KeyError, AttributeError, ZeroDivisionError, OverflowError) as error:
+        except ConfigError:
+            raise
+        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
             raise ConfigError(f"{self.model_type}: the configuration cannot be read: {error}") from error
 
     def rules(self, head: Head) -> tuple[Rule, ...]:
@@ -119,6 +121,16 @@ class Family:
             "causal-lm": "ForCausalLM",
         }
         return self.class_names.get(head, self.class_prefix + usual[head])
+
+
+def equal_heads(hf: PretrainedConfig) -> int:
+    """The head size where the heads share the width out."""
+    width, heads = hf.hidden_size, hf.num_attention_heads
+    if heads < 1 or width % heads:
+        raise ConfigError(
+            f"{hf.model_type}: hidden_size {width} is not a multiple of num_attention_heads, which is {heads}"
+        )
+    return int(width // heads)
 
 
 NOT_A_DECODER: dict[str, tuple[Any, ...]] = {
@@ -182,6 +194,11 @@ def rope_config(hf: PretrainedConfig, default_theta: float = 10_000.0) -> RopeCo
         raise ConfigError(
             f"{hf.model_type}: rope_type {kind!r} does not know the options {', '.join(sorted(surplus))}"
         )
+    low, high = options.get("low_freq_factor", 1.0), options.get("high_freq_factor", 4.0)
+    if kind == "llama3" and low >= high:
+        raise ConfigError(
+            f"{hf.model_type}: low_freq_factor {low} must be less than high_freq_factor, which is {high}"
+        )
     theta = options.get("rope_theta", hf.get("rope_theta", default_theta))
     return RopeConfig(
         theta=float(theta),
@@ -189,8 +206,8 @@ def rope_config(hf: PretrainedConfig, default_theta: float = 10_000.0) -> RopeCo
         factor=float(factor) if kind != "default" else 1.0,
         max_positions=positions,
         original_max_positions=int(original),
-        low_freq_factor=float(options.get("low_freq_factor", 1.0)),
-        high_freq_factor=float(options.get("high_freq_factor", 4.0)),
+        low_freq_factor=float(low),
+        high_freq_factor=float(high),
         attention_factor=_yarn_attention_factor(options, float(factor)) if kind == "yarn" else 1.0,
         beta_fast=float(options.get("beta_fast") or 32),
         beta_slow=float(options.get("beta_slow") or 1),

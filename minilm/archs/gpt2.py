@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ..config import ModelConfig
 from ..rules import affine, copy, ignore, tied, transpose
-from .family import DECODER_ONLY, Family, SequenceHead
+from .family import DECODER_ONLY, Family, SequenceHead, equal_heads
 
 if TYPE_CHECKING:
     from ..pretrained_config import PretrainedConfig
@@ -57,7 +57,7 @@ def translate(hf: PretrainedConfig) -> ModelConfig:
         num_layers=hf.n_layer,
         num_heads=hf.n_head,
         num_kv_heads=hf.n_head,
-        head_dim=hf.n_embd // hf.n_head,
+        head_dim=equal_heads(hf),
         intermediate_size=hf.get("n_inner", 4 * hf.n_embd),
         max_positions=hf.n_positions,
         causal=True,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import ModelConfig
 from ..rules import Rule, affine, copy, fuse, ignore, tied
-from .family import DECODER_ONLY, Family, Head, SequenceHead, rope_config
+from .family import DECODER_ONLY, Family, Head, SequenceHead, equal_heads, rope_config
 
 if TYPE_CHECKING:
     from ..pretrained_config import PretrainedConfig
@@ -55,7 +55,7 @@ def translate(hf: PretrainedConfig) -> ModelConfig:
         num_layers=hf.num_hidden_layers,
         num_heads=hf.num_attention_heads,
         num_kv_heads=hf.get("num_key_value_heads", hf.num_attention_heads),
-        head_dim=hf.get("head_dim", hf.hidden_size // hf.num_attention_heads),
+        head_dim=hf.get("head_dim") or equal_heads(hf),
         intermediate_size=hf.intermediate_size,
         max_positions=hf.max_position_embeddings,
         causal=True,
