@@ -177,7 +177,7 @@ class Options:
     chosen: Callable[[str], bool] = lambda name: True
     """Which workloads, by name."""
     say: Callable[[str], None] = lambda text: None
-    cold_repeats: int = 5
+    cold_repeats: int = 3
 
 
 def run_model(

@@ -85,9 +85,9 @@ def _options(
 
 
 def _add_commands() -> None:
-    from . import encode, files, machine, tasks, write
+    from . import bench, encode, files, machine, tasks, write
 
-    for module in (encode, tasks, write, files, machine):
+    for module in (encode, tasks, write, files, machine, bench):
         module.add_to(app)
 
 

@@ -1,0 +1,191 @@
+"""`bench`: correctness first, then speed as a share of the machine's limit, beside what people would use instead."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .errors import CommandError, note
+from .options import command
+from .results import console
+
+if TYPE_CHECKING:
+    from minilm.benchmarks.run import Plan
+
+LEVELS = ("op", "layer", "e2e", "sweep")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands of this file."""
+    examples = """
+        minilm bench --quick
+        minilm bench --level e2e --model MiniLM-L6 --threads 1,2 --output results
+        minilm bench --level op --only "add_layer_norm" --peers "minilm|compile"
+        minilm bench --compare before.json after.json
+        minilm bench --explain MiniLM-L6
+        minilm bench --html results
+    """
+    command(app, "bench", panel="Machine", examples=examples)(bench)
+
+
+def bench(
+    level: Annotated[str, typer.Option(help=f"Levels to run: {', '.join(LEVELS)}, or all.")] = "op,layer,e2e",
+    model: Annotated[str, typer.Option(help="Models whose shapes are used, by comma; all: every one.")] = "all",
+    only: Annotated[str, typer.Option(help="Only workloads whose name this regular expression finds.")] = "",
+    peers: Annotated[str, typer.Option(help="Only engines whose name this regular expression finds.")] = "",
+    threads: Annotated[str, typer.Option(help="Numbers of threads, by comma; all: every core.")] = "all",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help="dtype of ops and layers.")] = "",
+    rounds: Annotated[int, typer.Option(help="Repeats of each engine; 0: as the settings say.")] = 0,
+    budget: Annotated[float, typer.Option(help="Seconds for one workload, all engines together.")] = 0.0,
+    quick: Annotated[bool, typer.Option("--quick", help="Few repeats, MiniLM and SmolLM2 only.")] = False,
+    output: Annotated[Path | None, typer.Option(help="Folder for JSON, pictures and the page.")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="What changed between two results beyond the noise.")
+    ] = None,
+    explain: Annotated[str, typer.Option(help="Where a forward pass of this model goes, op by op.")] = "",
+    html: Annotated[Path | None, typer.Option(help="Make the HTML page of a folder of results.")] = None,
+    show: Annotated[bool, typer.Option("--list", help="List engines, and why some cannot run.")] = False,
+) -> None:
+    """Measure ops, layers and whole models beside the engines that people would use instead.
+
+    Nothing is timed before its output is right. Exit status 1: something of minilm's was wrong, or became slower
+    (--compare).
+    """
+    from minilm.benchmarks.machine import tiny
+
+    if compare is not None:
+        _compare(*compare)
+    elif html is not None:
+        from minilm.benchmarks import page
+
+        typer.echo(str(page.write(html)))
+    elif explain:
+        from minilm.benchmarks import waterfall
+
+        waterfall.show(explain, threads=_threads(threads)[-1], device=device, console=console())
+    elif show:
+        _list(device)
+    else:
+        plan = _plan(level, model, threads, device, dtype, rounds, budget, quick or tiny())
+        plan.only, plan.peers = only, peers
+        _run(plan, output)
+
+
+def _threads(text: str) -> list[int]:
+    from minilm.benchmarks.run import usable_cores
+
+    if text == "all":
+        return [usable_cores()]
+    try:
+        found = sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        found = []
+    if not found or found[0] < 1:
+        raise CommandError(f"--threads takes numbers by comma, such as 1,2, and is {text!r}")
+    return found
+
+
+def _plan(
+    level: str, model: str, threads: str, device: str, dtype: str, rounds: int, budget: float, quick: bool
+) -> Plan:
+    from dataclasses import replace
+
+    import torch
+
+    from minilm.benchmarks import shapes
+    from minilm.benchmarks.harness import Settings
+    from minilm.benchmarks.run import Plan
+
+    levels = list(LEVELS) if level == "all" else level.split(",")
+    for name in levels:
+        if name not in LEVELS:
+            raise CommandError(f"unknown level {name!r}; expected {', '.join(LEVELS)} or all")
+    everything = ["MiniLM-L6", "SmolLM2-135M"] if quick else list(shapes.HF_CONFIGS)
+    models = everything if model == "all" else model.split(",")
+    for name in models:
+        if name not in shapes.HF_CONFIGS:
+            raise CommandError(f"unknown model {name!r}; expected {', '.join(shapes.HF_CONFIGS)} or all")
+    if device not in ("cpu", "cuda"):
+        raise CommandError(f"--device is cpu or cuda, and is {device!r}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise CommandError("--device cuda: this PyTorch sees no CUDA device")
+    settings = Settings.default()
+    if quick:
+        settings = replace(settings, rounds=min(settings.rounds, 5), budget_seconds=4.0, least_rounds=3)
+    if rounds:
+        settings = replace(settings, rounds=rounds, least_rounds=min(rounds, settings.least_rounds))
+    if budget:
+        settings = replace(settings, budget_seconds=budget)
+    return Plan(
+        levels=levels,
+        models=models,
+        threads=_threads(threads),
+        device=device,
+        dtype=dtype or ("float32" if device == "cpu" else "float16"),
+        settings=settings,
+    )
+
+
+def _run(plan: Plan, output: Path | None) -> None:
+    import time
+    from functools import partial
+
+    from minilm.benchmarks import machine, page, plots, report
+    from minilm.benchmarks.results import Results
+    from minilm.benchmarks.run import run
+
+    plan.say = partial(typer.echo, err=True)
+    target: Path | None = None
+    if output is not None:
+        folder = output / machine.short_name(machine.describe(plan.device))
+        target = folder / f"{time.strftime('%Y-%m-%d-%H%M')}-{'-'.join(plan.levels)}.json"
+
+    def keep(results: Results) -> None:
+        if target is not None:
+            results.write(target)
+
+    results = run(plan, on_cell=keep)
+    keep(results)
+    report.print_tables(results, console())
+    if target is not None:
+        typer.echo(str(target))
+        try:
+            pictures = plots.save(results, target.parent / "pictures")
+            typer.echo(str(page.write(target.parent)))
+            note(f"{len(pictures)} pictures in {target.parent / 'pictures'}")
+        except ImportError as error:
+            note(f"no pictures and no page: {error} (make bench-peers)")
+    if any(cell["ours"] and cell["status"] in ("wrong", "failed") for cell in results.cells):
+        raise typer.Exit(1)
+
+
+def _compare(before: Path, after: Path) -> None:
+    from minilm.benchmarks.compare import compare
+    from minilm.benchmarks.results import Results
+
+    found = compare(Results.read(before), Results.read(after))
+    for caution in found.cautions:
+        note(caution)
+    for change in found.changes:
+        typer.echo(str(change))
+    typer.echo(f"{found.alike} measurements are alike within the noise, {len(found.changes)} are not")
+    if found.worse:
+        raise typer.Exit(1)
+
+
+def _list(device: str) -> None:
+    from rich.table import Table
+    from rich.text import Text
+
+    from minilm.benchmarks import peers
+
+    table = Table("engine", "runs", "precision", "here", title="Engines of the end-to-end level", title_justify="left")
+    for name in peers.ENGINES:
+        kind = peers.engine_class(name)
+        runs = " and ".join(k for k, yes in (("encoders", kind.encoder), ("decoders", kind.decoder)) if yes)
+        reason = kind.unavailable(device)
+        table.add_row(name, runs, kind.precision, Text(reason or "yes", style="dim" if reason else "green"))
+    console().print(table)
