@@ -1,0 +1,281 @@
+"""``minilm bench --explain MODEL``: where a forward pass goes, op by op.
+
+Every call of an op is watched at the one place where the implementation is chosen: its shapes give bytes and operations
+by the same formulas as everywhere (`costs`), the decision gives which implementation ran and why the others did not,
+and the clock gives the time. Watching costs some microseconds a call, so the pass is also timed whole and unwatched;
+what the ops do not account for is shown as a line of its own.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from minilm import ops
+from minilm.ops import dispatch
+
+from . import costs, machine, report, shapes
+from .costs import Cost
+from .limits import CpuProbe, Limits
+from .stats import summary
+
+
+def cost_of_call(op: str, args: tuple[Any, ...]) -> tuple[Cost, str]:
+    """Bytes and operations of a call of an implementation of `op`, and its shape in words."""
+    x = args[0]
+    size = x.element_size()
+    channels, rows = x.shape[-1], x.numel() // max(x.shape[-1], 1)
+    if op in ("layer_norm", "add_layer_norm"):
+        weight, bias = args[-3], args[-2]
+        cost = costs.FORMULAS[op](rows, channels, size, weight.element_size(), bias is not None)
+        return cost, f"{rows} x {channels}"
+    if op in ("rms_norm", "add_rms_norm"):
+        return costs.FORMULAS[op](rows, channels, size, args[-2].element_size()), f"{rows} x {channels}"
+    if op == "attention":
+        q, k, _, cu_q, cu_k = args[:5]
+        causal, window = args[8], args[9]
+        lengths, contexts = cu_q.diff().tolist(), cu_k.diff().tolist()
+        cost = costs.attention(lengths, q.shape[1], k.shape[1], q.shape[2], causal, window, contexts, size)
+        return cost, f"{len(lengths)} sequences, {q.shape[0]} tokens, {q.shape[1]}/{k.shape[1]} heads of {q.shape[2]}"
+    if op == "paged_attention":
+        q, k, _, _, cu_q, context = args[:6]
+        lengths, contexts = cu_q.diff().tolist(), context.tolist()
+        heads = (q.shape[1], k.shape[2], q.shape[2])
+        cost = costs.paged_attention(lengths, contexts, *heads, k.shape[1], args[9], size, k.element_size())
+        return cost, f"{len(lengths)} sequences on {sum(contexts)} keys, {heads[0]}/{heads[1]} heads of {heads[2]}"
+    if op in ("rope", "rope_append"):
+        q, k = args[:2]
+        dims = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], size)
+        cost = costs.rope(*dims) if op == "rope" else costs.rope_append(*dims, args[5].element_size())
+        return cost, f"{q.shape[0]} tokens, {q.shape[1]}/{k.shape[1]} heads of {q.shape[2]}"
+    if op == "append_kv":
+        cost = costs.append_kv(x.shape[0], x.shape[1], x.shape[2], size, args[2].element_size())
+        return cost, f"{x.shape[0]} tokens, {x.shape[1]} heads of {x.shape[2]}"
+    if op == "linear":
+        weight, bias, activation = args[1:4]
+        outer, inner = weight.shape
+        stored = weight.nbytes / (outer * inner)
+        cost = costs.linear(rows, inner, outer, size, stored, bias is not None, activation is not None)
+        return cost, f"{rows} x {inner} -> {outer}" + (f", {activation}" if activation else "")
+    if op == "gated":
+        return costs.gated(rows, channels // 2, size), f"{rows} x 2 x {channels // 2}"
+    if op == "cross_entropy":
+        return costs.cross_entropy(rows, channels, size), f"{rows} x {channels}"
+    return Cost(), str([list(a.shape) for a in args if isinstance(a, Tensor)])
+
+
+@dataclass
+class Step:
+    """One kind of call: op, shape, implementation; `calls` of them in one pass."""
+
+    op: str
+    shape: str
+    backend: str
+    why_not: dict[str, str]
+    cost: Cost
+    calls: int = 0
+    seconds: list[float] = field(default_factory=list)
+    """Of all calls of one pass together, one entry a pass."""
+
+
+class Watch:
+    """Records the ops of the passes that run inside `watching`."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self.steps: dict[tuple[str, str, str], Step] = {}
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """One pass. Ops call `select`, which is stood in for here; nothing else is touched."""
+        genuine = ops.select
+        spent: dict[tuple[str, str, str], list[float]] = {}
+
+        def select(op: str, traits: Any) -> Callable[..., Any]:
+            call = genuine(op, traits)
+
+            def watched(*args: Any, **options: Any) -> Any:
+                self._wait()
+                begin = time.perf_counter()
+                result = call(*args, **options)
+                self._wait()
+                seconds = time.perf_counter() - begin
+                cost, shape = cost_of_call(op, args)
+                backend, why_not = self._decision(op, traits)
+                key = (op, shape, backend)
+                self.steps.setdefault(key, Step(op, shape, backend, why_not, cost))
+                spent.setdefault(key, []).append(seconds)
+                return result
+
+            return watched
+
+        setattr(ops, "select", select)  # noqa: B010 (a module attribute, on purpose)
+        try:
+            yield
+        finally:
+            setattr(ops, "select", genuine)  # noqa: B010
+        for key, values in spent.items():
+            self.steps[key].calls = len(values)
+            self.steps[key].seconds.append(sum(values))
+
+    def _wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    @staticmethod
+    def _decision(op: str, traits: Any) -> tuple[str, dict[str, str]]:
+        for decision in reversed(dispatch.explain().decisions):
+            if decision.op == op and decision.traits == traits:
+                return decision.chosen.backend, decision.refused
+        return "?", {}
+
+
+@dataclass
+class Waterfall:
+    """What was seen of one situation: the steps, the whole pass unwatched, and the limits."""
+
+    title: str
+    steps: list[Step]
+    whole: list[float]
+    limits: Limits
+    threads: int
+    dtype: str
+
+    def floor(self, step: Step) -> tuple[float, str]:
+        """What the limit allows for all calls of a step."""
+        threads = self.threads if self.limits.device == "cpu" else None
+        seconds, name = self.limits.floor(step.cost, self.dtype, threads)
+        return seconds * step.calls, name
+
+
+def passes(name: str) -> tuple[Any, list[tuple[str, Callable[[], Any]]]]:
+    """(model, [(situation, a function that runs one pass)]) for a model's name, folder or GGUF file."""
+    from minilm import AutoModel, AutoModelForCausalLM
+    from minilm.auto import AutoConfig
+
+    from . import models
+
+    path: Any = models.assets(name).folder if name in shapes.HF_CONFIGS else Path(name)
+    path = path if Path(path).exists() else name
+    causal = AutoConfig.from_pretrained(path).model_type in ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+    model: Any = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(path, dtype=torch.float32)
+    spec = model.spec
+    small = machine.tiny()
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(batch: int, length: int) -> Tensor:
+        return torch.randint(5, spec.vocab_size, (batch, length), generator=generator)
+
+    if not causal:
+        sizes = [(1, 16), (3, 8)] if small else [(1, 16), (1, min(512, spec.max_positions)), (32, 128)]
+        return model, [(f"{b} x {n} tokens", lambda x=ids(b, n): model(input_ids=x)) for b, n in sizes]
+    long = 24 if small else 512
+    prompt = ids(1, long)
+
+    def step(context: int) -> Callable[[], Any]:
+        cache = model.new_cache(1)
+        model(input_ids=ids(1, context), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        token = ids(1, 1)
+
+        def run() -> Any:
+            out = model(input_ids=token, past_key_values=cache, use_cache=True)
+            cache.crop(context)
+            return out
+
+        return run
+
+    found: list[tuple[str, Callable[[], Any]]] = [
+        (f"prefill of {long} tokens", lambda: model(input_ids=prompt, use_cache=True, logits_to_keep=1))
+    ]
+    with torch.no_grad():
+        found += [(f"one step after {n} tokens", step(n)) for n in ((8, 24) if small else (32, 1000))]
+    return model, found
+
+
+def measure(name: str, threads: int, device: str = "cpu", repeats: int = 0) -> list[Waterfall]:
+    """Watch every situation of a model."""
+    repeats = repeats or (2 if machine.tiny() else 9)
+    torch.set_num_threads(threads)
+    if device == "cuda":
+        from .cuda_timing import GpuProbe
+
+        probe: Any = GpuProbe("float32")
+    else:
+        probe = CpuProbe([threads])
+    for _ in range(3):
+        probe.round()
+    found = []
+    with torch.no_grad():
+        model, situations = passes(name)
+        model.to(device)
+        for title, run in situations:
+            watch, whole = Watch(device), []
+            run()
+            for _ in range(repeats):  # in turn: watched, whole
+                with watch.watching():
+                    run()
+                begin = time.perf_counter()
+                run()
+                watch._wait()
+                whole.append(time.perf_counter() - begin)
+            steps = list(watch.steps.values())
+            found.append(Waterfall(f"{name}, {title}", steps, whole, probe.limits, threads, "float32"))
+    return found
+
+
+def show(name: str, threads: int, device: str, console: Any) -> None:
+    """Print the tables."""
+    from rich.text import Text
+
+    for waterfall in measure(name, threads, device):
+        console.print(_table(waterfall))
+        reasons = {
+            f"{step.op} ran on {step.backend}; not {other}: {reason}"
+            for step in waterfall.steps
+            for other, reason in step.why_not.items()
+        }
+        for reason in sorted(reasons):
+            console.print(Text(f"  {reason}", style="dim"))
+
+
+def _table(waterfall: Waterfall) -> Any:
+    from rich.table import Table
+    from rich.text import Text
+
+    whole = summary(waterfall.whole)
+    limits, threads = waterfall.limits, waterfall.threads
+    read, (peak, unit) = limits.get("read", threads), limits.peak(waterfall.dtype, threads)
+    title = (
+        f"{waterfall.title}: {report.seconds(whole.median)} [{report.seconds(whole.p20)} - {report.seconds(whole.p80)}]"
+        f" · limits read {read / 1e9:.3g} GB/s, {unit} {peak / 1e9:.4g} Gop/s, {threads} threads"
+    )
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for at, heading in enumerate(
+        ("op", "shape", "ran on", "calls", "MB", "Mop", "time", "of the pass", "limit allows", "of limit", "bound by")
+    ):
+        table.add_column(heading, justify="left" if at in (0, 1, 2, 10) else "right", overflow="fold")
+    seen = 0.0
+    for step in sorted(waterfall.steps, key=lambda s: -summary(s.seconds).median):
+        spent = summary(step.seconds).median
+        allowed, bound = waterfall.floor(step)
+        seen += spent
+        bar = "#" * max(1, round(12 * spent / whole.median))
+        table.add_row(
+            *(step.op, Text(step.shape), step.backend, str(step.calls)),
+            *(f"{step.cost.bytes * step.calls / 1e6:.2f}", f"{step.cost.operations * step.calls / 1e6:.1f}"),
+            *(report.seconds(spent), f"{bar} {spent / whole.median:.0%}"),
+            *(report.seconds(allowed), f"{allowed / spent:.0%}", bound),
+        )
+    rest = whole.median - seen
+    table.add_section()
+    words = "between the ops: embeddings, Python, the cache's book-keeping"
+    shown = report.seconds(rest) if rest > 0 else "hidden by the cost of watching"
+    table.add_row("rest", words, "", "", "", "", shown, f"{max(rest, 0) / whole.median:.0%}", "", "", "")
+    return table
