@@ -39,7 +39,8 @@ class IncrementalDecoder:
         self._window: list[int] = []  # ids that only give context, then those whose text was not returned yet
         self._context = 0  # how many give context
         self._shown = ""  # text of the window that was returned, or belongs to the context
-        self._move_past([int(index) for index in prompt_ids][-_MAX_PENDING:])
+        self._move_past([int(index) for index in list(prompt_ids)[-_MAX_PENDING:]])
+        self._shown = self._shown.rstrip(_REPLACEMENT)  # a character that the prompt only began
 
     def push(self, ids: int | Iterable[int]) -> str:
         """Takes one id or several; returns the text that is certain now, possibly empty."""

@@ -294,7 +294,8 @@ class Tokenizer(TextEncoder):
     @property
     def add_bos_token(self) -> bool:
         """Whether texts are encoded with `bos_token` before them. Can be set."""
-        return adds(self.backend_tokenizer, self.bos_token, 0)
+        with self._lock:
+            return adds(self.backend_tokenizer, self.bos_token, 0)
 
     @add_bos_token.setter
     def add_bos_token(self, value: bool) -> None:
@@ -303,7 +304,8 @@ class Tokenizer(TextEncoder):
     @property
     def add_eos_token(self) -> bool:
         """Whether texts are encoded with `eos_token` after them. Can be set."""
-        return adds(self.backend_tokenizer, self.eos_token, -1)
+        with self._lock:
+            return adds(self.backend_tokenizer, self.eos_token, -1)
 
     @add_eos_token.setter
     def add_eos_token(self, value: bool) -> None:

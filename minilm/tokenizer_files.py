@@ -7,7 +7,6 @@ padding or truncation that someone left in tokenizer.json is dropped: what rules
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 from .hub import read_json
 from .sentencepiece_file import Algorithm, read_sentencepiece
 from .tokenizer_build import (
-    SPACE,
     SPLITTINGS,
     byte_level_bpe,
     llama,
@@ -30,6 +28,7 @@ from .tokenizer_build import (
 from .tokenizer_errors import TokenizerError, backend_errors
 from .tokenizer_families import FAMILIES, GENERIC, Family, adds, family_of, set_frame
 from .tokenizer_gguf import tokenizer_from_gguf
+from .tokenizer_json import from_tokenizer_json
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -88,7 +87,7 @@ def load(
         backend, in_metadata = tokenizer_from_gguf(_read_gguf(source), source)
         explicit, family = {**in_metadata, **overrides}, GENERIC
     elif source.suffix == ".json" and source.name != "vocab.json":
-        backend = _from_tokenizer_json(source, family, explicit, overrides)
+        backend = from_tokenizer_json(source, family, explicit, overrides)
     else:
         backend = _from_vocabulary(source, family, explicit, merges_file)
     return _complete(backend, explicit, overrides, family, str(path))
@@ -211,71 +210,6 @@ def _from_vocabulary(
     )
 
 
-def _from_tokenizer_json(
-    path: Path, family: Family, settings: Mapping[str, Any], overrides: Mapping[str, Any]
-) -> Backend:
-    """The pipeline in tokenizer.json. transformers 5 keeps of it only vocabulary and merges when the class
-    is one it knows, and so loses, say, the single digits of SmolLM2; here a setting changes the one step it
-    is about, if it is given."""
-    from tokenizers import Tokenizer
-
-    data = read_json(path, error=TokenizerError)
-    data["truncation"] = data["padding"] = None
-    ours = set(settings) if family is not GENERIC else set(overrides)
-    model = data.get("model")
-    for step in _steps(data.get("normalizer"), "normalizers"):
-        if step.get("type") == "BertNormalizer":
-            for name, key in (
-                ("do_lower_case", "lowercase"),
-                ("strip_accents", "strip_accents"),
-                ("tokenize_chinese_chars", "handle_chinese_chars"),
-            ):
-                if name in ours:
-                    step[key] = settings[name]
-    if "add_prefix_space" in ours and isinstance(settings["add_prefix_space"], bool):
-        for step in (
-            *_steps(data.get("pre_tokenizer"), "pretokenizers"),
-            *_steps(data.get("post_processor"), "processors"),
-        ):
-            if step.get("type") in ("ByteLevel", "RobertaProcessing"):
-                step["add_prefix_space"] = settings["add_prefix_space"]
-        for step in (
-            *_steps(data.get("pre_tokenizer"), "pretokenizers"),
-            *_steps(data.get("decoder"), "decoders"),
-        ):
-            if step.get("type") == "Metaspace":
-                step.pop("add_prefix_space", None)  # the older name of prepend_scheme
-                step["prepend_scheme"] = "always" if settings["add_prefix_space"] else "never"
-    if family.name == "LlamaTokenizer" and isinstance(model, dict) and model.get("byte_fallback"):
-        _as_llama(data, settings)
-    with backend_errors(f"{path}: not a file of the tokenizers library"):
-        backend = Tokenizer.from_str(json.dumps(data))
-        backend.decode(backend.encode("a b", "c").ids)  # some damage shows only in use
-    return backend
-
-
-def _as_llama(data: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    """`legacy` decides about the space after special tokens, whatever pipeline the file has: as
-    transformers 5."""
-    prefix = settings.get("add_prefix_space") is not False
-    scheme = ("always" if settings.get("legacy", False) else "first") if prefix else "never"
-    data["normalizer"] = None
-    data["pre_tokenizer"] = {
-        "type": "Metaspace",
-        "replacement": SPACE,
-        "prepend_scheme": scheme,
-        "split": False,
-    }
-    steps: list[dict[str, Any]] = [
-        {"type": "Replace", "pattern": {"String": SPACE}, "content": " "},
-        {"type": "ByteFallback"},
-        {"type": "Fuse"},
-    ]
-    if prefix:
-        steps.append({"type": "Strip", "content": " ", "start": 1, "stop": 0})
-    data["decoder"] = {"type": "Sequence", "decoders": steps}
-
-
 def _read_gguf(path: Path) -> dict[str, Any]:
     from .gguf_file import read_gguf_metadata
 
@@ -283,14 +217,6 @@ def _read_gguf(path: Path) -> dict[str, Any]:
         return read_gguf_metadata(path)
     except ValueError as problem:  # WeightError
         raise TokenizerError(str(problem)) from problem
-
-
-def _steps(step: Any, inside: str) -> list[dict[str, Any]]:
-    """A step of tokenizer.json, or the steps of a sequence."""
-    if not isinstance(step, dict):
-        return []
-    inner = step.get(inside)
-    return [item for item in inner if isinstance(item, dict)] if isinstance(inner, list) else [step]
 
 
 def _read_config(folder: Path) -> dict[str, Any]:

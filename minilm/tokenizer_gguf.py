@@ -153,10 +153,13 @@ def _kinds(fields: _Fields, count: int) -> list[Kind]:
         return [Kind.NORMAL] * count
     if len(numbers) != count:
         raise TokenizerError(f"{fields.file}: {len(numbers)} tokenizer.ggml.token_type for {count} tokens")
+    kinds = {0: Kind.NORMAL, **{int(kind): kind for kind in Kind}}
     try:
-        return [Kind(int(number)) if number else Kind.NORMAL for number in numbers]
-    except (TypeError, ValueError) as problem:
-        raise TokenizerError(f"{fields.file}: tokenizer.ggml.token_type: {problem}") from problem
+        return [kinds[number] for number in numbers]
+    except (TypeError, KeyError) as problem:
+        raise TokenizerError(
+            f"{fields.file}: tokenizer.ggml.token_type: no such type: {problem}"
+        ) from problem
 
 
 class _Fields:
