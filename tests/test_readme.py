@@ -1,0 +1,97 @@
+"""What the README says is so: its programs run, its commands parse, its files exist."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from minilm.archs import families
+from minilm.cli.app import app
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROGRAMS = re.findall(r"```python\n(.*?)```", README, re.S)
+COMMANDS = re.findall(r"^    (minilm .*?)(?:  +#.*)?$", README, re.M)
+HEADS: dict[str, str] = {
+    "masked-lm": "masked LM",
+    "next-sentence": "next sentence",
+    "pre-training": "pre-training",
+    "sequence-classification": "sequence",
+    "token-classification": "token classification",
+    "question-answering": "question answering",
+    "causal-lm": "causal LM",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", PROGRAMS, ids=range(len(PROGRAMS)))
+def test_the_programs_run(program: str, tmp_path: Path) -> None:
+    """Each alone, in a process that has none of the libraries whose names it uses."""
+    names = ("transformers", "sentence_transformers", "vllm")
+    block = f"import sys\nfor name in {names}: sys.modules[name] = None\n"
+    finished = subprocess.run(
+        [sys.executable, "-c", block + program], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert finished.returncode == 0, finished.stderr
+
+
+def test_there_are_programs_and_commands() -> None:
+    assert len(PROGRAMS) >= 5
+    assert len(COMMANDS) >= 10
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_commands_parse(line: str) -> None:
+    group: Any = typer.main.get_command(app)
+    _, name, *arguments = shlex.split(line)
+    group.commands[name].make_context(name, arguments)
+
+
+def test_every_command_is_shown_or_named() -> None:
+    group: Any = typer.main.get_command(app)
+    section = README.split("## The command line")[1].split("## ")[0]
+    for name in group.commands:
+        assert re.search(rf"\b{name}\b", section), name
+
+
+def test_the_table_of_families_is_complete() -> None:
+    rows = dict(re.findall(r"^\| (`[a-z0-9`, -]+`) \| (.*) \|$", README, re.M))
+    said = {name: heads for names, heads in rows.items() for name in re.findall(r"`([^`]+)`", names)}
+    assert set(said) == {family.model_type for family in families()}
+    for family in families():
+        missing = [head for head in family.heads if HEADS[head] not in said[family.model_type]]
+        surplus = [head for head, words in HEADS.items() if words in said[family.model_type]]
+        assert not missing
+        assert set(surplus) == set(family.heads)
+
+
+def test_the_files_of_the_map_exist() -> None:
+    section = README.split("## The code, in reading order")[1].split("\n## ")[0]
+    for row in section.splitlines():
+        if not row.startswith("| `"):
+            continue
+        folder = Path()
+        for name in re.findall(r"`([^`]+?)`", row.split("|")[1]):
+            path = ROOT / name if (ROOT / name).exists() else ROOT / folder / name
+            assert path.exists(), name
+            folder = path.parent.relative_to(ROOT)
+
+
+@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md"])
+def test_links_lead_somewhere(file: str) -> None:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        assert target.startswith("http") or (ROOT / target).exists(), target
+    for name in re.findall(r"`((?:minilm|tests|kernels|csrc|tools)/[\w/.]+)`", text):
+        assert (ROOT / name).exists(), name
+
+
+def test_it_is_short() -> None:
+    assert len(README.splitlines()) <= 210
