@@ -1,8 +1,9 @@
-// The machine's limits on a CPU, as plain loops: compiled by limits.py with -O3 -march=native when the bench runs.
+// The machine's limits on a CPU, as plain loops: compiled by limits.py with -O3 -march=native when the bench
+// runs.
 //
-// Each function runs `threads` threads that start together, and returns the seconds of the slowest (first start to
-// last end). Memory: every thread has its own part of the arrays, touched first by itself. Arithmetic: enough
-// independent accumulators to hide the latency, nothing read from memory.
+// Each function runs `threads` threads that start together, and returns the seconds of the slowest (first
+// start to last end). Memory: every thread has its own part of the arrays, touched first by itself.
+// Arithmetic: enough independent accumulators to hide the latency, nothing read from memory.
 
 #include <atomic>
 #include <chrono>
@@ -29,7 +30,9 @@ constexpr int kLanes = 8;
 constexpr int kLanes = 4;
 #endif
 typedef float Floats __attribute__((vector_size(kLanes * 4)));
-constexpr int kChains = kLanes == 4 ? 24 : kLanes == 8 ? 12 : 20;  // latency x throughput, within the registers
+constexpr int kChains = kLanes == 4   ? 24
+                        : kLanes == 8 ? 12
+                                      : 20;  // latency x throughput, within the registers
 
 template <class Body>
 double together(int threads, Body body) {
@@ -83,7 +86,8 @@ double read_all(float* x, int64_t count, int threads) {
         sums[c] += v;
       }
     float total = 0;
-    for (int c = 0; c < 8; ++c) for (int l = 0; l < kLanes; ++l) total += sums[c][l];
+    for (int c = 0; c < 8; ++c)
+      for (int l = 0; l < kLanes; ++l) total += sums[c][l];
     sink_float = total;
   });
 }
