@@ -4,6 +4,7 @@ writing it back."""
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,7 +16,7 @@ from .heads import MODELS
 from .hub import read_json, resolve
 from .models import PreTrainedModel, initialise
 from .pretrained_config import PretrainedConfig
-from .weights import LoadReport, load_weights, open_checkpoint, save_weights
+from .weights import Checkpoint, LoadReport, load_weights, open_checkpoint, save_weights
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -153,11 +154,16 @@ def from_pretrained(
         config = PretrainedConfig.from_dict(config.to_dict())
         _override(config, overrides)
     target = as_device(device, device_map)
+    heading = {} if add_pooling_layer else {"add_pooling_layer": False}
     with torch.device("meta"):
-        model = cls(config) if add_pooling_layer else cls(config, add_pooling_layer=False)  # type: ignore[call-arg]
+        model = cls(config, **heading)
     std = float(config.get("initializer_range", 0.02))
     source = _gguf_file(path) or path
     with open_checkpoint(source) as checkpoint:
+        if model.spec.tie_word_embeddings and _stored_untied(model, checkpoint):
+            config.tie_word_embeddings = False
+            with torch.device("meta"):
+                model = cls(config, **heading)
         wanted = as_dtype(dtype if dtype is not None else torch_dtype) or _stored_dtype(config, checkpoint)
         report: LoadReport = load_weights(
             model,
@@ -175,6 +181,33 @@ def from_pretrained(
     model.name_or_path = str(name_or_path)
     _read_generation_config(model, path)
     return model.eval()
+
+
+def _stored_untied(model: PreTrainedModel, checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint of a model that ties its output matrix to the token table has both, and they
+    differ.
+
+    A copy of the table is common. Another matrix means that the configuration is wrong: the model was
+    trained with it.
+    """
+    rules, tensors = model.family.rules(model.head_kind), checkpoint.tensors
+    output = [rule.sources[0] for rule in rules if rule.transform == "tied" and rule.sources[0] in tensors]
+    name = next(rule.sources[0] for rule in rules if rule.target == "body.embeddings.tokens.weight")
+    table = [prefix + name for prefix in ("", *model.family.prefixes) if prefix + name in tensors]
+    if not output or not table or tensors[output[0]].shape != tensors[table[0]].shape:
+        return False
+    values = []
+    for key in (output[0], table[0]):
+        values.append(torch.empty(tensors[key].shape, dtype=tensors[key].dtype))
+        checkpoint.read_into(key, values[-1])
+    if torch.equal(*values):
+        return False
+    warnings.warn(
+        f"{checkpoint.path}: tie_word_embeddings is true, but {output[0]} and {table[0]} differ; both are "
+        "used, as if it were false",
+        stacklevel=4,
+    )
+    return True
 
 
 def _override(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
