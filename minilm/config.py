@@ -118,6 +118,7 @@ class ModelConfig:
 
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
+    """Row of the token table that is not trained as an input (GPT-2 has none)."""
 
     # Dropout, in training only
     embedding_dropout: float = 0.0

@@ -86,10 +86,12 @@ class Embeddings(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.tokens = Embedding(config.vocab_size, config.hidden_size)
+        padding = config.pad_token_id if config.pad_token_id in range(config.vocab_size) else None
+        self.tokens = Embedding(config.vocab_size, config.hidden_size, padding_idx=padding)
         learned = config.positions == "learned"
         rows = config.max_positions + config.position_offset
-        self.positions = Embedding(rows, config.hidden_size) if learned else None
+        skipped = config.positions_skip_padding_id
+        self.positions = Embedding(rows, config.hidden_size, padding_idx=skipped) if learned else None
         self.types = Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
         self.norm = Norm(config) if config.embedding_norm else None
 

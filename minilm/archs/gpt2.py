@@ -70,7 +70,6 @@ def translate(hf: PretrainedConfig) -> ModelConfig:
         attention_scale=None if hf.scale_attn_weights else 1.0,
         scale_by_inverse_layer=hf.scale_attn_by_inverse_layer_idx,
         tie_word_embeddings=hf.get("tie_word_embeddings", True),
-        pad_token_id=hf.pad_token_id,
         embedding_dropout=hf.embd_pdrop,
         attention_dropout=hf.attn_pdrop,
         hidden_dropout=hf.resid_pdrop,
