@@ -1,8 +1,10 @@
-"""How equality is judged: errors are measured against float64, and allowed relative to what PyTorch itself gets wrong.
+"""How equality is judged: errors are measured against float64, and allowed relative to what PyTorch itself
+gets wrong.
 
-A number alone (``atol=1e-5``) either hides an error or fails on another machine. So an implementation may be at most twice
-as far from the float64 result as eager PyTorch is in the same dtype, plus a floor that the test states, and whole float32
-models may differ from transformers by 1e-4 at most. NaN never passes, not even where NaN is expected.
+A number alone (``atol=1e-5``) either hides an error or fails on another machine. So an implementation may be
+at most twice as far from the float64 result as eager PyTorch is in the same dtype, plus a floor that the
+test states, and whole float32 models may differ from transformers by 1e-4 at most. NaN never passes, not
+even where NaN is expected.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ def assert_as_good_as_eager(
 ) -> None:
     """err(actual) <= factor * err(eager) + floor, both errors against `exact` (float64).
 
-    `eager` has the dtype of `actual`. `floor` in absolute terms; if not stated, one unit in the last place of the largest
-    exact value, since eager may be exact by luck.
+    `eager` has the dtype of `actual`. `floor` in absolute terms; if not stated, one unit in the last place
+    of the largest exact value, since eager may be exact by luck.
     """
     assert exact.dtype == torch.float64, f"{what}: the reference must be float64, and is {exact.dtype}"
     assert actual.dtype == eager.dtype, f"{what}: {actual.dtype}, and eager computes {eager.dtype}"
@@ -57,8 +59,8 @@ def assert_as_good_as_eager(
         floor = torch.finfo(actual.dtype).eps * (float(exact.abs().max()) if exact.numel() else 0.0)
     allowed = factor * eager_error + floor
     assert error <= allowed, (
-        f"{what}: {_worst(actual, exact)}; the error {error:.3g} is above {factor:g} x {eager_error:.3g} (eager "
-        f"{actual.dtype}) + {floor:.3g}"
+        f"{what}: {_worst(actual, exact)}; the error {error:.3g} is above {factor:g} x {eager_error:.3g} "
+        f"(eager {actual.dtype}) + {floor:.3g}"
     )
 
 
@@ -71,4 +73,5 @@ def _differences(actual: Tensor, expected: Tensor) -> Tensor:
 def _worst(actual: Tensor, expected: Tensor) -> str:
     flat = int(_differences(actual, expected).argmax())
     place = [int(i) for i in torch.unravel_index(torch.tensor(flat), actual.shape)]
-    return f"{actual.flatten()[flat].item():.9g} at {place}, and expected is {expected.flatten()[flat].item():.9g}"
+    a, b = actual.flatten()[flat].item(), expected.flatten()[flat].item()
+    return f"{a:.9g} at {place}, and expected is {b:.9g}"

@@ -1,7 +1,7 @@
 """A model of transformers and the same model in minilm, loaded from one folder with random weights.
 
-Weights are drawn so that float32 is enough to compute with them: activations stay around one at any width, norm weights
-are near one and biases are not zero, so nothing cancels and nothing can be left out unnoticed.
+Weights are drawn so that float32 is enough to compute with them: activations stay around one at any width,
+norm weights are near one and biases are not zero, so nothing cancels and nothing can be left out unnoticed.
 """
 
 from __future__ import annotations
@@ -64,7 +64,8 @@ def randomise(model: nn.Module, seed: int) -> None:
 
 
 def write(config: Config, head: Head, folder: Path, seed: int, **overrides: Any) -> Any:
-    """Save a random checkpoint of transformers with exactly this config.json; returns the model, in evaluation mode."""
+    """Save a random checkpoint of transformers with exactly this config.json; returns the model, in
+    evaluation mode."""
     (folder / "config.json").write_text(json.dumps(config))
     hf = transformers.AutoConfig.from_pretrained(folder, **overrides)
     model = class_of(transformers, config["model_type"], head)._from_config(hf, attn_implementation="eager")
@@ -89,7 +90,8 @@ class Pair:
 
 @contextmanager
 def pair(config: Config, head: Head, seed: int = 0, **overrides: Any) -> Iterator[Pair]:
-    """Both models, in evaluation mode; the folder lives as long as the ``with`` block. `overrides`: num_labels, ..."""
+    """Both models, in evaluation mode; the folder lives as long as the ``with`` block. `overrides`:
+    num_labels, ..."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         reference = write(config, head, folder, seed, **overrides)
@@ -119,8 +121,8 @@ def arguments(config: Config, batch: Batch) -> dict[str, Tensor]:
 def their_arguments(config: Config, batch: Batch) -> dict[str, Tensor]:
     """What transformers is called with: the same, and the positions of the tokens in their rows.
 
-    minilm counts a row's positions from its first token, transformers from the first column (except RoBERTa, which looks
-    at the ids), so it has to be told them.
+    minilm counts a row's positions from its first token, transformers from the first column (except RoBERTa,
+    which looks at the ids), so it has to be told them.
     """
     call = arguments(config, batch)
     looks_itself = config["model_type"] in ("roberta", "xlm-roberta") and not batch.embedded
@@ -137,8 +139,8 @@ def first_position(config: Config) -> int:
 def pooled_where_they_look(config: Config, head: Head, batch: Batch) -> Batch:
     """The same rows, padded on the side where transformers' heads that pool one token find a real one.
 
-    Encoders read the first column, be it padding or not. Decoders read the last token that is not the padding id, but the
-    last column if they are given vectors.
+    Encoders read the first column, be it padding or not. Decoders read the last token that is not the
+    padding id, but the last column if they are given vectors.
     """
     if config["model_type"] in ENCODERS:
         pools = head in ("base", "next-sentence", "pre-training", "sequence-classification")

@@ -1,7 +1,9 @@
-"""Hypothesis strategies over the configuration space of each family, and over the batches that a model can be called with.
+"""Hypothesis strategies over the configuration space of each family, and over the batches that a model can
+be called with.
 
-A configuration is drawn as the contents of a config.json, in the spelling of transformers 4 or 5, so that both libraries
-read the same file and neither can help the other. Sizes are tiny and odd; every option that is honoured is drawn.
+A configuration is drawn as the contents of a config.json, in the spelling of transformers 4 or 5, so that
+both libraries read the same file and neither can help the other. Sizes are tiny and odd; every option that
+is honoured is drawn.
 """
 
 from __future__ import annotations
@@ -322,7 +324,7 @@ def is_dynamic(config: Config) -> bool:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a model is called with. `seed` decides the contents of the rows, whatever side they are padded on."""
+    """What a model is called with. `seed` decides what the rows hold, on whatever side they are padded."""
 
     lengths: tuple[int, ...]
     left: bool
@@ -364,7 +366,8 @@ class Batch:
         return self.lay_out(torch.randn(len(self.lengths), max(self.lengths), size, generator=generator) / 2)
 
     def ids(self, config: Config) -> Tensor:
-        """input_ids, int64 [B, S]: never the padding id where there is a token, and nothing else where there is none."""
+        """input_ids, int64 [B, S]: never the padding id where there is a token, and nothing else where there
+        is none."""
         padding = padding_id(config)
         ids = self.integers(0, config["vocab_size"] - 1, 0)
         return self.lay_out(ids + (ids >= padding), padding)
@@ -402,7 +405,7 @@ def batches(draw: st.DrawFn, *, longest: int = LONGEST, even: bool = False) -> B
 
 @st.composite
 def cases(draw: st.DrawFn, family: str, **options: Any) -> tuple[Config, Batch]:
-    """A configuration and a batch for it. For `dynamic` rope all rows have one length: transformers lets the longest row of
-    a batch stretch the others, minilm each row by itself."""
+    """A configuration and a batch for it. For `dynamic` rope all rows have one length: transformers lets the
+    longest row of a batch stretch the others, minilm each row by itself."""
     config = draw(configs(family))
     return config, draw(batches(even=options.pop("even", False) or is_dynamic(config), **options))
