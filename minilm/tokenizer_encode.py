@@ -118,7 +118,9 @@ class TextEncoder(Vocabulary):
 
         data: dict[str, list[Any]] = {"input_ids": [row.ids for row in rows]}
         if _asked(return_token_type_ids, "token_type_ids" in self.model_input_names):
-            data["token_type_ids"] = [row.type_ids for row in rows]
+            data["token_type_ids"] = [
+                _type_ids(row, encodings[index]) for row, index in zip(rows, sample, strict=True)
+            ]
         if _asked(return_attention_mask, "attention_mask" in self.model_input_names):
             data["attention_mask"] = [row.attention_mask for row in rows]
         if return_special_tokens_mask:
@@ -276,6 +278,14 @@ class TextEncoder(Vocabulary):
         if key not in self._warned:
             self._warned.add(key)
             logger.warning(message, *values)
+
+
+def _type_ids(row: Encoding, first: Encoding) -> list[int]:
+    """Of a window as of the first window of its text, which alone gets token types from the backend."""
+    if row is first:
+        return row.type_ids
+    types = dict(zip(first.sequence_ids, first.type_ids, strict=True))
+    return [t if s is None else types.get(s, t) for s, t in zip(row.sequence_ids, row.type_ids, strict=True)]
 
 
 def _whole(backend: Backend, inputs: Sequence[Any], split: bool) -> list[tuple[Encoding, Encoding | None]]:

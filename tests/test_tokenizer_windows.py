@@ -92,11 +92,18 @@ def test_windows_of_pairs(family: str, strategy: str) -> None:
         assert [
             token for token, s in zip(row.ids, row.sequence_ids, strict=True) if s == 1 - sequence
         ] == other
-    if family == "bert":
-        whole = tok(*pair, verbose=False)
-        switch = whole["input_ids"].index(tok.sep_token_id) + 1
-        for row in rows["token_type_ids"][:1]:
-            assert row[: min(switch, row.index(1))] == [0] * min(switch, row.index(1))
+    whole = tok(*pair, return_token_type_ids=True, verbose=False)
+    around_first = len(whole["input_ids"]) - len(ids) - len(other)
+    assert around_first == around
+    second = whole["token_type_ids"][-1]
+    assert second == (family == "bert")
+    rows = tok(
+        [pair[0]], [pair[1]], truncation=strategy, max_length=50, stride=7, return_overflowing_tokens=True,
+        return_token_type_ids=True,
+    )  # fmt: skip
+    for row, types in zip(rows.encodings, rows["token_type_ids"], strict=True):
+        switch = len(row) - 1 - sum(s == 1 for s in row.sequence_ids)
+        assert types == [0] * switch + [second] * (len(row) - switch)
 
 
 def test_windows_of_words_are_padded_and_the_post_processor_stays() -> None:

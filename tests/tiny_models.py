@@ -76,15 +76,17 @@ def save_model(
     """A tiny random model with a head (a class name's end, `ForMaskedLM`) and its tokenizer, in `folder`."""
     tokenizer = save_tokenizer(folder, family, positions)
     torch.manual_seed(seed)
-    sizes: dict[str, Any] = {"vocab_size": len(tokenizer), **options}
+    sizes: dict[str, Any] = {"vocab_size": len(tokenizer)}
     if family == "distilbert":
         sizes.update(dim=24, n_layers=2, n_heads=3, hidden_dim=40, max_position_embeddings=positions)
-        config: Any = transformers.DistilBertConfig(**sizes)
+        config: Any = transformers.DistilBertConfig(**{**sizes, **options})
     else:
         sizes.update(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40)
         offset = 2 if family == "roberta" else 0
         sizes.update(max_position_embeddings=positions + offset)
-        config = {"bert": transformers.BertConfig, "roberta": transformers.RobertaConfig}[family](**sizes)
+        config = {"bert": transformers.BertConfig, "roberta": transformers.RobertaConfig}[family](
+            **{**sizes, **options}
+        )
     if family == "roberta":
         config.pad_token_id, config.bos_token_id, config.eos_token_id = 1, 0, 2
     prefix = {"bert": "Bert", "distilbert": "DistilBert", "roberta": "Roberta"}[family]

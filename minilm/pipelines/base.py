@@ -84,12 +84,13 @@ class Pipeline(ABC, Generic[O]):
         parsed = self.parse({**self.defaults, **options})
         size = self.batch_size if batch_size is None else check_batch_size(batch_size)
         if self.is_single(inputs):
-            return next(self.run([inputs], parsed, 1 if size is None else size))
+            [result] = self.run([inputs], parsed, size or self.default_batch_size)
+            return result
         if isinstance(inputs, (list, tuple)):
-            return list(self.run(inputs, parsed, self.default_batch_size if size is None else size))
+            return list(self.run(inputs, parsed, size or self.default_batch_size))
         if isinstance(inputs, (bytes, Tensor)) or not isinstance(inputs, Iterable):
             raise TypeError(f"{self.task} takes a text or several, and got {type(inputs).__name__}")
-        return self.run(inputs, parsed, 1 if size is None else size, slab=1)
+        return self.run(inputs, parsed, size or 1, slab=1)
 
     def parse(self, options: dict[str, Any]) -> O:
         """Options by name -> the task's options. Raises TypeError, ValueError."""

@@ -159,7 +159,7 @@ class QuestionAnsweringPipeline(Pipeline[Options]):
         if options.handle_impossible_answer or not listed:
             listed.append({"score": nothing, "start": 0, "end": 0, "answer": ""})
         best = sorted(listed, key=lambda answer: -answer["score"])[: options.top_k]
-        return best[0] if len(best) == 1 else best
+        return best[0] if options.top_k == 1 else best
 
     def _probabilities(
         self, encoding: Encoding, logits: Tensor, sequence: int
