@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .results import Results, rows, share, times
-from .stats import MAX_SPREAD, ratio, too_wide
+from .stats import MAX_SPREAD, ratio, summary, too_wide
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,11 @@ def _line(cell: dict[str, Any], ours: dict[str, Any] | None, max_spread: float) 
         against = str(ratio(ours["samples"], cell["samples"], max_spread))
     remarks = [wide] if wide else []
     detail = (cell.get("check") or {}).get("detail")
-    if detail:
+    if detail and cell["precision"] != "fp32":
         remarks.append(detail)
-    if cell.get("device_samples"):
-        from .stats import summary
-
-        remarks.insert(0, f"on the device {seconds(summary(cell['device_samples']).median)}")
+    if cell.get("launch_samples"):
+        launched = summary(cell["launch_samples"]).median
+        remarks.insert(0, f"with launch {seconds(launched)}; device time by {cell['timed_by']}")
     return Line(
         name,
         cell["ours"],
@@ -138,14 +137,9 @@ def summary_lines(results: Results) -> list[str]:
     for limits in results.limits:
         parts = []
         for name, limit in limits.table.items():
-            wide = " (spread wide)" if len(limit.repeats) >= 3 and _spread(limit.repeats) > MAX_SPREAD else ""
+            wide = " (spread wide)" if too_wide(summary(limit.repeats)) else ""
             unit = {"read": "GB/s", "copy": "GB/s", "clock": "GHz"}.get(name.split("@")[0].split()[0], "Gop/s")
             parts.append(f"{name.replace('@', ' x ')} {limit.value / 1e9:.3g} {unit}{wide}")
         found.append(f"limits ({limits.device}; {limits.how}): " + ", ".join(parts))
     return found
 
-
-def _spread(repeats: list[float]) -> float:
-    from .stats import summary
-
-    return summary(repeats).spread

@@ -47,7 +47,7 @@ def setup_module() -> Any:
 
 def compiler() -> tuple[str, str]:
     """The compiler and its "name major architecture". Raises CannotCount."""
-    name = os.environ.get("C    return name, f"{kind} {answer.strip().split('.')[0]} {platform.machine()}"") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), "")
+    name = os.environ.get("CXX") or next((c for c in ("g++", "clang++", "c++") if shutil.which(c)), "")
     if not name:
         raise CannotCount("no C++ compiler was found")
     answer = subprocess.run([name, "-dumpversion"], capture_output=True, text=True, check=True).stdout
