@@ -219,10 +219,11 @@ class Vocabulary:
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
         """The token with an id, or the tokens with several; None where no token has the id."""
+        ids = ids.tolist() if hasattr(ids, "tolist") else ids
         if isinstance(ids, int):
             return self.backend_tokenizer.id_to_token(self._valid_id(ids))
         skipped = set(self.all_special_ids) if skip_special_tokens else set()
-        indices = (self._valid_id(index) for index in (ids.tolist() if hasattr(ids, "tolist") else ids))
+        indices = (self._valid_id(index) for index in ids)
         return [self.backend_tokenizer.id_to_token(index) for index in indices if index not in skipped]
 
     def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:

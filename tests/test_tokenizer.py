@@ -72,7 +72,7 @@ def assert_same(theirs: Any, ours: Any) -> None:
 
 
 @any_kind
-@examples(100)
+@examples(60)
 @given(data=st.data())
 def test_calls(kind: str, data: st.DataObject) -> None:
     theirs, ours = pair_of(kind)
@@ -134,7 +134,7 @@ def test_calls(kind: str, data: st.DataObject) -> None:
 
 
 @any_kind
-@examples(100)
+@examples(60)
 @given(text=folders.texts(), other=folders.texts(), skip=st.booleans())
 def test_tokens_and_text(kind: str, text: str, other: str, skip: bool) -> None:
     theirs, ours = pair_of(kind)

@@ -278,7 +278,7 @@ def same_as_sentencepiece(model: Path, text: str) -> None:
     assert backend.encode(text, add_special_tokens=False).ids == library.encode(text)
 
 
-@examples(200)
+@examples(100)
 @given(folders.texts())
 def test_bpe_is_sentencepiece(text: str) -> None:
     """The merges that are made of the scores do what sentencepiece does with the scores."""
@@ -293,7 +293,7 @@ def stripping_model() -> Path:
     return folders.sentencepiece("spiece", **options, user_defined_symbols=["<tag>"]) / "spiece.model"
 
 
-@examples(200)
+@examples(100)
 @given(
     st.lists(st.sampled_from([" ", "  ", "   ", "a", "Übung", "<tag>", "\n", "é", "日本", "12"])).map("".join)
 )
