@@ -58,7 +58,7 @@ app = typer.Typer(
     name="minilm",
     help="Transformers to read, to use and to measure: embeddings, text, and what is inside a model.",
     epilog="Start with:  minilm doctor",
-    no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -82,6 +82,8 @@ def _options(
 ) -> None:
     if isinstance(ctx.obj, State):
         ctx.obj.debug |= debug
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())
 
 
 def _add_commands() -> None:
