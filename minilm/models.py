@@ -174,13 +174,9 @@ class PreTrainedModel(nn.Module):
         self._check_inputs(input_ids, inputs_embeds)
         batch, columns = given.shape[:2]
         cache = self._cache(batch, past_key_values, use_cache)
-        if (
-            attention_mask is not None
-            and cache is not None
-            and attention_mask.dim() == 2
-            and attention_mask.shape[1] > columns
-        ):
-            attention_mask = attention_mask[:, -columns:] if columns else attention_mask[:, :0]
+        past = 0 if cache is None else cache.get_seq_length()
+        if past and attention_mask is not None and attention_mask.dim() == 2:
+            attention_mask = attention_mask[:, max(attention_mask.shape[1] - columns, 0) :]
         packed = pack(batch, columns, attention_mask, given.device)
         positions = self._positions(packed, input_ids, position_ids, cache)
         types = None if token_type_ids is None else self._types(packed, token_type_ids)
