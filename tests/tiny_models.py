@@ -99,3 +99,45 @@ def save_model(
                 parameter.add_(1.0)
     model.save_pretrained(str(folder))
     return folder
+
+
+CHAT = (
+    "{% for message in messages %}<|{{ message['role'] }}|>{{ message['content'] }}"
+    "{% if not loop.last or add_generation_prompt %}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def save_decoder(folder: Path, family: str, *, positions: int = 96, seed: int = 0, **generation: Any) -> Path:
+    """A tiny random GPT-2 or Llama with a byte-level tokenizer and a chat template; `generation`: its
+    defaults."""
+    folder.mkdir(parents=True, exist_ok=True)
+    trained = ByteLevelBPETokenizer()
+    trained.train_from_iterator(
+        CORPUS * 3, vocab_size=300, min_frequency=2, special_tokens=["<|end|>", "<|pad|>"]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=trained._tokenizer, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|pad|>"
+    )
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(str(folder))
+    common = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
+    if family == "gpt2":
+        config: Any = transformers.GPT2Config(n_positions=positions, n_embd=24, n_layer=2, n_head=3, **common)
+        model: Any = transformers.GPT2LMHeadModel
+    else:
+        sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
+        config = transformers.LlamaConfig(
+            max_position_embeddings=positions, num_key_value_heads=1, **sizes, **common
+        )
+        model = transformers.LlamaForCausalLM
+    torch.manual_seed(seed)
+    model = model(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(0.0, 0.5)
+            if "ln" in name or "norm" in name:
+                parameter.add_(1.0)
+    model.generation_config.update(**generation)
+    model.save_pretrained(str(folder))
+    return folder

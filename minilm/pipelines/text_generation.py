@@ -68,8 +68,8 @@ class TextGenerationPipeline(Pipeline[Options]):
     """A text -> [{"generated_text": ...}], one for each of `num_return_sequences`; a chat (a list of
     {"role", "content"}) -> the same with the messages and the answer as `generated_text`.
 
-    Prompts are written on one by one unless `batch_size` says otherwise: draws are then those of
-    transformers after the same torch.manual_seed.
+    Prompts are written on one by one unless `batch_size` says otherwise. What is drawn for one prompt is what
+    transformers draws after the same torch.manual_seed.
     """
 
     task = "text-generation"
