@@ -193,9 +193,7 @@ def embeddings_agree(encoder: Any) -> bool:
     ours = encoder.encode([case["text"] for case in cases])
     difference = float(np.abs(ours - np.array([case["embedding"] for case in cases])).max())
     good = difference <= 1e-5
-    return verdict(
-        good, ENCODER, f"{len(cases)} embeddings differ from {reference} by at most {difference:.1e}"
-    )
+    return verdict(good, ENCODER, f"{len(cases)} texts within {difference:.1e} of {reference}")
 
 
 def tokens_agree(llm: Any) -> bool:
@@ -216,7 +214,7 @@ def tokens_agree(llm: Any) -> bool:
         differs = [a != b for a, b in zip(ours, wanted, strict=True)]
         same += differs.index(True) if True in differs else len(wanted)
         total += len(wanted)
-    return verdict(same == total, DECODER, f"{same} of {total} greedy tokens are those of {reference}")
+    return verdict(same == total, DECODER, f"{same} of {total} greedy tokens as {reference}")
 
 
 def verdict(good: bool, model: str, what: str) -> bool:
