@@ -15,7 +15,7 @@ NATIVE := setup.py $(wildcard csrc/* csrc/*/*)
 export MINILM_BUILD_EXT ?= auto
 export PYTHONWARNINGS ?= ignore:Editable installation
 
-.PHONY: demo test lint format clean
+.PHONY: demo test lint format clean bench bench-peers gpu-check
 .DELETE_ON_ERROR:
 
 demo: .venv/.models
@@ -36,7 +36,7 @@ format: .venv/.lint
 	$(BIN)/clang-format -i $$(git ls-files 'csrc/*')
 
 clean:
-	rm -rf .venv build dist *.egg-info minilm/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-bench build dist *.egg-info minilm/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # Files that say what .venv holds. Each is older than what it was made from only when that has changed.
@@ -66,3 +66,21 @@ clean:
 .venv/.lint: .venv/.minilm
 	$(PIP) --no-build-isolation --editable '.[lint]'
 	@touch $@
+
+# The bench has an environment of its own on top of .venv: the engines of others stay out of the tests' way.
+BENCH := .venv-bench/bin
+WHAT ?= --level op,layer,e2e,sweep
+
+bench: .venv-bench/.peers
+	$(BENCH)/python -m minilm bench $(WHAT) --output benchmarks/results
+
+bench-peers: .venv-bench/.peers
+	$(BENCH)/python -m minilm bench --list
+
+.venv-bench/.peers: .venv/.test benchmarks/constraints-peers.txt tools/make_bench_venv.py
+	$(BIN)/python tools/make_bench_venv.py .venv .venv-bench benchmarks/constraints-peers.txt
+	@touch $@
+
+# Everything that only a GPU can tell, where nothing can be installed: the .venv if there is one, else the system's Python.
+gpu-check:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) benchmarks/gpu_check.py

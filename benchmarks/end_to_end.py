@@ -216,12 +216,18 @@ def _start(
                 converter.load(assets, options.device, prepare=True)
             worker = stack.enter_context(Worker(name, options.threads))
             worker.load(assets, options.device)
-            verdicts[name] = judge(output(worker, model, assets), truth, peers.engine_class(name).precision)
+            verdicts[name] = judge(output(worker, model, assets), truth, precision_of(name, options.device)[0])
             ready[name] = worker
             worker.pause()
         except WorkerError as error:
             refused[name] = ("skipped" if error.kind == "unavailable" else "failed", str(error))
     return ready, verdicts, refused
+
+
+def precision_of(name: str, device: str) -> tuple[str, float]:
+    """Precision and bytes of an engine's weights: what is float32 on a CPU runs in float16 on a GPU."""
+    kind = peers.engine_class(name)
+    return ("fp16", 2.0) if device == "cuda" and kind.precision == "fp32" else (kind.precision, kind.bytes_a_weight)
 
 
 def _cell(workload: Workload, name: str, options: Options) -> dict[str, Any]:
@@ -231,8 +237,8 @@ def _cell(workload: Workload, name: str, options: Options) -> dict[str, Any]:
         "workload": f"{workload.model} {workload.name}",
         "peer": name,
         "ours": name.startswith("minilm"),
-        "precision": peers.engine_class(name).precision,
-        "dtype": "float32",
+        "precision": precision_of(name, options.device)[0],
+        "dtype": "float32" if options.device == "cpu" else "float16",
         "device": options.device,
         "threads": options.threads,
         "unit": workload.unit,
@@ -276,8 +282,9 @@ def _run(
     samples = harness.measure(blocks, options.settings) if blocks else {}
     noted = load.stop()
     for name, taken in samples.items():
-        cost = workload.cost(peers.engine_class(name).bytes_a_weight)
-        dtype = _arithmetic(peers.engine_class(name).precision, options.device)
+        precision, weight = precision_of(name, options.device)
+        cost = workload.cost(weight)
+        dtype = _arithmetic(precision, options.device)
         floor, binding = limits.floor(cost, dtype, options.threads)
         cells[name] |= {
             "samples": taken.seconds,

@@ -15,7 +15,7 @@ from pathlib import Path
 def main(arguments: list[str]) -> int:
     """Returns 1 when something of minilm's was wrong."""
     device, levels, models, target, seconds = arguments
-    from minilm.benchmarks import plots, report
+    from minilm.benchmarks import machine, plots, report
     from minilm.benchmarks.harness import Settings
     from minilm.benchmarks.results import Results
     from minilm.benchmarks.run import Plan, run
@@ -31,7 +31,10 @@ def main(arguments: list[str]) -> int:
         settings=settings,
         say=lambda text: print(text, file=sys.stderr, flush=True),
         limit_rounds=3,
+        cold=False,
     )
+    if machine.tiny():
+        plan.peers = r"minilm (native|torch|reference)$|minilm$|SDPA|transformers (eager|sdpa)"
     asked = plan.only
 
     def keep(results: Results) -> None:
@@ -44,9 +47,7 @@ def main(arguments: list[str]) -> int:
     results.write(Path(target))
     report.print_tables(results)
     try:
-        name = Path(target).stem
-        for picture in plots.save(results, Path(target).parent)[:2]:
-            picture.replace(picture.with_name(f"{name}-{picture.name}"))
+        plots.save(results, Path(target).parent, prefix=f"{Path(target).stem}-", most=2)
     except ImportError as error:
         print(f"no pictures: {error}")
     return 1 if any(c["ours"] and c["status"] in ("wrong", "failed") for c in results.cells) else 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -230,15 +230,15 @@ def _groups(results: Results) -> dict[str, list[tuple[Any, ...]]]:
     return groups
 
 
-def save(results: Results, folder: Path, names: Sequence[str] = ()) -> list[Path]:
-    """Write the pictures (or those named) as PNG; returns the files."""
+def save(results: Results, folder: Path, prefix: str = "", most: int = 100) -> list[Path]:
+    """Write the pictures (the first `most`) as PNG; returns the files."""
     from matplotlib import pyplot
 
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    written: list[Path] = []
     for name, figure in pictures(results).items():
-        if not names or name in names:
-            path = folder / f"{name}.png"
+        if len(written) < most:
+            path = folder / f"{prefix}{name}.png"
             figure.savefig(path, dpi=120, metadata={"Software": None})
             written.append(path)
         pyplot.close(figure)

@@ -35,6 +35,8 @@ class Plan:
     settings: harness.Settings = field(default_factory=harness.Settings.default)
     say: Callable[[str], None] = lambda text: None
     limit_rounds: int = 5
+    cold: bool = True
+    """Whether whole models are started cold as well."""
 
     def chosen(self, name: str) -> bool:
         """Is this workload asked for?"""
@@ -119,7 +121,7 @@ def _cells(level: str, plan: Plan, limits: Limits, threads: int) -> Any:
             plan.settings, threads, plan.device, plan.wanted, plan.chosen, plan.say
         )
         for model in plan.models:
-            yield from _whole_model(level, model, limits, options)
+            yield from _whole_model(level, model, limits, options, plan.cold)
 
 
 def _timing(plan: Plan) -> dict[str, Any]:
@@ -130,7 +132,7 @@ def _timing(plan: Plan) -> dict[str, Any]:
     return {"block_of": block_of}
 
 
-def _whole_model(level: str, model: str, limits: Limits, options: end_to_end.Options) -> Any:
+def _whole_model(level: str, model: str, limits: Limits, options: end_to_end.Options, cold: bool) -> Any:
     assets = models.assets(model)
     if level == "sweep":
         if model in shapes.ENCODERS:
@@ -141,7 +143,8 @@ def _whole_model(level: str, model: str, limits: Limits, options: end_to_end.Opt
         workloads = end_to_end.encoder_workloads(model, assets, with_corpus=own)
     else:
         workloads = end_to_end.decoder_workloads(model, assets)
-    yield from end_to_end.run_model(model, workloads, limits, options, cold=models.is_real(model) or machine.tiny())
+    cold = cold and (models.is_real(model) or machine.tiny())
+    yield from end_to_end.run_model(model, workloads, limits, options, cold=cold)
 
 
 def _op_cells(plan: Plan, limits: Limits, threads: int) -> Any:
