@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .models import BodyResult, PreTrainedModel
+from .packing import pack
 
 if TYPE_CHECKING:
     from .tokenizer import Tokenizer
@@ -38,6 +39,9 @@ def run(model: PreTrainedModel, texts: Sequence[Tokens]) -> BodyResult:
     """The body of `model` over at least one text; hidden states are packed, in the order of `texts`."""
     lengths = torch.tensor([len(text) for text in texts])
     columns = int(lengths.max())
+    if columns == 0:
+        nothing = torch.zeros(0, model.spec.hidden_size, dtype=model.dtype, device=model.device)
+        return BodyResult(nothing, pack(len(texts), 0, None, model.device), None, None, None, None)
     real = torch.arange(columns) < lengths[:, None]
     types = None
     if any(text.types is not None for text in texts):

@@ -119,7 +119,10 @@ class Transformer(nn.Module):
 
 def _check(file: Path, config: dict[str, Any]) -> None:
     """Newer files say how a model that takes several kinds of input is called; minilm's take text."""
-    text = config.pop("modality_config", {}).get("text", {})
+    modalities = config.pop("modality_config", {})
+    if "message" in modalities:
+        check_known(file, "a Transformer", {"texts written as chat messages (modality_config)": True})
+    text = modalities.get("text", {})
     if text and (text.get("method"), text.get("method_output_name")) != ("forward", "last_hidden_state"):
         check_known(file, "a Transformer", {f"modality_config {text}": True})
     if config.pop("transformer_task", "feature-extraction") != "feature-extraction":

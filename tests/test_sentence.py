@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Dense, Normalize
 from sentence_transformers.sentence_transformer.modules import LayerNorm, Pooling
-from tiny_models import TEXTS, save_model
+from tiny_models import TEXTS, save_decoder, save_model
 from tiny_sentence import build
 
 from minilm.hub import resolve
@@ -352,6 +352,23 @@ def test_without_modules_json_tokens_are_averaged(tmp_path: Path, caplog: pytest
     assert "has no modules.json: its tokens are pooled as mean" in caplog.text
     reference = SentenceTransformer(str(folder), device="cpu")
     np.testing.assert_allclose(quiet(model, TEXTS), reference.encode(TEXTS), atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize(("family", "mode"), [("gpt2", "mean"), ("llama", "lasttoken")])
+def test_decoders_without_modules_json(
+    tmp_path: Path, family: str, mode: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = save_decoder(tmp_path, family, chat=False)
+    model = SentenceEncoder(folder, device="cpu")
+    assert f"its tokens are pooled as {mode}" in caplog.text
+    reference = SentenceTransformer(str(folder), device="cpu")
+    expected = reference.encode(TEXTS)
+    assert model.max_seq_length == reference.max_seq_length == 96
+    np.testing.assert_allclose(quiet(model, TEXTS), expected, atol=1e-4 * np.abs(expected).max(), rtol=0)
+    empty = quiet(model, ["", *TEXTS, ""])  # no special tokens: a text without any token
+    assert (empty[[0, -1]] == 0).all()
+    np.testing.assert_allclose(empty[1:-1], quiet(model, TEXTS), atol=1e-5)
+    assert (model.encode(["", ""]) == 0).all()
 
 
 def test_saving(tmp_path: Path) -> None:

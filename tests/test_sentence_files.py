@@ -71,6 +71,11 @@ def broken(folder: Path, what: str) -> None:
         edit(folder / "config_sentence_transformers.json", model_type="SparseEncoder")
     elif what == "query expansion":
         edit(folder / "sentence_bert_config.json", query_expansion={"length": 3})
+    elif what == "chat":
+        edit(folder / "sentence_bert_config.json", modality_config={"message": {"method": "forward"}})
+    elif what == "method":
+        text = {"method": "get_text_features", "method_output_name": "pooler_output"}
+        edit(folder / "sentence_bert_config.json", modality_config={"text": text})
     elif what == "task":
         edit(folder / "sentence_bert_config.json", transformer_task="fill-mask")
 
@@ -96,6 +101,8 @@ BROKEN = {
     "pickle": (WeightError, "pytorch_model.bin"),
     "sparse": (FileError, "the model is a SparseEncoder"),
     "query expansion": (FileError, "a Transformer with query_expansion is not supported"),
+    "chat": (FileError, "texts written as chat messages .* is not supported"),
+    "method": (FileError, "get_text_features.* is not supported"),
     "task": (FileError, "another transformer_task"),
 }
 

@@ -108,9 +108,10 @@ CHAT = (
 )
 
 
-def save_decoder(folder: Path, family: str, *, positions: int = 96, seed: int = 0, **generation: Any) -> Path:
-    """A tiny random GPT-2 or Llama with a byte-level tokenizer and a chat template; `generation`: its
-    defaults."""
+def save_decoder(
+    folder: Path, family: str, *, positions: int = 96, seed: int = 0, chat: bool = True, **generation: Any
+) -> Path:
+    """A tiny random GPT-2 or Llama with a byte-level tokenizer; `generation`: its defaults."""
     folder.mkdir(parents=True, exist_ok=True)
     trained = ByteLevelBPETokenizer()
     trained.train_from_iterator(
@@ -119,7 +120,7 @@ def save_decoder(folder: Path, family: str, *, positions: int = 96, seed: int = 
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=trained._tokenizer, bos_token="<|end|>", eos_token="<|end|>", pad_token="<|pad|>"
     )
-    tokenizer.chat_template = CHAT
+    tokenizer.chat_template = CHAT if chat else None
     tokenizer.save_pretrained(str(folder))
     common = {"vocab_size": len(tokenizer), "bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 1}
     if family == "gpt2":
