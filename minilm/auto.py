@@ -274,9 +274,9 @@ def alias(name: str) -> Any:
         if name == f"{family.class_prefix}Config":
             return type(name, (PretrainedConfig,), {"model_type": family.model_type, "__module__": "minilm"})
         if name in (f"{family.class_prefix}Tokenizer", f"{family.class_prefix}TokenizerFast"):
-            from .tokenizer import tokenizer_class
+            from .tokenizer import AutoTokenizer, tokenizer_class
 
-            return tokenizer_class(name)
+            return tokenizer_class(name) or AutoTokenizer
     return None
 
 
