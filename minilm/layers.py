@@ -127,7 +127,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, run: Pass) -> Tensor:
         """x [T, C] -> [T, C]."""
         c = self.config
-        qkv: Tensor = self.qkv(x).view(len(x), -1, c.head_dim)  # [T, H + 2 Hkv, D]
+        heads = c.num_heads + 2 * c.num_kv_heads
+        qkv: Tensor = self.qkv(x).view(len(x), heads, c.head_dim)  # [T, H + 2 Hkv, D]
         q, k, v = torch.split(qkv, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm.norm(q), self.k_norm.norm(k)

@@ -174,8 +174,7 @@ class PreTrainedModel(nn.Module):
         self._check_inputs(input_ids, inputs_embeds)
         batch, columns = given.shape[:2]
         cache = self._cache(batch, past_key_values, use_cache)
-        past = 0 if cache is None else cache.get_seq_length()
-        if past and attention_mask is not None and attention_mask.dim() == 2:
+        if past_key_values is not None and attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask[:, max(attention_mask.shape[1] - columns, 0) :]
         packed = pack(batch, columns, attention_mask, given.device)
         positions = self._positions(packed, input_ids, position_ids, cache)
@@ -270,7 +269,11 @@ class PreTrainedModel(nn.Module):
             positions = packed.pack(position_ids)
         elif spec.positions_skip_padding_id is not None and input_ids is not None:
             real = (input_ids != spec.positions_skip_padding_id).long()
-            positions = packed.pack(real.cumsum(1) * real - 1) + spec.position_offset
+            seen, counts = packed.pack(real), packed.pack(real.cumsum(1))
+            if packed.tokens:  # what stands under the padding before a row is not counted
+                before = (counts - seen)[packed.cu_seqlens[:-1].long().clamp(max=packed.tokens - 1)]
+                counts = counts - before.repeat_interleave(packed.cu_seqlens.diff())
+            positions = counts * seen - 1 + spec.position_offset
         else:
             positions = packed.positions + spec.position_offset
             if cache is not None and cache.get_seq_length():
