@@ -24,8 +24,8 @@ from strategies import (
     examples,
     is_dynamic,
     seeds,
+    small,
 )
-from test_pretrained import small
 from torch import Tensor
 
 from minilm.archs.family import Head

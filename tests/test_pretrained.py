@@ -16,55 +16,13 @@ from close import assert_close
 from hypothesis import given
 from pairs import arguments, class_of, fields, heads_of, pair, write
 from safetensors.torch import load_file, save_file
-from strategies import FAMILIES, Batch, Config, configs, examples, seeds
+from strategies import FAMILIES, Batch, Config, configs, examples, seeds, small
 from torch import Tensor
 
 import minilm
 from minilm.archs.family import Head
 
 EVERY_HEAD = [(family, head) for family in FAMILIES for head in heads_of(family)]
-
-SMALL: dict[str, Config] = {
-    "bert": {"hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 17},
-    "roberta": {"hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 17},
-    "xlm-roberta": {
-        "hidden_size": 12,
-        "num_attention_heads": 3,
-        "num_hidden_layers": 2,
-        "intermediate_size": 17,
-    },
-    "distilbert": {"dim": 12, "n_heads": 3, "n_layers": 2, "hidden_dim": 17},
-    "gpt2": {
-        "n_embd": 12,
-        "n_head": 3,
-        "n_layer": 2,
-        "n_positions": 30,
-        "pad_token_id": 0,
-        "eos_token_id": 3,
-    },
-    "llama": {"hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 17},
-    "mistral": {
-        "hidden_size": 12,
-        "num_attention_heads": 3,
-        "num_key_value_heads": 1,
-        "num_hidden_layers": 2,
-    },
-    "qwen2": {"hidden_size": 12, "num_attention_heads": 3, "num_key_value_heads": 3, "num_hidden_layers": 2},
-    "qwen3": {"hidden_size": 12, "num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 2},
-}
-"""One configuration of each family, for tests whose subject is not the configuration."""
-
-
-def small(family: str, **options: Any) -> Config:
-    """The small configuration of a family, with other options."""
-    config = {"model_type": family, "vocab_size": 41, **SMALL[family]}
-    if family in ("llama", "mistral", "qwen2", "qwen3"):
-        config |= {"intermediate_size": 17, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-        config |= {"head_dim": 4, "max_position_embeddings": 64}
-    elif family != "gpt2":
-        config["max_position_embeddings"] = 33
-    return {**config, **options}
-
 
 BATCH = Batch(lengths=(7, 3, 1), left=False, extra=1, seed=5)
 
