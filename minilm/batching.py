@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -72,6 +72,13 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
             chunk = []
     if chunk:
         yield chunk
+
+
+def progress_bar(total: int, shown: bool) -> Any:
+    """A bar over batches, as a context manager with `update()`."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc="Batches", disable=not shown)
 
 
 def check_batch_size(batch_size: object) -> int:

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from . import __version__
-from .batching import Tokens, by_length, check_batch_size, chunks, run
-from .sentence_files import load
+from .batching import Tokens, by_length, check_batch_size, chunks, progress_bar, run
+from .sentence_files import default_device, load
 from .sentence_modules import Features, Module, write_json
 from .sentence_transformer import Transformer
 from .similarity import PRECISIONS, SIMILARITIES, Precision, quantize_embeddings
@@ -74,7 +74,7 @@ class SentenceEncoder(nn.Module):
         if (model_name_or_path is None) == (modules is None):
             raise ValueError("give exactly one of model_name_or_path and modules")
         if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+            device = default_device()
         if model_name_or_path is not None:
             modules, stored = load(model_name_or_path, device, dtype, options)
         elif options:
@@ -206,7 +206,7 @@ class SentenceEncoder(nn.Module):
         """(indices, tokens, features) of each batch."""
         skip = self.transformer.prompt_length(prompt) if prompt else 0
         cut = 0
-        with _bar(-(-len(texts) // batch_size), progress) as bar:
+        with progress_bar(-(-len(texts) // batch_size), progress) as bar:
             for start, slab in enumerate(chunks(texts, _SLAB * batch_size)):
                 tokens, too_long = self.transformer.tokenise([prompt + text for text in slab])
                 cut += too_long
@@ -372,9 +372,3 @@ def _unpack(
                 "sentence_embedding": features.get("sentence_embedding")[row, :truncate_dim],
             }
     return items
-
-
-def _bar(total: int, shown: bool) -> Any:
-    from tqdm import tqdm
-
-    return tqdm(total=total, desc="Batches", disable=not shown)

@@ -24,6 +24,35 @@ _WITHOUT_OWNER = (
 """Beginnings of names on the hub that have no owner and are not of sentence-transformers."""
 
 
+def default_device() -> str:
+    """The GPU if there is one."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def hub_options(
+    name_or_path: str | os.PathLike[str], owner: str, options: dict[str, Any]
+) -> tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The full name of a model (of `owner`, if it has none), and the options of a constructor for the hub,
+    for the model and for the tokenizer. Raises TypeError for others."""
+    name = os.fspath(name_or_path)
+    hub = dict(options)
+    model_options = hub.pop("model_kwargs", None) or {}
+    older = hub.pop("tokenizer_kwargs", None)
+    tokenizer_options = hub.pop("processor_kwargs", None) or older or {}
+    hub.pop("trust_remote_code", None)  # code of a model is never run
+    if "cache_folder" in hub:
+        hub["cache_dir"] = hub.pop("cache_folder")
+    if hub.pop("backend", "torch") != "torch":
+        raise ValueError("the only backend is torch")
+    unknown = set(hub) - {"revision", "cache_dir", "token", "local_files_only"}
+    if unknown:
+        raise TypeError(f"there is no option {', '.join(sorted(unknown))}")
+    canonical = name.startswith(_WITHOUT_OWNER) and "-nli-" not in name
+    if "/" not in name and not (canonical or is_bundled(name) or Path(name).exists()):
+        name = f"{owner}/{name}"
+    return name, hub, dict(model_options), dict(tokenizer_options)
+
+
 def load(
     name_or_path: str | os.PathLike[str],
     device: str | int | torch.device,
@@ -31,22 +60,9 @@ def load(
     options: dict[str, Any],
 ) -> tuple[list[nn.Module], dict[str, Any]]:
     """The modules of a model, and its config_sentence_transformers.json; `options` as of SentenceEncoder."""
-    name = os.fspath(name_or_path)
-    model_options = {"dtype": dtype, **(options.pop("model_kwargs", None) or {})}
-    older = options.pop("tokenizer_kwargs", None)
-    tokenizer_options = options.pop("processor_kwargs", None) or older or {}
-    options.pop("trust_remote_code", None)  # code of a model is never run
-    if "cache_folder" in options:
-        options["cache_dir"] = options.pop("cache_folder")
-    if options.pop("backend", "torch") != "torch":
-        raise ValueError("the only backend is torch")
-    unknown = set(options) - {"revision", "cache_dir", "token", "local_files_only"}
-    if unknown:
-        raise TypeError(f"SentenceEncoder takes no option {', '.join(sorted(unknown))}")
-    canonical = name.startswith(_WITHOUT_OWNER) and "-nli-" not in name
-    if "/" not in name and not (canonical or is_bundled(name) or Path(name).exists()):
-        name = f"sentence-transformers/{name}"
-    path = resolve(name, **options)
+    name, hub, model_options, tokenizer_options = hub_options(name_or_path, "sentence-transformers", options)
+    model_options = {"dtype": dtype, **model_options}
+    path = resolve(name, **hub)
 
     if not (path / "modules.json").is_file():
         transformer = Transformer.load(path, "", device, model_options, tokenizer_options)
@@ -61,7 +77,7 @@ def load(
     if kind != "SentenceTransformer":
         raise FileError(f"{file}: the model is a {kind}, expected a SentenceTransformer")
     modules: list[nn.Module] = []
-    for place, kind in _listed(path / "modules.json"):
+    for place, kind in listed_modules(path / "modules.json"):
         if kind == "Transformer":
             modules.append(Transformer.load(path, place, device, model_options, tokenizer_options))
         else:
@@ -69,7 +85,7 @@ def load(
     return modules, stored
 
 
-def _listed(file: Path) -> list[tuple[str, str]]:
+def listed_modules(file: Path) -> list[tuple[str, str]]:
     """The folder and the kind of each module in modules.json."""
     try:
         listed = json.loads(file.read_text(encoding="utf-8"))

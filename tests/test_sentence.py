@@ -243,7 +243,7 @@ def test_bad_options(minilm: SentenceEncoder) -> None:
         minilm.similarity_fn_name = "angle"
     with pytest.raises(ValueError, match="at least 1 and at most 512, and is 513"):
         minilm.max_seq_length = 513
-    with pytest.raises(TypeError, match="no option modle_kwargs"):
+    with pytest.raises(TypeError, match="there is no option modle_kwargs"):
         SentenceEncoder("all-MiniLM-L6-v2", modle_kwargs={})
     with pytest.raises(ValueError, match="exactly one of"):
         SentenceEncoder()

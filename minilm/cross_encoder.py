@@ -1,0 +1,208 @@
+"""`CrossEncoder`: scores for pairs of texts that are read together; used as
+sentence_transformers.CrossEncoder.
+
+model = CrossEncoder("cross-encoder/ms-marco-MiniLM-L6-v2") model.predict([("How many people live in
+Berlin?", "Berlin has 3.5 million inhabitants.")])       # float32 [1] model.rank("How many people live in
+Berlin?", ["Berlin has 3.5 million inhabitants.", "Paris is old."])
+
+Slower than comparing the embeddings of a `SentenceEncoder`, and more exact: so it ranks what that one has
+found.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .auto import read_config
+from .batching import by_length, check_batch_size, chunks, progress_bar, run, tokenise, window
+from .heads import AutoModelForSequenceClassification
+from .hub import FileError, read_json, resolve
+from .sentence_files import default_device, hub_options, listed_modules
+from .sentence_modules import activation
+from .tokenizer import AutoTokenizer
+
+logger = logging.getLogger(__name__)
+
+_SLAB = 256
+"""Batches that are tokenised and sorted by length together."""
+
+
+class CrossEncoder(nn.Module):
+    """Scores pairs of texts.
+
+    Args: model_name_or_path: a folder, or a name on the hub (one without an owner is of cross-encoder).
+    num_labels: scores for a pair; None: as the checkpoint has, and one for a checkpoint without such a head.
+    max_length: of a pair, in tokens; longer ones are cut. None: as the tokenizer says. device: where to;
+    None takes the GPU if there is one. dtype: of the weights; None: as the checkpoint says. activation_fn:
+    what makes scores of logits; None: as the model says, or else the sigmoid if there is one label and
+    nothing if there are several. options: `revision`, `cache_folder`, `token`, `local_files_only` for the
+    hub; `model_kwargs` for AutoModelForSequenceClassification.from_pretrained, `processor_kwargs` for
+    AutoTokenizer.from_pretrained.
+    """
+
+    def __init__(
+        self,
+        model_name_or_path: str | os.PathLike[str],
+        *,
+        num_labels: int | None = None,
+        max_length: int | None = None,
+        device: str | int | torch.device | None = None,
+        dtype: torch.dtype | str | None = None,
+        activation_fn: Callable[[Tensor], Tensor] | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        name, hub, model_options, tokenizer_options = hub_options(
+            model_name_or_path, "cross-encoder", options
+        )
+        path = resolve(name, **hub)
+        if (path / "modules.json").is_file():
+            modules = listed_modules(path / "modules.json")
+            if modules != [("", "Transformer")]:
+                kinds = ", ".join(kind for _, kind in modules)
+                raise FileError(
+                    f"{path / 'modules.json'}: expected a Transformer alone, and it lists {kinds}"
+                )
+        config = read_config(path)
+        trained = str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
+        if num_labels is None and not trained:
+            num_labels = 1
+        if num_labels is not None:
+            model_options["num_labels"] = num_labels
+        self.model = AutoModelForSequenceClassification.from_pretrained(
+            path, device=default_device() if device is None else device, **{"dtype": dtype, **model_options}
+        )
+        self.tokenizer = AutoTokenizer.from_pretrained(path, **tokenizer_options)
+        if max_length is not None:
+            self.tokenizer.model_max_length = max_length
+        stored = path / "config_sentence_transformers.json"
+        named = (config.get("sentence_transformers") or {}).get("activation_fn")
+        named = named or config.get("sbert_ce_default_activation_function")
+        named = named or (read_json(stored).get("activation_fn") if stored.is_file() else None)
+        if activation_fn is not None:
+            self.activation_fn = activation_fn
+        elif named is not None:
+            self.activation_fn = activation(named, path)
+        else:
+            self.activation_fn = nn.Sigmoid() if self.num_labels == 1 else nn.Identity()
+
+    @property
+    def num_labels(self) -> int:
+        """Scores for a pair."""
+        return self.model.config.num_labels
+
+    @property
+    def max_seq_length(self) -> int:
+        """The most tokens of a pair that are read. Can be set."""
+        return window(self.model, self.tokenizer)
+
+    @max_seq_length.setter
+    def max_seq_length(self, value: int) -> None:
+        self.tokenizer.model_max_length = value
+
+    max_length = max_seq_length
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return self.model.device
+
+    def predict(
+        self,
+        sentences: Sequence[str] | Iterable[Sequence[str]],
+        batch_size: int = 32,
+        *,
+        show_progress_bar: bool | None = None,
+        activation_fn: Callable[[Tensor], Tensor] | None = None,
+        apply_softmax: bool = False,
+        convert_to_numpy: bool = True,
+        convert_to_tensor: bool = False,
+    ) -> Any:
+        """The scores of pairs of texts: a numpy array [N], or [N, num_labels]; of a single pair one row of
+        that.
+
+        `apply_softmax`: scores of several labels add up to one. `activation_fn`, `convert_to_numpy` and
+        `convert_to_tensor`: as in the constructor and in `SentenceEncoder.encode`. Raises TypeError for what
+        is no pair.
+        """
+        check_batch_size(batch_size)
+        pairs, single = _pairs(sentences)
+        if show_progress_bar is None:
+            show_progress_bar = logger.getEffectiveLevel() in (logging.INFO, logging.DEBUG)
+        scores = torch.empty(len(pairs), self.num_labels, device=self.device)
+        cut = 0
+        with torch.inference_mode(), progress_bar(-(-len(pairs) // batch_size), show_progress_bar) as bar:
+            for start, slab in enumerate(chunks(pairs, _SLAB * batch_size)):
+                firsts, seconds = [a for a, _ in slab], [b for _, b in slab]
+                tokens, too_long = tokenise(self.tokenizer, firsts, seconds, self.max_seq_length)
+                cut += too_long
+                for batch in by_length([len(t) for t in tokens], batch_size):
+                    result = run(self.model, [tokens[i] for i in batch])
+                    rows = torch.tensor(batch, device=self.device) + start * _SLAB * batch_size
+                    scores[rows] = self.model.answer(result, None)["logits"].float()
+                    bar.update()
+            scores = (activation_fn or self.activation_fn)(scores)
+            if apply_softmax and self.num_labels > 1:
+                scores = scores.softmax(-1)
+        if cut:
+            message = f"{cut} of {len(pairs)} pairs have more than {self.max_seq_length} tokens, and were cut"
+            warnings.warn(message, stacklevel=2)
+        scores = scores.squeeze(-1) if self.num_labels == 1 else scores
+        found: Any = (
+            scores if convert_to_tensor else scores.cpu().numpy() if convert_to_numpy else list(scores)
+        )
+        return found[0] if single else found
+
+    def rank(
+        self,
+        query: str,
+        documents: Sequence[str],
+        top_k: int | None = None,
+        return_documents: bool = False,
+        batch_size: int = 32,
+        **options: Any,
+    ) -> list[dict[str, Any]]:
+        """The documents by how well they answer the query, best first: {"corpus_id": number, "score": ...},
+        with `return_documents` also "text". `options` of `predict`."""
+        if self.num_labels != 1:
+            raise ValueError(
+                f"rank needs a model with one score for a pair, and this one has {self.num_labels}"
+            )
+        if not isinstance(query, str):
+            raise TypeError(f"the query must be a text, and is {type(query).__name__}")
+        options = {**options, "convert_to_tensor": True}
+        scores = self.predict([(query, document) for document in documents], batch_size, **options).tolist()
+        ranked = sorted(range(len(scores)), key=lambda i: -scores[i])[:top_k]
+        more = {i: {"text": documents[i]} if return_documents else {} for i in ranked}
+        return [{"corpus_id": i, "score": scores[i], **more[i]} for i in ranked]
+
+    def save_pretrained(self, path: str | os.PathLike[str]) -> None:
+        """Write a folder that sentence-transformers, transformers and minilm load."""
+        kind = type(self.activation_fn)
+        if isinstance(self.activation_fn, nn.Module):
+            self.model.config.sentence_transformers = {
+                "activation_fn": f"{kind.__module__}.{kind.__qualname__}"
+            }
+        self.model.save_pretrained(path)
+        self.tokenizer.save_pretrained(path)
+
+
+def _pairs(sentences: Any) -> tuple[list[tuple[str, str]], bool]:
+    """The pairs, and whether there was a single one."""
+    if isinstance(sentences, (str, bytes)) or not isinstance(sentences, Iterable):
+        raise TypeError(f"expected a pair of texts or a list of pairs, got {type(sentences).__name__}")
+    listed = list(sentences)
+    single = bool(listed) and isinstance(listed[0], str)
+    pairs = [listed] if single else listed
+    for index, pair in enumerate(pairs):
+        fits = isinstance(pair, Sequence) and not isinstance(pair, str) and len(pair) == 2
+        if not fits or not all(isinstance(text, str) for text in pair):
+            raise TypeError(f"expected pairs of texts, but number {index} is {pair!r:.80}")
+    return [(a, b) for a, b in pairs], single
