@@ -181,7 +181,7 @@ class LLM:
             prompt = {"prompt": prompt} if isinstance(prompt, str) else {"prompt_token_ids": prompt}
         text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         if ids is None and isinstance(text, str):
-            ids = self.tokenizer(text)["input_ids"]
+            ids = self.tokenizer(text, verbose=False)["input_ids"]
         if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
             raise ValueError(
                 "a prompt must be a text, token ids, or a dict with prompt or prompt_token_ids, and is "
