@@ -1,4 +1,5 @@
-"""The bench: correctness first, then speed as a share of what the machine can do, beside what people would use instead.
+"""The bench: correctness first, then speed as a share of what the machine can do, beside what people would
+use instead.
 
 Installed as `minilm.benchmarks`; the command is ``minilm bench``. Reading order:
 

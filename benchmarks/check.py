@@ -1,12 +1,12 @@
 """An implementation is right before it is timed.
 
-Against the specification in float64 on the same values: err(implementation) <= 2 x err(eager PyTorch in the same
-dtype) + a floor of 8 units in the last place of the largest value. NaN and infinity never pass. Two draws of inputs are
-looked at, so that a result left over in memory from the first cannot pass for the second.
+Against the specification in float64 on the same values: err(implementation) <= 2 x err(eager PyTorch in the
+same dtype) + a floor of 8 units in the last place of the largest value. NaN and infinity never pass. Two
+draws of inputs are looked at, so that a result left over in memory from the first cannot pass for the
+second.
 
-Engines that run a whole model have no common dtype; they are held against the float32 model: embeddings by the cosine,
-decoders by the first tokens of greedy decoding (`cosines`, `equal_tokens`).
-"""
+Engines that run a whole model have no common dtype; they are held against the float32 model: embeddings by
+the cosine, decoders by the first tokens of greedy decoding (`cosines`, `equal_tokens`)."""
 
 from __future__ import annotations
 
@@ -51,7 +51,8 @@ def tensors(values: Any) -> list[Tensor]:
 
 
 def error(result: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
-    """Largest |result - truth| over largest |truth|, the worst of all outputs; infinity for NaN or another shape."""
+    """Largest |result - truth| over largest |truth|, the worst of all outputs; infinity for NaN or another
+    shape."""
     if len(result) != len(truth):
         return float("inf")
     worst = 0.0
@@ -84,8 +85,8 @@ def clone(values: Any) -> Any:
 def compare(
     call: Callable[[Any], Any], eager: Callable[[Any], Any], truth: Callable[[Any], Any], draws: Sequence[Any]
 ) -> Verdict:
-    """Judge `call` on each of `draws`; `eager` is the same in plain PyTorch, `truth` the specification (it is given
-    the float64 arguments)."""
+    """Judge `call` on each of `draws`; `eager` is the same in plain PyTorch, `truth` the specification (it
+    is given the float64 arguments)."""
     worst, allowed = 0.0, 0.0
     with torch.no_grad():
         for values in draws:
@@ -107,7 +108,9 @@ def cosines(found: Tensor, truth: Tensor, precision: str) -> Verdict:
     """Embeddings [B, C] against the float32 ones, row by row."""
     least = LEAST_COSINE[precision]
     if found.shape != truth.shape or not bool(found.isfinite().all()):
-        return Verdict(False, 2.0, 1 - least, f"shape {list(found.shape)} or NaN, expected {list(truth.shape)}")
+        return Verdict(
+            False, 2.0, 1 - least, f"shape {list(found.shape)} or NaN, expected {list(truth.shape)}"
+        )
     worst = float(torch.cosine_similarity(found.double(), truth.double(), dim=1).min())
     return Verdict(worst >= least, 1 - worst, 1 - least, f"worst cosine {worst:.5f}, least allowed {least}")
 

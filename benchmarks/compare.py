@@ -68,7 +68,9 @@ def compare(before: Results, after: Results) -> Comparison:
             kind = "slower" if change > 1 else "faster"
             changes.append(Change(kind, workload, peer, ours, a.median, b.median))
     changes += [
-        Change("gone", c["workload"], c["peer"], c["ours"], None, None) for k, c in old.items() if k not in new
+        Change("gone", c["workload"], c["peer"], c["ours"], None, None)
+        for k, c in old.items()
+        if k not in new
     ]
     order = ("broken", "slower", "faster", "mended", "new", "gone")
     changes.sort(key=lambda c: (order.index(c.kind), -abs((c.after or 1) / (c.before or 1) - 1)))
@@ -87,7 +89,9 @@ def _cautions(before: Results, after: Results) -> list[str]:
             other = old[limits.device].table.get(name) if limits.device in old else None
             change = moved(other.repeats, limit.repeats) if other else None
             if change is not None:
-                found.append(f"the machine itself moved: {name} on {limits.device} is {change:.2f}x what it was")
+                found.append(
+                    f"the machine itself moved: {name} on {limits.device} is {change:.2f}x what it was"
+                )
     a, b = before.machine.get("versions", {}), after.machine.get("versions", {})
     found += [f"{k} {a.get(k)} and {b.get(k)}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]
     return found

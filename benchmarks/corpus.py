@@ -1,13 +1,13 @@
 """Texts that are real, without a download: what every Python ships with.
 
-Sources, all under the standard library's folder: the language reference that `help()` shows (pydoc_data/topics.py) and
-the docstrings of the library's modules, read by `ast` and never imported. They are cleaned to plain prose, cut into
-titles, sentences and paragraphs, and ordered by the SHA-256 of each text, so that the choice depends on nothing but the
-texts. The mix of lengths is that of a search index: 40 % short (3 to 12 words: questions, titles), 45 % sentences (13
-to 40), 15 % paragraphs (41 to 250).
+Sources, all under the standard library's folder: the language reference that `help()` shows
+(pydoc_data/topics.py) and the docstrings of the library's modules, read by `ast` and never imported. They
+are cleaned to plain prose, cut into titles, sentences and paragraphs, and ordered by the SHA-256 of each
+text, so that the choice depends on nothing but the texts. The mix of lengths is that of a search index: 40
+% short (3 to 12 words: questions, titles), 45 % sentences (13 to 40), 15 % paragraphs (41 to 250).
 
-The same Python gives the same corpus, on any machine; another Python brings other texts, so results note `fingerprint`.
-"""
+The same Python gives the same corpus, on any machine; another Python brings other texts, so results note
+`fingerprint`."""
 
 from __future__ import annotations
 
@@ -22,14 +22,15 @@ from pathlib import Path
 from . import machine
 
 MODULES = (
-    "argparse abc bisect calendar collections contextlib copy csv datetime decimal difflib doctest fractions "
-    "functools gettext glob graphlib gzip hashlib heapq imaplib inspect ipaddress json locale logging mailbox "
-    "nntplib optparse os pathlib pickle pickletools platform poplib pprint profile queue random re sched secrets "
-    "selectors shelve shlex shutil smtplib socket socketserver ssl statistics string subprocess symtable tarfile "
-    "tempfile textwrap threading timeit tokenize trace traceback turtle typing unittest urllib uuid warnings weakref "
-    "webbrowser xml zipfile asyncio email http concurrent importlib multiprocessing ctypes dbm encodings html idlelib "
-    "sqlite3 tkinter wsgiref"
-).split()
+    "argparse abc bisect calendar collections contextlib copy csv datetime decimal difflib doctest "
+    "fractions functools gettext glob graphlib gzip hashlib heapq imaplib inspect ipaddress json "
+    "locale logging mailbox nntplib optparse os pathlib pickle pickletools platform poplib pprint "
+    "profile queue random re sched secrets selectors shelve shlex shutil smtplib socket socketserver "
+    "ssl statistics string subprocess symtable tarfile tempfile textwrap threading timeit tokenize "
+    "trace traceback turtle typing unittest urllib uuid warnings weakref webbrowser xml zipfile "
+    "asyncio email http concurrent importlib multiprocessing ctypes dbm encodings html idlelib "
+    "sqlite3 tkinter wsgiref "
+)
 
 MIX = ((0.40, 3, 12), (0.45, 13, 40), (0.15, 41, 250))
 """Share of the corpus, and the words a text of that kind has."""
@@ -42,7 +43,7 @@ def _sources() -> Iterator[str]:
         for node in ast.walk(ast.parse(topics.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > 200:
                 yield node.value
-    for module in MODULES:
+    for module in MODULES.split():
         files = [library / f"{module}.py", *sorted((library / module).rglob("*.py"))]
         for file in files:
             if not file.is_file() or "test" in file.relative_to(library).as_posix():
@@ -80,8 +81,8 @@ def texts() -> tuple[str, ...]:
 
 
 def sentences(count: int = 2000) -> list[str]:
-    """`count` texts with the mix of lengths above, in an order that knows nothing of the lengths. Raises ValueError
-    when this Python does not hold enough."""
+    """`count` texts with the mix of lengths above, in an order that knows nothing of the lengths. Raises
+    ValueError when this Python does not hold enough."""
     if machine.tiny():
         count = min(count, 24)
     chosen: list[str] = []
@@ -89,7 +90,9 @@ def sentences(count: int = 2000) -> list[str]:
         fitting = [t for t in texts() if low <= len(t.split()) <= high]
         wanted = count - len(chosen) if index == len(MIX) - 1 else round(count * share)
         if len(fitting) < wanted:
-            raise ValueError(f"this Python holds {len(fitting)} texts of {low} to {high} words, and {wanted} are wanted")
+            raise ValueError(
+                f"this Python holds {len(fitting)} texts of {low} to {high} words, and {wanted} are wanted"
+            )
         chosen += fitting[:wanted]
     return sorted(chosen, key=lambda t: hashlib.sha256(b"order" + t.encode()).digest())
 

@@ -1,12 +1,13 @@
 """Bytes and operations of each op, by formula: what any implementation must move and compute at the least.
 
-Alphabet of `minilm.config`: T tokens, S context, H query heads, Hkv key/value heads, D head size, C channels, F inner
-channels, V vocabulary; b, wb, cb = bytes of an element of the data, the weights and the cache.
+Alphabet of `minilm.config`: T tokens, S context, H query heads, Hkv key/value heads, D head size, C
+channels, F inner channels, V vocabulary; b, wb, cb = bytes of an element of the data, the weights and the
+cache.
 
-Bytes: every input is read once and every output written once, whatever the caches do. Operations: a multiplication and
-an addition count one each, so a multiply-add is two; an exponential, a square root or an activation counts as one. What
-an implementation does beyond this (padding, a second pass, a copy) lowers its share of the limit, as it should.
-"""
+Bytes: every input is read once and every output written once, whatever the caches do. Operations: a
+multiplication and an addition count one each, so a multiply-add is two; an exponential, a square root or an
+activation counts as one. What an implementation does beyond this (padding, a second pass, a copy) lowers
+its share of the limit, as it should."""
 
 from __future__ import annotations
 
@@ -44,8 +45,8 @@ class Cost:
 
 
 def visible_pairs(new: int, context: int, causal: bool, window: int | None = None) -> int:
-    """(query, key) pairs of one sequence that attention computes: `new` queries, the last at the last of `context`
-    keys.
+    """(query, key) pairs of one sequence that attention computes: `new` queries, the last at the last of
+    `context` keys.
 
     Causal: new * context - new (new - 1) / 2. A window of w lets a query see the keys at a distance below w.
     """
@@ -91,8 +92,8 @@ def attention(
     contexts: Sequence[int] | None = None,
     b: int = 4,
 ) -> Cost:
-    """q, k, v read once, the result written once; 4 D operations a head and visible pair (q k^T and p v), and one
-    exponential."""
+    """q, k, v read once, the result written once; 4 D operations a head and visible pair (q k^T and p v),
+    and one exponential."""
     contexts = lengths if contexts is None else contexts
     pairs = sum(visible_pairs(n, s, causal, window) for n, s in zip(lengths, contexts, strict=True))
     read = (sum(lengths) * H + 2 * sum(contexts) * Hkv) * D * b
@@ -110,11 +111,9 @@ def paged_attention(
     b: int = 4,
     cb: int = 4,
 ) -> Cost:
-    """`attention` (causal) over a cache in pages: keys and values in the cache's dtype, and 4 bytes a page of the
-    table. With a window only the keys inside it are read."""
-    seen = [
-        s if window is None else min(s, n + window - 1) for n, s in zip(lengths, contexts, strict=True)
-    ]
+    """`attention` (causal) over a cache in pages: keys and values in the cache's dtype, and 4 bytes a page
+    of the table. With a window only the keys inside it are read."""
+    seen = [s if window is None else min(s, n + window - 1) for n, s in zip(lengths, contexts, strict=True)]
     work = attention(lengths, H, Hkv, D, True, window, contexts, b)
     table = 4 * sum(-(-s // page) for s in contexts)
     read = sum(lengths) * H * D * b + 2 * sum(seen) * Hkv * D * cb + table
@@ -138,8 +137,9 @@ def rope_append(T: int, H: int, Hkv: int, D: int, b: int = 4, cb: int = 4) -> Co
 
 
 def linear(T: int, I: int, O: int, b: int = 4, wb: float = 4, bias: bool = True, act: bool = False) -> Cost:  # noqa: E741
-    """x [T, I], weight [O, I] and bias [O] read, y [T, O] written; 2 T I O operations, and one an output for each of
-    bias and activation. `wb` may be a fraction: 4-bit blocks of 32 with two fp16 scales are 20/32 byte."""
+    """x [T, I], weight [O, I] and bias [O] read, y [T, O] written; 2 T I O operations, and one an output
+    for each of bias and activation. `wb` may be a fraction: 4-bit blocks of 32 with two fp16 scales are
+    20/32 byte."""
     read = T * I * b + O * I * wb + (O * b if bias else 0)
     return Cost(read, T * O * b, 2 * T * I * O + (bias + act) * T * O)
 
@@ -207,8 +207,8 @@ def forward(
 ) -> list[Call]:
     """The calls of one forward pass of the model that `spec` (a `minilm.config.ModelConfig`) describes.
 
-    `lengths`: new tokens of each sequence. `contexts`: the same with their past, for a decoder that continues.
-    `cached`: keys and values are stored. `logits`: rows that go through the output projection.
+    `lengths`: new tokens of each sequence. `contexts`: the same with their past, for a decoder that
+    continues. `cached`: keys and values are stored. `logits`: rows that go through the output projection.
     """
     T, C, L = sum(lengths), spec.hidden_size, spec.num_layers
     heads = {"H": spec.num_heads, "Hkv": spec.num_kv_heads, "D": spec.head_dim}
@@ -263,12 +263,12 @@ def forward(
 
 
 def total(calls: Sequence[Call]) -> Cost:
-    """The cost of a whole pass when nothing but weights, ids, logits and the cache has to go through memory and each
-    step is as long as its operations: bytes of the parts that no cache could hold, operations of all.
+    """The cost of a whole pass when nothing but weights, ids, logits and the cache has to go through memory
+    and each step is as long as its operations: bytes of the parts that no cache could hold, operations of
+    all.
 
-    The activations between two ops of one pass are left out of the bytes: an engine may keep them in the cache or in
-    registers. So this is a true lower limit, and the sum over the calls is not.
-    """
+    The activations between two ops of one pass are left out of the bytes: an engine may keep them in the
+    cache or in registers. So this is a true lower limit, and the sum over the calls is not."""
     result = Cost()
     for call in calls:
         cost = call.cost

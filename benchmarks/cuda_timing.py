@@ -1,11 +1,11 @@
 """Times and limits on a GPU.
 
-Two times of each call, kept apart. *Launch-inclusive*: the wall clock around calls as a program makes them, Python,
-dispatch and launches included, up to the synchronisation after the last. *Device*: the calls are captured in a CUDA graph
-that walks over inputs of more than twice the L2 cache, and events around replays of the graph give the time that the
-device needs; what cannot be captured is timed by events around the plain calls, and the result says so. Compiling and
-tuning happen in the warm-up, on a stream of its own, as capturing wants it. Clocks are noted and never set.
-"""
+Two times of each call, kept apart. *Launch-inclusive*: the wall clock around calls as a program makes them,
+Python, dispatch and launches included, up to the synchronisation after the last. *Device*: the calls are
+captured in a CUDA graph that walks over inputs of more than twice the L2 cache, and events around replays
+of the graph give the time that the device needs; what cannot be captured is timed by events around the
+plain calls, and the result says so. Compiling and tuning happen in the warm-up, on a stream of its own, as
+capturing wants it. Clocks are noted and never set."""
 
 from __future__ import annotations
 
@@ -136,8 +136,8 @@ def clocks() -> dict[str, str]:
 
 
 class GpuProbe:
-    """A GPU's limits: read and copy bandwidth on far more than the L2 cache, and the matrix product of each dtype on
-    normal random data."""
+    """A GPU's limits: read and copy bandwidth on far more than the L2 cache, and the matrix product of each
+    dtype on normal random data."""
 
     def __init__(self, dtype: str) -> None:
         small = machine.tiny()

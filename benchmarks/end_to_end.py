@@ -1,9 +1,9 @@
 """The end-to-end level: whole models, each engine in its own process, in turn.
 
-Encoders: batches of token ids (1 x 16, 1 x 512, 32 x 128) and a corpus of 2,000 texts with tokenisation. Decoders: time to
-the first token after 512, steps after 32 and after 1,024 tokens, eight sequences at once. All: cold start (process
-start to the first result) and the peak of memory on the way. What counts is real tokens, never padding.
-"""
+Encoders: batches of token ids (1 x 16, 1 x 512, 32 x 128) and a corpus of 2,000 texts with tokenisation.
+Decoders: time to the first token after 512, steps after 32 and after 1,024 tokens, eight sequences at once.
+All: cold start (process start to the first result) and the peak of memory on the way. What counts is real
+tokens, never padding."""
 
 from __future__ import annotations
 
@@ -58,7 +58,8 @@ def encoder_workloads(model: str, assets: Assets, *, with_corpus: bool) -> list[
     for regime in shapes.regimes(model):
         generator = random.Random(16)
         batches = [
-            [[generator.randrange(5, spec.vocab_size) for _ in range(n)] for n in regime.lengths] for _ in range(8)
+            [[generator.randrange(5, spec.vocab_size) for _ in range(n)] for n in regime.lengths]
+            for _ in range(8)
         ]
         calls = tuple(costs.forward(spec, regime.lengths))
         units = len(regime.lengths)
@@ -117,9 +118,14 @@ def sweep_workloads(model: str) -> list[Workload]:
     found = []
     for count, n in [*((1, n) for n in lengths), *((b, length) for b in batches if b > 1)]:
         generator = random.Random(count * 1000 + n)
-        sets = [[[generator.randrange(5, spec.vocab_size) for _ in range(n)] for _ in range(count)] for _ in range(4)]
+        sets = [
+            [[generator.randrange(5, spec.vocab_size) for _ in range(n)] for _ in range(count)]
+            for _ in range(4)
+        ]
         calls = tuple(costs.forward(spec, [n] * count))
-        found.append(Workload(model, f"sweep {count} x {n}", "ids", "sentences", {"batches": sets}, count, calls))
+        found.append(
+            Workload(model, f"sweep {count} x {n}", "ids", "sentences", {"batches": sets}, count, calls)
+        )
     return found
 
 
@@ -139,8 +145,8 @@ def engines_for(model: str, device: str, wanted: Callable[[str], bool]) -> list[
 
 
 def check_prompt(model: str, folder: Any) -> list[int]:
-    """A text that is told twice and begun a third time: what follows is plain to any precision, so that an engine is
-    not called wrong for a coin that fell on the other side."""
+    """A text that is told twice and begun a third time: what follows is plain to any precision, so that an
+    engine is not called wrong for a coin that fell on the other side."""
     ids = models.prompt_ids(24 if machine.tiny() else 48, shapes.spec(model).vocab_size, folder)
     return [*ids, *ids, *ids[:8]]
 
@@ -197,9 +203,14 @@ def run_model(
 
 
 def _start(
-    stack: ExitStack, model: str, assets: Assets, candidates: Sequence[tuple[str, str | None]], options: Options
+    stack: ExitStack,
+    model: str,
+    assets: Assets,
+    candidates: Sequence[tuple[str, str | None]],
+    options: Options,
 ) -> tuple[dict[str, Worker], dict[str, check.Verdict], dict[str, tuple[str, str]]]:
-    """Start, load and check every engine. Returns the running ones, verdicts, and (status, reason) of the others."""
+    """Start, load and check every engine. Returns the running ones, verdicts, and (status, reason) of the
+    others."""
     ready: dict[str, Worker] = {}
     verdicts: dict[str, check.Verdict] = {}
     refused: dict[str, tuple[str, str]] = {}
@@ -216,7 +227,9 @@ def _start(
                 converter.load(assets, options.device, prepare=True)
             worker = stack.enter_context(Worker(name, options.threads))
             worker.load(assets, options.device)
-            verdicts[name] = judge(output(worker, model, assets), truth, precision_of(name, options.device)[0])
+            verdicts[name] = judge(
+                output(worker, model, assets), truth, precision_of(name, options.device)[0]
+            )
             ready[name] = worker
             worker.pause()
         except WorkerError as error:
@@ -227,7 +240,11 @@ def _start(
 def precision_of(name: str, device: str) -> tuple[str, float]:
     """Precision and bytes of an engine's weights: what is float32 on a CPU runs in float16 on a GPU."""
     kind = peers.engine_class(name)
-    return ("fp16", 2.0) if device == "cuda" and kind.precision == "fp32" else (kind.precision, kind.bytes_a_weight)
+    return (
+        ("fp16", 2.0)
+        if device == "cuda" and kind.precision == "fp32"
+        else (kind.precision, kind.bytes_a_weight)
+    )
 
 
 def _cell(workload: Workload, name: str, options: Options) -> dict[str, Any]:
@@ -270,9 +287,14 @@ def _run(
             cells[name] |= {"status": "skipped", "reason": worker.note}
             continue
         try:
-            worker.ask("block", workload=request, calls=1)  # what cannot run says so here; what compiles does so here
+            worker.ask(
+                "block", workload=request, calls=1
+            )  # what cannot run says so here; what compiles does so here
         except WorkerError as error:
-            cells[name] |= {"status": "skipped" if error.kind == "unavailable" else "failed", "reason": str(error)}
+            cells[name] |= {
+                "status": "skipped" if error.kind == "unavailable" else "failed",
+                "reason": str(error),
+            }
             continue
         finally:
             worker.pause()
@@ -301,7 +323,8 @@ def _run(
 
 
 def _arithmetic(precision: str, device: str) -> str:
-    """The dtype whose peak is the limit: 16-bit weights are computed in float32 on a CPU, 8- and 4-bit ones in int8."""
+    """The dtype whose peak is the limit: 16-bit weights are computed in float32 on a CPU, 8- and 4-bit ones
+    in int8."""
     if device == "cuda":
         return {"fp32": "float16", "fp16": "float16", "bf16": "bfloat16"}.get(precision, "int8")
     return "int8" if precision in ("int8", "q4") else "float32"
@@ -323,7 +346,9 @@ def _cold_starts(
     """Process start to the first result, in turn; and the most memory the process held until then."""
     options.say(f"{model}: cold starts")
     workload = Workload(model, "cold start", "cold", "s", {}, 1)
-    cells = {name: _cell(workload, name, options) | {"status": "ok", "samples": [], "calls": 1} for name in names}
+    cells = {
+        name: _cell(workload, name, options) | {"status": "ok", "samples": [], "calls": 1} for name in names
+    }
     repeats = 2 if machine.tiny() else options.cold_repeats
     for done in range(repeats + 1):  # the first one fills the system's file cache
         for name in names:

@@ -1,8 +1,9 @@
 """``make gpu-check``: everything that only a GPU can tell, in one command of less than ten minutes.
 
-Made for a machine that has nothing but the working tree and stock PyTorch, Triton and transformers: nothing is downloaded
-and nothing installed. The package is laid out by links in a folder of its own, where the extension is built too. Steps,
-each with a limit of time of its own, each reported whether it passed, failed, or could not run and why:
+Made for a machine that has nothing but the working tree and stock PyTorch, Triton and transformers: nothing
+is downloaded and nothing installed. The package is laid out by links in a folder of its own, where the
+extension is built too. Steps, each with a limit of time of its own, each reported whether it passed,
+failed, or could not run and why:
 
     extension   compiled from csrc/
     tests       those marked gpu
@@ -11,9 +12,9 @@ each with a limit of time of its own, each reported whether it passed, failed, o
     ops         the op level in 16 bits
     models      layers and whole models with the peers that are on the machine
 
-Everything goes into one folder ($OUT, or ./gpu-check-out): report.json, results of the bench, pictures (few files, since
-what brings them back may count them). Without a GPU the same steps run on the CPU in toy sizes when MINILM_BENCH_TINY=1,
-with Triton's interpreter standing in, which proves the command and nothing else.
+Everything goes into one folder ($OUT, or ./gpu-check-out): report.json, results of the bench, pictures (few
+files, since what brings them back may count them). Without a GPU the same steps run on the CPU in toy sizes
+when MINILM_BENCH_TINY=1, with Triton's interpreter standing in, which proves the command and nothing else.
 """
 
 from __future__ import annotations
@@ -43,7 +44,8 @@ class Step:
 
 
 def lay_out(folder: Path) -> Path:
-    """A folder to put on PYTHONPATH: minilm/ with kernels and benchmarks inside, all links into the working tree."""
+    """A folder to put on PYTHONPATH: minilm/ with kernels and benchmarks inside, all links into the working
+    tree."""
     package = folder / "minilm"
     shutil.rmtree(folder, ignore_errors=True)
     package.mkdir(parents=True)
@@ -68,13 +70,21 @@ class Check:
         self.tiny = os.environ.get("MINILM_BENCH_TINY", "") not in ("", "0")
         self.end = time.monotonic() + BUDGET
         self.steps: list[Step] = []
-        self.env = {**os.environ, "PYTHONPATH": str(self.site), "HF_HUB_OFFLINE": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        self.env = {
+            **os.environ,
+            "PYTHONPATH": str(self.site),
+            "HF_HUB_OFFLINE": "1",
+            "PYTHONDONTWRITEBYTECODE": "1",
+        }
         self.env.setdefault("MINILM_BENCH_CACHE", str(self.site / "cache"))
         if not self.gpu:
             self.env["TRITON_INTERPRET"] = "1"
 
-    def run(self, name: str, command: list[str], limit: float, *, nothing: dict[int, str] | None = None) -> None:
-        """One command as one step. `nothing`: exit statuses that mean there was nothing to do, and their words."""
+    def run(
+        self, name: str, command: list[str], limit: float, *, nothing: dict[int, str] | None = None
+    ) -> None:
+        """One command as one step. `nothing`: exit statuses that mean there was nothing to do, and their
+        words."""
         left = self.end - time.monotonic()
         if left < 10:
             self.steps.append(Step(name, "out of time", 0.0, "the budget was spent before this step"))
@@ -114,7 +124,17 @@ class Check:
         """Every step; returns the exit status."""
         python = sys.executable
         self._extension(python)
-        pytest = [python, "-m", "pytest", "-q", "-x", "-c", str(ROOT / "pyproject.toml"), "--rootdir", str(ROOT)]
+        pytest = [
+            python,
+            "-m",
+            "pytest",
+            "-q",
+            "-x",
+            "-c",
+            str(ROOT / "pyproject.toml"),
+            "--rootdir",
+            str(ROOT),
+        ]
         pytest += ["-p", "no:cacheprovider", str(ROOT / "tests")]
         none = {5: "no test is marked gpu"}
         self.run("tests", [*pytest, "-m", "gpu"], 240, nothing=none)
@@ -137,7 +157,15 @@ class Check:
     def _extension(self, python: str) -> None:
         """Build in a folder of its own; minilm works without it, so a failure is reported and not the end."""
         build = self.site / "build"
-        command = [python, str(ROOT / "setup.py"), "-q", "build_ext", "--build-lib", str(build), "--build-temp"]
+        command = [
+            python,
+            str(ROOT / "setup.py"),
+            "-q",
+            "build_ext",
+            "--build-lib",
+            str(build),
+            "--build-temp",
+        ]
         before, self.site = self.site, ROOT  # setup.py names its files relative to itself
         self.run("extension", [*command, str(build / "temp")], 240)
         self.site = before
@@ -151,11 +179,17 @@ class Check:
             self.skip("models", "there is no CUDA device")
             return
         script = str(Path(__file__).with_name("gpu_run.py"))
-        few = ["MiniLM-L6", "SmolLM2-135M"] if self.tiny else ["MiniLM-L6", "BERT-base", "SmolLM2-135M", "Llama-1B"]
+        few = (
+            ["MiniLM-L6", "SmolLM2-135M"]
+            if self.tiny
+            else ["MiniLM-L6", "BERT-base", "SmolLM2-135M", "Llama-1B"]
+        )
         jobs = (("ops", "op", few, 150.0), ("models", "layer,e2e", few[:3], 240.0))
         for name, levels, models, limit in jobs:
             target = str(self.out / f"{name}.json")
-            self.run(name, [python, script, device, levels, ",".join(models), target, str(limit * 0.8)], limit)
+            self.run(
+                name, [python, script, device, levels, ",".join(models), target, str(limit * 0.8)], limit
+            )
 
     def _report(self) -> int:
         import torch
@@ -177,7 +211,9 @@ class Check:
         (self.out / "report.json").write_text(json.dumps(data, indent=1) + "\n")
         print(f"\ngpu-check on {device or 'no GPU'}, torch {torch.__version__}, triton {version}")
         for step in self.steps:
-            reason = f": {step.detail.splitlines()[-1][:150]}" if step.detail and step.status != "passed" else ""
+            reason = (
+                f": {step.detail.splitlines()[-1][:150]}" if step.detail and step.status != "passed" else ""
+            )
             print(f"  {step.name:10} {step.status:11} {step.seconds:6.1f} s{reason}")
         files = sorted(str(p.relative_to(self.out)) for p in self.out.rglob("*") if p.is_file())
         print(f"  in {self.out}: {', '.join(files)}")

@@ -1,8 +1,7 @@
 """One step of `gpu_check`: run levels of the bench and leave JSON and pictures.
 
-gpu_run.py DEVICE LEVELS MODELS TARGET SECONDS. Results are written after every workload, so that a step whose time runs
-out leaves what it has.
-"""
+gpu_run.py DEVICE LEVELS MODELS TARGET SECONDS. Results are written after every workload, so that a step
+whose time runs out leaves what it has."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """How a time is taken.
 
-Engines that are compared run in turn, A B C A B C ..., each turn a block of calls long enough to be timed, so that a
-machine that slows down slows all of them. The order is turned by one place each round. Inputs are fresh random data
-and rotate over more than twice the last cache, so that nothing is found there that would not be there in a real run.
-Compiling, tuning and warming up happen before. The garbage collector is off while the clock runs.
+Engines that are compared run in turn, A B C A B C ..., each turn a block of calls long enough to be timed,
+so that a machine that slows down slows all of them. The order is turned by one place each round. Inputs are
+fresh random data and rotate over more than twice the last cache, so that nothing is found there that would
+not be there in a real run. Compiling, tuning and warming up happen before. The garbage collector is off
+while the clock runs.
 
-A *block* is a function that makes n calls and returns the seconds they took: in this process (`block_of`), in another
-(`workers`), or on a GPU (`cuda_timing`).
-"""
+A *block* is a function that makes n calls and returns the seconds they took: in this process (`block_of`),
+in another (`workers`), or on a GPU (`cuda_timing`)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,8 @@ def block_of(
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Block:
-    """A block that calls `call` on one input set after the other, inside `context` (entered outside the timing)."""
+    """A block that calls `call` on one input set after the other, inside `context` (entered outside the
+    timing)."""
     at = 0
 
     def block(calls: int) -> float:
@@ -138,7 +139,9 @@ def _calls_for(block: Block, settings: Settings, clock: Callable[[], float]) -> 
     if seconds < settings.budget_seconds / 20:
         seconds = block(1)
     while seconds < settings.block_seconds:
-        calls = min(calls * 10, max(calls + 1, math.ceil(1.1 * calls * settings.block_seconds / max(seconds, 1e-9))))
+        calls = min(
+            calls * 10, max(calls + 1, math.ceil(1.1 * calls * settings.block_seconds / max(seconds, 1e-9)))
+        )
         seconds = block(calls)
     while clock() - began < settings.warmup_seconds:
         block(calls)
@@ -146,7 +149,9 @@ def _calls_for(block: Block, settings: Settings, clock: Callable[[], float]) -> 
 
 
 def time_calls(
-    calls: Mapping[str, Callable[[Any], Any]], inputs: Mapping[str, Sequence[Any]], settings: Settings | None = None
+    calls: Mapping[str, Callable[[Any], Any]],
+    inputs: Mapping[str, Sequence[Any]],
+    settings: Settings | None = None,
 ) -> dict[str, Samples]:
     """Plain functions against each other, each on its own rotated inputs."""
     blocks = {name: block_of(call, inputs[name]) for name, call in calls.items()}

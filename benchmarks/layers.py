@@ -23,7 +23,8 @@ Call = Callable[[Tensor], Tensor]
 
 
 def build(model: str) -> tuple[Any, dict[str, Any]]:
-    """(our model of one layer, {attention: transformers' model of one layer}) with the same weights, in float32."""
+    """(our model of one layer, {attention: transformers' model of one layer}) with the same weights, in
+    float32."""
     import transformers
 
     from minilm import AutoModel
@@ -117,8 +118,12 @@ def run_model(
     size = dtype.itemsize
     for regime in regimes:
         calls = [c for c in costs.forward(spec, regime.lengths, b=size, wb=size) if c.where != "embeddings"]
-        cost = costs.total(calls) + costs.Cost(regime.tokens * spec.hidden_size * size, regime.tokens * spec.hidden_size * size)
-        floor, binding = limits.floor(cost, str(dtype).removeprefix("torch."), threads if device == "cpu" else None)
+        cost = costs.total(calls) + costs.Cost(
+            regime.tokens * spec.hidden_size * size, regime.tokens * spec.hidden_size * size
+        )
+        floor, binding = limits.floor(
+            cost, str(dtype).removeprefix("torch."), threads if device == "cpu" else None
+        )
 
         def draw(g: torch.Generator, tokens: int = regime.tokens) -> Tensor:
             return torch.randn(tokens, spec.hidden_size, generator=g).to(device, dtype)

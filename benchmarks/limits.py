@@ -1,13 +1,13 @@
 """What the machine can do at the most, measured in the same run as everything that is held against it.
 
-On a CPU: read and copy bandwidth and the peaks of fp32 multiply-adds and of 8-bit dot products, for each number of
-threads, by the plain loops of limits.cpp, which the system's C++ compiler builds for this very processor (kept in a
-cache folder under a hash of source, compiler and processor). Without a compiler NumPy and PyTorch stand in, and the
-result says so. Beside them, the best matrix product that PyTorch's library reaches: a limit that somebody has reached.
+On a CPU: read and copy bandwidth and the peaks of fp32 multiply-adds and of 8-bit dot products, for each
+number of threads, by the plain loops of limits.cpp, which the system's C++ compiler builds for this very
+processor (kept in a cache folder under a hash of source, compiler and processor). Without a compiler NumPy
+and PyTorch stand in, and the result says so. Beside them, the best matrix product that PyTorch's library
+reaches: a limit that somebody has reached.
 
-The clock is read by a chain of dependent additions, one a clock; peak / (clock x threads) must then come out near the
-operations a clock of the processor's design, which is the independent check of the peak.
-"""
+The clock is read by a chain of dependent additions, one a clock; peak / (clock x threads) must then come
+out near the operations a clock of the processor's design, which is the independent check of the peak."""
 
 from __future__ import annotations
 
@@ -43,11 +43,15 @@ def cache_folder() -> Path:
 
 def compiled_loops() -> tuple[ctypes.CDLL | None, str]:
     """The loops of limits.cpp, or None and why they cannot be had."""
-    compiler = next((c for c in (os.environ.get("CXX"), "g++", "clang++", "c++") if c and shutil.which(c)), None)
+    compiler = next(
+        (c for c in (os.environ.get("CXX"), "g++", "clang++", "c++") if c and shutil.which(c)), None
+    )
     if compiler is None:
         return None, "no C++ compiler was found"
     tag = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
-    key = hashlib.sha256((SOURCE.read_text() + tag + machine.cpu_name() + " ".join(FLAGS)).encode()).hexdigest()
+    key = hashlib.sha256(
+        (SOURCE.read_text() + tag + machine.cpu_name() + " ".join(FLAGS)).encode()
+    ).hexdigest()
     target = cache_folder() / f"limits-{key[:16]}.so"
     if not target.exists():
         made = target.with_suffix(f".{os.getpid()}.so")
@@ -115,8 +119,8 @@ class Limits:
         return self.get(name, threads), f"{name} bandwidth"
 
     def peak(self, dtype: str, threads: int | None) -> tuple[float, str]:
-        """Operations a second for `dtype`: the loop's peak, or what the library's matrix product reached, whichever is
-        higher."""
+        """Operations a second for `dtype`: the loop's peak, or what the library's matrix product reached,
+        whichever is higher."""
         names = {"float32": ("fma", "gemm float32"), "int8": ("int8",), "q4": ("int8",)}
         found = [(self.get(n, threads), n) for n in names.get(dtype, (f"gemm {dtype}", "fma"))]
         return max(found, default=(0.0, "none"))
@@ -148,7 +152,8 @@ class Limits:
 
 
 class CpuProbe:
-    """Measures a CPU's limits, one round at a time, so that rounds can be taken before, between and after the rest."""
+    """Measures a CPU's limits, one round at a time, so that rounds can be taken before, between and after
+    the rest."""
 
     def __init__(self, threads: Sequence[int]) -> None:
         small = machine.tiny()

@@ -78,8 +78,8 @@ def _jiffies() -> dict[str, int]:
 
 
 class Load:
-    """How busy the machine was between construction and `stop`: load average, clocks, and the share of processor time
-    that the host gave to others (steal)."""
+    """How busy the machine was between construction and `stop`: load average, clocks, and the share of
+    processor time that the host gave to others (steal)."""
 
     def __init__(self) -> None:
         self._before = _jiffies()
@@ -98,7 +98,8 @@ class Load:
 
 
 def busy_share(seconds: float = 0.5) -> float:
-    """Share of all processors' time that is used while this process sleeps, 0..1: whether the machine is quiet."""
+    """Share of all processors' time that is used while this process sleeps, 0..1: whether the machine is
+    quiet."""
     load = Load()
     time.sleep(seconds)
     return round(1.0 - float(load.stop()["idle_share"]), 3)
@@ -123,7 +124,17 @@ def describe(device: str = "cpu") -> dict[str, Any]:
     from minilm.ops import native
 
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
-    known = ("avx2", "fma", "f16c", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "asimddp")
+    known = (
+        "avx2",
+        "fma",
+        "f16c",
+        "avx512f",
+        "avx512_vnni",
+        "avx512_bf16",
+        "avx_vnni",
+        "amx_int8",
+        "asimddp",
+    )
     memory = re.search(r"MemTotal:\s*(\d+)", _read("/proc/meminfo"))
     result: dict[str, Any] = {
         "cpu": cpu_name(),

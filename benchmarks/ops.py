@@ -1,9 +1,8 @@
-"""The op level: every op of `minilm.ops`, every implementation that supports it, beside the peers, at shapes of real
-models.
+"""The op level: every op of `minilm.ops`, every implementation that supports it, beside the peers, at
+shapes of real models.
 
-Ours are called as the models call them, through the public function under ``with backend(name)``: the checks and the
-choice are part of the time.
-"""
+Ours are called as the models call them, through the public function under ``with backend(name)``: the
+checks and the choice are part of the time."""
 
 from __future__ import annotations
 
@@ -29,15 +28,15 @@ def _ends(lengths: Sequence[int]) -> Tensor:
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str) -> Callable[[torch.Generator], Args]:
-    """A function that draws one set of the op's tensor arguments: normal data, random weights and biases, true
-    lengths, pages in random order."""
+    """A function that draws one set of the op's tensor arguments: normal data, random weights and biases,
+    true lengths, pages in random order."""
     dims, op = case.call.dims, case.op
 
     def normal(generator: torch.Generator, *shape: int, std: float = 1.0) -> Tensor:
         return (torch.randn(shape, generator=generator) * std).to(dtype).to(device)
 
     def norms(g: torch.Generator) -> Args:
-        T, C = dims["T"], dims["C"]  # noqa: N806
+        T, C = dims["T"], dims["C"]
         data = [normal(g, T, C) for _ in range(1 + op.startswith("add_"))]
         weight = (normal(g, C, std=0.1) + 1,)
         return (*data, *weight, *((normal(g, C),) if "layer" in op else ()))
@@ -201,7 +200,8 @@ def run_case(
     extra: Sequence[OpPeer] = (),
     timer: Callable[..., dict[str, harness.Samples]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Judge, then time, all implementations and peers of one case; one cell each, the skipped and wrong ones too."""
+    """Judge, then time, all implementations and peers of one case; one cell each, the skipped and wrong
+    ones too."""
     torch.compiler.reset()  # graphs of earlier shapes are not needed any more
     every = [*our_peers(case, device, dtype), *op_peers(case, device, dtype), *extra]
     every = [peer for peer in every if wanted(peer.name)]
@@ -218,7 +218,10 @@ def run_case(
         try:
             verdict = judge(peer, case, draws)
         except Exception as error:  # a peer that breaks is a finding about the peer, and is shown as one
-            cell |= {"status": "failed", "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
+            cell |= {
+                "status": "failed",
+                "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
+            }
             continue
         cell |= {"status": "ok" if verdict.ok else "wrong", "reason": verdict.detail or None}
         cell["check"] = verdict.to_dict()

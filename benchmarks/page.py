@@ -1,4 +1,5 @@
-"""One HTML page from a folder of results: tables, pictures, limits. Self-contained: no script, nothing is loaded."""
+"""One HTML page from a folder of results: tables, pictures, limits. Self-contained: no script, nothing is
+loaded."""
 
 from __future__ import annotations
 
@@ -9,32 +10,28 @@ from pathlib import Path
 from typing import Any
 
 from . import report
-from .results import Results, ResultError, rows
+from .results import ResultError, Results, rows
 
-CSS = """
-:root { color-scheme: light dark; --ink: #1c2126; --soft: #5b6670; --line: #e3e6e9; --ours: #0b6e4f; --bad: #b3261e;
-  --paper: #fff; --band: #f5f7f8; }
-@media (prefers-color-scheme: dark) { :root { --ink: #e8eaed; --soft: #a3adb6; --line: #363c42; --ours: #6fd3ab;
-  --bad: #ff8a80; --paper: #16191c; --band: #1e2327; } img { background: #fff; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 1180px; padding: 24px 20px 80px; color: var(--ink); background: var(--paper);
-  font: 15px/1.5 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-h1 { font-size: 26px; margin: 8px 0; } h2 { font-size: 20px; margin: 40px 0 8px; border-top: 2px solid var(--line);
-  padding-top: 18px; } h3 { font-size: 15px; margin: 26px 0 6px; }
-p, li { max-width: 78ch; } .soft { color: var(--soft); } nav a { margin-right: 14px; }
-a { color: var(--ours); } img { max-width: 100%; border-radius: 4px; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; width: 100%; }
-th, td { padding: 4px 10px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 600; } th:first-child, td:first-child { text-align: left; }
-th:last-child, td:last-child { text-align: left; white-space: normal; color: var(--soft); min-width: 16ch; }
-tr.ours td { color: var(--ours); font-weight: 600; background: var(--band); } tr.none td { color: var(--soft); }
-tr.wrong td { color: var(--bad); font-weight: 600; }
-"""
+CSS = """ :root { color-scheme: light dark; --ink: #1c2126; --soft: #5b6670; --line: #e3e6e9; --ours:
+#0b6e4f; --bad: #b3261e; --paper: #fff; --band: #f5f7f8; } @media (prefers-color-scheme: dark) { :root {
+--ink: #e8eaed; --soft: #a3adb6; --line: #363c42; --ours: #6fd3ab; --bad: #ff8a80; --paper: #16191c; --band:
+#1e2327; } img { background: #fff; } } * { box-sizing: border-box; } body { margin: 0 auto; max-width:
+1180px; padding: 24px 20px 80px; color: var(--ink); background: var(--paper); font: 15px/1.5 system-ui,
+"Segoe UI", Roboto, "DejaVu Sans", sans-serif; } h1 { font-size: 26px; margin: 8px 0; } h2 { font-size:
+20px; margin: 40px 0 8px; border-top: 2px solid var(--line); padding-top: 18px; } h3 { font-size: 15px;
+margin: 26px 0 6px; } p, li { max-width: 78ch; } .soft { color: var(--soft); } nav a { margin-right: 14px; }
+a { color: var(--ours); } img { max-width: 100%; border-radius: 4px; } .wide { overflow-x: auto; } table {
+border-collapse: collapse; font-size: 13px; width: 100%; } th, td { padding: 4px 10px; text-align: right;
+white-space: nowrap; border-bottom: 1px solid var(--line); } th { color: var(--soft); font-weight: 600; }
+th:first-child, td:first-child { text-align: left; } th:last-child, td:last-child { text-align: left;
+white-space: normal; color: var(--soft); min-width: 16ch; } tr.ours td { color: var(--ours); font-weight:
+600; background: var(--band); } tr.none td { color: var(--soft); } tr.wrong td { color: var(--bad);
+font-weight: 600; } """
 
-METHOD = """Engines of one table ran in turn, A B C A B C …, each in a process of its own (ops and layers: in one
-process); times are medians, with the range that holds the middle 60 % of the repeats. A ratio is the median of the
-ratios round by round. Where the spread was too wide, the table says so in place of a ratio. An engine whose output was
-wrong was not timed. The limits were measured in the same run."""
+METHOD = """Engines of one table ran in turn, A B C A B C …, each in a process of its own (ops and layers:
+in one process); times are medians, with the range that holds the middle 60 % of the repeats. A ratio is the
+median of the ratios round by round. Where the spread was too wide, the table says so in place of a ratio.
+An engine whose output was wrong was not timed. The limits were measured in the same run."""
 
 
 def picture(figure: Any) -> str:
@@ -50,10 +47,29 @@ def table(cells: list[dict[str, Any]]) -> str:
     head = "".join(f"<th>{html.escape(h)}</th>" for h in report.HEADINGS)
     body = []
     for line in report.lines(cells):
-        kind = "wrong" if line.status == "wrong" else "ours" if line.ours and line.time else "" if line.time else "none"
-        values = (line.peer, line.time, line.rate, line.bandwidth, line.arithmetic, line.share, line.ratio, line.remark)
+        kind = (
+            "wrong"
+            if line.status == "wrong"
+            else "ours"
+            if line.ours and line.time
+            else ""
+            if line.time
+            else "none"
+        )
+        values = (
+            line.peer,
+            line.time,
+            line.rate,
+            line.bandwidth,
+            line.arithmetic,
+            line.share,
+            line.ratio,
+            line.remark,
+        )
         body.append(f'<tr class="{kind}">' + "".join(f"<td>{html.escape(v)}</td>" for v in values) + "</tr>")
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+    )
 
 
 def section(name: str, results: Results, identifier: str) -> str:
@@ -99,8 +115,9 @@ def build(folder: Path) -> str:
     left = f"<p>Not shown: {html.escape('; '.join(refused))}</p>" if refused else ""
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>minilm: measurements</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head><body>'
-        f"<h1>minilm: measurements</h1><p>{html.escape(METHOD)}</p><nav>{links}</nav>{body}{left}</body></html>\n"
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>'
+        f"<body><h1>minilm: measurements</h1><p>{html.escape(METHOD)}</p><nav>{links}</nav>"
+        f"{body}{left}</body></html>\n"
     )
 
 

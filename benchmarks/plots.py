@@ -1,4 +1,5 @@
-"""Pictures of results: roofline, bars against the peers, curves over length, batch and threads. Needs matplotlib."""
+"""Pictures of results: roofline, bars against the peers, curves over length, batch and threads. Needs
+matplotlib."""
 
 from __future__ import annotations
 
@@ -35,7 +36,8 @@ def _timed(results: Results, level: str) -> list[dict[str, Any]]:
 
 
 def roofline(results: Results, axes: Any) -> bool:
-    """Each implementation of each op at its intensity (operations a byte, by formula), under the measured roofs."""
+    """Each implementation of each op at its intensity (operations a byte, by formula), under the measured
+    roofs."""
     cells = [c for c in _timed(results, "op") if c.get("operations") and c["ours"]]
     if not cells:
         return False
@@ -85,7 +87,9 @@ def _roofs(limits: Limits, threads: int | None, dtype: str, low: float, high: fl
             )
             axes.plot([bend, high], [peak / 1e9] * 2, "-", color="#333", linewidth=1)
     if peak:
-        axes.annotate(f"{name} peak {peak / 1e9:.4g} Gop/s", (high, peak / 1e9), fontsize=7, ha="right", va="bottom")
+        axes.annotate(
+            f"{name} peak {peak / 1e9:.4g} Gop/s", (high, peak / 1e9), fontsize=7, ha="right", va="bottom"
+        )
 
 
 def _rate(cell: dict[str, Any]) -> tuple[float, float, float]:
@@ -96,7 +100,8 @@ def _rate(cell: dict[str, Any]) -> tuple[float, float, float]:
 
 
 def bars(results: Results, place: tuple[Any, ...], axes: Any) -> bool:
-    """One workload: all engines, fastest on top, with the 20-80 % range; engines that were not timed by name."""
+    """One workload: all engines, fastest on top, with the 20-80 % range; engines that were not timed by
+    name."""
     cells = rows(results.cells)[place]
     timed = sorted((c for c in cells if times(c)), key=lambda c: _rate(c)[0])
     if not timed:
@@ -144,7 +149,9 @@ def curves(results: Results, axis: str, axes: Any) -> bool:
         x = [p[0] for p in points]
         style = {"color": OURS, "linewidth": 2.2} if colours[name] else {"linewidth": 1}
         (line,) = axes.plot(x, [p[1] for p in points], marker="o", markersize=3, label=name, **style)
-        axes.fill_between(x, [p[2] for p in points], [p[3] for p in points], color=line.get_color(), alpha=0.15)
+        axes.fill_between(
+            x, [p[2] for p in points], [p[3] for p in points], color=line.get_color(), alpha=0.15
+        )
     if not series:
         return False
     axes.set(xscale="log", yscale="log")
@@ -166,7 +173,9 @@ def scaling(results: Results, axes: Any) -> bool:
     for cell in cells:
         first = one.get((cell["peer"], cell["workload"]))
         if first:
-            by_engine.setdefault(cell["peer"], {}).setdefault(cell["threads"], []).append(_rate(cell)[0] / first)
+            by_engine.setdefault(cell["peer"], {}).setdefault(cell["threads"], []).append(
+                _rate(cell)[0] / first
+            )
     if not any(len(points) > 1 for points in by_engine.values()):
         return False
     most = 1

@@ -117,8 +117,18 @@ def print_tables(results: Results, console: Any = None) -> None:
         for at, heading in enumerate(HEADINGS):
             table.add_column(heading, justify="left" if at in (0, 7) else "right", overflow="fold")
         for line in lines(cells):
-            style = "green" if line.ours else "red" if line.status == "wrong" else "dim" if not line.time else ""
-            values = (line.peer, line.time, line.rate, line.bandwidth, line.arithmetic, line.share, line.ratio)
+            style = (
+                "green" if line.ours else "red" if line.status == "wrong" else "dim" if not line.time else ""
+            )
+            values = (
+                line.peer,
+                line.time,
+                line.rate,
+                line.bandwidth,
+                line.arithmetic,
+                line.share,
+                line.ratio,
+            )
             table.add_row(*(Text(v) for v in (*values, line.remark)), style=style)
         console.print(table)
 
@@ -127,19 +137,26 @@ def summary_lines(results: Results) -> list[str]:
     """Machine, versions, limits, in a few lines."""
     machine = results.machine
     cores = f"{machine['usable_cores']} cores, {', '.join(machine['features']) or machine['architecture']}"
-    found = [f"{machine['cpu']}, {cores}; minilm's kernels: {machine['native_isa'] or machine['native_unavailable']}"]
+    kernels = machine["native_isa"] or machine["native_unavailable"]
+    found = [f"{machine['cpu']}, {cores}; minilm's kernels: {kernels}"]
     if "gpu" in machine:
         found.append(f"{machine['gpu']['name']}, capability {machine['gpu']['capability']}")
     dirty = " with uncommitted changes" if machine.get("uncommitted") else ""
-    found.append(f"commit {machine.get('commit')}{dirty}; " + ", ".join(f"{k} {v}" for k, v in machine["versions"].items()))
+    found.append(
+        f"commit {machine.get('commit')}{dirty}; "
+        + ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
+    )
     if results.settings.get("busy_share", 0) > 0.1:
-        found.append(f"The machine was not quiet at the start: {results.settings['busy_share']:.0%} of it was in use.")
+        found.append(
+            f"The machine was not quiet at the start: {results.settings['busy_share']:.0%} of it was in use."
+        )
     for limits in results.limits:
         parts = []
         for name, limit in limits.table.items():
             wide = " (spread wide)" if too_wide(summary(limit.repeats)) else ""
-            unit = {"read": "GB/s", "copy": "GB/s", "clock": "GHz"}.get(name.split("@")[0].split()[0], "Gop/s")
+            unit = {"read": "GB/s", "copy": "GB/s", "clock": "GHz"}.get(
+                name.split("@")[0].split()[0], "Gop/s"
+            )
             parts.append(f"{name.replace('@', ' x ')} {limit.value / 1e9:.3g} {unit}{wide}")
         found.append(f"limits ({limits.device}; {limits.how}): " + ", ".join(parts))
     return found
-

@@ -23,10 +23,9 @@ class ResultError(ValueError):
 class Results:
     """One run. `cells` holds one dict for each engine on each workload:
 
-    level, model, workload, peer, ours, precision, dtype, device, threads; status ("ok", "wrong", "skipped", "failed")
-    and reason; check (ok, error, allowed, detail); samples (seconds a call, one a round), calls (in one block);
-    unit and units_per_call; bytes, operations, floor_seconds and binding (the limit).
-    """
+    level, model, workload, peer, ours, precision, dtype, device, threads; status ("ok", "wrong", "skipped",
+    "failed") and reason; check (ok, error, allowed, detail); samples (seconds a call, one a round), calls
+    (in one block); unit and units_per_call; bytes, operations, floor_seconds and binding (the limit)."""
 
     machine: dict[str, Any]
     settings: dict[str, Any]

@@ -53,8 +53,8 @@ def usable_cores() -> int:
 
 
 def run(plan: Plan, on_cell: Callable[[Results], None] = lambda results: None) -> Results:
-    """Measure. `on_cell` is called after each workload with what there is so far, so that a run that is cut off leaves
-    its results."""
+    """Measure. `on_cell` is called after each workload with what there is so far, so that a run that is cut
+    off leaves its results."""
     settings = asdict(plan.settings) | {
         "levels": list(plan.levels),
         "models": list(plan.models),
@@ -117,9 +117,7 @@ def _cells(level: str, plan: Plan, limits: Limits, threads: int) -> Any:
             options = (limits, plan.settings, threads, plan.device, dtype, plan.wanted, plan.chosen)
             yield from layers.run_model(model, *options, **timing)
     else:
-        options = end_to_end.Options(
-            plan.settings, threads, plan.device, plan.wanted, plan.chosen, plan.say
-        )
+        options = end_to_end.Options(plan.settings, threads, plan.device, plan.wanted, plan.chosen, plan.say)
         for model in plan.models:
             yield from _whole_model(level, model, limits, options, plan.cold)
 
@@ -136,7 +134,9 @@ def _whole_model(level: str, model: str, limits: Limits, options: end_to_end.Opt
     assets = models.assets(model)
     if level == "sweep":
         if model in shapes.ENCODERS:
-            yield from end_to_end.run_model(model, end_to_end.sweep_workloads(model), limits, options, cold=False)
+            yield from end_to_end.run_model(
+                model, end_to_end.sweep_workloads(model), limits, options, cold=False
+            )
         return
     if model in shapes.ENCODERS:
         own = models.is_real(model) or machine.tiny()

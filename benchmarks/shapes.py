@@ -1,7 +1,7 @@
 """Shapes of real models, and the op calls that they make: what the op level measures.
 
-Random weights do not change what is moved or computed, so BERT-base, GPT-2 and Llama-1B are their configurations alone.
-"""
+Random weights do not change what is moved or computed, so BERT-base, GPT-2 and Llama-1B are their
+configurations alone."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ ENCODERS = ("MiniLM-L6", "BERT-base")
 
 
 def hf_config(model: str, layers: int | None = None) -> dict[str, Any]:
-    """config.json of a model, with `layers` layers if given; a toy of the same family under MINILM_BENCH_TINY."""
+    """config.json of a model, with `layers` layers if given; a toy of the same family under
+    MINILM_BENCH_TINY."""
     config = dict(HF_CONFIGS[model])
     gpt = config["model_type"] == "gpt2"
     depth = "n_layer" if gpt else "num_hidden_layers"
@@ -175,7 +176,8 @@ class Case:
         if self.op in ("attention", "paged_attention"):
             first = self.regime.lengths[0]
             context = f" on {self.regime.contexts[0]}" if self.regime.contexts else ""
-            return f"{len(self.regime.lengths)} x {first}{context}, {dims['H']}/{dims['Hkv']} heads of {dims['D']}"
+            heads = f"{dims['H']}/{dims['Hkv']} heads of {dims['D']}"
+            return f"{len(self.regime.lengths)} x {first}{context}, {heads}"
         if "C" in dims:
             return f"{dims['T']} x {dims['C']}"
         if self.op == "gated":
@@ -212,7 +214,9 @@ def op_cases(models: Sequence[str] = tuple(HF_CONFIGS), itemsize: int = 4) -> li
                 calls.append(costs.Call("cross_entropy", dims, 1, "loss"))
                 if config.rope is not None:
                     heads = {"H": config.num_heads, "Hkv": config.num_kv_heads, "D": config.head_dim}
-                    calls.append(costs.Call("rope", {"T": regime.tokens, **heads, "b": itemsize}, 1, "attention"))
+                    calls.append(
+                        costs.Call("rope", {"T": regime.tokens, **heads, "b": itemsize}, 1, "attention")
+                    )
             for call in calls:
                 key = (call.op, repr(call.dims))
                 if call.op != "embedding" and key not in seen:

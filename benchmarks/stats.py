@@ -1,4 +1,5 @@
-"""What repeats say: median, 20/80 percentiles, whether two engines can be told apart, whether a result has moved."""
+"""What repeats say: median, 20/80 percentiles, whether two engines can be told apart, whether a result has
+moved."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ MAX_SPREAD = 0.30
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` (0..1) of `values` lie, interpolated linearly. Raises ValueError when there are
-    none."""
+    """The value below which `share` (0..1) of `values` lie, interpolated linearly. Raises ValueError when
+    there are none."""
     if not values:
         raise ValueError("no repeats, so no percentile")
     ordered = sorted(values)
@@ -53,11 +54,11 @@ class Ratio:
 
 
 def ratio(ours: Sequence[float], other: Sequence[float], max_spread: float = MAX_SPREAD) -> Ratio:
-    """other / ours, repeat by repeat: both were taken in the same rounds, so what slowed the machine for a while
-    slowed both.
+    """other / ours, repeat by repeat: both were taken in the same rounds, so what slowed the machine for a
+    while slowed both.
 
-    Without the same number of repeats the medians are compared, with the corner cases of both ranges as the spread.
-    """
+    Without the same number of repeats the medians are compared, with the corner cases of both ranges as the
+    spread."""
     if len(ours) == len(other):
         value = summary([b / a for a, b in zip(ours, other, strict=True)])
     else:
@@ -67,7 +68,8 @@ def ratio(ours: Sequence[float], other: Sequence[float], max_spread: float = MAX
 
 
 def too_wide(value: Summary, max_spread: float = MAX_SPREAD) -> str | None:
-    """None, or the words that stand in place of a figure: the range of the middle 60 % of the repeats is too wide."""
+    """None, or the words that stand in place of a figure: the range of the middle 60 % of the repeats is
+    too wide."""
     if value.repeats < 3:
         return f"too few repeats ({value.repeats})"
     if value.spread > max_spread:
@@ -78,8 +80,8 @@ def too_wide(value: Summary, max_spread: float = MAX_SPREAD) -> str | None:
 def moved(before: Sequence[float], after: Sequence[float], least: float = 0.05) -> float | None:
     """after / before of the medians when that is beyond the noise, otherwise None.
 
-    Beyond the noise: the 20-80 % ranges of the two runs do not touch, and the medians differ by more than `least`.
-    """
+    Beyond the noise: the 20-80 % ranges of the two runs do not touch, and the medians differ by more than
+    `least`."""
     a, b = summary(before), summary(after)
     apart = a.p80 < b.p20 or b.p80 < a.p20
     change = b.median / a.median

@@ -1,10 +1,9 @@
 """``minilm bench --explain MODEL``: where a forward pass goes, op by op.
 
-Every call of an op is watched at the one place where the implementation is chosen: its shapes give bytes and operations
-by the same formulas as everywhere (`costs`), the decision gives which implementation ran and why the others did not,
-and the clock gives the time. Watching costs some microseconds a call, so the pass is also timed whole and unwatched;
-what the ops do not account for is shown as a line of its own.
-"""
+Every call of an op is watched at the one place where the implementation is chosen: its shapes give bytes
+and operations by the same formulas as everywhere (`costs`), the decision gives which implementation ran and
+why the others did not, and the clock gives the time. Watching costs some microseconds a call, so the pass
+is also timed whole and unwatched; what the ops do not account for is shown as a line of its own."""
 
 from __future__ import annotations
 
@@ -12,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +43,19 @@ def cost_of_call(op: str, args: tuple[Any, ...]) -> tuple[Cost, str]:
         causal, window = args[8], args[9]
         lengths, contexts = cu_q.diff().tolist(), cu_k.diff().tolist()
         cost = costs.attention(lengths, q.shape[1], k.shape[1], q.shape[2], causal, window, contexts, size)
-        return cost, f"{len(lengths)} sequences, {q.shape[0]} tokens, {q.shape[1]}/{k.shape[1]} heads of {q.shape[2]}"
+        return (
+            cost,
+            f"{len(lengths)} sequences, {q.shape[0]} tokens, {q.shape[1]}/{k.shape[1]} heads of {q.shape[2]}",
+        )
     if op == "paged_attention":
         q, k, _, _, cu_q, context = args[:6]
         lengths, contexts = cu_q.diff().tolist(), context.tolist()
         heads = (q.shape[1], k.shape[2], q.shape[2])
         cost = costs.paged_attention(lengths, contexts, *heads, k.shape[1], args[9], size, k.element_size())
-        return cost, f"{len(lengths)} sequences on {sum(contexts)} keys, {heads[0]}/{heads[1]} heads of {heads[2]}"
+        return (
+            cost,
+            f"{len(lengths)} sequences on {sum(contexts)} keys, {heads[0]}/{heads[1]} heads of {heads[2]}",
+        )
     if op in ("rope", "rope_append"):
         q, k = args[:2]
         dims = (q.shape[0], q.shape[1], k.shape[1], q.shape[2], size)
@@ -175,7 +181,7 @@ def passes(name: str) -> tuple[Any, list[tuple[str, Callable[[], Any]]]]:
 
     if not causal:
         sizes = [(1, 16), (3, 8)] if small else [(1, 16), (1, min(512, spec.max_positions)), (32, 128)]
-        return model, [(f"{b} x {n} tokens", lambda x=ids(b, n): model(input_ids=x)) for b, n in sizes]
+        return model, [(f"{b} x {n} tokens", partial(model, input_ids=ids(b, n))) for b, n in sizes]
     long = 24 if small else 512
     prompt = ids(1, long)
 
@@ -252,13 +258,26 @@ def _table(waterfall: Waterfall) -> Any:
     whole = summary(waterfall.whole)
     limits, threads = waterfall.limits, waterfall.threads
     read, (peak, unit) = limits.get("read", threads), limits.peak(waterfall.dtype, threads)
+    spread = f"[{report.seconds(whole.p20)} - {report.seconds(whole.p80)}]"
     title = (
-        f"{waterfall.title}: {report.seconds(whole.median)} [{report.seconds(whole.p20)} - {report.seconds(whole.p80)}]"
+        f"{waterfall.title}: {report.seconds(whole.median)} {spread}"
         f" · limits read {read / 1e9:.3g} GB/s, {unit} {peak / 1e9:.4g} Gop/s, {threads} threads"
     )
     table = Table(title=title, title_justify="left", title_style="bold")
     for at, heading in enumerate(
-        ("op", "shape", "ran on", "calls", "MB", "Mop", "time", "of the pass", "limit allows", "of limit", "bound by")
+        (
+            "op",
+            "shape",
+            "ran on",
+            "calls",
+            "MB",
+            "Mop",
+            "time",
+            "of the pass",
+            "limit allows",
+            "of limit",
+            "bound by",
+        )
     ):
         table.add_column(heading, justify="left" if at in (0, 1, 2, 10) else "right", overflow="fold")
     seen = 0.0

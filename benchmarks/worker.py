@@ -1,9 +1,9 @@
-"""One engine in a process of its own: ``python -m minilm.benchmarks.worker ENGINE``. Talks JSON, a line each way.
+"""One engine in a process of its own: ``python -m minilm.benchmarks.worker ENGINE``. Talks JSON, a line
+each way.
 
-Requests: {"do": "load" | "prepare" | "embed" | "tokens" | "block" | "peak", ...}; answers {"ok": ...} or {"error": ...,
-"kind": ...}. What libraries print goes to standard error. Nothing heavy is imported here: with ``--cold`` the process
-loads, runs once and leaves, and its whole life is what is timed.
-"""
+Requests: {"do": "load" | "prepare" | "embed" | "tokens" | "block" | "peak", ...}; answers {"ok": ...} or
+{"error": ..., "kind": ...}. What libraries print goes to standard error. Nothing heavy is imported here:
+with ``--cold`` the process loads, runs once and leaves, and its whole life is what is timed."""
 
 from __future__ import annotations
 
@@ -55,7 +55,9 @@ def handle(engine: Any, request: dict[str, Any]) -> Any:
     """Do what a request asks of a loaded engine."""
     do = request["do"]
     if do == "embed":
-        found = engine.embed_texts(request["texts"]) if "texts" in request else engine.embed_ids(request["ids"])
+        found = (
+            engine.embed_texts(request["texts"]) if "texts" in request else engine.embed_ids(request["ids"])
+        )
         return [[float(v) for v in row] for row in found]
     if do == "tokens":
         return [list(map(int, row)) for row in engine.generate(request["prompts"], request["new"])]
@@ -67,7 +69,8 @@ def handle(engine: Any, request: dict[str, Any]) -> Any:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held. Not getrusage's figure, which a child inherits from its parent."""
+    """The most memory that this process has held. Not getrusage's figure, which a child inherits from its
+    parent."""
     try:
         status = Path("/proc/self/status").read_text()
         return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
@@ -81,7 +84,9 @@ def block(engine: Any, workload: dict[str, Any], calls: int) -> float:
     """Seconds that `calls` calls of the workload take; the batches given are rotated."""
     kind = workload["kind"]
     if kind == "prefill":
-        return sum(engine.prefill_seconds(workload["prompts"][i % len(workload["prompts"])]) for i in range(calls))
+        return sum(
+            engine.prefill_seconds(workload["prompts"][i % len(workload["prompts"])]) for i in range(calls)
+        )
     if kind == "decode":
         return sum(engine.decode_seconds(workload["prompts"], workload["new"]) for _ in range(calls))
     begin = time.perf_counter()

@@ -1,7 +1,7 @@
 """The parent's side of `worker`: starts engines, asks them in turn, and holds still all that are not asked.
 
-A worker that is not at its turn is stopped (SIGSTOP), so that no spinning thread pool of one engine slows another.
-"""
+A worker that is not at its turn is stopped (SIGSTOP), so that no spinning thread pool of one engine slows
+another."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -68,7 +69,8 @@ class Worker:
     def ask(self, do: str, **fields: Any) -> Any:
         """Send a request and wait for its answer. Raises WorkerError."""
         process = self._process
-        assert process.stdin is not None and process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         self.proceed()
         try:
             process.stdin.write((json.dumps({"do": do, **fields}) + "\n").encode())
@@ -115,10 +117,8 @@ class Worker:
         """End the process."""
         self.proceed()
         if self._process.stdin is not None:
-            try:
+            with suppress(BrokenPipeError):  # it is gone already
                 self._process.stdin.close()
-            except BrokenPipeError:
-                pass  # it is gone already
         try:
             self._process.wait(5)
         except subprocess.TimeoutExpired:

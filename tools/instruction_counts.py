@@ -1,13 +1,14 @@
 """Counts the instructions of the CPU kernels at fixed sizes, and compares them with the committed figures.
 
-    python tools/instruction_counts.py            compare; exit status 1 if a kernel needs more than the tolerance allows
-    python tools/instruction_counts.py --update   write the figures anew (after a change that is meant)
+    python tools/instruction_counts.py            compare; exit status 1 if a kernel needs more than the
+    tolerance allows python tools/instruction_counts.py --update   write the figures anew (after a change
+    that is meant)
 
-Times on shared machines are not stable, instruction counts are: a kernel that loses its vectorisation, or gains a pass,
-shows here at once. The kernels of csrc/cpu/ are compiled as setup.py compiles them, linked to instruction_counts.cpp
-without torch, and run under ``valgrind --tool=callgrind`` for the instruction sets that valgrind knows. The figures hold
-for one compiler; with another major version there is nothing to compare, and that is said.
-"""
+Times on shared machines are not stable, instruction counts are: a kernel that loses its vectorisation, or
+gains a pass, shows here at once. The kernels of csrc/cpu/ are compiled as setup.py compiles them, linked to
+instruction_counts.cpp without torch, and run under ``valgrind --tool=callgrind`` for the instruction sets
+that valgrind knows. The figures hold for one compiler; with another major version there is nothing to
+compare, and that is said."""
 
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "benchmarks" / "instruction_counts.json"
 TOLERANCE = 0.03
-"""A kernel may need so much more than its figure: what another libc or linker brings. Needing less is reported too."""
+"""A kernel may need so much more than its figure: what another libc or linker brings. Needing less is
+reported too."""
 UNKNOWN_TO_VALGRIND = ("avx512",)
 
 
@@ -109,7 +111,9 @@ def _total(file: Path) -> int:
     return int(match[1])
 
 
-def compare(found: dict[str, dict[str, int]], figures: dict[str, Any], name: str) -> tuple[list[str], list[str]]:
+def compare(
+    found: dict[str, dict[str, int]], figures: dict[str, Any], name: str
+) -> tuple[list[str], list[str]]:
     """(kernels that need more than they may, other remarks) against the figures for compiler `name`."""
     known = figures.get(name)
     if known is None:
@@ -121,9 +125,13 @@ def compare(found: dict[str, dict[str, int]], figures: dict[str, Any], name: str
             if before is None:
                 remarks.append(f"new: {case}, {isa}: {value:,} instructions (--update writes the figure)")
             elif value > before * (1 + TOLERANCE):
-                worse.append(f"{case}, {isa}: {value:,} instructions, {value / before - 1:+.1%} of {before:,}")
+                worse.append(
+                    f"{case}, {isa}: {value:,} instructions, {value / before - 1:+.1%} of {before:,}"
+                )
             elif value < before * (1 - TOLERANCE):
-                remarks.append(f"less: {case}, {isa}: {value:,} instructions, {value / before - 1:+.1%} of {before:,}")
+                remarks.append(
+                    f"less: {case}, {isa}: {value:,} instructions, {value / before - 1:+.1%} of {before:,}"
+                )
     for isa, counts in known.items():
         gone = sorted(set(counts) - set(found.get(isa, {})))
         remarks += [f"gone: {case}, {isa}" for case in gone]

@@ -1,9 +1,8 @@
 """Creates the bench's environment on top of another: make_bench_venv.py BASE FOLDER CONSTRAINTS.
 
-What is installed in BASE is seen from FOLDER, and what is installed in FOLDER is not seen from BASE. Every package of
-CONSTRAINTS is installed by itself, so that one that has no build for this platform leaves the others alone; it is named.
-llama-cpp-python is compiled for this very processor.
-"""
+What is installed in BASE is seen from FOLDER, and what is installed in FOLDER is not seen from BASE. Every
+package of CONSTRAINTS is installed by itself, so that one that has no build for this platform leaves the
+others alone; it is named. llama-cpp-python is compiled for this very processor."""
 
 from __future__ import annotations
 
@@ -23,11 +22,22 @@ def main(base: Path, folder: Path, constraints: Path) -> None:
     (inside / "_base_environment.pth").write_text(link)
     (inside / "_minilm_base.pth").unlink(missing_ok=True)
     python = str(folder / "bin" / "python")
-    wanted = [line.strip() for line in constraints.read_text().splitlines() if line.strip() and line[0] != "#"]
+    wanted = [
+        line.strip() for line in constraints.read_text().splitlines() if line.strip() and line[0] != "#"
+    ]
     failed = []
     environment = {**os.environ, "CMAKE_ARGS": os.environ.get("CMAKE_ARGS", "-DGGML_NATIVE=ON")}
     for requirement in wanted:
-        command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "-c", str(constraints)]
+        command = [
+            python,
+            "-m",
+            "pip",
+            "install",
+            "--quiet",
+            "--disable-pip-version-check",
+            "-c",
+            str(constraints),
+        ]
         if subprocess.call([*command, requirement], env=environment):
             failed.append(requirement)
     for requirement in failed:

@@ -1,9 +1,10 @@
-"""What people would use instead: each peer one small file, pinned, skipped with the reason where it cannot run.
+"""What people would use instead: each peer one small file, pinned, skipped with the reason where it cannot
+run.
 
-Two kinds, found by name in two tables. An *op peer* computes one op in this process. An *engine* runs whole models, in
-a process of its own (`minilm.benchmarks.workers`), because libraries bring thread pools and OpenMP runtimes that do not
-get along. Nothing of a peer is imported before it is used. The versions stand in constraints-peers.txt.
-"""
+Two kinds, found by name in two tables. An *op peer* computes one op in this process. An *engine* runs whole
+models, in a process of its own (`minilm.benchmarks.workers`), because libraries bring thread pools and
+OpenMP runtimes that do not get along. Nothing of a peer is imported before it is used. The versions stand
+in constraints-peers.txt."""
 
 from __future__ import annotations
 

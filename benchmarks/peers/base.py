@@ -24,9 +24,8 @@ class Skipped:
 class OpPeer:
     """Another way to compute an op of `minilm.ops`.
 
-    `prepare` turns the op's own arguments into what `call` takes (the peer's favourite layout, outside the timing);
-    `result` turns what comes out back into what the op returns, for the check.
-    """
+    `prepare` turns the op's own arguments into what `call` takes (the peer's favourite layout, outside the
+    timing); `result` turns what comes out back into what the op returns, for the check."""
 
     name: str
     call: Callable[[Any], Any]
@@ -54,8 +53,8 @@ class Unavailable(RuntimeError):
 class Engine:
     """A program that runs whole models. One instance lives in one process and runs one model.
 
-    `encoder` and `decoder` say what it can run. All token ids are lists of ints; nothing is padded by the caller.
-    """
+    `encoder` and `decoder` say what it can run. All token ids are lists of ints; nothing is padded by the
+    caller."""
 
     package: str | None = None
     """Distribution on PyPI that must be installed."""
@@ -100,9 +99,8 @@ class Engine:
     def embed_texts(self, texts: Sequence[str]) -> Any:
         """Sentence embeddings [len(texts), C] in the order of the texts, tokenisation included.
 
-        An engine without an interface of its own for this gets what its users would write: texts sorted by their
-        number of tokens, in batches of 32, each padded to its longest.
-        """
+        An engine without an interface of its own for this gets what its users would write: texts sorted by
+        their number of tokens, in batches of 32, each padded to its longest."""
         import numpy as np
 
         ids = self.tokenize(texts)
@@ -136,8 +134,8 @@ class Engine:
         return time.perf_counter() - begin
 
     def decode_seconds(self, prompts: Sequence[Sequence[int]], new: int) -> float:
-        """Time of `new` steps after the first token. Here by difference, for programs that do not show their steps:
-        1 + new tokens less 1 token."""
+        """Time of `new` steps after the first token. Here by difference, for programs that do not show
+        their steps: 1 + new tokens less 1 token."""
         begin = time.perf_counter()
         self.generate(prompts, 1)
         middle = time.perf_counter()

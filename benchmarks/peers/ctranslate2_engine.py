@@ -35,7 +35,12 @@ class CTranslate2(Engine):
         """One replica with the threads asked for."""
         import ctranslate2
 
-        options = {"device": "cpu", "compute_type": self.compute, "intra_threads": self.threads, "inter_threads": 1}
+        options = {
+            "device": "cpu",
+            "compute_type": self.compute,
+            "intra_threads": self.threads,
+            "inter_threads": 1,
+        }
         kind = ctranslate2.Encoder if self.assets.model in ENCODERS else ctranslate2.Generator
         self.model: Any = kind(str(self.path()), **options)
 

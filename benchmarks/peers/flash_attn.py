@@ -16,7 +16,9 @@ def op_peers(case: Any, device: str, dtype: Any) -> list[OpPeer | Skipped]:
         if device != "cuda":
             found.append(Skipped(label, "runs on a GPU only"))
         elif dtype.itemsize != 2:
-            found.append(Skipped(label, f"takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"))
+            found.append(
+                Skipped(label, f"takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}")
+            )
         elif reason := require_package(module):
             found.append(Skipped(label, reason))
         else:

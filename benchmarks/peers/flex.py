@@ -19,7 +19,7 @@ def op_peers(case: Any, device: str, dtype: Any) -> list[OpPeer | Skipped]:
     import torch
     from torch.nn.attention import flex_attention as flex
 
-    B, S, H, Hkv, D = len(dims["lengths"]), dims["lengths"][0], dims["H"], dims["Hkv"], dims["D"]  # noqa: N806
+    B, S, H, Hkv, D = len(dims["lengths"]), dims["lengths"][0], dims["H"], dims["Hkv"], dims["D"]
     if not _compiled:
         _compiled.append(torch.compile(flex.flex_attention, dynamic=False))
     mask = None
@@ -34,6 +34,6 @@ def op_peers(case: Any, device: str, dtype: Any) -> list[OpPeer | Skipped]:
         return tuple(x.view(B, S, -1, D).transpose(1, 2).contiguous() for x in values[:3])
 
     def call(values: Any) -> Any:
-        return _compiled[0](*values, block_mask=mask, enable_gqa=H != Hkv)
+        return _compiled[0](*values, block_mask=mask, enable_gqa=Hkv != H)
 
     return [OpPeer("FlexAttention", call, prepare, lambda out: out.transpose(1, 2).reshape(B * S, H, D))]

@@ -22,7 +22,12 @@ def op_peers(case: Any, device: str, dtype: Any) -> list[OpPeer | Skipped]:
     if case.op == "rms_norm":
         from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
-        return [OpPeer("Liger", lambda v: LigerRMSNormFunction.apply(v[0], v[1], case.spec.norm_eps, 0.0, "llama", False))]
+        return [
+            OpPeer(
+                "Liger",
+                lambda v: LigerRMSNormFunction.apply(v[0], v[1], case.spec.norm_eps, 0.0, "llama", False),
+            )
+        ]
     if case.op == "gated":
         from liger_kernel.ops.swiglu import LigerSiLUMulFunction
 

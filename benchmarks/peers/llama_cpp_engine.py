@@ -1,4 +1,5 @@
-"""llama.cpp through llama-cpp-python, in four formats made from the shipped Q4_1 file by its own quantiser."""
+"""llama.cpp through llama-cpp-python, in four formats made from the shipped Q4_1 file by its own
+quantiser."""
 
 from __future__ import annotations
 
@@ -106,7 +107,9 @@ class LlamaCpp(Engine):
         written = [[token] for token in first]
         begin = time.perf_counter()
         for step in range(new - 1):
-            tokens = [(w[-1], len(p) + step, s, True) for s, (p, w) in enumerate(zip(prompts, written, strict=True))]
+            tokens = [
+                (w[-1], len(p) + step, s, True) for s, (p, w) in enumerate(zip(prompts, written, strict=True))
+            ]
             self._decode(context, tokens)
             for s, w in enumerate(written):
                 w.append(self._best(context, s))
@@ -122,7 +125,9 @@ class LlamaCpp(Engine):
 
     def note(self) -> str:
         """Which file."""
-        return "the file as shipped" if self.file_type < 0 else "requantised from the shipped file by llama.cpp"
+        return (
+            "the file as shipped" if self.file_type < 0 else "requantised from the shipped file by llama.cpp"
+        )
 
 
 class F32(LlamaCpp):

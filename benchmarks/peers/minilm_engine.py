@@ -1,4 +1,5 @@
-"""minilm itself, through what its users have: SentenceEncoder, and the engine that LLM and generate run on."""
+"""minilm itself, through what its users have: SentenceEncoder, and the engine that LLM and generate run
+on."""
 
 from __future__ import annotations
 

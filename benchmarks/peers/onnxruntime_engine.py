@@ -1,4 +1,5 @@
-"""ONNX Runtime on an ONNX export of the encoder by PyTorch, in float32 and with dynamically quantised 8-bit weights."""
+"""ONNX Runtime on an ONNX export of the encoder by PyTorch, in float32 and with dynamically quantised 8-bit
+weights."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from .base import Engine
 
 
 def export(engine: Engine) -> Path:
-    """The encoder as ONNX, with the number of sequences and tokens open; made once by torch.onnx from transformers'
-    model."""
+    """The encoder as ONNX, with the number of sequences and tokens open; made once by torch.onnx from
+    transformers' model."""
     target = engine.assets.cache / "onnx" / "model.onnx"
     if target.is_file():
         return target
@@ -76,7 +77,8 @@ class OnnxRuntime(Engine):
     file = "model.onnx"
 
     def prepare(self) -> None:
-        """Export, and fuse attention, norms and activations offline by onnxruntime's own transformer optimiser."""
+        """Export, and fuse attention, norms and activations offline by onnxruntime's own transformer
+        optimiser."""
         source = export(self)
         target = source.with_name("fused.onnx")
         if not target.is_file():
@@ -86,7 +88,9 @@ class OnnxRuntime(Engine):
 
             config = json.loads((self.assets.folder / "config.json").read_text())
             heads, size = config["num_attention_heads"], config["hidden_size"]
-            optimizer.optimize_model(str(source), "bert", num_heads=heads, hidden_size=size, opt_level=0).save_model_to_file(str(target))
+            optimizer.optimize_model(
+                str(source), "bert", num_heads=heads, hidden_size=size, opt_level=0
+            ).save_model_to_file(str(target))
 
     def path(self) -> Path:
         """The file that is run."""

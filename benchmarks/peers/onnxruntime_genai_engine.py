@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -31,7 +32,16 @@ class GenAI(Engine):
         partial = self.path().with_suffix(".partial")
         shutil.rmtree(partial, ignore_errors=True)
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", str(self.assets.folder)]
-        command += ["-o", str(partial), "-p", self.built, "-e", "cpu", "-c", str(self.assets.cache / "genai-cache")]
+        command += [
+            "-o",
+            str(partial),
+            "-p",
+            self.built,
+            "-e",
+            "cpu",
+            "-c",
+            str(self.assets.cache / "genai-cache"),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             lines = done.stderr.strip().splitlines() or ["no message"]
@@ -44,9 +54,8 @@ class GenAI(Engine):
 
         self.lib: Any = onnxruntime_genai
         config = onnxruntime_genai.Config(str(self.path()))
-        config.overlay(
-            '{"model": {"decoder": {"session_options": {"intra_op_num_threads": %d}}}}' % self.threads
-        )
+        options = {"session_options": {"intra_op_num_threads": self.threads}}
+        config.overlay(json.dumps({"model": {"decoder": options}}))
         self.model = onnxruntime_genai.Model(config)
 
     def _start(self, prompts: Sequence[Sequence[int]], new: int) -> Any:

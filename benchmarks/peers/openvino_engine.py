@@ -22,7 +22,9 @@ class OpenVino(Engine):
             import openvino
 
             target.parent.mkdir(parents=True, exist_ok=True)
-            openvino.save_model(openvino.convert_model(str(export(self))), str(target), compress_to_fp16=False)
+            openvino.save_model(
+                openvino.convert_model(str(export(self))), str(target), compress_to_fp16=False
+            )
 
     def load(self) -> None:
         """Compile the model for the CPU."""

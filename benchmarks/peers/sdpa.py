@@ -1,5 +1,5 @@
-"""PyTorch's scaled_dot_product_attention, each of its backends by name: it picks its flash backend first, which is not
-always its fastest."""
+"""PyTorch's scaled_dot_product_attention, each of its backends by name: it picks its flash backend first,
+which is not always its fastest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ BACKENDS = {
 
 
 def op_peers(case: Any, device: str, dtype: Any) -> list[OpPeer | Skipped]:
-    """For attention over sequences of one length, which is what its padded interface can say without a mask."""
+    """For attention over sequences of one length, which is what its padded interface can say without a
+    mask."""
     if case.op != "attention":
         return []
     dims = case.call.dims
@@ -23,7 +24,7 @@ def op_peers(case: Any, device: str, dtype: Any) -> list[OpPeer | Skipped]:
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    B, S, H, Hkv, D = len(dims["lengths"]), dims["lengths"][0], dims["H"], dims["Hkv"], dims["D"]  # noqa: N806
+    B, S, H, Hkv, D = len(dims["lengths"]), dims["lengths"][0], dims["H"], dims["Hkv"], dims["D"]
 
     def prepare(values: Any) -> Any:
         q, k, v = values[:3]
@@ -33,7 +34,7 @@ def op_peers(case: Any, device: str, dtype: Any) -> list[OpPeer | Skipped]:
     def call(values: Any) -> Any:
         q, k, v = values
         return torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, is_causal=dims["causal"], enable_gqa=H != Hkv
+            q, k, v, is_causal=dims["causal"], enable_gqa=Hkv != H
         )
 
     def result(out: Any) -> Any:

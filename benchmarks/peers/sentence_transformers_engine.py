@@ -22,12 +22,16 @@ class SentenceTransformers(Engine):
 
         torch.set_num_threads(self.threads)
         self.torch = torch
-        self.model: Any = SentenceTransformer(str(self.assets.folder), device=self.device, local_files_only=True)
+        self.model: Any = SentenceTransformer(
+            str(self.assets.folder), device=self.device, local_files_only=True
+        )
         self.model.max_seq_length = 256
 
     def embed_texts(self, texts: Sequence[str]) -> Any:
         """Sorted by length and batched by the library itself."""
-        return self.model.encode(list(texts), batch_size=32, normalize_embeddings=True, show_progress_bar=False)
+        return self.model.encode(
+            list(texts), batch_size=32, normalize_embeddings=True, show_progress_bar=False
+        )
 
     def embed_ids(self, batch: Sequence[Sequence[int]]) -> Any:
         """Its forward on ids that are ready."""

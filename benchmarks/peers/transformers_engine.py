@@ -85,8 +85,8 @@ class Sdpa(Eager):
 
 
 class Compiled(Sdpa):
-    """torch.compile of the model, recompiled by shape until PyTorch makes the sizes dynamic; encoders only, on batches of
-    one shape (on a mixed corpus it recompiles for minutes)."""
+    """torch.compile of the model, recompiled by shape until PyTorch makes the sizes dynamic; encoders only,
+    on batches of one shape (on a mixed corpus it recompiles for minutes)."""
 
     decoder = False
     mixed = False

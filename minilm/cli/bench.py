@@ -1,4 +1,5 @@
-"""`bench`: correctness first, then speed as a share of the machine's limit, beside what people would use instead."""
+"""`bench`: correctness first, then speed as a share of the machine's limit, beside what people would use
+instead."""
 
 from __future__ import annotations
 
@@ -32,7 +33,9 @@ def add_to(app: typer.Typer) -> None:
 
 def bench(
     level: Annotated[str, typer.Option(help=f"Levels to run: {', '.join(LEVELS)}, or all.")] = "op,layer,e2e",
-    model: Annotated[str, typer.Option(help="Models whose shapes are used, by comma; all: every one.")] = "all",
+    model: Annotated[
+        str, typer.Option(help="Models whose shapes are used, by comma; all: every one.")
+    ] = "all",
     only: Annotated[str, typer.Option(help="Only workloads whose name this regular expression finds.")] = "",
     peers: Annotated[str, typer.Option(help="Only engines whose name this regular expression finds.")] = "",
     threads: Annotated[str, typer.Option(help="Numbers of threads, by comma; all: every core.")] = "all",
@@ -51,9 +54,8 @@ def bench(
 ) -> None:
     """Measure ops, layers and whole models beside the engines that people would use instead.
 
-    Nothing is timed before its output is right. Exit status 1: something of minilm's was wrong, or became slower
-    (--compare).
-    """
+    Nothing is timed before its output is right. Exit status 1: something of minilm's was wrong, or became
+    slower (--compare)."""
     from minilm.benchmarks.machine import tiny
 
     if compare is not None:
@@ -182,7 +184,9 @@ def _list(device: str) -> None:
 
     from minilm.benchmarks import peers
 
-    table = Table("engine", "runs", "precision", "here", title="Engines of the end-to-end level", title_justify="left")
+    table = Table(
+        "engine", "runs", "precision", "here", title="Engines of the end-to-end level", title_justify="left"
+    )
     for name in peers.ENGINES:
         kind = peers.engine_class(name)
         runs = " and ".join(k for k, yes in (("encoders", kind.encoder), ("decoders", kind.decoder)) if yes)
