@@ -45,7 +45,7 @@ def test_scores(tmp_path: Path, family: str, num_labels: int) -> None:
     assert found.dtype == expected.dtype
     np.testing.assert_allclose(found, expected, atol=1e-4)
     raw = torch.nn.Identity()
-    assert theirs.predict(PAIRS, activation_fn=raw).std() > 0.3
+    assert theirs.predict(PAIRS, activation_fn=raw).std() > 0.1
     np.testing.assert_allclose(
         ours.predict(PAIRS, activation_fn=raw), theirs.predict(PAIRS, activation_fn=raw), atol=1e-4
     )
