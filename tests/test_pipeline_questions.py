@@ -141,6 +141,38 @@ def test_answers_in_every_window_are_found(tmp_path: Path) -> None:
         assert found["start"] in [other["start"] for other in several if other["answer"] == "green"]
 
 
+def test_no_answer_is_as_probable_as_in_the_window_that_says_it_least(answerers: dict[str, Any]) -> None:
+    answer = answerers["roberta"]
+    question, context = "Where was Anna?", " ".join(CORPUS)
+    windows = answer.tokenizer(
+        [question],
+        [context],
+        truncation="only_second",
+        max_length=50,
+        stride=10,
+        return_overflowing_tokens=True,
+    )
+    nothing = []
+    for row in windows.encodings:
+        out = answer.model(input_ids=torch.tensor([row.ids]))
+        allowed = torch.tensor([s == 1 or i == 0 for i, s in enumerate(row.sequence_ids)])
+        start, end = (
+            x[0].masked_fill(~allowed, -1e4).softmax(0)[0].item() for x in (out.start_logits, out.end_logits)
+        )
+        nothing.append(start * end)
+    assert len(set(nothing)) > 2
+    found = answer(
+        question=question,
+        context=context,
+        max_seq_len=50,
+        doc_stride=10,
+        handle_impossible_answer=True,
+        top_k=10_000,
+    )
+    assert [a["score"] for a in found if a["answer"] == ""] == [pytest.approx(min(nothing), abs=1e-9)]
+    assert min(nothing) < 0.5 * nothing[-1]
+
+
 def test_a_long_question_can_be_cut(answerers: dict[str, Any]) -> None:
     answer = answerers["bert"]
     context = CORPUS[0]

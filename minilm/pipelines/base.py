@@ -15,7 +15,7 @@ from ..batching import Tokens, by_length, check_batch_size, chunks, run, window
 from ..models import BodyResult, PreTrainedModel
 from ..tokenizer import Tokenizer
 
-O = TypeVar("O")  # noqa: E741 - the options of a task
+OptionsT = TypeVar("OptionsT")
 
 _SLAB = 16
 """Batches that are tokenised and sorted by length together."""
@@ -31,7 +31,7 @@ class Work:
     """The text was longer than the window, and its rest is not looked at."""
 
 
-class Pipeline(ABC, Generic[O]):
+class Pipeline(ABC, Generic[OptionsT]):
     """A model and its tokenizer, called with texts.
 
     A text gives one result, a list a list of results, any other iterable an iterator that takes inputs only
@@ -63,7 +63,7 @@ class Pipeline(ABC, Generic[O]):
 
     # What a task says of itself
     @abstractmethod
-    def prepare(self, item: Any, options: O) -> Work:
+    def prepare(self, item: Any, options: OptionsT) -> Work:
         """Tokenise one input. Raises TypeError or ValueError for what is none."""
 
     @abstractmethod
@@ -71,7 +71,7 @@ class Pipeline(ABC, Generic[O]):
         """What the model says of each window."""
 
     @abstractmethod
-    def finish(self, work: Work, outputs: list[Any], options: O) -> Any:
+    def finish(self, work: Work, outputs: list[Any], options: OptionsT) -> Any:
         """The result for one input, from what `head` gave for its windows."""
 
     def is_single(self, inputs: Any) -> bool:
@@ -84,30 +84,32 @@ class Pipeline(ABC, Generic[O]):
         parsed = self.parse({**self.defaults, **options})
         size = self.batch_size if batch_size is None else check_batch_size(batch_size)
         if self.is_single(inputs):
-            [result] = self.run([inputs], parsed, size or self.default_batch_size)
+            [result] = self.results([inputs], parsed, size or self.default_batch_size)
             return result
         if isinstance(inputs, (list, tuple)):
-            return list(self.run(inputs, parsed, size or self.default_batch_size))
+            return list(self.results(inputs, parsed, size or self.default_batch_size))
         if isinstance(inputs, (bytes, Tensor)) or not isinstance(inputs, Iterable):
             raise TypeError(f"{self.task} takes a text or several, and got {type(inputs).__name__}")
-        return self.run(inputs, parsed, size or 1, slab=1)
+        return self.results(inputs, parsed, size or 1, slab=1)
 
-    def parse(self, options: dict[str, Any]) -> O:
+    def parse(self, options: dict[str, Any]) -> OptionsT:
         """Options by name -> the task's options. Raises TypeError, ValueError."""
         known = [field.name for field in fields(self.options_class)]
         unknown = sorted(set(options) - set(known))
         if unknown:
             raise TypeError(f"{self.task} has no option {', '.join(unknown)}; it has {', '.join(known)}")
-        parsed: O = self.options_class(**options)
+        parsed: OptionsT = self.options_class(**options)
         return parsed
 
-    def run(self, items: Iterable[Any], options: O, batch_size: int, slab: int = _SLAB) -> Iterator[Any]:
+    def results(
+        self, items: Iterable[Any], options: OptionsT, batch_size: int, slab: int = _SLAB
+    ) -> Iterator[Any]:
         """The results, in the order of the inputs, `slab` batches at a time."""
         cut = count = 0
         for chunk in chunks(items, batch_size * slab):
             works = [self.prepare(item, options) for item in chunk]
             count, cut = count + len(works), cut + sum(work.cut for work in works)
-            outputs = self._outputs([window for work in works for window in work.windows], batch_size)
+            outputs = self._outputs([tokens for work in works for tokens in work.windows], batch_size)
             for work in works:
                 yield self.finish(work, [next(outputs) for _ in work.windows], options)
         if cut:

@@ -126,10 +126,12 @@ class TextGenerationPipeline(Pipeline[Options]):
         return longest - int(new)
 
     def head(self, result: BodyResult, windows: Sequence[Tokens]) -> Sequence[Any]:
-        """Not used: `run` generates."""
+        """Not used: `results` generates."""
         raise NotImplementedError
 
-    def run(self, items: Iterable[Any], options: Options, batch_size: int, slab: int = 1) -> Iterator[Any]:
+    def results(
+        self, items: Iterable[Any], options: Options, batch_size: int, slab: int = 1
+    ) -> Iterator[Any]:
         """Generate for `batch_size` prompts at a time."""
         for chunk in chunks(items, batch_size):
             works = [self.prepare(item, options) for item in chunk]
