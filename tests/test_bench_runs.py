@@ -1,0 +1,359 @@
+"""The bench at work, in toy sizes: wrong kernels are caught, peers say why they are skipped, the page
+stands alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from minilm.benchmarks import check, corpus, harness, models, ops, peers, report, shapes, workers
+from minilm.benchmarks.limits import Limits
+from minilm.benchmarks.peers.base import OpPeer, Skipped
+from minilm.benchmarks.results import Results, times
+
+TINY = harness.Settings(rounds=3, block_seconds=0.0002, budget_seconds=0.2, least_rounds=3, warmup_seconds=0)
+
+
+@pytest.fixture(autouse=True)
+def _tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINILM_BENCH_TINY", "1")
+
+
+def case_of(op: str, model: str | None = None) -> shapes.Case:
+    """The first case of an op."""
+    found = (c for c in shapes.op_cases() if c.op == op and model in (None, c.model))
+    return next(found)
+
+
+def by_name(cells: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {c["peer"]: c for c in cells}
+
+
+def only(*names: str) -> Any:
+    return lambda name: name in names
+
+
+# Wrong and slow kernels
+def test_a_planted_wrong_kernel_is_wrong_and_not_timed() -> None:
+    case = case_of("add_layer_norm")
+
+    def forgets_the_bias(values: Any) -> Any:
+        x, residual, weight, _ = values
+        total = x + residual
+        return torch.nn.functional.layer_norm(
+            total, total.shape[-1:], weight, None, case.spec.norm_eps
+        ), total
+
+    def forgets_the_residual(values: Any) -> Any:
+        x, _, weight, bias = values
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, case.spec.norm_eps), x
+
+    def right(values: Any) -> Any:
+        return ops.reference_call(case)(values)
+
+    planted = [
+        OpPeer("bias", forgets_the_bias),
+        OpPeer("residual", forgets_the_residual),
+        OpPeer("right", right),
+    ]
+    cells = by_name(
+        ops.run_case(
+            case, "cpu", torch.float32, TINY, only("bias", "residual", "right", "minilm native"), planted
+        )
+    )
+    for name in ("bias", "residual"):
+        assert cells[name]["status"] == "wrong"
+        assert "samples" not in cells[name]
+        assert cells[name]["check"]["error"] > cells[name]["check"]["allowed"]
+    assert cells["right"]["status"] == "ok"
+    assert len(cells["right"]["samples"]) == 3
+    wrong = next(line for line in report.lines([complete(c) for c in cells.values()]) if line.peer == "bias")
+    assert "WRONG, not timed" in wrong.remark
+    assert wrong.time == ""
+
+
+@pytest.mark.parametrize("fault", ["nan", "shape", "unwritten", "half", "one element"])
+def test_faults_that_a_check_must_see(fault: str) -> None:
+    case = case_of("rms_norm")
+    right = ops.reference_call(case)
+    stale: list[torch.Tensor] = []
+
+    def call(values: Any) -> Any:
+        out = right(values).clone()
+        if fault == "nan":
+            out[-1, -1] = float("nan")
+        elif fault == "shape":
+            out = out[:-1]
+        elif fault == "unwritten":  # right at the first call, and later what that call left in memory
+            stale.append(out)
+            return stale[0]
+        elif fault == "half":
+            return right(tuple(v.half() for v in values)).float()
+        else:
+            out[0, 0] += 1e-3
+        return out
+
+    make = ops.make_inputs(case, torch.float32, "cpu")
+    draws = [make(torch.Generator().manual_seed(s)) for s in (1, 2)]
+    assert not check.compare(call, right, right, draws).ok
+    assert check.compare(right, right, right, draws).ok
+
+
+def test_a_peer_that_breaks_is_shown_and_the_others_run_on() -> None:
+    case = case_of("gated")
+
+    def breaks(values: Any) -> Any:
+        raise RuntimeError("no such instruction\nand more")
+
+    wanted = only("broken", "minilm reference")
+    cells = by_name(ops.run_case(case, "cpu", torch.float32, TINY, wanted, [OpPeer("broken", breaks)]))
+    assert cells["broken"]["status"] == "failed"
+    assert cells["broken"]["reason"] == "RuntimeError: no such instruction"
+    assert times(complete(cells["minilm reference"])) is not None
+
+
+def complete(cell: dict[str, Any]) -> dict[str, Any]:
+    base = {
+        "level": "op",
+        "workload": "w",
+        "precision": "fp32",
+        "dtype": "float32",
+        "device": "cpu",
+        "threads": 1,
+    }
+    return {**base, "unit": "", "units_per_call": 1, "bytes": 1e6, "operations": 1e6, **cell}
+
+
+# Every op
+@pytest.mark.parametrize("op", sorted({c.op for c in shapes.op_cases()}))
+def test_every_op_has_cases_and_right_implementations(op: str) -> None:
+    case = case_of(op)
+    cells = ops.run_case(case, "cpu", torch.float32, TINY, lambda name: name.startswith("minilm"))
+    assert {c["status"] for c in cells} <= {"ok", "skipped"}
+    assert any(c["status"] == "ok" for c in cells)
+    assert all(c["reason"] for c in cells if c["status"] == "skipped")
+
+
+def test_the_cases_cover_the_op_interface() -> None:
+    from minilm.ops import dispatch
+
+    assert {c.op for c in shapes.op_cases()} == set(dispatch.ops())
+    names = [c.name for c in shapes.op_cases()]
+    assert len(names) == len(set(names))
+
+
+def test_sdpa_is_measured_by_backend_and_is_right() -> None:
+    case = case_of("attention", "GPT-2")
+    wanted = only("SDPA math", "SDPA flash", "minilm reference")
+    cells = by_name(ops.run_case(case, "cpu", torch.float32, TINY, wanted))
+    assert cells["SDPA math"]["status"] == "ok"
+    assert cells["SDPA flash"]["status"] == "ok"
+
+
+# Peers
+def test_peers_that_cannot_run_say_why() -> None:
+    case = case_of("attention")
+    skipped = {p.name: p.reason for p in peers.op_peers(case, "cpu", torch.float32) if isinstance(p, Skipped)}
+    assert skipped["FlashAttention-2"] == "runs on a GPU only"
+    assert "Liger" in {p.name for p in peers.op_peers(case_of("layer_norm"), "cpu", torch.float32)}
+
+
+def test_an_engine_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in peers.ENGINES:
+        kind = peers.engine_class(name)
+        if kind.package is not None:
+            monkeypatch.setattr(kind, "package", "no-such-package-of-minilm")
+            assert "is not installed (make bench-peers)" in str(kind.unavailable("cpu"))
+            monkeypatch.undo()
+    assert peers.engine_class("llama.cpp f32").unavailable("cuda") is not None
+    with pytest.raises(ValueError, match="unknown engine 'x'"):
+        peers.engine_class("x")
+
+
+def test_engines_are_pinned() -> None:
+    folder = Path(peers.__file__).resolve().parent.parent
+    pins = (folder / "constraints-peers.txt").read_text() + (folder.parent / "constraints.txt").read_text()
+    for name in peers.ENGINES:
+        package = peers.engine_class(name).package
+        assert package is None or re.search(rf"^{package}==[\d.]+", pins, re.MULTILINE), package
+
+
+def test_peers_import_nothing_before_they_are_used() -> None:
+    code = "import sys; from minilm.benchmarks import peers; [peers.engine_class(n) for n in peers.ENGINES]; "
+    code += (
+        "heavy = {'torch', 'transformers', 'numpy', 'onnxruntime', 'openvino', 'ctranslate2', 'llama_cpp'}; "
+    )
+    code += "print(sorted(heavy & set(sys.modules)))"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert answer.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("model", ["MiniLM-L6", "GPT-2"])
+def test_an_engine_in_its_own_process_gives_our_answer(model: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("MINILM_BENCH_CACHE", str(tmp_path))
+    assets = models.assets(model)
+    with workers.Worker("minilm", threads=1) as worker:
+        worker.load(assets)
+        if model == "MiniLM-L6":
+            batch = [[2, 9, 17, 3], [2, 5, 3]]
+            found = torch.tensor(worker.ask("embed", ids=batch))
+            alone = torch.tensor(worker.ask("embed", ids=batch[1:]))
+            assert torch.allclose(found.norm(dim=1), torch.ones(2), atol=1e-5)
+            assert torch.allclose(found[1:], alone, atol=1e-5)
+            request = {"kind": "ids", "batches": [batch]}
+        else:
+            tokens = worker.ask("tokens", prompts=[[5, 6, 7], [8, 9, 10]], new=4)
+            assert [len(row) for row in tokens] == [4, 4]
+            request = {"kind": "decode", "prompts": [[5, 6, 7]], "new": 3}
+        assert worker.ask("block", workload=request, calls=2) > 0
+        worker.pause()
+        assert worker.ask("peak") > 10 << 20  # goes on after a pause
+        with pytest.raises(workers.WorkerError, match="unknown request 'x'") as error:
+            worker.ask("x")
+        assert error.value.kind == "failed"
+
+
+def test_a_worker_that_dies_says_what_it_said() -> None:
+    with workers.Worker("no such engine", threads=1) as worker, pytest.raises(workers.WorkerError) as error:
+        worker.ask("peak")
+    assert "unknown engine" in str(error.value) or "AssertionError" in str(error.value)
+
+
+# Workloads
+def test_the_corpus_is_the_same_every_time() -> None:
+    first = corpus.sentences(24)
+    code = "from minilm.benchmarks import corpus; print(corpus.fingerprint(corpus.sentences(24)))"
+    env = {**os.environ, "PYTHONHASHSEED": "7"}
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
+    assert answer.stdout.strip() == corpus.fingerprint(first)
+    assert len(set(first)) == 24
+
+
+def test_the_corpus_has_its_mix_of_lengths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MINILM_BENCH_TINY")
+    words = [len(text.split()) for text in corpus.sentences(2000)]
+    for part, low, high in corpus.MIX:
+        assert sum(low <= n <= high for n in words) == round(2000 * part)
+    assert len(words) == 2000
+    half = words[:1000]
+    assert abs(sum(half) / sum(words) - 0.5) < 0.05  # no order by length
+
+
+# Output
+def test_the_page_stands_alone_and_shows_what_lost(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from minilm.benchmarks import page
+
+    results = made_up()
+    results.write(tmp_path / "run.json")
+    (tmp_path / "other.json").write_text("{}")
+    text = page.write(tmp_path).read_text()
+    loads = re.findall(r"""(?:src|href|url|@import)\s*[=(]\s*["']?([^"')\s>]+)""", text)
+    assert loads
+    assert all(found.startswith(("data:", "#")) for found in loads)
+    assert "<script" not in text
+    assert text.count("data:image/png;base64,") >= 2
+    for words in (
+        "WRONG, not timed",
+        "spread too wide",
+        "skipped: is not installed",
+        "&lt;b&gt;",
+        "not a result",
+    ):
+        assert words in text, words
+    with pytest.raises(Exception, match="holds no result"):
+        page.build(tmp_path / "nowhere")
+
+
+def made_up() -> Results:
+    machine = {"cpu": "<b>", "usable_cores": 2, "native_isa": None, "native_unavailable": "not built"}
+    machine |= {"versions": {}, "features": [], "architecture": "x86_64", "commit": "abc"}
+    table = Limits("cpu", "made up")
+    for name, value in (("read", 2e10), ("copy", 1.5e10), ("fma", 1e11), ("gemm float32", 9e10)):
+        for factor in (0.99, 1.0, 1.01):
+            table.add(name, 1, value * factor)
+    good = [1e-3, 1.01e-3, 0.99e-3]
+    shared = {"floor_seconds": 5e-4, "binding": "read bandwidth"}
+    cells = [
+        complete({"peer": "minilm native", "ours": True, "status": "ok", "samples": good, **shared}),
+        complete({"peer": "other", "ours": False, "status": "ok", "samples": [1e-3, 5e-3, 2e-3], **shared}),
+        complete({"peer": "bad", "ours": False, "status": "wrong", "reason": "error 1"}),
+        complete({"peer": "absent", "ours": False, "status": "skipped", "reason": "is not installed"}),
+    ]
+    whole = {"level": "end to end", "model": "M", "unit": "sentences", "units_per_call": 4}
+    cells += [{**cell, **whole, "workload": "M 1 x 16"} for cell in cells]
+    cells += [{**c, **whole, "workload": f"M sweep 1 x {n}"} for c in cells[:2] for n in (8, 16, 32)]
+    return Results(machine, {"rounds": 3}, [table], cells)
+
+
+def test_tables_show_every_engine(capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    report.print_tables(made_up(), Console(width=220))
+    shown = capsys.readouterr().out
+    for words in ("minilm native", "bound by read bandwidth", "50%", "spread too wide", "WRONG", "skipped"):
+        assert words in shown, words
+
+
+# The command
+def invoke(*arguments: str) -> Any:
+    from minilm.cli.app import app
+
+    return CliRunner().invoke(app, ["bench", *arguments])
+
+
+def test_bench_writes_results_and_compares_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINILM_BENCH_CACHE", str(tmp_path / "cache"))
+    arguments = ["--level", "op", "--model", "MiniLM-L6", "--only", "^add_layer_norm", "--threads", "1"]
+    done = invoke(*arguments, "--peers", "minilm", "--output", str(tmp_path / "out"))
+    assert done.exit_code == 0, done.output
+    (path,) = (tmp_path / "out").rglob("*.json")
+    results = Results.read(path)
+    assert {c["op"] for c in results.cells} == {"add_layer_norm"}
+    assert results.limits[0].get("read", 1) > 0
+    timed = [c for c in results.cells if times(c)]
+    assert timed
+    assert all(len(c["samples"]) >= 3 and c["floor_seconds"] > 0 for c in timed)
+    for c in results.cells:
+        if times(c) and c["ours"]:
+            c["samples"] = [s * 100 for s in c["samples"]]
+    slow = path.with_name("slow.json")
+    results.write(slow)
+    same, worse = invoke("--compare", str(path), str(path)), invoke("--compare", str(path), str(slow))
+    assert same.exit_code == 0
+    assert "0 are not" in same.output
+    assert worse.exit_code == 1
+    assert "slower" in worse.output
+
+
+def test_explain_accounts_for_the_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINILM_BENCH_CACHE", str(tmp_path))
+    monkeypatch.setenv("COLUMNS", "200")
+    done = invoke("--explain", "MiniLM-L6", "--threads", "1")
+    assert done.exit_code == 0, done.output
+    for words in ("add_layer_norm", "linear", "attention", "rest", "limit allows", "ran on"):
+        assert words in done.output, words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--level", "x"], "unknown level 'x'"),
+        (["--model", "x"], "unknown model 'x'"),
+        (["--threads", "none"], "--threads takes numbers"),
+        (["--device", "tpu"], "cpu or cuda"),
+        (["--compare", "/none/a.json", "/none/b.json"], "No such file"),
+    ],
+)
+def test_wrong_options_are_one_clear_line(arguments: list[str], message: str) -> None:
+    done = invoke(*arguments)
+    assert done.exit_code == 2
+    assert message in done.output + (done.stderr if done.stderr_bytes else "")
