@@ -1,12 +1,10 @@
-"""`CrossEncoder`: scores for pairs of texts that are read together; used as
-sentence_transformers.CrossEncoder.
+"""`CrossEncoder`: scores for pairs of texts read together; used as sentence_transformers.CrossEncoder.
 
-model = CrossEncoder("cross-encoder/ms-marco-MiniLM-L6-v2") model.predict([("How many people live in
-Berlin?", "Berlin has 3.5 million inhabitants.")])       # float32 [1] model.rank("How many people live in
-Berlin?", ["Berlin has 3.5 million inhabitants.", "Paris is old."])
+    model = CrossEncoder("cross-encoder/ms-marco-MiniLM-L6-v2")
+    model.predict([("Who lives in Berlin?", "Berlin has 3.5 million inhabitants.")])      # float32 [1]
+    model.rank("Who lives in Berlin?", ["Paris is old.", "Berlin has 3.5 million inhabitants."])
 
-Slower than comparing the embeddings of a `SentenceEncoder`, and more exact: so it ranks what that one has
-found.
+Slower than comparing the embeddings of a `SentenceEncoder`, and more exact: it ranks what that one has found.
 """
 
 from __future__ import annotations
@@ -37,14 +35,16 @@ _SLAB = 256
 class CrossEncoder(nn.Module):
     """Scores pairs of texts.
 
-    Args: model_name_or_path: a folder, or a name on the hub (one without an owner is of cross-encoder).
-    num_labels: scores for a pair; None: as the checkpoint has, and one for a checkpoint without such a head.
-    max_length: of a pair, in tokens; longer ones are cut. None: as the tokenizer says. device: where to;
-    None takes the GPU if there is one. dtype: of the weights; None: as the checkpoint says. activation_fn:
-    what makes scores of logits; None: as the model says, or else the sigmoid if there is one label and
-    nothing if there are several. options: `revision`, `cache_folder`, `token`, `local_files_only` for the
-    hub; `model_kwargs` for AutoModelForSequenceClassification.from_pretrained, `processor_kwargs` for
-    AutoTokenizer.from_pretrained.
+    Args:
+        model_name_or_path: a folder, or a name on the hub (one without an owner is of cross-encoder).
+        num_labels: scores for a pair; None: as the checkpoint has, or one if it has no such head.
+        max_length: of a pair, in tokens; longer ones are cut. None: as the tokenizer says.
+        device: where to; None takes the GPU if there is one.
+        dtype: of the weights; None: as the checkpoint says.
+        activation_fn: what makes scores of logits; None: as the model says, or else the sigmoid if there is
+            one label and nothing if there are several.
+        options: `revision`, `cache_folder`, `token`, `local_files_only` for the hub; `model_kwargs` and
+            `processor_kwargs` for `from_pretrained` of the model and of the tokenizer.
     """
 
     def __init__(

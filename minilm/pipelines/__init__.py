@@ -1,8 +1,7 @@
-"""`pipeline(task, model)`: a model, its tokenizer and what is done with both for a task, as
-transformers.pipeline.
+"""`pipeline(task, model)`: a model, its tokenizer and what is done with both, as transformers.pipeline.
 
-    ner = pipeline("ner", model="dslim/bert-base-NER", aggregation_strategy="simple") ner("Wolfgang lives in
-    Berlin.")       # [{"entity_group": "PER", "score": ..., "word": "Wolfgang", ...}, ...]
+    ner = pipeline("ner", model="dslim/bert-base-NER", aggregation_strategy="simple")
+    ner("Wolfgang lives in Berlin.")   # [{"entity_group": "PER", "score": ..., "word": "Wolfgang", ...}, ...]
 
 Results have transformers' structure and values. One file a task; base.py is what they share.
 """

@@ -171,6 +171,9 @@ class TokenClassificationPipeline(Pipeline[Options]):
         last, seen = len(outputs) - 1, 0
         for number, (encoding, scores) in enumerate(zip(text.encodings, outputs, strict=False)):
             real = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
+            columns = list(
+                zip(encoding.tokens, encoding.ids, encoding.offsets, encoding.word_ids, strict=True)
+            )
             if number == 0 and real:
                 seen = real[0]
             if share:
@@ -180,18 +183,22 @@ class TokenClassificationPipeline(Pipeline[Options]):
             indices = range(seen, seen + len(real)) if share else real
             seen += len(real)
             yield [
-                self._token(text, encoding, i, index, scores[i], options)
+                self._token(text, columns[i], index, scores[i], options)
                 for i, index in zip(real, indices, strict=True)
             ]
 
     def _token(
-        self, text: _Text, encoding: Encoding, i: int, index: int, scores: Tensor, options: Options
+        self,
+        text: _Text,
+        column: tuple[str, int, tuple[int, int], int | None],
+        index: int,
+        scores: Tensor,
+        options: Options,
     ) -> _Token:
-        start, end = encoding.offsets[i]
-        word_id = encoding.word_ids[i]
-        if text.words is not None and word_id is not None:
-            start, end = start + text.words[word_id], end + text.words[word_id]
-        token, written = encoding.tokens[i], text.text[start:end]
+        token, token_id, (start, end), word = column
+        if text.words is not None and word is not None:
+            start, end = start + text.words[word], end + text.words[word]
+        written = text.text[start:end]
         if getattr(self.tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None):
             continues = len(token) != len(written)  # the prefix of a token within a word makes the difference
         else:
@@ -199,7 +206,7 @@ class TokenClassificationPipeline(Pipeline[Options]):
                 message = "the tokenizer does not tell words apart; they are taken to end at spaces"
                 warnings.warn(message, stacklevel=2)
             continues = start > 0 and " " not in text.text[start - 1 : start + 1]
-        if encoding.ids[i] == self.tokenizer.unk_token_id:
+        if token_id == self.tokenizer.unk_token_id:
             token, continues = written, False
         return _Token(token, scores, start, end, index, continues)
 
