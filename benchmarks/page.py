@@ -72,6 +72,25 @@ def table(cells: list[dict[str, Any]]) -> str:
     )
 
 
+def limits_table(results: Results) -> str:
+    """What the machine can do: each limit by the number of threads."""
+    parts = []
+    for limits in results.limits:
+        names = list(dict.fromkeys(key.split("@")[0] for key in limits.table))
+        threads = sorted({f"@{key.split('@')[1]}" for key in limits.table if "@" in key}) or [""]
+        head = "".join(f"<th>{t.replace('@', 'threads: ') or 'device'}</th>" for t in threads)
+        body = []
+        for name in names:
+            entries = [limits.table.get(name + t) for t in threads]
+            cells = "".join(f"<td>{report.limit_words(name, e) if e else ''}</td>" for e in entries)
+            how = next((e.how for e in entries if e and e.how), "")
+            body.append(f"<tr><td>{html.escape(name)}</td>{cells}<td>{html.escape(how)}</td></tr>")
+        title = f"Limits of the {limits.device}, measured in this run ({limits.how})"
+        table = f"<thead><tr><th>limit</th>{head}<th></th></tr></thead><tbody>{''.join(body)}</tbody>"
+        parts.append(f'<h3>{html.escape(title)}</h3><div class="wide"><table>{table}</table></div>')
+    return "".join(parts)
+
+
 def section(name: str, results: Results, identifier: str) -> str:
     """One run."""
     from matplotlib import pyplot
@@ -79,7 +98,9 @@ def section(name: str, results: Results, identifier: str) -> str:
     from .plots import pictures
 
     parts = [f'<h2 id="{identifier}">{html.escape(name)}</h2>']
-    parts += [f'<p class="soft">{html.escape(line)}</p>' for line in report.summary_lines(results)]
+    lines = report.summary_lines(results, limits=False)
+    parts += [f'<p class="soft">{html.escape(line)}</p>' for line in lines]
+    parts.append(limits_table(results))
     when = f"{results.started} to {results.finished}"
     parts.append(f'<p class="soft">{html.escape(when)}; settings: {html.escape(_settings(results))}</p>')
     for figure in pictures(results).values():

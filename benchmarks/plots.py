@@ -143,18 +143,23 @@ def curves(results: Results, axis: str, axes: Any) -> bool:
         else:
             continue
         series.setdefault(f"{cell['peer']} · {cell['model']}", []).append(point)
-        colours[f"{cell['peer']} · {cell['model']}"] = OURS if cell["ours"] else ""
+        colours[f"{cell['peer']} · {cell['model']}"] = _colour(cell)
     for name, points in series.items():
         points.sort()
         x = [p[0] for p in points]
-        style = {"color": OURS, "linewidth": 2.2} if colours[name] else {"linewidth": 1}
+        style: dict[str, Any] = {"linewidth": 1}
+        if colours[name] != OTHER:
+            style = {"color": colours[name], "linewidth": 2.2}
         (line,) = axes.plot(x, [p[1] for p in points], marker="o", markersize=3, label=name, **style)
         axes.fill_between(
             x, [p[2] for p in points], [p[3] for p in points], color=line.get_color(), alpha=0.15
         )
     if not series:
         return False
+    ticks = sorted({p[0] for points in series.values() for p in points})
     axes.set(xscale="log", yscale="log")
+    axes.set_xticks(ticks, [str(t) for t in ticks], minor=False)
+    axes.set_xticks([], minor=True)
     axes.set_xlabel("tokens in the one sequence" if axis == "length" else "sequences in the batch")
     axes.set_ylabel("ms" if axis == "length" else "sentences/s")
     axes.set_title("Latency over length" if axis == "length" else "Throughput over the batch", loc="left")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from .limits import Limit
 from .results import Results, rows, share, times
 from .stats import MAX_SPREAD, ratio, summary, too_wide
 
@@ -103,6 +104,55 @@ def headline(place: tuple[Any, ...], cells: list[dict[str, Any]]) -> str:
     return f"{workload} · {dtype} · {where}{bound}"
 
 
+def matrix(results: Results, model: str, device: str, threads: int, max_spread: float = MAX_SPREAD) -> str:
+    """All end-to-end cells of one model as a table in Markdown: engines down, workloads across; rate, and
+    how many times ours is faster (below 1: slower). Lost, wrong and skipped cells are shown as such."""
+    found = {}
+    for place, cells in rows(results.cells).items():
+        name = place[1].removeprefix(f"{model} ")
+        here = place[0] == "end to end" and cells[0]["model"] == model and place[3:] == (device, threads)
+        if here and not name.startswith("sweep "):
+            found[name] = cells
+    if not found:
+        return ""
+    names = list(dict.fromkeys(cell["peer"] for cells in found.values() for cell in cells))
+    headings = [
+        f"{model}, {threads} thread{'s' * (threads != 1)}",
+        *(_heading(n, c) for n, c in found.items()),
+    ]
+    table = [f"| {' | '.join(headings)} |", "|---|" + "---|" * len(found)]
+    for name in names:
+        row = []
+        for cells in found.values():
+            cell = next((c for c in cells if c["peer"] == name), None)
+            row.append(_matrix_cell(cell, baseline(cells), max_spread))
+        if any(entry not in ("", "skipped") for entry in row):
+            bold = "**" if name.startswith("minilm") else ""
+            table.append(f"| {bold}{name}{bold} | " + " | ".join(row) + " |")
+    return "\n".join(table) + "\n"
+
+
+def _heading(name: str, cells: list[dict[str, Any]]) -> str:
+    unit = cells[0]["unit"]
+    return f"{name}, {'s, MiB' if unit == 's' else f'{unit}/s'}"
+
+
+def _matrix_cell(cell: dict[str, Any] | None, ours: dict[str, Any] | None, max_spread: float) -> str:
+    if cell is None:
+        return ""
+    taken = times(cell)
+    if taken is None:
+        return {"wrong": "WRONG"}.get(cell["status"], cell["status"])
+    cold = cell["unit"] == "s"
+    value = f"{taken.median:.2f}" if cold else count(cell["units_per_call"] / taken.median)
+    if cold and cell.get("peak_bytes"):
+        value += f", {cell['peak_bytes'] / 2**20:.0f}"
+    if ours is None or ours is cell:
+        return value
+    against = ratio(ours["samples"], cell["samples"], max_spread)
+    return f"{value} ({'spread too wide' if against.reason else f'{against.value.median:.2f}x'})"
+
+
 def print_tables(results: Results, console: Any = None) -> None:
     """All rows on a terminal."""
     from rich.console import Console
@@ -133,7 +183,7 @@ def print_tables(results: Results, console: Any = None) -> None:
         console.print(table)
 
 
-def summary_lines(results: Results) -> list[str]:
+def summary_lines(results: Results, limits: bool = True) -> list[str]:
     """Machine, versions, limits, in a few lines."""
     machine = results.machine
     cores = f"{machine['usable_cores']} cores, {', '.join(machine['features']) or machine['architecture']}"
@@ -150,13 +200,14 @@ def summary_lines(results: Results) -> list[str]:
         found.append(
             f"The machine was not quiet at the start: {results.settings['busy_share']:.0%} of it was in use."
         )
-    for limits in results.limits:
-        parts = []
-        for name, limit in limits.table.items():
-            wide = " (spread wide)" if too_wide(summary(limit.repeats)) else ""
-            unit = {"read": "GB/s", "copy": "GB/s", "clock": "GHz"}.get(
-                name.split("@")[0].split()[0], "Gop/s"
-            )
-            parts.append(f"{name.replace('@', ' x ')} {limit.value / 1e9:.3g} {unit}{wide}")
-        found.append(f"limits ({limits.device}; {limits.how}): " + ", ".join(parts))
+    for measured in results.limits if limits else []:
+        parts = [f"{name.replace('@', ' x ')} {limit_words(name, x)}" for name, x in measured.table.items()]
+        found.append(f"limits ({measured.device}; {measured.how}): " + ", ".join(parts))
     return found
+
+
+def limit_words(name: str, limit: Limit) -> str:
+    """A limit with its unit, and whether its repeats spread too widely to be relied on."""
+    unit = {"read": "GB/s", "copy": "GB/s", "clock": "GHz"}.get(name.split("@")[0].split()[0], "Gop/s")
+    wide = " (spread wide)" if len(limit.repeats) >= 3 and too_wide(summary(limit.repeats)) else ""
+    return f"{limit.value / 1e9:.3g} {unit}{wide}"

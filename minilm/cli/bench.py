@@ -50,6 +50,9 @@ def bench(
     ] = None,
     explain: Annotated[str, typer.Option(help="Where a forward pass of this model goes, op by op.")] = "",
     html: Annotated[Path | None, typer.Option(help="Make the HTML page of a folder of results.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Print the end-to-end cells of a result as tables in Markdown.")
+    ] = None,
     show: Annotated[bool, typer.Option("--list", help="List engines, and why some cannot run.")] = False,
 ) -> None:
     """Measure ops, layers and whole models beside the engines that people would use instead.
@@ -64,6 +67,8 @@ def bench(
         from minilm.benchmarks import page
 
         typer.echo(str(page.write(html)))
+    elif markdown is not None:
+        _markdown(markdown)
     elif explain:
         from minilm.benchmarks import waterfall
 
@@ -176,6 +181,19 @@ def _compare(before: Path, after: Path) -> None:
     typer.echo(f"{found.alike} measurements are alike within the noise, {len(found.changes)} are not")
     if found.worse:
         raise typer.Exit(1)
+
+
+def _markdown(path: Path) -> None:
+    from minilm.benchmarks.report import matrix
+    from minilm.benchmarks.results import Results
+
+    results = Results.read(path)
+    wanted = {
+        (c["model"], c["device"], c["threads"]): None for c in results.cells if c["level"] == "end to end"
+    }
+    for key in wanted:
+        if table := matrix(results, *key):
+            typer.echo(table)
 
 
 def _list(device: str) -> None:
