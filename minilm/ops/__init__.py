@@ -203,12 +203,15 @@ def _attention(
     lse: bool,
 ) -> tuple[Tensor, Tensor]:
     checks.heads("attention", q, k, v)
-    checks.lengths("attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
-    checks.lengths("attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
+    checks.window("attention", window)
+    q_ends = checks.lengths("attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
+    k_ends = checks.lengths("attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
         raise ValueError(
             f"attention: {len(cu_seqlens_q) - 1} sequences of queries and {len(cu_seqlens_k) - 1} of keys"
         )
+    if q_ends and k_ends and (causal or window is not None):
+        checks.queries_stand_at_keys("attention", q_ends, k_ends)
     traits = AttentionTraits(
         q.device.type,
         q.dtype,
@@ -284,6 +287,8 @@ def paged_attention(
             f"{list(context_lens.shape)} and cu_seqlens_q {list(cu_seqlens_q.shape)} must be about equally "
             "many sequences"
         )
+    checks.window("paged_attention", window)
+    checks.pages("paged_attention", q.shape[1], q.shape[2], k_pages, v_pages)
     result: Tensor = select("paged_attention", _paged_traits(q, k_pages, window, max_seqlen_q))(
         q, k_pages, v_pages, block_table, cu_seqlens_q, context_lens, max_seqlen_q, max_context, scale, window
     )
@@ -295,6 +300,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 
     q [T, H, D], k [T, Hkv, D]; cos, sin float32 [T, D/2]. Returns the turned q and k. Differentiable.
     """
+    checks.angles("rope", q, k, cos, sin)
     result: tuple[Tensor, Tensor] = select(
         "rope", PointwiseTraits(q.device.type, q.dtype, None, _needs_grad(q, k))
     )(q, k, cos, sin)
@@ -304,6 +310,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
 def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
     """Write k, v [T, Hkv, D] into the pages (in place); token t goes to ``slots[t]`` (int64) = page * page
     size + offset."""
+    checks.appended("append_kv", k, v, k_pages, v_pages, slots)
     select("append_kv", _paged_traits(k, k_pages, None, 0))(k, v, k_pages, v_pages, slots)
 
 
@@ -312,6 +319,8 @@ def rope_append(
 ) -> tuple[Tensor, Tensor]:
     """`rope`, and `append_kv` of the turned k and of v, in one pass. Writes the pages; returns the turned q
     and k."""
+    checks.angles("rope_append", q, k, cos, sin)
+    checks.appended("rope_append", k, v, k_pages, v_pages, slots)
     result: tuple[Tensor, Tensor] = select("rope_append", _paged_traits(q, k_pages, None, 0))(
         q, k, v, cos, sin, k_pages, v_pages, slots
     )
@@ -325,6 +334,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
             f"linear: x {list(x.shape)} ends in {x.shape[-1]}, and weight {list(weight.shape)} takes "
             f"{weight.shape[1]}"
         )
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"linear: bias must be [{weight.shape[0]}], and is {list(bias.shape)}")
+    checks.activation("linear", activation, ACTIVATIONS)
     traits = PointwiseTraits(x.device.type, x.dtype, activation, _needs_grad(x, weight, bias))
     result: Tensor = select("linear", traits)(x, weight, bias, activation)
     return result
@@ -333,6 +345,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
 def gated(x: Tensor, activation: str) -> Tensor:
     """activation(gate) * up, for x [..., 2F] = gate and up side by side (SwiGLU with silu). Returns [..., F].
     Differentiable."""
+    if x.shape[-1] % 2:
+        raise ValueError(
+            f"gated: x must end in an even size, gate and up side by side, and is {list(x.shape)}"
+        )
+    checks.activation("gated", activation, ACTIVATIONS)
     result: Tensor = select("gated", PointwiseTraits(x.device.type, x.dtype, activation, _needs_grad(x)))(
         x, activation
     )
@@ -344,6 +361,11 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> T
 
     logits [T, V], labels int64 [T]; a scalar, NaN when no label counts (as PyTorch's). Differentiable.
     """
+    if logits.dim() != 2 or labels.shape != logits.shape[:1]:
+        raise ValueError(
+            f"cross_entropy: logits must be [T, V] and labels [T], and they are {list(logits.shape)} and "
+            f"{list(labels.shape)}"
+        )
     traits = PointwiseTraits(logits.device.type, logits.dtype, None, _needs_grad(logits))
     result: Tensor = select("cross_entropy", traits)(logits, labels, ignore_index)
     return result

@@ -3,6 +3,7 @@ it assume."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from itertools import pairwise
 
 import torch
@@ -42,16 +43,80 @@ def heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
         )
 
 
-def lengths(op: str, name: str, cu_seqlens: Tensor, tokens: int) -> None:
+def lengths(op: str, name: str, cu_seqlens: Tensor, tokens: int) -> list[int] | None:
     """`cu_seqlens` is [B + 1] int32. That it rises from 0 to `tokens` is looked at on a CPU only (elsewhere
-    it would wait)."""
+    it would wait); its values are returned where they were looked at."""
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape[0] < 1:
         raise ValueError(
             f"{op}: {name} must be int32 [sequences + 1], and is {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
         )
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
-        values = cu_seqlens.tolist()
-        if values[0] != 0 or values[-1] != tokens or any(a > b for a, b in pairwise(values)):
+    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
+        return None
+    values: list[int] = cu_seqlens.tolist()
+    if values[0] != 0 or values[-1] != tokens or any(a > b for a, b in pairwise(values)):
+        raise ValueError(f"{op}: {name} must rise from 0 to {tokens}, the number of tokens, and is {values}")
+    return values
+
+
+def queries_stand_at_keys(op: str, q_ends: list[int], k_ends: list[int]) -> None:
+    """No sequence has more queries than keys: the queries are the last of the tokens that the keys are of."""
+    for row, ((a, b), (c, d)) in enumerate(zip(pairwise(q_ends), pairwise(k_ends), strict=True)):
+        if b - a > d - c:
             raise ValueError(
-                f"{op}: {name} must rise from 0 to {tokens}, the number of tokens, and is {values}"
+                f"{op}: sequence {row} has {b - a} queries and {d - c} keys, so some stand at no key"
             )
+
+
+def window(op: str, size: int | None) -> None:
+    """A query sees itself at least."""
+    if size is not None and size < 1:
+        raise ValueError(f"{op}: window must be at least 1, and is {size}")
+
+
+def angles(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """cos and sin are [T, D/2] for q [T, H, D] and k [T, Hkv, D]."""
+    for name, x in (("q", q), ("k", k)):
+        if x.dim() != 3 or x.shape[2] % 2:
+            raise ValueError(f"{op}: {name} must be [tokens, heads, even head size], and is {list(x.shape)}")
+    if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
+        raise ValueError(
+            f"{op}: q {list(q.shape)} and k {list(k.shape)} must agree in their tokens and head size"
+        )
+    expected = [q.shape[0], q.shape[2] // 2]
+    for name, x in (("cos", cos), ("sin", sin)):
+        if list(x.shape) != expected:
+            raise ValueError(
+                f"{op}: {name} must be [tokens, head size / 2] = {expected}, and is {list(x.shape)}"
+            )
+
+
+def pages(op: str, heads: int, head_dim: int, k_pages: Tensor, v_pages: Tensor) -> None:
+    """Pages are [pages, page size, Hkv, D], for keys and values alike."""
+    for name, x in (("k_pages", k_pages), ("v_pages", v_pages)):
+        if x.dim() != 4 or x.shape[3] != head_dim or x.shape[2] == 0 or heads % x.shape[2]:
+            raise ValueError(
+                f"{op}: {name} must be [pages, page size, key/value heads, head size] for {heads} heads of "
+                f"size {head_dim}, and is {list(x.shape)}"
+            )
+    same_shape(op, "k_pages", k_pages, "v_pages", v_pages)
+
+
+def appended(op: str, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+    """k, v [T, Hkv, D] go to `slots` [T] of the pages."""
+    same_shape(op, "k", k, "v", v)
+    if k.dim() != 3 or k_pages.dim() != 4 or k.shape[1:] != k_pages.shape[2:]:
+        raise ValueError(
+            f"{op}: k {list(k.shape)} must end in the key/value heads and head size of the pages, which are "
+            f"{list(k_pages.shape)}"
+        )
+    same_shape(op, "k_pages", k_pages, "v_pages", v_pages)
+    if list(slots.shape) != [k.shape[0]]:
+        raise ValueError(
+            f"{op}: slots must be one for each of the {k.shape[0]} tokens, and is {list(slots.shape)}"
+        )
+
+
+def activation(op: str, name: str | None, known: Collection[str]) -> None:
+    """`name` is a function that there is."""
+    if name is not None and name not in known:
+        raise ValueError(f"{op}: there is no activation {name!r}; expected one of {', '.join(known)}")
