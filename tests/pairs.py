@@ -23,6 +23,7 @@ from torch import Tensor, nn
 import minilm
 from minilm.archs import family_of
 from minilm.archs.family import Head
+from minilm.heads import MODELS
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
@@ -74,6 +75,14 @@ def write(config: Config, head: Head, folder: Path, seed: int, **overrides: Any)
     stored = dict(config, **({"id2label": dict(hf.id2label)} if "num_labels" in overrides else {}))
     stored |= {k: v for k, v in overrides.items() if k != "num_labels"}
     (folder / "config.json").write_text(json.dumps(stored))
+    return model.eval()
+
+
+def model_of(config: Config, seed: int) -> Any:
+    """A random model with a score for each token, in evaluation mode."""
+    head: Head = "masked-lm" if config["model_type"] in ENCODERS else "causal-lm"
+    model = MODELS[head].from_config(minilm.PretrainedConfig.from_dict(config))
+    randomise(model, seed)
     return model.eval()
 
 

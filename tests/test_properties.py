@@ -11,7 +11,7 @@ import torch
 from close import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
-from pairs import arguments, randomise, rows
+from pairs import arguments, model_of, rows
 from strategies import (
     DECODERS,
     ENCODERS,
@@ -28,20 +28,10 @@ from strategies import (
 from torch import Tensor
 
 from minilm.cache import KVCache
-from minilm.heads import MODELS
 from minilm.packing import pack
-from minilm.pretrained_config import PretrainedConfig
 
 SAME = 1e-5
 """The same sums in another order: float32 values near one, a few hundred terms."""
-
-
-def model_of(config: Config, seed: int) -> Any:
-    """A random model with a score for each token, in evaluation mode."""
-    head = "masked-lm" if config["model_type"] in ENCODERS else "causal-lm"
-    model = MODELS[head].from_config(PretrainedConfig.from_dict(config))
-    randomise(model, seed)
-    return model.eval()
 
 
 def static(config: Config) -> bool:
