@@ -121,37 +121,35 @@ int fma_operations() { return 2 * kLanes * kChains; }
 double int8_all(int64_t rounds, int threads) {
   return together(threads, [&](int t) {
 #if defined(__AVX512VNNI__)
-    __m512i sums[20], a = _mm512_set1_epi8(char(t + 3)), b = _mm512_set1_epi8(5);
-    asm volatile("" : "+v"(a), "+v"(b));
-    for (auto& s : sums) s = _mm512_setzero_si512();
+    __m512i sums[12], a = _mm512_set1_epi8(char(t + 3)), b = _mm512_set1_epi8(5);
+    for (int c = 0; c < 12; ++c) sums[c] = _mm512_set1_epi32(c);
     for (int64_t i = 0; i < rounds; ++i) {
+      asm volatile("" : "+v"(a), "+v"(b));  // not known to the compiler
 #pragma GCC unroll 32
-      for (int c = 0; c < 20; ++c) asm volatile("vpdpbusd %2, %1, %0" : "+v"(sums[c]) : "v"(a), "v"(b));
+      for (int c = 0; c < 12; ++c) sums[c] = _mm512_dpbusd_epi32(sums[c], a, b);
     }
-    for (auto& s : sums) sink_int = sink_int + _mm512_reduce_add_epi32(s);
+    for (int c = 0; c < 12; ++c) sink_int = sink_int + _mm512_reduce_add_epi32(sums[c]);
 #elif defined(__AVX2__)
-    __m256i sums[10], a = _mm256_set1_epi8(char(t + 3)), b = _mm256_set1_epi8(5), one = _mm256_set1_epi16(1);
-    for (auto& s : sums) s = _mm256_setzero_si256();
-    for (int64_t i = 0; i < rounds; ++i) {
-#pragma GCC unroll 16
-      for (int c = 0; c < 10; ++c) {
-        asm volatile("" : "+x"(a), "+x"(b));
-        sums[c] = _mm256_add_epi32(sums[c], _mm256_madd_epi16(_mm256_maddubs_epi16(a, b), one));
-      }
-    }
-    for (auto& s : sums) sink_int = sink_int + _mm256_extract_epi32(s, 0);
+    const __m256i a = _mm256_set1_epi8(char(t + 3)), b = _mm256_set1_epi8(5), one = _mm256_set1_epi16(1);
+    __m256i s0 = a, s1 = a, s2 = a, s3 = a, s4 = a, s5 = a, product;
+    // In assembler, since the products are all the same and a compiler would make one.
+    auto step = [&](__m256i& sum) __attribute__((always_inline)) {
+      asm volatile("vpmaddubsw %3, %2, %1\n\tvpmaddwd %4, %1, %1\n\tvpaddd %1, %0, %0"
+                   : "+x"(sum), "=&x"(product)
+                   : "x"(a), "x"(b), "x"(one));
+    };
+    for (int64_t i = 0; i < rounds; ++i) step(s0), step(s1), step(s2), step(s3), step(s4), step(s5);
+    for (const __m256i& s : {s0, s1, s2, s3, s4, s5}) sink_int = sink_int + _mm256_extract_epi32(s, 0);
 #elif defined(__ARM_FEATURE_DOTPROD)
     int32x4_t sums[16];
     int8x16_t a = vdupq_n_s8(int8_t(t + 3)), b = vdupq_n_s8(5);
-    for (auto& s : sums) s = vdupq_n_s32(0);
+    for (int c = 0; c < 16; ++c) sums[c] = vdupq_n_s32(c);
     for (int64_t i = 0; i < rounds; ++i) {
+      asm volatile("" : "+w"(a), "+w"(b));
 #pragma GCC unroll 16
-      for (int c = 0; c < 16; ++c) {
-        asm volatile("" : "+w"(a), "+w"(b));
-        sums[c] = vdotq_s32(sums[c], a, b);
-      }
+      for (int c = 0; c < 16; ++c) sums[c] = vdotq_s32(sums[c], a, b);
     }
-    for (auto& s : sums) sink_int = sink_int + vgetq_lane_s32(s, 0);
+    for (int c = 0; c < 16; ++c) sink_int = sink_int + vgetq_lane_s32(sums[c], 0);
 #else
     (void)t;
     for (int64_t i = 0; i < rounds; ++i) sink_int = i;
@@ -159,10 +157,10 @@ double int8_all(int64_t rounds, int threads) {
   });
 }
 #if defined(__AVX512VNNI__)
-int int8_operations() { return 2 * 64 * 20; }
+int int8_operations() { return 2 * 64 * 12; }
 const char* int8_name() { return "vpdpbusd, 512 bits"; }
 #elif defined(__AVX2__)
-int int8_operations() { return 2 * 32 * 10; }
+int int8_operations() { return 2 * 32 * 6; }
 const char* int8_name() { return "vpmaddubsw + vpmaddwd + vpaddd, 256 bits"; }
 #elif defined(__ARM_FEATURE_DOTPROD)
 int int8_operations() { return 2 * 16 * 16; }
