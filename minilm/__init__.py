@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .cache import KVCache as KVCache
     from .config import ConfigError as ConfigError
     from .config import ModelConfig as ModelConfig
+    from .cross_encoder import CrossEncoder as CrossEncoder
     from .generate import GenerationConfig as GenerationConfig
     from .generate import TextIteratorStreamer as TextIteratorStreamer
     from .generate import TextStreamer as TextStreamer
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .pipelines import pipeline as pipeline
     from .pretrained_config import PretrainedConfig as PretrainedConfig
     from .sentence import SentenceEncoder as SentenceEncoder
+    from .sentence import SentenceTransformer as SentenceTransformer
     from .tokenizer import AutoTokenizer as AutoTokenizer
     from .tokenizer import Tokenizer as Tokenizer
     from .weights import WeightError as WeightError
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
 _HOME = {
     "auto": ("AutoConfig",),
     "cache": ("KVCache",),
+    "cross_encoder": ("CrossEncoder",),
     "config": ("ConfigError", "ModelConfig"),
     "generate": ("GenerationConfig", "TextIteratorStreamer", "TextStreamer"),
     "heads": (
@@ -62,7 +65,7 @@ _HOME = {
     "ops": ("BackendError", "backend", "explain"),
     "pipelines": ("pipeline",),
     "pretrained_config": ("PretrainedConfig",),
-    "sentence": ("SentenceEncoder",),
+    "sentence": ("SentenceEncoder", "SentenceTransformer"),
     "tokenizer": ("AutoTokenizer", "Tokenizer"),
     "weights": ("WeightError",),
 }

@@ -90,6 +90,7 @@ NO_EFFECT = frozenset(
         "remove_invalid_values",
         "repetition_penalty",
         "return_dict_in_generate",
+        "sbert_ce_default_activation_function",
         "sentence_transformers",
         "sep_token_id",
         "suppress_tokens",

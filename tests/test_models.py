@@ -1,4 +1,5 @@
-"""Models against transformers, configuration by configuration: logits, hidden states, attention maps, files."""
+"""Models against transformers, configuration by configuration: logits, hidden states, attention maps,
+files."""
 
 from __future__ import annotations
 

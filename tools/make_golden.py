@@ -1,4 +1,4 @@
-"""Recorded answers of the reference implementations for the two small real models, for tests and for the demo.
+"""Recorded answers of the reference implementations for the two small real models: for tests and the demo.
 
     make test && .venv/bin/python tools/make_golden.py
 
@@ -86,7 +86,8 @@ def greedy_tokens() -> None:
     cases = []
     for prompt in [*PROMPTS, chat]:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        out = model.generate(ids, do_sample=False, max_new_tokens=NEW_TOKENS)
+        mask = torch.ones_like(ids)  # or generate would hide the padding token, which ends turns of the chat
+        out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS)
         tokens = out[0, ids.shape[1] :].tolist()
         cases.append({"prompt": prompt, "prompt_token_ids": ids[0].tolist(), "token_ids": tokens})
     write(DEFAULT_DECODER, ["transformers", "gguf"], cases)
