@@ -18,6 +18,7 @@ FAMILIES: dict[str, str] = {
     "mistral": "mistral",
     "qwen2": "qwen2",
     "qwen3": "qwen3",
+    "phi3": "phi3",
 }
 """config.json's model_type -> the file in this folder."""
 
