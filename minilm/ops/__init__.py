@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import checks, dispatch, library, native, reference, triton
 from .dispatch import BackendError, Implementation, backend, explain, register, select
+from .opaque import compilable
 from .reference import ACTIVATIONS
 
 __all__ = [
@@ -380,7 +381,6 @@ for _op in (
     "add_layer_norm",
     "rms_norm",
     "add_rms_norm",
-    "attention",
     "paged_attention",
     "rope",
     "append_kv",
@@ -390,7 +390,8 @@ for _op in (
     "cross_entropy",
 ):
     register(Implementation(_op, "reference", getattr(reference, _op)))
-register(Implementation("attention", "torch", library.attention, _sdpa_supports))
+register(Implementation("attention", "reference", compilable("reference", reference.attention)))
+register(Implementation("attention", "torch", compilable("torch", library.attention), _sdpa_supports))
 register(Implementation("paged_attention", "torch", library.paged_attention))
 native.register_all()
 triton.register_all()

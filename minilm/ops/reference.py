@@ -111,6 +111,35 @@ def attention(
     return torch.cat(outputs), torch.cat(lses, dim=1)
 
 
+def attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The derivative of `attention` without dropout: grad [Tq, H, D] -> those of q, k and v."""
+    grads = [torch.zeros_like(x, dtype=_wide(x[:0]).dtype) for x in (q, k, v)]
+    group = q.shape[1] // k.shape[1]
+    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False):
+        if q0 == q1:
+            continue
+        p = probabilities(q[q0:q1], k[k0:k1], scale, causal, window)[0]  # [H, Sq, Sk]
+        queries, dy = (_wide(x[q0:q1]).transpose(0, 1) for x in (q, grad))  # [H, Sq, D]
+        keys, values = (_wide(x[k0:k1]).transpose(0, 1).repeat_interleave(group, dim=0) for x in (k, v))
+        dp = dy @ values.transpose(1, 2)
+        ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
+        grads[0][q0:q1] = (ds @ keys).transpose(0, 1)
+        for total, part in zip(grads[1:], (ds.mT @ queries, p.mT @ dy), strict=True):
+            total[k0:k1] = part.view(k.shape[1], group, *part.shape[1:]).sum(1).transpose(0, 1)
+    return grads[0].to(q.dtype), grads[1].to(k.dtype), grads[2].to(v.dtype)
+
+
 def paged_attention(
     q: Tensor,
     k_pages: Tensor,
