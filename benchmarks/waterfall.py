@@ -164,13 +164,15 @@ class Waterfall:
 def passes(name: str) -> tuple[Any, list[tuple[str, Callable[[], Any]]]]:
     """(model, [(situation, a function that runs one pass)]) for a model's name, folder or GGUF file."""
     from minilm import AutoModel, AutoModelForCausalLM
+    from minilm.archs import family_of
     from minilm.auto import AutoConfig
 
     from . import models
 
     path: Any = models.assets(name).folder if name in shapes.HF_CONFIGS else Path(name)
     path = path if Path(path).exists() else name
-    causal = AutoConfig.from_pretrained(path).model_type in ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+    config = AutoConfig.from_pretrained(path)
+    causal = family_of(config.model_type).config(config).causal
     model: Any = (AutoModelForCausalLM if causal else AutoModel).from_pretrained(path, dtype=torch.float32)
     spec = model.spec
     small = machine.tiny()
