@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert")
-DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "phi3")
 FAMILIES = (*ENCODERS, *DECODERS)
-ROPE_FAMILIES = DECODERS[1:]
+ROPE_FAMILIES = DECODERS[1:-1]  # Phi-3 has but the default type
 
 LONGEST = 11
 """Tokens of the longest sequence that `batches` draws; position tables are at least as long."""
@@ -238,12 +238,12 @@ def rope(draw: st.DrawFn, head_dim: int, positions: int) -> Config:
 
 @st.composite
 def llama(draw: st.DrawFn, model_type: str = "llama") -> Config:
-    """Llama, Mistral, Qwen2, Qwen3."""
+    """Llama, Mistral, Qwen2, Qwen3, Phi-3."""
     kv_heads, group = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     heads, vocabulary = kv_heads * group, draw(VOCABULARY)
     layers = draw(st.integers(0, 3))
     usual_head_dim = 2 * draw(st.integers(1, 4))
-    head_dim = draw(st.sampled_from([None, 2, 4, 6, 10]))
+    head_dim = None if model_type == "phi3" else draw(st.sampled_from([None, 2, 4, 6, 10]))
     positions = draw(st.integers(3, 20))
     config: Config = {
         "model_type": model_type,
@@ -257,7 +257,7 @@ def llama(draw: st.DrawFn, model_type: str = "llama") -> Config:
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": draw(st.integers(0, vocabulary - 1)),
-        **draw(rope(usual_head_dim if head_dim is None else head_dim, positions)),
+        **({} if model_type == "phi3" else draw(rope(head_dim or usual_head_dim, positions))),
         **draw(
             _maybe(
                 {
@@ -274,7 +274,7 @@ def llama(draw: st.DrawFn, model_type: str = "llama") -> Config:
         config["head_dim"] = head_dim
     elif model_type == "qwen3":  # its default is 128, whatever the width
         config["head_dim"] = usual_head_dim
-    elif model_type != "qwen2" and draw(st.booleans()):
+    elif model_type not in ("qwen2", "phi3") and draw(st.booleans()):
         config["head_dim"] = None
     if group == 1 and model_type == "llama" and draw(st.booleans()):
         del config["num_key_value_heads"]
@@ -284,7 +284,7 @@ def llama(draw: st.DrawFn, model_type: str = "llama") -> Config:
         )
     if model_type == "qwen3":
         config |= draw(_maybe({"attention_bias": st.booleans()}))
-    if model_type == "mistral":
+    if model_type in ("mistral", "phi3"):
         config |= draw(_maybe({"sliding_window": st.none() | st.integers(1, 8)}))
     if model_type in ("qwen2", "qwen3"):
         config |= draw(_windows(layers))
@@ -343,6 +343,7 @@ SMALL: dict[str, Config] = {
     },
     "qwen2": {"hidden_size": 12, "num_attention_heads": 3, "num_key_value_heads": 3, "num_hidden_layers": 2},
     "qwen3": {"hidden_size": 12, "num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 2},
+    "phi3": {"hidden_size": 12, "num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 2},
 }
 """One configuration of each family, for tests whose subject is not the configuration."""
 
@@ -350,7 +351,7 @@ SMALL: dict[str, Config] = {
 def small(family: str, **options: Any) -> Config:
     """The small configuration of a family, with other options."""
     config = {"model_type": family, "vocab_size": 41, **SMALL[family]}
-    if family in ("llama", "mistral", "qwen2", "qwen3"):
+    if family in DECODERS[1:]:
         config |= {"intermediate_size": 17, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
         config |= {"head_dim": 4, "max_position_embeddings": 64}
     elif family != "gpt2":

@@ -30,6 +30,7 @@ NO_DROPOUT = {
     "mistral": ("attention_dropout", "classifier_dropout"),
     "qwen2": ("attention_dropout", "classifier_dropout"),
     "qwen3": ("attention_dropout", "classifier_dropout"),
+    "phi3": ("attention_dropout", "resid_pdrop", "classifier_dropout"),
 }
 """The dropout probabilities of each family."""
 

@@ -22,7 +22,7 @@ import minilm
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
-FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3")
+FAMILIES = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "phi3")
 BOS, EOS, PAD = 0, 1, 2
 VOCABULARY = 331
 WINDOW = 160
@@ -51,6 +51,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mistral": {**SIZES, "sliding_window": 9},
     "qwen2": SIZES,
     "qwen3": {**SIZES, "head_dim": 16},
+    "phi3": {**SIZES, "sliding_window": 9},
 }
 
 
