@@ -223,8 +223,9 @@ def _start(
             continue
         options.say(f"{model}: {name} is loaded and checked")
         try:
-            with Worker(name, options.threads) as converter:
-                converter.load(assets, options.device, prepare=True)
+            if peers.engine_class(name).prepare is not peers.Engine.prepare:
+                with Worker(name, options.threads) as converter:
+                    converter.load(assets, options.device, prepare=True)
             worker = stack.enter_context(Worker(name, options.threads))
             worker.load(assets, options.device)
             verdicts[name] = judge(
@@ -287,9 +288,9 @@ def _run(
             cells[name] |= {"status": "skipped", "reason": worker.note}
             continue
         try:
-            worker.ask(
-                "block", workload=request, calls=1
-            )  # what cannot run says so here; what compiles does so here
+            # What cannot run says so here, and what compiles does so here.
+            trial = {**request, "texts": request["texts"][:64]} if "texts" in request else request
+            worker.ask("block", workload=trial, calls=1)
         except WorkerError as error:
             cells[name] |= {
                 "status": "skipped" if error.kind == "unavailable" else "failed",

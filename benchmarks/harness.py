@@ -25,6 +25,11 @@ from . import machine
 
 Block = Callable[[int], float]
 
+FEWEST = 3
+"""Rounds that even the longest workload gets: fewer tell nothing of the spread."""
+PATIENCE = 4
+"""Times the budget, after which the fewest rounds are enough."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -34,7 +39,7 @@ class Settings:
     block_seconds: float = 0.02
     """A block makes as many calls as it takes to last this long."""
     budget_seconds: float = 20.0
-    """For all engines of one workload together; at least `least_rounds` are made whatever they take."""
+    """For all engines of one workload together. At least `least_rounds` are made (see PATIENCE)."""
     least_rounds: int = 5
     warmup_seconds: float = 0.1
 
@@ -120,7 +125,9 @@ def measure(
     gc.disable()
     try:
         for done in range(settings.rounds):
-            if done >= settings.least_rounds and clock() - began > settings.budget_seconds:
+            spent = clock() - began
+            enough = settings.least_rounds if spent < PATIENCE * settings.budget_seconds else FEWEST
+            if done >= enough and spent > settings.budget_seconds:
                 break
             first = done % max(len(names), 1)
             for name in [*names[first:], *names[:first]]:

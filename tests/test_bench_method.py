@@ -108,8 +108,10 @@ def test_engines_run_in_turn_and_the_order_moves_on() -> None:
 def test_the_budget_ends_a_run_but_not_before_the_least_rounds() -> None:
     clock = Clock()
     blocks = {"slow": harness.block_of(worker(clock, 10.0), [0], clock=clock)}
-    plan = harness.Settings(rounds=50, budget_seconds=1.0, least_rounds=4, warmup_seconds=0)
+    plan = harness.Settings(rounds=50, budget_seconds=20.0, least_rounds=4, warmup_seconds=0)
     assert len(harness.measure(blocks, plan, clock)["slow"].seconds) == 4
+    hasty = replace(plan, budget_seconds=1.0)  # one call takes ten times the budget
+    assert len(harness.measure(blocks, hasty, clock)["slow"].seconds) == harness.FEWEST
 
 
 def test_inputs_rotate_over_more_than_twice_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
