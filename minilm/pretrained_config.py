@@ -117,6 +117,9 @@ NO_EFFECT = frozenset(
 """Keys that real config.json files hold and that change nothing in a forward pass of these families."""
 
 
+MOST_LABELS = 10_000_000
+
+
 class PretrainedConfig:
     """Options of a checkpoint. Unknown attributes raise AttributeError; known ones have the family's default.
 
@@ -197,8 +200,8 @@ class PretrainedConfig:
 
     @num_labels.setter
     def num_labels(self, count: int) -> None:
-        if not isinstance(count, int) or count < 1:
-            raise ConfigError(f"num_labels must be a positive number, and is {count!r}")
+        if not isinstance(count, int) or not 1 <= count <= MOST_LABELS:
+            raise ConfigError(f"num_labels must be a number from 1 to {MOST_LABELS}, and is {count!r}")
         if self._values["id2label"] is None or len(self._values["id2label"]) != count:
             self._values["id2label"] = {i: f"LABEL_{i}" for i in range(count)}
             self._values["label2id"] = {f"LABEL_{i}": i for i in range(count)}

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -190,7 +191,9 @@ def embeddings_agree(encoder: Any) -> bool:
     if found is None:
         return no_record(ENCODER)
     reference, cases = found
-    ours = encoder.encode([case["text"] for case in cases])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # one of the texts is there to be cut
+        ours = encoder.encode([case["text"] for case in cases])
     difference = float(np.abs(ours - np.array([case["embedding"] for case in cases])).max())
     good = difference <= 1e-5
     return verdict(good, ENCODER, f"{len(cases)} texts within {difference:.1e} of {reference}")

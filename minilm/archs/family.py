@@ -24,6 +24,9 @@ Head = Literal[
 ]
 
 
+MOST_LAYERS = 10_000
+
+
 @dataclass(frozen=True)
 class SequenceHead:
     """How one vector of a sequence becomes its class scores."""
@@ -80,6 +83,11 @@ class Family:
             value = hf.get(name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ConfigError(f"{self.model_type}: {name} must be a whole number, and is {value!r}")
+        if hf.num_hidden_layers > MOST_LAYERS:  # what is listed layer by layer would fill the memory
+            raise ConfigError(
+                f"{self.model_type}: num_hidden_layers is {hf.num_hidden_layers}, and at most {MOST_LAYERS} "
+                "are supported"
+            )
         try:
             return self.translate(hf)
         except ConfigError:
