@@ -83,6 +83,9 @@ class Family:
             value = hf.get(name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ConfigError(f"{self.model_type}: {name} must be a whole number, and is {value!r}")
+        spread = hf.get("initializer_range", 0.02)
+        if not isinstance(spread, (int, float)) or not 0 <= spread < 1e6:
+            raise ConfigError(f"{self.model_type}: initializer_range must be a number, and is {spread!r}")
         if hf.num_hidden_layers > MOST_LAYERS:  # what is listed layer by layer would fill the memory
             raise ConfigError(
                 f"{self.model_type}: num_hidden_layers is {hf.num_hidden_layers}, and at most {MOST_LAYERS} "
