@@ -55,6 +55,9 @@ class RopeConfig:
     truncate: bool = True
 
 
+LARGEST = 2**31 - 1
+"""Of any size: positions and lengths are held in 32 bits."""
+
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (float, int),
@@ -140,8 +143,10 @@ class ModelConfig:
             "intermediate_size",
             "max_positions",
         ):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, and is {getattr(self, name)}")
+            if not 1 <= getattr(self, name) <= LARGEST:
+                raise ConfigError(
+                    f"{name} must be at least 1 and at most {LARGEST}, and is {getattr(self, name)}"
+                )
         if self.num_layers < 0:
             raise ConfigError(f"num_layers must not be negative, and is {self.num_layers}")
         if self.activation not in ACTIVATIONS:

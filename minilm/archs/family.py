@@ -164,7 +164,10 @@ DECODER_ONLY: dict[str, tuple[Any, ...]] = {
 def rope_config(hf: PretrainedConfig, default_theta: float = 10_000.0) -> RopeConfig:
     """Rope options, written as transformers 5 does (`rope_parameters`) or 4 did (`rope_theta`,
     `rope_scaling`)."""
-    options: dict[str, Any] = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    given = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"{hf.model_type}: rope_scaling must be a mapping of options, and is {given!r}")
+    options: dict[str, Any] = dict(given)
     kind = options.get("rope_type", options.get("type", "default"))
     if any(isinstance(value, dict) for value in options.values()):
         raise ConfigError(
@@ -180,7 +183,7 @@ def rope_config(hf: PretrainedConfig, default_theta: float = 10_000.0) -> RopeCo
             "original_max_position_embeddings",
         },
     }
-    if kind not in known:
+    if kind not in list(known):  # which may be of any type
         raise ConfigError(
             f"{hf.model_type}: rope_type {kind!r} is not supported; supported are {', '.join(known)}"
         )
@@ -246,9 +249,11 @@ def layer_windows(hf: PretrainedConfig, sliding_window: int | None) -> tuple[int
     if types is None:
         first = hf.max_window_layers
         return tuple(sliding_window if i >= first else None for i in range(hf.num_hidden_layers))
-    unknown = sorted(set(types) - {"full_attention", "sliding_attention"})
+    if not isinstance(types, list):
+        raise ConfigError(f"{hf.model_type}: layer_types must be a list of names, and is {types!r}")
+    unknown = [kind for kind in types if kind not in ("full_attention", "sliding_attention")]
     if unknown:
-        raise ConfigError(f"{hf.model_type}: layer_types {', '.join(unknown)} are not supported")
+        raise ConfigError(f"{hf.model_type}: layer_types {', '.join(map(str, unknown))} are not supported")
     if "sliding_attention" in types and sliding_window is None:
         raise ConfigError(
             f"{hf.model_type}: layer_types names sliding_attention, and there is no sliding_window"
