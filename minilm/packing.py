@@ -81,7 +81,7 @@ class Packed:
         mask = torch.zeros(self.batch * self.columns, dtype=torch.bool, device=flat.device).index_fill(
             0, flat, True
         )
-        return pack(self.batch, count, mask.view(self.batch, -1)[:, -count:], flat.device), kept
+        return pack(self.batch, count, mask.view(self.batch, self.columns)[:, -count:], flat.device), kept
 
     def _no_empty(self, which: str) -> None:
         if 0 in self.lengths:
