@@ -1,0 +1,407 @@
+"""The architecture, read from the imports: what may know of what, what is loaded when, and what never is."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+AREAS: dict[str, str] = {
+    "config": "config rules _version",
+    "ops": "ops ops.*",
+    "archs": "archs archs.*",
+    "files": "hub",
+    "weights": "checkpoint weights weight_plan gguf gguf_config gguf_file",
+    "tokenizer": "tokenizer tokenizer_* sentencepiece_file chat_template tool_schema detokenizer",
+    "model": "pretrained_config packing cache rope layers outputs models heads",
+    "loading": "auto batching",
+    "generation": "engine generate generation_config sampling sampling_* stopping streamers llm llm_output",
+    "tasks": "convert summary sentence sentence_* similarity cross_encoder pipelines pipelines.*",
+    "entry": "__main__ cli cli.* doctor",
+}
+"""The parts of minilm, and their modules. A new module belongs to one of them."""
+
+MAY_IMPORT: dict[str, str] = {
+    "config": "",
+    "ops": "",
+    "files": "",
+    "archs": "config",
+    "weights": "config",
+    "tokenizer": "files weights",
+    "model": "config archs ops weights",
+    "loading": "config archs files weights model",
+    "generation": "config files model tokenizer",
+    "tasks": "config files weights tokenizer model loading generation ops archs",
+    "entry": "config files weights tokenizer model loading generation tasks ops archs",
+}
+"""The direction: entry -> tasks -> generation, loading -> model -> {ops, archs, weights} -> config."""
+
+UPWARD: dict[tuple[str, str], str] = {
+    ("models", "auto"): "from_pretrained is a method of the model, as people call it",
+    ("heads", "generate"): "generate is a method of the model, as people call it",
+    ("auto", "generate"): "a decoder comes with the checkpoint's generation defaults",
+    ("auto", "tokenizer"): "class aliases: BertTokenizer",
+    ("generation_config", "auto"): "GenerationConfig.from_pretrained takes a name",
+    ("llm", "auto"): "LLM takes a name",
+}
+"""Imports within functions that go up, each for a reason."""
+
+AT_THE_TOP = {"torch", "numpy"}
+"""Packages that modules may import when they are imported; the command line's may import typer too."""
+
+NEVER = (
+    "transformers",
+    "sentence_transformers",
+    "pickle",
+    "cPickle",
+    "dill",
+    "cloudpickle",
+    "joblib",
+    "shelve",
+    "marshal",
+)
+"""Not at run time, not even within functions: the libraries that minilm is compared with, and formats that
+run code."""
+
+KERNELS_MAY_IMPORT = {"torch", "triton", "numpy"}
+
+
+@dataclass(frozen=True)
+class Import:
+    """One import: who, what (absolute), where, and when."""
+
+    importer: str
+    imported: str
+    line: int
+    when: str
+    """"start", "call" (within a function), or "types" (for the type checker alone)."""
+
+    def __str__(self) -> str:
+        return f"{self.importer}, line {self.line}, imports {self.imported} ({self.when})"
+
+
+def module_name(path: Path, top: Path, package: str) -> str:
+    """minilm/archs/bert.py -> minilm.archs.bert."""
+    parts = [package, *path.relative_to(top).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path, name: str) -> Iterator[Import]:
+    """All imports of one file."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    package = name.split(".") if path.name == "__init__.py" else name.split(".")[:-1]
+
+    def walk(node: ast.AST, when: str) -> Iterator[Import]:
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.Import):
+                for alias in child.names:
+                    yield Import(name, alias.name, child.lineno, when)
+            elif isinstance(child, ast.ImportFrom):
+                start = package[: len(package) - child.level + 1] if child.level else []
+                base = ".".join([*start, *([child.module] if child.module else [])])
+                for alias in child.names:  # `from . import rope` and `from .rope import angles` both
+                    yield Import(name, f"{base}.{alias.name}", child.lineno, when)
+            elif isinstance(child, ast.If) and getattr(child.test, "id", "") == "TYPE_CHECKING":
+                yield from walk(child, "types")
+            elif isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+                yield from walk(child, "call" if when == "start" else when)
+            else:
+                yield from walk(child, when)
+
+    yield from walk(tree, "start")
+
+
+def files_of(folder: str, package: str) -> dict[str, Path]:
+    """Module names and files of a package."""
+    top = ROOT / folder
+    return {module_name(path, top, package): path for path in sorted(top.rglob("*.py"))}
+
+
+MODULES = files_of("minilm", "minilm")
+KERNELS = files_of("kernels", "minilm.kernels")
+IMPORTS = [found for name, path in MODULES.items() for found in imports_of(path, name)]
+
+
+def own_module(imported: str) -> str | None:
+    """The module of minilm that an import is of: minilm.rope.angles -> rope. None for other packages."""
+    parts = imported.split(".")
+    if parts[0] != "minilm":
+        return None
+    while len(parts) > 1 and ".".join(parts) not in MODULES:
+        parts.pop()
+    return ".".join(parts[1:])
+
+
+def area_of(module: str) -> str:
+    """The area of a module, without the leading `minilm.`."""
+    found = [area for area, names in AREAS.items() if any(fnmatch(module, name) for name in names.split())]
+    assert len(found) == 1, f"minilm.{module} belongs to {found or 'no area'}: put it in AREAS of this test"
+    return found[0]
+
+
+def test_every_module_has_its_place() -> None:
+    for name in MODULES:
+        if name != "minilm":
+            area_of(name.removeprefix("minilm."))
+
+
+def test_imports_go_down() -> None:
+    wrong, used = [], set()
+    for found in IMPORTS:
+        importer, imported = found.importer.removeprefix("minilm").lstrip("."), own_module(found.imported)
+        if (
+            imported is None
+            or not importer
+            or not imported
+            or found.when == "types"
+            or imported == "benchmarks"
+        ):
+            continue
+        one, other = area_of(importer), area_of(imported)
+        if one == other or other in MAY_IMPORT[one].split():
+            continue
+        if found.when == "call" and (importer, imported) in UPWARD:
+            used.add((importer, imported))
+            continue
+        wrong.append(f"{found}: {one} may import {MAY_IMPORT[one] or 'nothing'}, and this is {other}")
+    assert not wrong, "\n".join(wrong)
+    assert used == set(UPWARD), f"exceptions that nothing needs any more: {set(UPWARD) - used}"
+
+
+def test_no_circles() -> None:
+    """At start, modules form a hierarchy."""
+    graph: dict[str, set[str]] = {name: set() for name in MODULES}
+    for found in IMPORTS:
+        target = own_module(found.imported)
+        if found.when == "start" and target is not None:
+            name = f"minilm.{target}" if target else "minilm"
+            if name not in (found.importer, "minilm"):
+                graph[found.importer].add(name)
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join((*path[path.index(name) :], name))
+        if name not in done:
+            for target in sorted(graph[name]):
+                visit(target, (*path, name))
+            done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_a_family_knows_its_dialect_and_nothing_else() -> None:
+    """archs/ imports the configuration, the rules and other families."""
+    for found in IMPORTS:
+        if found.importer.startswith("minilm.archs") and found.when != "types":
+            top = found.imported.split(".")[0]
+            assert top in ("minilm", "__future__") or top in sys.stdlib_module_names, found
+            module = own_module(found.imported)
+            assert module is None or module.split(".")[0] in ("archs", "config", "rules"), found
+
+
+def test_other_packages_come_in_when_they_are_used() -> None:
+    wrong = []
+    for found in IMPORTS:
+        top = found.imported.split(".")[0]
+        if found.when != "start" or top == "minilm" or top in sys.stdlib_module_names or top in AT_THE_TOP:
+            continue
+        if not (found.importer.startswith("minilm.cli") and top == "typer"):
+            wrong.append(f"{found}: import it in the function that needs it")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_what_is_never_imported() -> None:
+    """Not the references, and nothing that runs code from a file."""
+    everything = [*IMPORTS, *(found for name, path in KERNELS.items() for found in imports_of(path, name))]
+    wrong = [str(found) for found in everything if found.imported.split(".")[0] in NEVER]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_nothing_is_unpickled_or_evaluated() -> None:
+    """torch.load, numpy's allow_pickle, eval and exec do not occur."""
+    wrong = []
+    for name, path in {**MODULES, **KERNELS}.items():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            where = f"{name}, line {getattr(node, 'lineno', 0)}"
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                called = f"{node.value.id}.{node.attr}"
+                if called in ("torch.load", "pickle.load", "pickle.loads", "torch.hub"):
+                    wrong.append(f"{where}: {called}")
+            elif (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Name)
+                and node.func.id in ("eval", "exec")
+            ):
+                wrong.append(f"{where}: {node.func.id}")
+            elif isinstance(node, ast.keyword) and node.arg == "allow_pickle":
+                wrong += [f"{where}: allow_pickle"] * (getattr(node.value, "value", None) is not False)
+    assert not wrong, "\n".join(wrong)
+
+
+def test_kernels_import_nothing_of_minilm() -> None:
+    for name, path in KERNELS.items():
+        for found in imports_of(path, name):
+            top = found.imported.split(".")[0]
+            inside = found.imported.startswith("minilm.kernels.")
+            allowed = inside or top in KERNELS_MAY_IMPORT or top in sys.stdlib_module_names
+            assert allowed, found
+
+
+def test_the_folder_of_kernels_shadows_nobody() -> None:
+    """`kernels` is another package's name on PyPI, which transformers imports when it is there."""
+    assert run("import sys, minilm.ops; print('kernels' in sys.modules)") == "False"
+
+
+# --- at run time ---
+
+HEAVY = (
+    *(
+        "transformers",
+        "sentence_transformers",
+        "tokenizers",
+        "sentencepiece",
+        "gguf",
+        "jinja2",
+        "huggingface_hub",
+        "rich",
+    ),
+    *("typer", "click", "tqdm", "safetensors", "triton", "requests", "httpx", "pandas", "sklearn", "scipy"),
+)
+
+
+def run(code: str, *options: str, **environment: str) -> str:
+    """What a fresh interpreter prints; its errors are ours."""
+    result = subprocess.run(
+        [sys.executable, *options, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT / "tests",
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.strip()
+
+
+def test_import_brings_in_nothing_heavy() -> None:
+    """Beyond torch's own modules: no tokenizers, no command line, no reference library, and hardly anything
+    of ours."""
+    code = """
+import sys, torch
+before = set(sys.modules)
+import minilm
+new = set(sys.modules) - before
+print(sorted(name for name in new if name.startswith("minilm") or "." not in name))
+"""
+    new = ast.literal_eval(run(code))
+    assert not [name for name in new if name in HEAVY]
+    ours = [name for name in new if name.startswith("minilm")]
+    assert len(ours) <= 3, f"importing minilm imports {ours}"
+
+
+def test_models_bring_in_only_what_they_use() -> None:
+    """A model built and run from a configuration needs none of the packages that files and texts need."""
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+import minilm
+config = minilm.BertConfig(hidden_size=12, num_attention_heads=3, num_hidden_layers=1, vocab_size=20)
+minilm.AutoModel.from_config(config)(torch.tensor([[4, 5]]))
+print(sorted((set(sys.modules) - before) & set({HEAVY!r})))
+"""
+    assert ast.literal_eval(run(code)) == []
+
+
+def test_import_takes_no_time() -> None:
+    """At most 0.3 s beyond torch; the best of three, since machines have other things to do."""
+    code = """
+import time, torch
+start = time.perf_counter()
+import minilm
+print(time.perf_counter() - start)
+"""
+    best = min(float(run(code)) for _ in range(3))
+    if best > 0.3:
+        pytest.fail(
+            f"import minilm takes {best:.2f} s beyond import torch:\n{slowest('import torch, minilm')}"
+        )
+
+
+def test_the_whole_api_comes_in_quickly() -> None:
+    """Classes for models, texts and tasks together; what they load from elsewhere comes when it is used."""
+    names = "AutoModel, AutoTokenizer, AutoConfig, SentenceEncoder, LLM, SamplingParams, pipeline"
+    code = f"""
+import time, torch
+start = time.perf_counter()
+from minilm import {names}
+print(time.perf_counter() - start)
+"""
+    best = min(float(run(code)) for _ in range(3))
+    if best > 1.0:
+        imports = slowest(f"import torch; from minilm import {names}")
+        pytest.fail(f"the API takes {best:.2f} s beyond import torch:\n{imports}")
+
+
+def slowest(code: str) -> str:
+    """The twenty imports that take longest, by -X importtime."""
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        cwd=ROOT / "tests",
+    )
+    lines = [line.split("|") for line in result.stderr.splitlines() if line.count("|") == 2][1:]
+    lines.sort(key=lambda parts: -int(parts[1]))
+    return "\n".join(f"{int(total) / 1e6:8.3f} s {name.strip()}" for _, total, name in lines[:20])
+
+
+def test_runs_without_the_optional_packages() -> None:
+    """No extension, no Triton, no hub, nothing of the command line: a model from a configuration runs."""
+    missing = (
+        "minilm._C",
+        "triton",
+        "huggingface_hub",
+        "gguf",
+        "typer",
+        "rich",
+        "jinja2",
+        "sentencepiece",
+        "tqdm",
+    )
+    code = f"""
+import sys
+for name in {missing!r}:
+    sys.modules[name] = None
+import torch, minilm
+from minilm import ops
+config = minilm.LlamaConfig(hidden_size=12, num_attention_heads=3, num_hidden_layers=1, vocab_size=20)
+model = minilm.AutoModelForCausalLM.from_config(config)
+model(torch.tensor([[4, 5]])).loss
+print(sorted(ops.explain().backends("rms_norm")), "minilm._C" in str(ops.explain()))
+"""
+    assert run(code) == "['reference'] True"
+
+
+@pytest.mark.slow
+def test_transformers_is_not_in_the_process() -> None:
+    """After the usual work with a real model: a text embedded, tokens classified, a fresh configuration."""
+    code = """
+import sys
+import minilm
+encoder = minilm.SentenceEncoder("all-MiniLM-L6-v2")
+encoder.encode(["a text"])
+minilm.AutoTokenizer.from_pretrained("all-MiniLM-L6-v2")("a text", return_tensors="pt")
+print([name for name in sys.modules if name.split(".")[0] in ("transformers", "sentence_transformers")])
+"""
+    assert run(code) == "[]"
