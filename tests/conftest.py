@@ -6,6 +6,11 @@ Environment: ``HYPOTHESIS_PROFILE=thorough`` draws many more examples, anew each
 from __future__ import annotations
 
 import os
+import signal
+
+# In the background, tests inherit that Ctrl-C is ignored, and so would the commands that they interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Before any test imports torch or tokenizers. The workers of pytest-xdist share the cores out.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
