@@ -250,12 +250,8 @@ def save_pretrained(
     config = PretrainedConfig.from_dict(model.config.to_dict())
     config.architectures = [model.family.class_name(model.head_kind)]
     config.dtype = model.dtype
-    prefix = (
-        ""
-        if model.head_kind == "base"
-        else model.family.head_prefixes.get(model.head_kind, model.family.prefixes[0])
-    )
-    save_weights(model, folder, model.family.rules(model.head_kind), prefix, max_shard_size=max_shard_size)
+    family, head = model.family, model.head_kind
+    save_weights(model, folder, family.rules(head), family.prefix(head), max_shard_size=max_shard_size)
     config.save_pretrained(folder)
     generation = getattr(model, "generation_config", None)
     if generation is not None:

@@ -55,6 +55,16 @@ class AutoModel(PreTrainedModel):
         self.pooler = Pooler(self.spec.hidden_size) if self.family.pooler and add_pooling_layer else None
         self.initialise()
 
+    @classmethod
+    def sharing(cls, other: PreTrainedModel) -> AutoModel:
+        """The body and pooler of another model, without its head."""
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model.__dict__.update({k: v for k, v in other.__dict__.items() if not k.startswith("_")})
+        model.body = other.body
+        model.pooler = getattr(other, "pooler", None)
+        return model
+
     def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
         """last_hidden_state [B, S, C] and pooler_output [B, C]."""
         if labels is not None:

@@ -319,9 +319,24 @@ class PreTrainedModel(nn.Module):
         return self.body.embeddings.tokens.weight.dtype
 
     @property
-    def base_model(self) -> Transformer:
-        """The Transformer without its head."""
-        return self.body
+    def base_model(self) -> PreTrainedModel:
+        """The same model without its head, sharing its parameters; the model itself if it has none."""
+        from .heads import AutoModel
+
+        return self if isinstance(self, AutoModel) else AutoModel.sharing(self)
+
+    def __getattr__(self, name: str) -> Any:
+        family: Family | None = self.__dict__.get("family")
+        if family is not None and f"{name}." == family.prefix(
+            self.head_kind
+        ):  # model.bert, model.transformer
+            return self.base_model
+        return super().__getattr__(name)
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes of a classification head."""
+        return self.config.num_labels
 
     def get_input_embeddings(self) -> nn.Embedding:
         """The token table."""

@@ -111,6 +111,10 @@ class Family:
                         skipped[name] = ignore(name, f"belongs to a {other} head, and this model has none")
         return (*own, *skipped.values())
 
+    def prefix(self, head: Head) -> str:
+        """What names of the body begin with in a checkpoint that is written for `head`."""
+        return "" if head == "base" else self.head_prefixes.get(head, self.prefixes[0])
+
     def dropout(self, head: Head, hf: PretrainedConfig) -> float:
         """Dropout probability before `head`."""
         for source in self.head_dropout.get(head, ()):
