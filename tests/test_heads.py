@@ -436,3 +436,29 @@ def test_vocabulary_resizes(family: str) -> None:
                 class_of(transformers, family, head).from_pretrained(p.folder / "grown").config.vocab_size
                 == 45
             )
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_base_model_is_the_model_without_its_head(family: str) -> None:
+    """Under the names that programs use; it shares the parameters, and asking for it changes nothing."""
+    ids = torch.tensor([[5, 6, 7]])
+    for head in heads_of(family):
+        with pair(small(family), head) as p, torch.no_grad():
+            names = [name for name, _ in p.model.named_parameters()]
+            base, theirs = p.model.base_model, p.reference.base_model
+            if head == "base":
+                assert base is p.model
+                continue
+            assert_close(base(ids)[0], theirs(ids)[0])
+            if p.reference.base_model_prefix != "model" or family in DECODERS:
+                attribute = getattr(p.model, p.reference.base_model_prefix)
+                assert_close(attribute(ids)[0], theirs(ids)[0])
+            own = {id(q) for q in p.model.parameters()}
+            assert {id(q) for q in base.parameters()} <= own
+            assert sum(q.numel() for q in base.parameters()) == theirs.num_parameters()
+            assert [name for name, _ in p.model.named_parameters()] == names
+            assert not base.training
+            p.model.train()
+            assert p.model.base_model.training
+            with pytest.raises(AttributeError):
+                _ = p.model.nothing
