@@ -9,6 +9,7 @@ import pytest
 import torch
 from close import assert_close
 from hypothesis import given
+from hypothesis import strategies as st
 from pairs import (
     arguments,
     fields,
@@ -18,7 +19,19 @@ from pairs import (
     rows,
     their_arguments,
 )
-from strategies import FAMILIES, Batch, Config, cases, examples, seeds
+from strategies import (
+    DECODERS,
+    FAMILIES,
+    LONGEST,
+    Batch,
+    Config,
+    cases,
+    configs,
+    examples,
+    is_dynamic,
+    padding_id,
+    seeds,
+)
 from torch import Tensor
 
 from minilm.archs.family import Head
@@ -77,5 +90,43 @@ def test_model_is_transformers(family: str, head: Head) -> None:
             ours = p.model(**arguments(config, batch), **show)
             theirs = p.reference(**their_arguments(config, their_batch), **show)
         assert_same(head, batch, ours, theirs, their_batch)
+
+    check()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_tokens_may_be_hidden_in_the_middle(family: str) -> None:
+    """A mask with holes, whatever ids stand there: positions go on counting columns, as in transformers."""
+
+    @examples(8)
+    @given(configs(family).filter(lambda config: not config.get("sliding_window")), seeds())
+    def check(config: Config, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        mask = torch.randint(2, (3, 9), generator=generator)
+        mask[:, 0] = 1
+        batch = Batch((9, 9, 9), left=False, extra=0, seed=seed)
+        if is_dynamic(config):
+            mask[:, -1] = 1
+        head: Head = "causal-lm" if family in DECODERS else "masked-lm"
+        with pair(config, head, seed) as p, torch.no_grad():
+            ours = p.model(batch.ids(config), attention_mask=mask).logits
+            theirs = p.reference(batch.ids(config), attention_mask=mask).logits
+        assert_close(ours[mask.bool()], theirs[mask.bool()])
+
+    check()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_plain_call(family: str) -> None:
+    """Nothing but ids, among them the padding id: no mask is made up, and positions are transformers' own."""
+
+    @examples(8)
+    @given(configs(family), st.integers(1, LONGEST), seeds())
+    def check(config: Config, columns: int, seed: int) -> None:
+        ids = torch.randint(config["vocab_size"], (2, columns), generator=torch.Generator().manual_seed(seed))
+        ids[0, columns // 2] = padding_id(config)
+        head: Head = "causal-lm" if family in DECODERS else "masked-lm"
+        with pair(config, head, seed) as p, torch.no_grad():
+            assert_close(p.model(ids).logits, p.reference(ids).logits)
 
     check()
