@@ -143,6 +143,8 @@ class Engine:
         self._grad_mode = torch.inference_mode if inference_mode else torch.no_grad
         self._draw = drawer
         self._record = recorder
+        self._stepping = False
+        self._given_up: list[Request] = []
         self._counting = torch.arange(
             2, dtype=torch.int32, device=model.device
         )  # 0, 1, 2, ... as far as was needed
@@ -155,7 +157,10 @@ class Engine:
         self.waiting.append(request)
 
     def abort(self, request: Request) -> None:
-        """Forget a request, finished or not, and take its pages back."""
+        """Forget a request, finished or not, and take its pages back; within a step, at its end."""
+        if self._stepping:  # a stream can be dropped anywhere, also by a garbage collection in here
+            self._given_up.append(request)
+            return
         if request in self.waiting:
             self.waiting.remove(request)
         if request.row >= 0:
@@ -184,6 +189,15 @@ class Engine:
     def step(self) -> list[Sample]:
         """Read what prompts there is room for, and write one token of each running text; returns what
         grew."""
+        self._stepping = True
+        try:
+            return self._step()
+        finally:
+            self._stepping = False
+            while self._given_up:
+                self.abort(self._given_up.pop())
+
+    def _step(self) -> list[Sample]:
         with self._grad_mode():
             growing, begun = self.running, list[Sample]()
             first: list[Tensor] = []

@@ -340,6 +340,19 @@ class LLM:
         return job.texts[sample.index].finish(sample.tokens[-1:] if with_end else ())
 
 
+def _pieces(llm: LLM, job: _Job) -> Generator[str, None, None]:
+    """The pieces of a stream. Apart from it, so that one that is dropped ends then, and not in some later
+    garbage collection."""
+    (text,), (sample,) = job.texts, job.request.samples
+    for _ in llm._run([job]):
+        with llm._lock:  # another thread's step may be writing
+            if sample.finish_reason is not None:
+                llm._finish(job, sample)
+            piece = text.piece()
+        if piece:
+            yield piece
+
+
 class TextStream(Iterator[str]):
     """The pieces of one text. `output` is what was written so far, and why it ended; `close` gives up."""
 
@@ -348,17 +361,7 @@ class TextStream(Iterator[str]):
             raise ValueError("a stream is one text: n must be 1, and detokenize True")
         self._llm = llm
         self._job = job
-        self._pieces = self._run()
-
-    def _run(self) -> Generator[str, None, None]:
-        (text,), (sample,) = self._job.texts, self._job.request.samples
-        for _ in self._llm._run([self._job]):
-            with self._llm._lock:  # another thread's step may be writing
-                if sample.finish_reason is not None:
-                    self._llm._finish(self._job, sample)
-                piece = text.piece()
-            if piece:
-                yield piece
+        self._pieces = _pieces(llm, job)
 
     def __next__(self) -> str:
         return next(self._pieces)
