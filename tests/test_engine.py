@@ -258,3 +258,22 @@ def test_the_window(rope: RopeConfig | None, window: int | None) -> None:
         rope=rope,
     )
     assert context_window(config) == window
+
+
+def test_what_is_given_up_within_a_step_leaves_at_its_end() -> None:
+    """As when a dropped stream is collected while the engine works."""
+    given_up, kept = request([70, 71, 72]), request([80, 81])
+    wanted = expected("gpt2", [kept])
+
+    def recorder(*_: Any) -> None:
+        if len(kept.samples[0].tokens) == 3:
+            engine.abort(given_up)
+
+    engine = Engine(decoder("gpt2").ours, recorder=recorder)
+    for r in (given_up, kept):
+        r.ends = r.ends - {*range(40, 60)}
+        engine.add(r)
+    engine.run()
+    assert len(given_up.samples[0].tokens) <= 4
+    assert texts([kept])[0][0][:3] == wanted[0][0][:3]
+    assert_empty(engine)
