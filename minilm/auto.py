@@ -27,7 +27,6 @@ WITHOUT_EFFECT = frozenset(
         "attn_implementation",
         "force_download",
         "low_cpu_mem_usage",
-        "output_loading_info",
         "proxies",
         "resume_download",
         "trust_remote_code",

@@ -310,10 +310,13 @@ def test_config_may_be_given(tmp_path: Path) -> None:
         assert not torch.allclose(changed(ids).logits, plain(ids).logits)
 
 
-def test_option_that_nothing_knows(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "option", ["num_label", "load_in_8bit", "quantization_config", "output_loading_info", "state_dict"]
+)
+def test_option_that_nothing_knows(option: str, tmp_path: Path) -> None:
     save(tmp_path, small("gpt2"), "causal-lm")
-    with pytest.raises(TypeError, match="num_label"):
-        minilm.AutoModelForCausalLM.from_pretrained(tmp_path, num_label=3)
+    with pytest.raises(TypeError, match=option):
+        minilm.AutoModelForCausalLM.from_pretrained(tmp_path, **{option: True})
 
 
 def test_head_that_a_family_does_not_have(tmp_path: Path) -> None:
