@@ -71,7 +71,7 @@ def test_gradients_are_transformers(family: str, head: Head) -> None:
         with pair(config, head, seed) as p:
             theirs = their_arguments(config, batch)
             ours = arguments(config, batch)
-            if seed % 3 == 0 and "position_ids" not in ours:  # a text that holds the padding id
+            if seed % 2 == 0:  # a text that holds the padding id
                 padding = config.get("pad_token_id", 0) or 0
                 for call in (ours, theirs):
                     call["input_ids"] = call["input_ids"].clone()
