@@ -260,6 +260,7 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
         ops.AttentionTraits: ("attention",),
         ops.PagedTraits: ("paged_attention", "append_kv", "rope_append"),
         ops.PointwiseTraits: ("rope", "linear", "gated", "cross_entropy"),
+        ops.QuantizedTraits: ("quantized_linear",),
     }
     kind = next((kind for kind, names in kinds.items() if op in names), None)
     if kind is ops.NormTraits:
@@ -272,4 +273,6 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
         return ops.PagedTraits(device, dtype, dtype, 64, 4, page_size, window=False, single_query=True)
     if kind is ops.PointwiseTraits:
         return ops.PointwiseTraits(device, dtype, "silu" if op == "gated" else None)
+    if kind is ops.QuantizedTraits:
+        return ops.QuantizedTraits(device, dtype, "q8_0", None, few_rows=True, grad=False)
     raise ValueError(f"minilm.doctor does not know what a typical call of the op {op!r} is")

@@ -12,14 +12,16 @@ given.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, library, native, reference, triton
+from . import checks, dispatch, library, native, quantized, reference, triton
 from .dispatch import BackendError, Implementation, backend, explain, register, select
 from .opaque import compilable
+from .quantized import QuantizedWeight
 from .reference import ACTIVATIONS
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "layer_norm",
     "linear",
     "paged_attention",
+    "quantized_linear",
     "rms_norm",
     "rope",
     "rope_append",
@@ -91,6 +94,22 @@ class PointwiseTraits(NamedTuple):
     dtype: torch.dtype
     activation: str | None = None
     grad: bool = False
+
+
+FEW_ROWS = 16
+"""Rows of x up to which a matrix product is bound by reading the weights: a step of decoding."""
+
+
+class QuantizedTraits(NamedTuple):
+    """A linear layer with quantised weights."""
+
+    device: str
+    dtype: torch.dtype
+    format: str
+    activation: str | None
+    few_rows: bool
+    """At most `FEW_ROWS` rows."""
+    grad: bool
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -343,6 +362,35 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     return result
 
 
+def quantized_linear(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """activation(x weight^T + bias) with a quantised weight [out, in] (`minilm.ops.quantized`).
+
+    x [..., in], bias [out]; returns [..., out] in x's dtype. The reference dequantises to x's dtype; others
+    may multiply the codes themselves, and quantise x to do so. Differentiable in x and bias.
+    """
+    quantized.check("quantized_linear", weight)
+    if x.dim() == 0 or x.shape[-1] != weight.columns:
+        raise ValueError(
+            f"quantized_linear: x {list(x.shape)} must end in {weight.columns}, which the {weight.format} "
+            f"weight [{weight.rows}, {weight.columns}] takes"
+        )
+    if bias is not None and bias.shape != (weight.rows,):
+        raise ValueError(f"quantized_linear: bias must be [{weight.rows}], and is {list(bias.shape)}")
+    checks.activation("quantized_linear", activation, ACTIVATIONS)
+    traits = QuantizedTraits(
+        x.device.type,
+        x.dtype,
+        weight.format,
+        activation,
+        math.prod(x.shape[:-1]) <= FEW_ROWS,
+        _needs_grad(x, bias),
+    )
+    result: Tensor = select("quantized_linear", traits)(x, weight, bias, activation)
+    return result
+
+
 def gated(x: Tensor, activation: str) -> Tensor:
     """activation(gate) * up, for x [..., 2F] = gate and up side by side (SwiGLU with silu). Returns [..., F].
     Differentiable."""
@@ -386,6 +434,7 @@ for _op in (
     "append_kv",
     "rope_append",
     "linear",
+    "quantized_linear",
     "gated",
     "cross_entropy",
 ):

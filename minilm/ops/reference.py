@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .quantized import QuantizedWeight, dequantise
+
 
 def _wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
@@ -209,6 +211,12 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     y = F.linear(x, weight, bias)
     return y if activation is None else ACTIVATIONS[activation](y)
+
+
+def quantized_linear(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    return linear(x, dequantise(weight, x.dtype), bias, activation)
 
 
 def gated(x: Tensor, activation: str) -> Tensor:

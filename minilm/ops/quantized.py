@@ -1,0 +1,225 @@
+"""Quantised weights: what the formats are, how a matrix gets into one, and how it comes back.
+
+A matrix [out, in] is kept as small integers, its *codes*, and the numbers that scale them. `int8` has one
+scale for a row. The others cut a row into groups of 32 and are the blocks of GGUF, with their parts in planes
+of their own, so that a kernel reads each with one stride:
+
+    format   codes                    scale              minimum            value                   bits
+    int8     int8  [out, in]          float32 [out]      -                  scale * code            8
+    q8_0     int8  [out, in]          float16 [out, G]   -                  scale * code            8.5
+    q4_0     uint8 [out, in / 2]      float16 [out, G]   -                  scale * (code - 8)      4.5
+    q4_1     uint8 [out, in / 2]      float16 [out, G]   float16 [out, G]   scale * code + minimum  5
+
+G = in / 32. Byte 16 g + j of a row of 4-bit codes holds element 32 g + j in its low half and element
+32 g + j + 16 in its high half. `quantise` rounds as llama.cpp's reference does, to the same bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+GROUP = 32
+"""Elements of a row that share a scale, in all formats but int8."""
+
+_PIECE = 1 << 19
+"""Elements that are quantised at a time: what is needed on the way stays small beside the matrix."""
+
+
+class Format(NamedTuple):
+    """The planes of a format; the table `FORMATS` has one for each."""
+
+    codes: torch.dtype
+    per_byte: int
+    """Codes in a byte."""
+    grouped: bool
+    """One scale for each group of 32; else one for a row."""
+    scale: torch.dtype
+    minimum: bool
+
+
+FORMATS: dict[str, Format] = {
+    "int8": Format(torch.int8, 1, grouped=False, scale=torch.float32, minimum=False),
+    "q8_0": Format(torch.int8, 1, grouped=True, scale=torch.float16, minimum=False),
+    "q4_0": Format(torch.uint8, 2, grouped=True, scale=torch.float16, minimum=False),
+    "q4_1": Format(torch.uint8, 2, grouped=True, scale=torch.float16, minimum=True),
+}
+
+
+class QuantizedWeight(NamedTuple):
+    """A quantised matrix [out, in]; the module's docstring says what the planes hold."""
+
+    format: str
+    codes: Tensor
+    scale: Tensor
+    minimum: Tensor | None = None
+
+    @property
+    def rows(self) -> int:
+        """out."""
+        return self.codes.shape[0]
+
+    @property
+    def columns(self) -> int:
+        """in."""
+        return self.codes.shape[1] * FORMATS[self.format].per_byte
+
+    @property
+    def planes(self) -> tuple[Tensor, ...]:
+        """Codes, scale, and the minimum where the format has one."""
+        return (self.codes, self.scale) if self.minimum is None else (self.codes, self.scale, self.minimum)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all planes."""
+        return sum(plane.nbytes for plane in self.planes)
+
+
+def plane_shapes(name: str, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of each plane of a matrix [rows, columns] in the format `name`.
+
+    Raises ValueError where the format does not exist or cannot hold the matrix.
+    """
+    if name not in FORMATS:
+        raise ValueError(f"there is no weight format {name!r}; expected one of {', '.join(FORMATS)}")
+    kind = FORMATS[name]
+    if columns < 1:
+        raise ValueError(f"a quantised matrix needs columns, and this is [{rows}, {columns}]")
+    if kind.grouped and columns % GROUP:
+        raise ValueError(
+            f"{name} cuts rows into groups of {GROUP}, and {columns} columns are not a multiple of {GROUP}"
+        )
+    scales = (rows, columns // GROUP) if kind.grouped else (rows,)
+    shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "codes": ((rows, columns // kind.per_byte), kind.codes),
+        "scale": (scales, kind.scale),
+    }
+    return shapes | ({"minimum": (scales, kind.scale)} if kind.minimum else {})
+
+
+def check(op: str, weight: QuantizedWeight) -> None:
+    """The planes of `weight` are those of its format, on one device. Values are not looked at."""
+    if weight.format not in FORMATS:
+        raise ValueError(f"{op}: there is no weight format {weight.format!r}; expected {', '.join(FORMATS)}")
+    if weight.codes.dim() != 2:
+        raise ValueError(f"{op}: codes must have two dimensions, and are {list(weight.codes.shape)}")
+    try:
+        expected = plane_shapes(weight.format, weight.rows, weight.columns)
+    except ValueError as error:
+        raise ValueError(f"{op}: {error}") from None
+    for name in ("codes", "scale", "minimum"):
+        plane: Tensor | None = getattr(weight, name)
+        if (plane is not None) != (name in expected):
+            has = "has no minimum" if plane is not None else "needs a minimum"
+            raise ValueError(f"{op}: the format {weight.format} {has}")
+        if plane is None:
+            continue
+        shape, dtype = expected[name]
+        if tuple(plane.shape) != shape or plane.dtype != dtype:
+            raise ValueError(
+                f"{op}: {name} of a {weight.format} matrix [{weight.rows}, {weight.columns}] must be {dtype} "
+                f"{list(shape)}, and is {plane.dtype} {list(plane.shape)}"
+            )
+        if plane.device != weight.codes.device:
+            raise ValueError(f"{op}: codes are on {weight.codes.device}, and {name} is on {plane.device}")
+
+
+def dequantise(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
+    """The matrix [out, in] that `weight` stands for, computed in float32 (float64 for float64) and cast
+    once."""
+    check("dequantise", weight)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if not FORMATS[weight.format].grouped:
+        return weight.codes.to(wide).mul_(weight.scale[:, None]).to(dtype)
+    groups = weight.codes.reshape(*weight.scale.shape, -1)  # [out, G, 32], or 16 with two codes in a byte
+    if FORMATS[weight.format].per_byte == 2:
+        groups = torch.cat((groups & 15, groups >> 4), dim=-1)
+    values = groups.to(wide)
+    if weight.format == "q4_0":
+        values -= 8
+    values *= weight.scale.to(wide)[..., None]
+    if weight.minimum is not None:
+        values += weight.minimum.to(wide)[..., None]
+    return values.flatten(1).to(dtype)
+
+
+def quantise(tensor: Tensor, format: str) -> QuantizedWeight:
+    """The matrix `tensor` [out, in], of any floating dtype, in `format`; the planes are on its device.
+
+    Raises ValueError where the format cannot hold it: columns that are no multiple of the group, NaN and
+    infinity, values whose scale exceeds float16.
+    """
+    if tensor.dim() != 2 or not tensor.is_floating_point():
+        raise ValueError(
+            f"quantise: expected a floating-point matrix, got {tensor.dtype} {list(tensor.shape)}"
+        )
+    rows, columns = tensor.shape
+    planes = {
+        name: torch.empty(shape, dtype=dtype, device=tensor.device)
+        for name, (shape, dtype) in plane_shapes(format, rows, columns).items()
+    }
+    step = max(1, _PIECE // columns)
+    for start in range(0, rows, step):
+        piece = slice(start, start + step)
+        found = _quantise_rows(tensor[piece].detach().float(), format)
+        for plane, values in zip(planes.values(), found, strict=True):
+            plane[piece].copy_(values)
+    result = QuantizedWeight(format, **planes)
+    if not all(bool(torch.isfinite(plane).all()) for plane in result.planes[1:]):
+        raise ValueError(
+            f"quantise: the matrix has {_extent(tensor)}, and {FORMATS[format].scale} scales of {format} "
+            "cannot hold that"
+        )
+    return result
+
+
+def _quantise_rows(x: Tensor, format: str) -> tuple[Tensor, ...]:
+    """x float32 [rows, in] -> its planes, codes packed, the others still in float32."""
+    if not FORMATS[format].grouped:
+        return _eight_bits(x)
+    groups = x.reshape(len(x), -1, GROUP)  # [rows, G, 32]
+    if format == "q8_0":
+        codes, *scales = _eight_bits(groups)
+    else:
+        codes, *scales = _four_bits(groups) if format == "q4_0" else _four_bits_from_minimum(groups)
+        low, high = codes.chunk(2, dim=-1)
+        codes = low | (high << 4)
+    return codes.flatten(1), *scales
+
+
+def _eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., n] -> codes from -127 to 127, and the scale [...] that puts the largest magnitude there."""
+    scale = x.abs().amax(-1) / 127
+    scaled = x * _inverse(scale)[..., None]
+    whole = scaled.trunc()  # halves go away from zero, as in C's roundf; torch.round takes the even one
+    codes = whole + ((scaled - whole) * 2).trunc()
+    return codes.to(torch.int8), scale
+
+
+def _four_bits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., 32] -> codes 0 to 15 around 8, of which 0 is the value of largest magnitude; scale, which has
+    the opposite of its sign."""
+    scale = x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1) / -8
+    codes = (x * _inverse(scale)[..., None] + 8.5).clamp(0, 15)
+    return codes.to(torch.uint8), scale
+
+
+def _four_bits_from_minimum(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x [..., 32] -> codes 0 to 15 from the smallest value to the largest, scale, smallest value."""
+    low = x.amin(-1)
+    scale = (x.amax(-1) - low) / 15
+    codes = ((x - low[..., None]) * _inverse(scale)[..., None] + 0.5).clamp(0, 15)
+    return codes.to(torch.uint8), scale, low
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """1 / scale, or 0 where that is infinite: a group of zeros, or of numbers as good as zero."""
+    return scale.reciprocal().nan_to_num(posinf=0.0, neginf=0.0)
+
+
+def _extent(x: Tensor) -> str:
+    largest = float(x.abs().max())
+    return f"values up to {largest:.4g}" if math.isfinite(largest) else "NaN or infinite values"
