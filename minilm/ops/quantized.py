@@ -132,10 +132,11 @@ def dequantise(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
     once."""
     check("dequantise", weight)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    if not FORMATS[weight.format].grouped:
+    kind = FORMATS[weight.format]
+    if not kind.grouped:
         return weight.codes.to(wide).mul_(weight.scale[:, None]).to(dtype)
-    groups = weight.codes.reshape(*weight.scale.shape, -1)  # [out, G, 32], or 16 with two codes in a byte
-    if FORMATS[weight.format].per_byte == 2:
+    groups = weight.codes.reshape(*weight.scale.shape, GROUP // kind.per_byte)  # [out, G, bytes]
+    if kind.per_byte == 2:
         groups = torch.cat((groups & 15, groups >> 4), dim=-1)
     values = groups.to(wide)
     if weight.format == "q4_0":
