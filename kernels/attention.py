@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from .devices import device_of
 from .heuristics import attention_block
 from .registration import INTERPRETED, kernel_op
 
@@ -226,7 +227,7 @@ def attention_op(
     o, lse = _empty(q)
     if tokens == 0:
         return o, lse
-    block = attention_block(head_dim, q.element_size(), max_q, max_k)
+    block = attention_block(head_dim, q.element_size(), max_q, max_k, device_of(q.device))
     wrap_triton(_forward)[(triton.cdiv(max_q, block.queries), heads, len(cu_q) - 1)](
         q, k, v, o, lse, cu_q, cu_k, q if bias is None else bias, q if slopes is None else slopes,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
@@ -294,11 +295,12 @@ attention_op.register_autograd(_gradient, setup_context=_setup)
 def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
     max_seqlen_k: int, scale: float, causal: bool, window: int | None, dropout_p: float,
+    bias: Tensor | None = None, alibi_slopes: Tensor | None = None, soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `minilm.ops.attention_with_lse`, with dropout."""
     seed = int(torch.randint(2**31 - 1, ()).item()) if dropout_p > 0 else 0
     result: tuple[Tensor, Tensor] = attention_op(
-        q, k, v, None, None, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
-        window or 0, 0.0, dropout_p, seed,
+        q, k, v, bias, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
+        window or 0, soft_cap or 0.0, dropout_p, seed,
     )  # fmt: skip
     return result

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from .attention import LOG2E, dot, kept, key_range, scores
+from .devices import device_of
 from .heuristics import attention_backward_block
 
 
@@ -212,7 +213,7 @@ def launch(
     if tokens == 0 or len(k) == 0:
         return dq, dk, dv, None if db is None else db.zero_()
     delta = (do.float() * o.float()).sum(-1).t().contiguous()  # [H, Tq]
-    block = attention_backward_block(head_dim, q.element_size(), max_q, max_k)
+    block = attention_backward_block(head_dim, q.element_size(), max_q, max_k, device_of(q.device))
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
     tensors = (cu_q, cu_k, q if bias is None else bias, q if slopes is None else slopes)
     scalars = (

@@ -1,9 +1,17 @@
-"""Block sizes as pure functions of shape and dtype, so that they can be tested, and argued about, without a
-GPU."""
+"""Block sizes as pure functions of shape, dtype and the properties of a device, so that they can be tested,
+and argued about, without a GPU.
+
+Those marked `tunable` are looked up in the tables of measured configurations first (see `tuned`); what is
+written here is the answer for everything that nobody has measured.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
+
+from .devices import Device
+from .tuned import tunable
 
 
 def next_power_of_2(n: int) -> int:
@@ -34,18 +42,18 @@ class NormBlock(NamedTuple):
     num_warps: int
 
 
-def norm_block(columns: int, rows: int) -> NormBlock:
+@tunable("norm", "rows")
+def norm_block(columns: int, rows: int, device: Device) -> NormBlock:
     """Tiles for rows of `columns` elements, kept whole in registers.
 
     A warp should own about 512 elements (16 a lane, two or four loads of 16 bytes): at C = 384 that is one
     row a warp, four rows a program of four warps; at C = 4096 one row to eight warps. Few rows are not worth
-    blocks of several: the grid should fill the chip first.
+    blocks of several: the grid should give every multiprocessor a program first.
     """
     first, second = two_tiles(columns)
     width = first + second
-    per_program = 1
-    while per_program < 8 and per_program * 2 * width <= 2048 and per_program * 2 * 128 <= max(rows, 1):
-        per_program *= 2
+    most = min(8, max(1, 2048 // width), max(1, rows // device.processors))
+    per_program = next_power_of_2(most + 1) // 2
     warps = max(1, min(16, per_program * width // 512))
     return NormBlock(first, second, per_program, next_power_of_2(warps))
 
@@ -69,39 +77,158 @@ class AttentionBlock(NamedTuple):
     num_stages: int
 
 
-def attention_block(head_dim: int, itemsize: int, max_queries: int, max_keys: int) -> AttentionBlock:
+def attention_shared_memory(head_dim: int, itemsize: int, block: AttentionBlock, device: Device) -> int:
+    """Bytes that the forward keeps in shared memory: the queries once, k and v of every stage in flight.
+
+    Below sm_90 the stage that is being multiplied has left it for registers. D = 64 in 16 bits with tiles of
+    128 x 128 and 3 stages: 16 KB + 2 x 32 KB on sm_80, 16 KB + 3 x 32 KB on sm_90. A few hundred bytes of
+    barriers and sums come on top, 4 KB at most.
+    """
+    row = max(16, next_power_of_2(head_dim)) * itemsize
+    stages = block.num_stages if device.capability >= (9, 0) else max(1, block.num_stages - 1)
+    return block.queries * row + stages * 2 * block.keys * row + 4096
+
+
+def _within(
+    head_dim: int, itemsize: int, max_queries: int, max_keys: int, block: AttentionBlock, device: Device
+) -> AttentionBlock:
+    """Tiles no longer than the sequences, and no larger than the device's shared memory: first a stage fewer,
+    then half the keys, then half the queries."""
+    queries = max(16, min(block.queries, next_power_of_2(max(max_queries, 1))))
+    keys = max(16, min(block.keys, next_power_of_2(max(max_keys, 1))))
+    block = block._replace(queries=queries, keys=keys)
+    while attention_shared_memory(head_dim, itemsize, block, device) > device.shared_memory:
+        if block.num_stages > 1:
+            block = block._replace(num_stages=block.num_stages - 1)
+        elif block.keys > 16:
+            block = block._replace(keys=block.keys // 2)
+        else:
+            block = block._replace(queries=block.queries // 2)
+    return block
+
+
+@tunable("attention", "max_queries", "max_keys")
+def attention_block(
+    head_dim: int, itemsize: int, max_queries: int, max_keys: int, device: Device
+) -> AttentionBlock:
     """Tiles of the forward: 128 queries keep wgmma fed; keys as many as shared memory holds twice.
 
     At D = 64 in 16 bits, k and v of 128 keys are 32 KB a stage; at D = 128, 64 keys are. In float32 (ieee, no
     tensor cores) registers bind first. Tiles longer than the sequences would be mostly masks.
     """
     if itemsize == 4:
-        queries, keys, warps, stages = 64, 32, 4, 2
+        block = AttentionBlock(64, 32, 4, 2)
     elif head_dim <= 64:
-        queries, keys, warps, stages = 128, 128, 8, 3
+        block = AttentionBlock(128, 128, 8, 3)
     elif head_dim <= 128:
-        queries, keys, warps, stages = 128, 64, 8, 3
+        block = AttentionBlock(128, 64, 8, 3)
     else:
-        queries, keys, warps, stages = 64, 64, 4, 2
-    queries = max(16, min(queries, next_power_of_2(max(max_queries, 1))))
-    keys = max(16, min(keys, next_power_of_2(max(max_keys, 1))))
-    return AttentionBlock(queries, keys, warps if queries >= 128 else min(warps, 4), stages)
+        block = AttentionBlock(64, 64, 4, 2)
+    block = _within(head_dim, itemsize, max_queries, max_keys, block, device)
+    return block if block.queries >= 128 else block._replace(num_warps=min(block.num_warps, 4))
 
 
-def attention_backward_block(head_dim: int, itemsize: int, max_queries: int, max_keys: int) -> AttentionBlock:
+@tunable("attention_backward", "max_queries", "max_keys")
+def attention_backward_block(
+    head_dim: int, itemsize: int, max_queries: int, max_keys: int, device: Device
+) -> AttentionBlock:
     """Tiles of the backward, which holds two accumulators and twice the operands: half of the forward's.
 
     Larger ones spill: compiled for sm_90, 64 x 128 by 8 warps at D = 64 needs more than 255 registers, and so
     does a second stage at D = 128.
     """
     if itemsize == 4:
-        queries, keys, warps, stages = 32, 32, 4, 1
+        block = AttentionBlock(32, 32, 4, 1)
     elif head_dim <= 64:
-        queries, keys, warps, stages = 64, 64, 4, 2
+        block = AttentionBlock(64, 64, 4, 2)
     elif head_dim <= 128:
-        queries, keys, warps, stages = 64, 64, 8, 1
+        block = AttentionBlock(64, 64, 8, 1)
     else:
-        queries, keys, warps, stages = 32, 32, 4, 1
-    queries = max(16, min(queries, next_power_of_2(max(max_queries, 1))))
-    keys = max(16, min(keys, next_power_of_2(max(max_keys, 1))))
-    return AttentionBlock(queries, keys, warps, stages)
+        block = AttentionBlock(32, 32, 4, 1)
+    return _within(head_dim, itemsize, max_queries, max_keys, block, device)
+
+
+def paged_block(head_dim: int, itemsize: int, rows: int) -> AttentionBlock:
+    """Tiles of attention over the paged cache: `rows` are the new tokens of a sequence x the heads of a group.
+
+    A decode step has 1 to 16 rows, and 16 are the fewest that a tensor core takes; what counts is to have
+    loads in flight: k and v of 64 keys at D = 128 in 16 bits are 32 KB a stage, three stages 96 KB, and two
+    programs fit a multiprocessor. A chunk of a prompt has hundreds of rows: tiles of 64, as wgmma wants them.
+    The number of keys does not depend on the contexts, so that a sequence is summed in the same order alone
+    and beside longer ones.
+    """
+    if itemsize == 4:
+        return AttentionBlock(16, 64 if head_dim <= 64 else 32, 4, 2)
+    keys = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
+    return AttentionBlock(16 if rows <= 16 else 32 if rows <= 32 else 64, keys, 4, 3)
+
+
+MOST_SPLITS = 128
+"""Parts of a context that the combine holds at once."""
+
+
+def context_splits(tiles: int, blocks: int, processors: int) -> int:
+    """Parts into which each context is cut, so that `tiles` programs over `blocks` blocks of keys each fill
+    the chip.
+
+    None are cut if tiles fill four fifths of the processors, or if there are at most four blocks (reading
+    them again is then no more than the partial results are). Else it is the smallest number whose last wave
+    is filled nearly as well as the best number's: within 85 % of its efficiency, waves / ceil(waves). Numbers
+    that leave the longest part as long as one part fewer did are passed over.
+
+    On 132 processors, 8 tiles (one sequence, 8 key/value heads) of 128 blocks: the best is 16 parts, 128
+    programs that fill 0.97 of a wave. 15 parts fill 0.91 of it, which is enough; 14 would have 10 blocks in
+    the longest part, as 13 have, and these fill 0.79: so 15. With 64 tiles 2 parts are 128 programs: 2. With
+    106 tiles 1 part fills 0.803: 1.
+    """
+    if tiles >= 0.8 * processors or blocks <= 4:
+        return 1
+
+    def efficiency(splits: int) -> float:
+        waves = tiles * splits / processors
+        return waves / math.ceil(waves)
+
+    most = min(MOST_SPLITS, processors, blocks)
+    shorter = [n for n in range(1, most + 1) if n == 1 or -(-blocks // n) < -(-blocks // (n - 1))]
+    best = max(map(efficiency, shorter))
+    return next(n for n in shorter if efficiency(n) >= 0.85 * best)
+
+
+def combine_warps(splits: int, block_d: int) -> int:
+    """Warps that hold [splits, block_d] in float32, 32 numbers a lane at most (16 warps: 64)."""
+    return max(1, min(16, next_power_of_2(splits) * block_d // 1024))
+
+
+def rope_heads(heads: int, block_d: int) -> int:
+    """Heads of one token that one program turns: 2,048 elements, 16 a lane of four warps, if there are so
+    many. More programs of less are what a decode step of few tokens wants, fewer what a prompt does not
+    mind."""
+    return min(next_power_of_2(max(heads, 1)), max(1, 2048 // block_d))
+
+
+class PointwiseBlock(NamedTuple):
+    """The tile of a kernel that looks at each element by itself."""
+
+    rows: int
+    columns: int
+    num_warps: int
+
+
+def pointwise_block(columns: int) -> PointwiseBlock:
+    """2,048 elements, 16 a lane of four warps: two loads of 16 bytes in 16 bits.
+
+    At most 512 columns, since those beyond the row are idle lanes: 1536 = 3 x 512 wastes none, 1000 of 1024
+    few, and short rows are several to a tile.
+    """
+    width = min(512, next_power_of_2(max(columns, 1)))
+    return PointwiseBlock(2048 // width, width, 4)
+
+
+def column_programs(row_blocks: int, column_blocks: int, processors: int) -> int:
+    """Programs that share the rows of a block of columns whose sum they make: eight for each multiprocessor,
+    in all, or one a block of rows if those are fewer.
+
+    Each writes one partial row, so 8 x 132 / 3 = 352 rows of 1536 columns in float32 are 2 MB on an H100,
+    where x of 16,384 rows is 50 MB in 16 bits.
+    """
+    return max(1, min(row_blocks, 8 * processors // max(column_blocks, 1)))

@@ -26,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from .devices import device_of
 from .heuristics import norm_backward_programs, norm_block
 from .registration import kernel_op, processors
 
@@ -205,7 +206,7 @@ def norm(
     y, total, mean, rstd = _outputs(x, residual is not None, rms)
     rows, channels = x.numel() // x.shape[-1], x.shape[-1]
     if rows:
-        block = norm_block(channels, rows)
+        block = norm_block(channels, rows, device_of(x.device))
         x2, r2 = _rows(x), _rows(x if residual is None else residual)
         wrap_triton(_forward)[(triton.cdiv(rows, block.rows),)](
             x2, r2, weight, weight if bias is None else bias, y, total, mean, rstd,
@@ -241,7 +242,7 @@ def norm_backward(
     ds = total.new_empty(total.shape)
     if not rows:
         return ds, torch.zeros_like(weight), torch.zeros_like(weight)
-    block = norm_block(channels, rows)
+    block = norm_block(channels, rows, device_of(total.device))
     programs = norm_backward_programs(rows, block.rows, processors(total.device))
     dw = torch.empty(programs, channels, dtype=torch.float32, device=total.device)
     db = torch.empty_like(dw) if bias else dw

@@ -11,6 +11,8 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
+from .devices import device_of
+
 INTERPRETED: bool = isinstance(tl.cdiv, InterpretedFunction)
 """Whether the kernels of this process run in Triton's interpreter (decided when triton was imported)."""
 
@@ -20,6 +22,4 @@ kernel_op = torch.library.custom_op if INTERPRETED else torch.library.triton_op
 
 def processors(device: torch.device) -> int:
     """Multiprocessors of a GPU; two stand in for them in the interpreter."""
-    if device.type != "cuda":
-        return 2
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return device_of(device).processors

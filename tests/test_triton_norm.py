@@ -121,13 +121,14 @@ def test_opcheck(rms: bool) -> None:
 
 
 def test_two_tiles_cover_and_waste_little() -> None:
+    from minilm.kernels.devices import CHIPS
     from minilm.kernels.heuristics import norm_block, two_tiles
 
     for columns in range(1, 5000):
         first, second = two_tiles(columns)
         assert first <= columns <= first + second
         assert first + second < 2 * columns
-        block = norm_block(columns, 10_000)
+        block = norm_block(columns, 10_000, CHIPS["sm_90"])
         assert block.rows & (block.rows - 1) == 0
         assert block.num_warps & (block.num_warps - 1) == 0
     assert two_tiles(384) == (256, 128)
