@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import pytest
@@ -78,21 +79,29 @@ def test_opcheck(name: str, window: int | None) -> None:
     case = Sequences((2, 3), (2, 4), 2, 2, 4, True, window, 0)
     q, k, v = (x.requires_grad_() for x in case.tensors(torch.float64))
     arguments = (q, k, v, ends(case.queries), ends(case.keys), 3, 4, 0.7, True, window)
-    torch.library.opcheck(torch.ops.minilm.eager_attention.default, (*arguments, name))
+    for bias in (None, torch.randn(4, 3, 4, dtype=torch.float64, requires_grad=True)):
+        options = (bias, *((None, None) if name == "torch" else (torch.rand(4), 2.0)))
+        torch.library.opcheck(torch.ops.minilm.eager_attention.default, (*arguments, *options, name))
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [None, 2])
-def test_derivative_of_the_reference(causal: bool, window: int | None) -> None:
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_derivative_of_the_reference(causal: bool, window: int | None, cap: float | None) -> None:
     """Against autograd; the derivative is written down, for torch.compile."""
     case = Sequences((2, 0, 3), (5, 1, 3), 2, 3, 4, causal, window, 0)
     inputs = [x.requires_grad_() for x in case.tensors(torch.float64)]
+    inputs.append(torch.randn(6, 4, 5, dtype=torch.float64, requires_grad=True))
+    slopes = torch.rand(6, dtype=torch.float64)
     with ops.backend("reference"):
-        out = case.call(*inputs)
+        out = case.call(
+            *inputs[:3], partial(ops.attention, bias=inputs[3], alibi_slopes=slopes, soft_cap=cap)
+        )
     grad = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     expected = torch.autograd.grad(out, inputs, grad)
     found = ops.reference.attention_backward(
-        grad, *inputs, ends(case.queries), ends(case.keys), 0.7, causal, window
+        grad, *inputs[:3], ends(case.queries), ends(case.keys), 0.7, causal, window, inputs[3], slopes, cap
     )
     for a, b in zip(found, expected, strict=True):
+        assert a is not None
         assert_close(a, b, atol=1e-12)

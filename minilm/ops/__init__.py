@@ -6,13 +6,15 @@ native extension, Triton.
 
 Layout: tokens of all sequences end to end. q is [T, H, D], k and v are [T, Hkv, D]; sequence b owns the
 tokens ``cu_seqlens[b]:cu_seqlens[b + 1]`` (int32, [B + 1]). The cache is in pages, [pages, page size, Hkv, D]
-a layer. All ops return fresh tensors, except `append_kv` and `rope_append`, which write the pages they are
-given.
+a layer; int8 pages have scales beside them, float32 [pages, page size, Hkv], and stand for ``pages *
+scales``. All ops return fresh tensors, except `append_kv` and `rope_append`, which write the pages (and
+scales) they are given.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -71,6 +73,10 @@ class AttentionTraits(NamedTuple):
     dropout: bool
     lse: bool
     grad: bool
+    bias: torch.dtype | None = None
+    """Of the additive bias, if there is one."""
+    alibi: bool = False
+    soft_cap: bool = False
 
 
 class PagedTraits(NamedTuple):
@@ -177,16 +183,25 @@ def attention(
     causal: bool,
     window: int | None = None,
     dropout_p: float = 0.0,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> Tensor:
     """softmax(scale q k^T) v, sequence by sequence (Vaswani et al. 2017, arXiv:1706.03762).
 
     q [Tq, H, D]; k, v [Tk, Hkv, D] with H a multiple of Hkv; cu_seqlens int32 [B + 1]. With `causal`, the
     last query of a sequence stands at its last key and none sees beyond itself. `window`: a query sees the
     keys at a distance below it (to both sides unless causal). `dropout_p` drops probabilities (training).
-    Returns [Tq, H, D]. Differentiable.
+
+    What may be done to a score = scale q k^T before the softmax, in this order: `soft_cap`, cap
+    tanh(score / cap) (Gemma 2); `bias` [H, >= max_seqlen_q, >= max_seqlen_k], finite, of which [h, i, j] is
+    added for query i and key j of every sequence (T5, arXiv:1910.10683); `alibi_slopes` [H], of which
+    slope times the distance is subtracted (Press et al. 2021, arXiv:2108.12409).
+    Returns [Tq, H, D]. Differentiable in q, k, v and the bias.
     """
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _attention(q, k, v, *lengths, scale, causal, window, dropout_p, lse=False)[0]
+    options = _score_options(q, max_seqlen_q, max_seqlen_k, bias, alibi_slopes, soft_cap)
+    return _attention(q, k, v, *lengths, scale, causal, window, dropout_p, options, lse=False)[0]
 
 
 def attention_with_lse(
@@ -201,10 +216,29 @@ def attention_with_lse(
     scale: float,
     causal: bool,
     window: int | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`attention`, and the log-sum-exp of the scores of each query, float32 [H, Tq]."""
+    """`attention`, and the log-sum-exp of the scores of each query, float32 [H, Tq] (not differentiable)."""
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    return _attention(q, k, v, *lengths, scale, causal, window, 0.0, lse=True)
+    options = _score_options(q, max_seqlen_q, max_seqlen_k, bias, alibi_slopes, soft_cap)
+    return _attention(q, k, v, *lengths, scale, causal, window, 0.0, options, lse=True)
+
+
+def _score_options(
+    q: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    soft_cap: float | None,
+) -> dict[str, Any]:
+    """Those that are given, checked: what an implementation has no use for it is not handed."""
+    checks.score_options("attention", q, max_seqlen_q, max_seqlen_k, bias, alibi_slopes, soft_cap)
+    slopes = None if alibi_slopes is None else alibi_slopes.detach()
+    options = {"bias": bias, "alibi_slopes": slopes, "soft_cap": soft_cap}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def _attention(
@@ -219,6 +253,7 @@ def _attention(
     causal: bool,
     window: int | None,
     dropout_p: float,
+    options: dict[str, Any],
     *,
     lse: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -241,11 +276,14 @@ def _attention(
         window is not None,
         dropout_p > 0,
         lse,
-        _needs_grad(q, k, v),
+        _needs_grad(q, k, v, options.get("bias")),
+        options["bias"].dtype if "bias" in options else None,
+        "alibi_slopes" in options,
+        "soft_cap" in options,
     )
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     result: tuple[Tensor, Tensor] = select("attention", traits)(
-        q, k, v, *lengths, scale, causal, window, dropout_p
+        q, k, v, *lengths, scale, causal, window, dropout_p, **options
     )
     return result
 
@@ -259,14 +297,24 @@ def attention_probs(
     scale: float,
     causal: bool,
     window: int | None = None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    soft_cap: float | None = None,
+    heads: slice | Sequence[int] = slice(None),
+    queries: slice | Sequence[int] = slice(None),
+    lse: Tensor | None = None,
 ) -> list[Tensor]:
-    """The attention maps themselves, for readers: softmax(scale q k^T), one [H, Sq, Sk] in q's dtype for each
-    sequence."""
-    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    return [
-        reference.probabilities(q[q0:q1], k[k0:k1], scale, causal, window)[0].to(q.dtype)
-        for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False)
-    ]
+    """The attention maps themselves, for readers: what `attention` multiplies v by, one [H, Sq, Sk] in q's
+    dtype for each sequence.
+
+    `heads`, and `queries` by their places in their own sequence, choose rows of the maps: no others are
+    computed, so a look at a few holds no whole map. With `lse`, that of `attention_with_lse`, a row is
+    exp(score - lse): what the fast path summed with, made again.
+    """
+    checks.heads("attention_probs", q, k, k)
+    ends = cu_seqlens_q, cu_seqlens_k
+    options = _score_options(q, 0, 0, bias, alibi_slopes, soft_cap)
+    return reference.attention_probs(q, k, *ends, scale, causal, window, heads, queries, lse, **options)
 
 
 def _paged_traits(q: Tensor, pages: Tensor, window: int | None, max_seqlen_q: int) -> PagedTraits:
@@ -282,6 +330,12 @@ def _paged_traits(q: Tensor, pages: Tensor, window: int | None, max_seqlen_q: in
     )
 
 
+def _scales(op: str, pages: Tensor, k_scales: Tensor | None, v_scales: Tensor | None) -> tuple[Tensor, ...]:
+    """The last arguments of an implementation: both scales for int8 pages, else none."""
+    checks.scales(op, pages, k_scales, v_scales)
+    return () if k_scales is None or v_scales is None else (k_scales, v_scales)
+
+
 def paged_attention(
     q: Tensor,
     k_pages: Tensor,
@@ -294,6 +348,8 @@ def paged_attention(
     *,
     scale: float,
     window: int | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of new tokens over a paged cache that already holds them (Kwon et al. 2023,
     arXiv:2309.06180).
@@ -309,8 +365,9 @@ def paged_attention(
         )
     checks.window("paged_attention", window)
     checks.pages("paged_attention", q.shape[1], q.shape[2], k_pages, v_pages)
+    lengths = (block_table, cu_seqlens_q, context_lens, max_seqlen_q, max_context)
     result: Tensor = select("paged_attention", _paged_traits(q, k_pages, window, max_seqlen_q))(
-        q, k_pages, v_pages, block_table, cu_seqlens_q, context_lens, max_seqlen_q, max_context, scale, window
+        q, k_pages, v_pages, *lengths, scale, window, *_scales("paged_attention", k_pages, k_scales, v_scales)
     )
     return result
 
@@ -327,22 +384,42 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     return result
 
 
-def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> None:
     """Write k, v [T, Hkv, D] into the pages (in place); token t goes to ``slots[t]`` (int64) = page * page
-    size + offset."""
+    size + offset. Into int8 pages goes round(x / scale), where scale = max |x| / 127 over the head goes into
+    the scales."""
     checks.appended("append_kv", k, v, k_pages, v_pages, slots)
-    select("append_kv", _paged_traits(k, k_pages, None, 0))(k, v, k_pages, v_pages, slots)
+    scales = _scales("append_kv", k_pages, k_scales, v_scales)
+    select("append_kv", _paged_traits(k, k_pages, None, 0))(k, v, k_pages, v_pages, slots, *scales)
 
 
 def rope_append(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`rope`, and `append_kv` of the turned k and of v, in one pass. Writes the pages; returns the turned q
     and k."""
     checks.angles("rope_append", q, k, cos, sin)
     checks.appended("rope_append", k, v, k_pages, v_pages, slots)
+    scales = _scales("rope_append", k_pages, k_scales, v_scales)
     result: tuple[Tensor, Tensor] = select("rope_append", _paged_traits(q, k_pages, None, 0))(
-        q, k, v, cos, sin, k_pages, v_pages, slots
+        q, k, v, cos, sin, k_pages, v_pages, slots, *scales
     )
     return result
 
@@ -421,7 +498,13 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> T
 
 
 def _sdpa_supports(traits: Any) -> str | None:
-    return "PyTorch's fused attention does not return the log-sum-exp" if traits.lse else None
+    if traits.lse:
+        return "PyTorch's fused attention does not return the log-sum-exp"
+    if traits.alibi or traits.soft_cap:
+        return "PyTorch's fused attention has no ALiBi and no soft-cap"
+    if traits.bias not in (None, traits.dtype):
+        return f"PyTorch's fused attention takes a bias in {traits.dtype}, and it is in {traits.bias}"
+    return None
 
 
 for _op in (

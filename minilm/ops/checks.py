@@ -73,6 +73,34 @@ def window(op: str, size: int | None) -> None:
         raise ValueError(f"{op}: window must be at least 1, and is {size}")
 
 
+def score_options(
+    op: str,
+    q: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    soft_cap: float | None,
+) -> None:
+    """bias [H, >= longest queries, >= longest keys], alibi_slopes [H], soft_cap above 0."""
+    heads = q.shape[1]
+    if bias is not None and (
+        bias.dim() != 3
+        or bias.shape[0] != heads
+        or bias.shape[1] < max_seqlen_q
+        or bias.shape[2] < max_seqlen_k
+        or not bias.is_floating_point()
+    ):
+        raise ValueError(
+            f"{op}: bias must be floating point, [{heads}, at least {max_seqlen_q}, at least "
+            f"{max_seqlen_k}], and is {bias.dtype} {list(bias.shape)}"
+        )
+    if alibi_slopes is not None and list(alibi_slopes.shape) != [heads]:
+        raise ValueError(f"{op}: alibi_slopes must be [{heads}], and is {list(alibi_slopes.shape)}")
+    if soft_cap is not None and not soft_cap > 0:
+        raise ValueError(f"{op}: soft_cap must be above 0, and is {soft_cap}")
+
+
 def angles(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
     """cos and sin are [T, D/2] for q [T, H, D] and k [T, Hkv, D]."""
     for name, x in (("q", q), ("k", k)):
@@ -114,6 +142,24 @@ def appended(op: str, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, sl
         raise ValueError(
             f"{op}: slots must be one for each of the {k.shape[0]} tokens, and is {list(slots.shape)}"
         )
+
+
+def scales(op: str, pages: Tensor, k_scales: Tensor | None, v_scales: Tensor | None) -> None:
+    """int8 pages [pages, page size, Hkv, D] come with float32 scales [pages, page size, Hkv], others with
+    none."""
+    for name, x in (("k_scales", k_scales), ("v_scales", v_scales)):
+        if (x is not None) != (pages.dtype == torch.int8):
+            raise ValueError(
+                f"{op}: pages of {pages.dtype} come {'without' if x is not None else 'with'} {name}, and it is "
+                f"{'None' if x is None else f'{x.dtype} {list(x.shape)}'}"
+            )
+        if x is None:
+            continue
+        if x.shape != pages.shape[:3] or x.dtype != torch.float32 or not x.is_contiguous():
+            raise ValueError(
+                f"{op}: {name} must be float32 {list(pages.shape[:3])}, one for each head in each slot and "
+                f"contiguous, and is {x.dtype} {list(x.shape)} with strides {list(x.stride())}"
+            )
 
 
 def activation(op: str, name: str | None, known: Collection[str]) -> None:

@@ -6,6 +6,7 @@ that a batch of equal lengths is one call and nothing is computed for padding.
 
 from __future__ import annotations
 
+import math
 from itertools import groupby
 
 import torch
@@ -27,8 +28,9 @@ def attention(
     causal: bool,
     window: int | None,
     dropout_p: float,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, None]:
-    """As `minilm.ops.attention`, without the log-sum-exp, which PyTorch keeps to itself."""
+    """As `minilm.ops.attention`, without the log-sum-exp, which PyTorch keeps to itself; no cap, no ALiBi."""
     if window is not None and window >= max_seqlen_k:
         window = None
     q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -40,15 +42,19 @@ def attention(
         q1, k1 = q0 + n * sq, k0 + n * sk
         if sq:
             seen = None
-            if window is not None or (causal and sq != sk and sq > 1):
+            if window is not None or (causal and sq > 1 and (sq != sk or bias is not None)):
                 seen = reference.visible(sq, sk, causal, window, q.device)
+            mask = seen
+            if bias is not None:
+                mask = bias[:, :sq, :sk]  # [H, Sq, Sk]
+                mask = mask if seen is None else mask.masked_fill(~seen, -math.inf)
             out = F.scaled_dot_product_attention(
                 q[q0:q1].view(n, sq, *q.shape[1:]).transpose(1, 2),  # [n, H, Sq, D]
                 k[k0:k1].view(n, sk, *k.shape[1:]).transpose(1, 2),
                 v[k0:k1].view(n, sk, *v.shape[1:]).transpose(1, 2),
-                attn_mask=seen,
+                attn_mask=mask,
                 dropout_p=dropout_p,
-                is_causal=causal and seen is None and sq > 1,
+                is_causal=causal and mask is None and sq > 1,
                 scale=scale,
                 enable_gqa=q.shape[1] != k.shape[1],
             )
@@ -70,6 +76,8 @@ def paged_attention(
     max_context: int,
     scale: float,
     window: int | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
     """As `minilm.ops.paged_attention`: the pages are gathered, then attended to by `attention`."""
     return reference.paged_attention(
@@ -83,5 +91,7 @@ def paged_attention(
         max_context,
         scale,
         window,
+        k_scales,
+        v_scales,
         attention,
     )

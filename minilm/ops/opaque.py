@@ -19,20 +19,23 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 
 _implementations: dict[str, Attention] = {}
 
+_OPTIONS = ("bias", "alibi_slopes", "soft_cap")
+"""What an attention may have besides, and is handed only then."""
+
 _LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k"
-_KIND = "float scale, bool causal, int? window"
+_KIND = "float scale, bool causal, int? window, Tensor? bias, Tensor? alibi_slopes, float? soft_cap"
 
 
 def compilable(name: str, attention: Attention) -> Attention:
     """`attention`, as one op to torch.compile. Not with dropout, whose derivative needs the draw."""
     _implementations[name] = attention
 
-    def call(*arguments: Any) -> tuple[Tensor, Tensor | None]:
+    def call(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         *problem, dropout_p = arguments
         if torch.compiler.is_compiling() and dropout_p == 0:
-            out, lse = torch.ops.minilm.eager_attention(*problem, name)
+            out, lse = torch.ops.minilm.eager_attention(*problem, *map(options.get, _OPTIONS), name)
             return out, lse
-        return attention(*arguments)
+        return attention(*arguments, **options)
 
     return call
 
@@ -44,8 +47,10 @@ def compilable(name: str, attention: Attention) -> Attention:
     "str name) -> (Tensor, Tensor)",
 )
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *problem, name = arguments
-    out, lse = _implementations[name](*problem, 0.0)
+    *problem, bias, alibi_slopes, soft_cap, name = arguments
+    options = dict(zip(_OPTIONS, (bias, alibi_slopes, soft_cap), strict=True))
+    given = {option: value for option, value in options.items() if value is not None}
+    out, lse = _implementations[name](*problem, 0.0, **given)
     return out.clone(), out.new_empty(0) if lse is None else lse  # results may not share memory with q
 
 
@@ -60,29 +65,38 @@ def _(*arguments: Any) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op(
     "minilm::eager_attention_backward",
     mutates_args=(),
-    schema=f"(Tensor grad, Tensor q, Tensor k, Tensor v, {_LENGTHS}, {_KIND}) -> (Tensor, Tensor, Tensor)",
+    schema=f"(Tensor grad, Tensor q, Tensor k, Tensor v, {_LENGTHS}, {_KIND}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
 )
-def _attention_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.attention_backward(*arguments)
+def _attention_backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv, dbias = reference.attention_backward(*arguments)
+    return dq, dk, dv, dq.new_empty(0) if dbias is None else dbias
 
 
 @_attention_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Tensor, ...]:
+    bias = problem[5]
+    dbias = q.new_empty(0) if bias is None else bias.new_empty(bias.shape)
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape), dbias
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:5])
-    ctx.kind = inputs[7:10]
+    *_, scale, causal, window, bias, alibi_slopes, soft_cap, _name = inputs
+    ctx.save_for_backward(*inputs[:5], bias, alibi_slopes)
+    ctx.kind = scale, causal, window, soft_cap
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 11
-    gradients = torch.ops.minilm.eager_attention_backward(grad, *ctx.saved_tensors, *ctx.kind)
-    return (*gradients, *(None,) * 8)
+        return (None,) * 14
+    *tensors, bias, alibi_slopes = ctx.saved_tensors
+    scale, causal, window, soft_cap = ctx.kind
+    dq, dk, dv, dbias = torch.ops.minilm.eager_attention_backward(
+        grad, *tensors, scale, causal, window, bias, alibi_slopes, soft_cap
+    )
+    return dq, dk, dv, *(None,) * 7, None if bias is None else dbias, *(None,) * 3
 
 
 _attention.register_autograd(_backward, setup_context=_setup)

@@ -8,7 +8,8 @@ computed in float32 (float64 inputs in float64), whatever the dtype of the input
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,39 +53,89 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1)
 
 
-def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
-    k_pages.view(-1, *k_pages.shape[2:]).index_copy_(0, slots, k.to(k_pages.dtype))
-    v_pages.view(-1, *v_pages.shape[2:]).index_copy_(0, slots, v.to(v_pages.dtype))
+def append_kv(
+    k: Tensor,
+    v: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+) -> None:
+    for x, pages, scales in ((k, k_pages, k_scales), (v, v_pages, v_scales)):
+        if scales is not None:
+            x, scale = quantise(x)
+            scales.view(-1, scales.shape[2]).index_copy_(0, slots, scale)
+        pages.view(-1, *pages.shape[2:]).index_copy_(0, slots, x.to(pages.dtype))
+
+
+def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [..., D] as int8 [..., D] times float32 [...]: the largest of each D is 127. Ties go to even."""
+    wide = x.float()
+    scale = wide.abs().amax(-1) / 127
+    steps = wide / torch.where(scale == 0, 1, scale)[..., None]
+    return steps.round().clamp(-127, 127).to(torch.int8), scale
 
 
 def rope_append(
-    q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_pages: Tensor,
+    v_pages: Tensor,
+    slots: Tensor,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     q, k = rope(q, k, cos, sin)
-    append_kv(k, v, k_pages, v_pages, slots)
+    append_kv(k, v, k_pages, v_pages, slots, k_scales, v_scales)
     return q, k
 
 
 def visible(queries: int, keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
     """Which key each query sees, bool [queries, keys]; the last query stands at the last key. None: all of
     them."""
+    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return _seen(distance, causal, window)
+
+
+def _seen(distance: Tensor, causal: bool, window: int | None) -> Tensor | None:
     if not causal and window is None:
         return None
-    distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
     return seen if window is None else seen & (distance.abs() < window)
 
 
-def probabilities(
-    q: Tensor, k: Tensor, scale: float, causal: bool, window: int | None
-) -> tuple[Tensor, Tensor]:
-    """softmax(q k^T scale) of one sequence, [H, Sq, Sk] in float32, and its log-sum-exp [H, Sq]."""
+def scores(
+    q: Tensor,
+    k: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    soft_cap: float | None = None,
+    places: Tensor | None = None,
+) -> Tensor:
+    """What the softmax is taken of, for one sequence: [H, Sq, Sk] in float32, -inf where nothing is seen.
+
+    The queries stand at the keys `places`, int64 [Sq]: the last ones, if that is None.
+    """
     keys = k.transpose(0, 1).repeat_interleave(q.shape[1] // k.shape[1], dim=0)  # [H, Sk, D]
-    scores = _wide(q.transpose(0, 1) @ keys.transpose(1, 2)) * scale
-    seen = visible(q.shape[0], k.shape[0], causal, window, q.device)
-    if seen is not None:
-        scores = scores.masked_fill(~seen, -math.inf)
-    return scores.softmax(-1), scores.logsumexp(-1)
+    if places is None:
+        places = torch.arange(k.shape[0] - q.shape[0], k.shape[0], device=q.device)
+    distance = places[:, None] - torch.arange(k.shape[0], device=q.device)  # [Sq, Sk]
+    s = _wide(q.transpose(0, 1) @ keys.transpose(1, 2)) * scale
+    if soft_cap is not None:
+        s = soft_cap * torch.tanh(s / soft_cap)
+    if bias is not None:
+        s = s + bias[:, : q.shape[0], : k.shape[0]].to(s.dtype)
+    if alibi_slopes is not None:
+        s = s - alibi_slopes[:, None, None].to(s.dtype) * distance.abs()
+    seen = _seen(distance, causal, window)
+    return s if seen is None else s.masked_fill(~seen, -math.inf)
 
 
 def attention(
@@ -99,18 +150,50 @@ def attention(
     causal: bool,
     window: int | None,
     dropout_p: float,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     outputs, lses = [q.new_empty(0, *q.shape[1:])], [q.new_empty(q.shape[1], 0, dtype=_wide(q[:0]).dtype)]
     q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False):
         if q0 == q1:
             continue
-        p, lse = probabilities(q[q0:q1], k[k0:k1], scale, causal, window)
+        s = scores(q[q0:q1], k[k0:k1], scale, causal, window, **options)
         values = v[k0:k1].transpose(0, 1).repeat_interleave(q.shape[1] // v.shape[1], dim=0)  # [H, Sk, D]
-        out = F.dropout(p, dropout_p, training=dropout_p > 0).to(v.dtype) @ values
+        out = F.dropout(s.softmax(-1), dropout_p, training=dropout_p > 0).to(v.dtype) @ values
         outputs.append(out.transpose(0, 1))  # [Sq, H, D]
-        lses.append(lse)
+        lses.append(s.logsumexp(-1))
     return torch.cat(outputs), torch.cat(lses, dim=1)
+
+
+def attention_probs(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    heads: slice | Sequence[int],
+    queries: slice | Sequence[int],
+    lse: Tensor | None,
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    soft_cap: float | None = None,
+) -> list[Tensor]:
+    chosen = torch.arange(q.shape[1], device=q.device)[heads]
+    shared = chosen // (q.shape[1] // k.shape[1])
+    q, k, lse = q[:, chosen], k[:, shared], None if lse is None else lse[chosen]
+    bias, slopes = (None if x is None else x[chosen] for x in (bias, alibi_slopes))
+    maps = []
+    q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False):
+        rows = torch.arange(q1 - q0, device=q.device)[queries]
+        part = None if bias is None else bias[:, rows]
+        places = rows + (k1 - k0) - (q1 - q0)
+        s = scores(q[q0 + rows], k[k0:k1], scale, causal, window, part, slopes, soft_cap, places)
+        p = s.softmax(-1) if lse is None else (s - lse[:, q0 + rows, None]).exp()
+        maps.append(p.to(q.dtype))
+    return maps
 
 
 def attention_backward(
@@ -123,23 +206,34 @@ def attention_backward(
     scale: float,
     causal: bool,
     window: int | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The derivative of `attention` without dropout: grad [Tq, H, D] -> those of q, k and v."""
+    bias: Tensor | None = None,
+    alibi_slopes: Tensor | None = None,
+    soft_cap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The derivative of `attention` without dropout: grad [Tq, H, D] -> those of q, k, v and the bias."""
     grads = [torch.zeros_like(x, dtype=_wide(x[:0]).dtype) for x in (q, k, v)]
+    of_bias = None if bias is None else torch.zeros_like(bias, dtype=_wide(q[:0]).dtype)
     group = q.shape[1] // k.shape[1]
     q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False):
         if q0 == q1:
             continue
-        p = probabilities(q[q0:q1], k[k0:k1], scale, causal, window)[0]  # [H, Sq, Sk]
+        part_q, part_k = q[q0:q1], k[k0:k1]
+        p = scores(part_q, part_k, scale, causal, window, bias, alibi_slopes, soft_cap).softmax(-1)
         queries, dy = (_wide(x[q0:q1]).transpose(0, 1) for x in (q, grad))  # [H, Sq, D]
         keys, values = (_wide(x[k0:k1]).transpose(0, 1).repeat_interleave(group, dim=0) for x in (k, v))
         dp = dy @ values.transpose(1, 2)
-        ds = p * (dp - (dp * p).sum(-1, keepdim=True)) * scale
+        ds = p * (dp - (dp * p).sum(-1, keepdim=True))  # [H, Sq, Sk]
+        if of_bias is not None:
+            of_bias[:, : q1 - q0, : k1 - k0] += ds
+        if soft_cap is not None:
+            ds = ds * (1 - (scores(part_q, part_k, scale, False, None, None, None, soft_cap) / soft_cap) ** 2)
+        ds = ds * scale
         grads[0][q0:q1] = (ds @ keys).transpose(0, 1)
         for total, part in zip(grads[1:], (ds.mT @ queries, p.mT @ dy), strict=True):
             total[k0:k1] = part.view(k.shape[1], group, *part.shape[1:]).sum(1).transpose(0, 1)
-    return grads[0].to(q.dtype), grads[1].to(k.dtype), grads[2].to(v.dtype)
+    dbias = None if bias is None or of_bias is None else of_bias.to(bias.dtype)
+    return grads[0].to(q.dtype), grads[1].to(k.dtype), grads[2].to(v.dtype), dbias
 
 
 def paged_attention(
@@ -153,6 +247,8 @@ def paged_attention(
     max_context: int,
     scale: float,
     window: int | None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
     attend: Callable[..., tuple[Tensor, Tensor | None]] = attention,
 ) -> Tensor:
     """Gather each sequence's pages and attend as if they had never been paged."""
@@ -160,8 +256,9 @@ def paged_attention(
     keys, values = [], []
     for row, length in enumerate(lens):
         pages = block_table[row, : -(-length // k_pages.shape[1])].long()
-        keys.append(k_pages[pages].flatten(0, 1)[:length])
-        values.append(v_pages[pages].flatten(0, 1)[:length])
+        for found, store, scales in ((keys, k_pages, k_scales), (values, v_pages, v_scales)):
+            gathered = store[pages] if scales is None else store[pages] * scales[pages][..., None]
+            found.append(gathered.flatten(0, 1)[:length])
     cu_seqlens_k = F.pad(context_lens.cumsum(0, dtype=torch.int32), (1, 0))
     k, v = torch.cat(keys).to(q.dtype), torch.cat(values).to(q.dtype)
     return attend(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_context, scale, True, window, 0.0)[0]

@@ -74,8 +74,8 @@ def _attention_supports(traits: Any) -> str | None:
 
 
 def _lazy(module: str, function: str) -> Callable[..., Any]:
-    def call(*args: Any) -> Any:
-        return getattr(_module(module), function)(*args)
+    def call(*args: Any, **options: Any) -> Any:
+        return getattr(_module(module), function)(*args, **options)
 
     return call
 
