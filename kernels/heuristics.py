@@ -148,7 +148,7 @@ def attention_backward_block(
     return _within(head_dim, itemsize, max_queries, max_keys, block, device)
 
 
-def paged_block(head_dim: int, itemsize: int, rows: int) -> AttentionBlock:
+def paged_block(head_dim: int, itemsize: int, rows: int, device: Device) -> AttentionBlock:
     """Tiles of attention over the paged cache: `rows` are the new tokens of a sequence x the heads of a group.
 
     A decode step has 1 to 16 rows, and 16 are the fewest that a tensor core takes; what counts is to have
@@ -158,9 +158,10 @@ def paged_block(head_dim: int, itemsize: int, rows: int) -> AttentionBlock:
     and beside longer ones.
     """
     if itemsize == 4:
-        return AttentionBlock(16, 64 if head_dim <= 64 else 32, 4, 2)
-    keys = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
-    return AttentionBlock(16 if rows <= 16 else 32 if rows <= 32 else 64, keys, 4, 3)
+        block = AttentionBlock(16, 64 if head_dim <= 64 else 32, 4, 2)
+    else:
+        block = AttentionBlock(64, 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32, 4, 3)
+    return _within(head_dim, itemsize, rows, block.keys, block, device)
 
 
 MOST_SPLITS = 128
@@ -232,3 +233,62 @@ def column_programs(row_blocks: int, column_blocks: int, processors: int) -> int
     where x of 16,384 rows is 50 MB in 16 bits.
     """
     return max(1, min(row_blocks, 8 * processors // max(column_blocks, 1)))
+
+
+class VocabularyBlock(NamedTuple):
+    """Columns of a row of logits that a program of the cross-entropy holds at once."""
+
+    columns: int
+    num_warps: int
+
+
+def vocabulary_block(columns: int) -> VocabularyBlock:
+    """4,096 columns for 8 warps, 16 a lane, so that the two sums over a block (its maximum, its exponentials)
+    are far between; a vocabulary that is shorter is one block."""
+    width = min(4096, next_power_of_2(max(columns, 16)))
+    return VocabularyBlock(width, max(1, width // 512))
+
+
+def loss_rows(tokens: int, vocabulary: int, channels: int) -> int:
+    """Rows of hidden states whose logits exist at once.
+
+    As many as there are channels: then the logits of a chunk are as large as the gradient of the weight,
+    which has to be held anyway, and adding a chunk's part to that gradient (12 bytes an element of it) is
+    paid by 6 x rows operations. At most 2^26 logits, 128 MB in 16 bits: of a vocabulary of 128,256 that is
+    512 rows. Multiples of 16, what a tensor core takes.
+    """
+    rows = min(channels, 2**26 // max(vocabulary, 1)) // 16 * 16
+    return max(1, min(max(16, rows), tokens))
+
+
+class QuantizedBlock(NamedTuple):
+    """Tiles of the product with a quantised weight."""
+
+    rows: int
+    """Rows of x."""
+    outs: int
+    """Rows of the weight."""
+    ins: int
+    """Columns of the weight a step, a multiple of 32."""
+    splits: int
+    """Parts into which the columns are cut, whose sums are added afterwards."""
+    num_warps: int
+    num_stages: int
+
+
+def quantized_block(rows: int, outs: int, ins: int, itemsize: int, processors: int) -> QuantizedBlock:
+    """64 rows of the weight (wgmma's fewest) by 128 columns: 8 KB of 8-bit codes a stage, 4 KB of 4-bit
+    ones; with four stages and two programs a multiprocessor, 32 to 64 KB are in flight.
+
+    The columns are split until there are two programs a multiprocessor, as long as each keeps four steps: a
+    weight [576, 1536] is 9 tiles, so 2 parts of 6 steps; [4096, 4096] is 64 tiles, so 8 parts on 132
+    processors. The number of rows has no say in it, so that a row is summed in the same order alone and in a
+    batch. In float32 (ieee, no tensor cores) the tile of the weight is smaller, as its registers are wider.
+    """
+    tile_rows = min(64, max(16, next_power_of_2(max(rows, 1))))
+    tile_outs, tile_ins, stages = (64, 128, 4) if itemsize == 2 else (32, 64, 2)
+    tiles, steps = -(-outs // tile_outs), -(-ins // tile_ins)
+    splits = 1
+    while splits * tiles < 2 * processors and 8 * splits <= steps and splits < 16:
+        splits *= 2
+    return QuantizedBlock(tile_rows, tile_outs, tile_ins, splits, 4, stages)
