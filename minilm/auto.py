@@ -16,7 +16,8 @@ from .heads import MODELS
 from .hub import read_json, resolve
 from .models import PreTrainedModel, initialise
 from .pretrained_config import PretrainedConfig
-from .weights import Checkpoint, LoadReport, load_weights, open_checkpoint, save_weights
+from .quantization import describe, install, quantized_matrices, wanted_formats
+from .weights import Checkpoint, LoadReport, WeightError, load_weights, open_checkpoint, save_weights
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -129,6 +130,7 @@ def from_pretrained(
     ignore_mismatched_sizes: bool = False,
     progress: bool | None = None,
     add_pooling_layer: bool = True,
+    weights: str | None = None,
     **options: Any,
 ) -> Model:
     """Load a checkpoint: a folder, a GGUF file, or a name on the hub. The model comes back in evaluation
@@ -139,6 +141,12 @@ def from_pretrained(
     (``num_labels=2``) override its own. `revision`, `cache_dir`, `token`, `local_files_only`, `gguf_file` are
     for the hub. A head that the checkpoint lacks is initialised, and a warning names its parameters;
     `ignore_mismatched_sizes` does the same for one of another shape.
+
+    `weights`: int8, q8_0 (q8), q4_0 or q4_1 (q4) quantises the linear layers, and a decoder's token table,
+    as they are read; "gguf" keeps the Q8_0, Q4_0 and Q4_1 matrices of a GGUF file as they are, which are
+    dequantised otherwise; a folder that minilm quantised needs neither, and "float" dequantises it. `dtype`
+    is then that of activations and of what stays floating. A quantised model is for inference: its
+    parameters take no gradients. `load_report` says what was quantised, and what could not be.
 
     Raises HubError (no such model), ConfigError (an option that is not supported), WeightError (tensors that
     do not fit).
@@ -163,6 +171,13 @@ def from_pretrained(
             config.tie_word_embeddings = False
             with torch.device("meta"):
                 model = cls(config, **heading)
+        formats = wanted_formats(
+            model,
+            weights,
+            stored=_stored_format(config, checkpoint),
+            gguf=source.suffix == ".gguf",
+            path=source,
+        )
         wanted = as_dtype(dtype if dtype is not None else torch_dtype) or _stored_dtype(config, checkpoint)
         report: LoadReport = load_weights(
             model,
@@ -174,8 +189,14 @@ def from_pretrained(
             init=lambda name, parameter: initialise(name, parameter, std),
             ignore_mismatched_sizes=ignore_mismatched_sizes,
             progress=progress,
+            formats=formats,
+            install=install,
         )
     config.dtype = wanted
+    if report.quantised:
+        model.requires_grad_(False)
+    if report.quantised or "quantization_config" in config:
+        config.quantization_config = describe(model)
     model.load_report = report
     model.name_or_path = str(name_or_path)
     _read_generation_config(model, path)
@@ -207,6 +228,19 @@ def _stored_untied(model: PreTrainedModel, checkpoint: Checkpoint) -> bool:
         stacklevel=4,
     )
     return True
+
+
+def _stored_format(config: PretrainedConfig, checkpoint: Checkpoint) -> str | None:
+    """The format of a checkpoint whose matrices are quantised as minilm computes with them; None if they are
+    not."""
+    named: dict[str, Any] = config.get("quantization_config", {})
+    if any(info.format for info in checkpoint.tensors.values()):
+        return str(named.get("format", "mixed"))
+    if named:
+        raise WeightError(
+            f"{checkpoint.path}: config.json says that the weights are quantised ({named}), and none is"
+        )
+    return None
 
 
 def _override(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
@@ -246,11 +280,23 @@ def save_pretrained(
     if folder.is_file():
         raise ValueError(f"{folder} is a file; save_pretrained writes a folder")
     folder.mkdir(parents=True, exist_ok=True)
-    config = PretrainedConfig.from_dict(model.config.to_dict())
+    options = model.config.to_dict()
+    options.pop("quantization_config", None)
+    config = PretrainedConfig.from_dict(options)
+    quantization = describe(model)
+    if quantization is not None:
+        config.quantization_config = quantization
     config.architectures = [model.family.class_name(model.head_kind)]
     config.dtype = model.dtype
     family, head = model.family, model.head_kind
-    save_weights(model, folder, family.rules(head), family.prefix(head), max_shard_size=max_shard_size)
+    save_weights(
+        model,
+        folder,
+        family.rules(head),
+        family.prefix(head),
+        max_shard_size=max_shard_size,
+        matrices=quantized_matrices(model),
+    )
     config.save_pretrained(folder)
     generation = getattr(model, "generation_config", None)
     if generation is not None:

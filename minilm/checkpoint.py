@@ -27,6 +27,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from minilm.ops.quantized import QuantizedWeight
+
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 
@@ -49,12 +51,14 @@ class WeightError(ValueError):
 @dataclass(frozen=True)
 class TensorInfo:
     """What is known of a stored tensor without reading it. `dtype` is what reading gives, `stored` the file's
-    own word for how it is kept ("BF16", "Q4_K")."""
+    own word for how it is kept ("BF16", "Q4_K"), `format` ours (`minilm.ops.quantized`) where it is a matrix
+    whose codes can be read as they are."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     file: Path
     stored: str
+    format: str = ""
 
 
 class Checkpoint(ABC):
@@ -66,16 +70,31 @@ class Checkpoint(ABC):
 
     def read_into(self, name: str, out: Tensor) -> None:
         """Copies the tensor `name` to `out`, which has its shape and any dtype, device and strides."""
-        info = self.tensors.get(name)
-        if info is None:
-            raise WeightError(f"{self.path}: there is no tensor {name!r}")
-        if tuple(out.shape) != info.shape:
-            raise WeightError(f"{info.file}: {name} has shape {list(info.shape)}, not {list(out.shape)}")
+        info = self._known(name, tuple(out.shape))
         with torch.no_grad():
             self._read(name, info, out)
 
+    def read_codes_into(self, name: str, out: QuantizedWeight) -> None:
+        """Copies the quantised matrix `name`, as it is stored, to `out` of its shape and format."""
+        info = self._known(name, out.shape)
+        if out.format != info.format:
+            raise WeightError(f"{info.file}: {name} is stored as {info.stored}, not as {out.format}")
+        with torch.no_grad():
+            self._read_codes(name, info, out)
+
+    def _known(self, name: str, shape: tuple[int, ...]) -> TensorInfo:
+        info = self.tensors.get(name)
+        if info is None:
+            raise WeightError(f"{self.path}: there is no tensor {name!r}")
+        if shape != info.shape:
+            raise WeightError(f"{info.file}: {name} has shape {list(info.shape)}, not {list(shape)}")
+        return info
+
     @abstractmethod
     def _read(self, name: str, info: TensorInfo, out: Tensor) -> None: ...
+
+    def _read_codes(self, name: str, info: TensorInfo, out: QuantizedWeight) -> None:
+        raise NotImplementedError(f"{type(self).__name__} has no quantised tensors")
 
     @abstractmethod
     def close(self) -> None:
@@ -229,7 +248,8 @@ def _read_index(path: Path) -> dict[Path, set[str]]:
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
     """Opens the weights at `path`: a .safetensors or .gguf file, an index of shards, or a folder that has one
-    of them (`model.safetensors`, else `model.safetensors.index.json`, else its only .gguf file)."""
+    of them (`model.safetensors`, else `model.safetensors.index.json`, else its only .gguf file). Matrices
+    that minilm saved quantised are one tensor each."""
     path = Path(path)
     if path.is_dir():
         path = _find(path)
@@ -240,7 +260,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
         return GGUFCheckpoint(path)
     if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
-        return SafetensorsCheckpoint(path)
+        plain = SafetensorsCheckpoint(path)
+        if any(name.endswith(".weight.codes") for name in plain.tensors):
+            from minilm.quantized_checkpoint import QuantizedCheckpoint
+
+            return QuantizedCheckpoint(plain)
+        return plain
     if path.suffix in _PICKLED:
         raise WeightError(_no_pickle(path))
     raise WeightError(f"{path}: expected a .safetensors, .safetensors.index.json or .gguf file")

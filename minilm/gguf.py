@@ -3,7 +3,8 @@
 llama.cpp keeps a model in one file: weights, mostly quantised, configuration and tokenizer. `GGUFCheckpoint`
 shows the weights under the names of transformers, so that the rules of the Llama, Mistral, Qwen2 and Qwen3
 families apply as they are, and `hf_config()` is the config.json of the model that the file was made from.
-Weights are dequantised to float32 by the `gguf` package, a few rows at a time.
+Weights are dequantised to float32 by the `gguf` package, a few rows at a time. Of types that minilm computes
+with, `read_codes_into` gives the codes as they are.
 
 In one thing the weights themselves differ. Rotary embedding turns pairs of channels of a head. transformers
 pairs channel j with j + D/2; llama.cpp, for its architecture `llama`, pairs 2j with 2j + 1, as Meta's program
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from io import BufferedReader
 from pathlib import Path
 from typing import Any
@@ -27,10 +29,14 @@ from torch import Tensor
 from minilm.checkpoint import Checkpoint, TensorInfo, WeightError
 from minilm.gguf_config import ARCHITECTURES, config_from_metadata, head_counts
 from minilm.gguf_file import GGUFTensor, read_gguf, read_gguf_metadata
+from minilm.ops.quantized import QuantizedWeight
 
 __all__ = ["GGUFCheckpoint", "read_gguf_metadata"]
 
 _PIECE = 1 << 19  # elements that are dequantised at a time: 2 MB, and a few times that on the way
+
+_FORMATS = {"Q8_0": "q8_0", "Q4_0": "q4_0", "Q4_1": "q4_1"}
+"""Types of the file -> formats of `minilm.ops.quantized` with the same blocks."""
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -81,7 +87,8 @@ class GGUFCheckpoint(Checkpoint):
                 continue
             name = self._name(theirs)
             self._stored[name] = tensor
-            self.tensors[name] = TensorInfo(tensor.shape, torch.float32, self.path, kind)
+            format = _FORMATS.get(kind, "") if len(tensor.shape) == 2 else ""
+            self.tensors[name] = TensorInfo(tensor.shape, torch.float32, self.path, kind, format)
         if self.architecture == "llama":
             self._note_permuted()
 
@@ -130,19 +137,45 @@ class GGUFCheckpoint(Checkpoint):
         return config_from_metadata(self.path, self.metadata, self.architecture, shapes, factors)
 
     def _read(self, name: str, info: TensorInfo, out: Tensor) -> None:
-        tensor, heads = self._stored[name], self._heads.get(name, 0)
+        for rows in self._pieces(name, info):
+            piece = torch.from_numpy(self._rows(name, self._stored[name], rows.start, rows.stop))
+            out[rows].copy_(self._in_order(name, info, piece))
+
+    def _read_codes(self, name: str, info: TensorInfo, out: QuantizedWeight) -> None:
+        tensor = self._stored[name]
+        for rows in self._pieces(name, info):
+            data = torch.frombuffer(self._data(name, tensor, rows.start, rows.stop), dtype=torch.uint8)
+            # A block is the scale, the minimum if there is one, and the codes.
+            left = data.view(rows.stop - rows.start, out.scale.shape[1], -1)
+            for plane in ("scale", "minimum"):
+                if plane in out.planes:
+                    values, left = left[..., :2], left[..., 2:]
+                    values = values.contiguous().view(torch.float16).squeeze(-1)
+                    out.planes[plane][rows].copy_(self._in_order(name, info, values))
+            codes = left.flatten(1).view(out.codes.dtype)
+            out.codes[rows].copy_(self._in_order(name, info, codes))
+
+    def _pieces(self, name: str, info: TensorInfo) -> Iterator[slice]:
+        """The rows of a tensor, some at a time, those of a head together where they are to be put back in
+        order."""
         rows = info.shape[0]
-        unit = rows // heads if heads else 1  # rows of a head stay together, to be put back in order
+        unit = self._head_rows(name, info)
         step = max(1, _PIECE // (unit * math.prod(info.shape[1:]))) * unit
         if len(info.shape) == 1:
             step = rows  # a vector is one row in the file
         for start in range(0, rows, step):
-            stop = min(start + step, rows)
-            piece = torch.from_numpy(self._rows(name, tensor, start, stop))
-            if heads:
-                pairs = piece.view(-1, unit // 2, 2, *info.shape[1:])  # head, j, s, channels
-                piece = pairs.transpose(1, 2).reshape(piece.shape)
-            out[start:stop].copy_(piece)
+            yield slice(start, min(start + step, rows))
+
+    def _head_rows(self, name: str, info: TensorInfo) -> int:
+        heads = self._heads.get(name, 0)
+        return info.shape[0] // heads if heads else 1
+
+    def _in_order(self, name: str, info: TensorInfo, piece: Tensor) -> Tensor:
+        """Some rows in the order of transformers."""
+        if name not in self._heads:
+            return piece
+        pairs = piece.view(-1, self._head_rows(name, info) // 2, 2, *piece.shape[1:])  # head, j, s, ...
+        return pairs.transpose(1, 2).reshape(piece.shape)
 
     def _rows(
         self, name: str, tensor: GGUFTensor, start: int, stop: int
@@ -150,9 +183,17 @@ class GGUFCheckpoint(Checkpoint):
         """Rows `start` to `stop` of a tensor, dequantised."""
         from gguf.quants import dequantize
 
-        shape = (stop - start, *tensor.shape[1:])
+        data = np.frombuffer(self._data(name, tensor, start, stop), np.uint8)
+        # As one long row, which the package dequantises in one go: blocks do not know of rows. Damaged scales
+        # may overflow; what comes of it is for the check of NaN and infinity to tell.
+        with np.errstate(all="ignore"):
+            values = dequantize(data.reshape(1, -1), tensor.type)
+        return np.asarray(values, np.float32).reshape(stop - start, *tensor.shape[1:])
+
+    def _data(self, name: str, tensor: GGUFTensor, start: int, stop: int) -> bytearray:
+        """The bytes of rows `start` to `stop` of a tensor."""
         row = tensor.nbytes // tensor.shape[0] if len(tensor.shape) > 1 else 0
-        data = bytearray(row * shape[0] if row else tensor.nbytes)
+        data = bytearray(row * (stop - start) if row else tensor.nbytes)
         try:
             if self._stream is None:
                 self._stream = open(self.path, "rb")  # noqa: SIM115 - kept open from one tensor to the next
@@ -161,11 +202,7 @@ class GGUFCheckpoint(Checkpoint):
                 raise WeightError(f"{self.path}: {name} ends early: the file has been cut while it was open")
         except OSError as error:
             raise WeightError(f"{self.path}: {name} cannot be read: {error}") from error
-        # As one long row, which the package dequantises in one go: blocks do not know of rows. Damaged scales
-        # may overflow; what comes of it is for the check of NaN and infinity to tell.
-        with np.errstate(all="ignore"):
-            values = dequantize(np.frombuffer(data, np.uint8).reshape(1, -1), tensor.type)
-        return np.asarray(values, np.float32).reshape(shape)
+        return data
 
     def close(self) -> None:
         if self._stream is not None:

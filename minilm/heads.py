@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .archs.family import Head
-from .layers import Linear, Norm
+from .layers import Embedding, Linear, Norm
 from .models import BodyResult, PreTrainedModel
 from .outputs import (
     BaseModelOutput,
@@ -30,6 +30,7 @@ from .outputs import (
 )
 from .packing import Packed, check_columns
 from .pretrained_config import PretrainedConfig
+from .quantized_layers import QuantizedEmbedding
 
 
 class Pooler(nn.Module):
@@ -321,9 +322,10 @@ class CausalLMHead(nn.Module):
             None if spec.tie_word_embeddings else Linear(spec.hidden_size, spec.vocab_size, bias=False)
         )
 
-    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """hidden [T, C], the token table [V, C] -> logits [T, V]."""
-        return ops.linear(hidden, tokens if self.decoder is None else self.decoder.weight)
+    def forward(self, hidden: Tensor, tokens: Embedding | QuantizedEmbedding) -> Tensor:
+        """hidden [T, C], the token table -> logits [T, V]."""
+        scores: Tensor = tokens.scores(hidden) if self.decoder is None else self.decoder(hidden)
+        return scores
 
 
 class AutoModelForCausalLM(PreTrainedModel):
@@ -351,7 +353,7 @@ class AutoModelForCausalLM(PreTrainedModel):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [T, C] -> [T, V]."""
-        scores: Tensor = self.head(hidden, self.body.embeddings.tokens.weight)
+        scores: Tensor = self.head(hidden, self.body.embeddings.tokens)
         return scores
 
     def generate(self, *args: Any, **options: Any) -> Any:

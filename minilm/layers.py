@@ -79,6 +79,10 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         """Nothing, as in `Linear`. (Drawing on the meta device, too, would import half of torch.compile.)"""
 
+    def scores(self, hidden: Tensor) -> Tensor:
+        """The table as an output matrix: hidden [T, C] -> [T, V]."""
+        return ops.linear(hidden, self.weight)
+
 
 class Embeddings(nn.Module):
     """Token + position + type vectors, normalised where the family does so."""

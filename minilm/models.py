@@ -8,6 +8,7 @@ heads are in `minilm.heads`.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,15 +17,17 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from . import rope
+from . import fused, rope
 from .archs import Family, family_of
 from .archs.family import Head
 from .cache import KVCache
 from .config import ModelConfig
-from .layers import Block, Embeddings, Norm, Pass
+from .layers import Block, Embedding, Embeddings, Norm, Pass
+from .ops import dispatch
 from .outputs import ModelOutput
 from .packing import Packed, check_columns, pack
 from .pretrained_config import PretrainedConfig
+from .quantized_layers import Quantized, QuantizedEmbedding
 
 if TYPE_CHECKING:
     from .generate import GenerationConfig
@@ -57,16 +60,32 @@ class Transformer(nn.Module):
         `hidden_states`, when given, collects the residual stream before each layer and the result.
         """
         x: Tensor = self.embeddings(tokens, positions, types)
-        delta: Tensor | None = None
-        for block in self.layers:
-            if hidden_states is not None:
-                hidden_states.append(x if delta is None else x + delta)
-            x, delta = block(x, delta, run)
-        if self.norm is not None:
-            x, _ = self.norm(x, delta)
+        traits = fused.BlocksTraits(x.device.type, x.dtype, fused.obstacle(self, run, hidden_states))
+        result: Tensor = dispatch.select("blocks", traits)(self, x, run, hidden_states)
+        return result
+
+
+def run_modules(body: Transformer, x: Tensor, run: Pass, hidden_states: list[Tensor] | None) -> Tensor:
+    """All blocks, module by module, and the final norm: embedded tokens [T, C] -> hidden states [T, C].
+
+    What the blocks are, and the way of every backend but the native one, which has all of them in one call
+    (`minilm.fused`). Each op in it is chosen for itself.
+    """
+    delta: Tensor | None = None
+    for block in body.layers:
         if hidden_states is not None:
-            hidden_states.append(x)
-        return x
+            hidden_states.append(x if delta is None else x + delta)
+        x, delta = block(x, delta, run)
+    if body.norm is not None:
+        x, _ = body.norm(x, delta)
+    if hidden_states is not None:
+        hidden_states.append(x)
+    return x
+
+
+dispatch.register(dispatch.Implementation("blocks", "native", fused.run_blocks, fused.supports))
+for _backend in ("triton", "torch", "reference"):
+    dispatch.register(dispatch.Implementation("blocks", _backend, run_modules))
 
 
 @dataclass
@@ -311,12 +330,12 @@ class PreTrainedModel(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return self.body.embeddings.tokens.weight.device
+        return next(self.body.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights."""
-        return self.body.embeddings.tokens.weight.dtype
+        """The dtype of the weights; of a quantised model, that of activations and of what stays floating."""
+        return next(self.body.parameters()).dtype
 
     @property
     def base_model(self) -> PreTrainedModel:
@@ -338,22 +357,27 @@ class PreTrainedModel(nn.Module):
         """Number of classes of a classification head."""
         return self.config.num_labels
 
-    def get_input_embeddings(self) -> nn.Embedding:
+    def get_input_embeddings(self) -> Embedding | QuantizedEmbedding:
         """The token table."""
         return self.body.embeddings.tokens
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Number of parameters."""
+        """Number of parameters, the elements of quantised matrices among them."""
+        counts = {
+            name: p.numel() for name, p in self.named_parameters() if p.requires_grad or not only_trainable
+        }
+        if not only_trainable:
+            modules = ((n, m) for n, m in self.named_modules() if isinstance(m, Quantized))
+            counts |= {name: math.prod(module.quantized.shape) for name, module in modules}
         return sum(
-            p.numel()
-            for name, p in self.named_parameters()
-            if (p.requires_grad or not only_trainable)
-            and not (exclude_embeddings and name.startswith("body.embeddings."))
+            count
+            for name, count in counts.items()
+            if not (exclude_embeddings and name.startswith("body.embeddings."))
         )
 
     def get_memory_footprint(self) -> int:
-        """Bytes that the parameters occupy."""
-        return sum(p.nbytes for p in self.parameters())
+        """Bytes that the parameters and the quantised matrices occupy."""
+        return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
 
     def fused_sizes(self) -> dict[str, tuple[int, ...]]:
         """Rows of the parts of fused matrices, for the weight rules that split them."""
@@ -363,12 +387,15 @@ class PreTrainedModel(nn.Module):
             "gate_up": (s.intermediate_size, s.intermediate_size),
         }
 
-    def resize_token_embeddings(self, new_num_tokens: int) -> nn.Embedding:
+    def resize_token_embeddings(self, new_num_tokens: int) -> Embedding:
         """Grow or shrink the vocabulary; new rows are random. Output matrices and biases follow."""
         if new_num_tokens < 1:
             raise ValueError(
                 f"the vocabulary must have at least 1 token, and {new_num_tokens} were asked for"
             )
+        table = self.body.embeddings.tokens
+        if isinstance(table, Quantized):
+            raise ValueError(f"a token table in {table.format} cannot be resized: load it without weights=")
         std = float(self.config.get("initializer_range", 0.02))
         parameters = dict(self.named_parameters())
         with torch.no_grad():
@@ -382,10 +409,10 @@ class PreTrainedModel(nn.Module):
                 new[:kept] = old[:kept]
                 owner, _, attribute = name.rpartition(".")
                 setattr(self.get_submodule(owner), attribute, nn.Parameter(new, old.requires_grad))
-        self.body.embeddings.tokens.num_embeddings = new_num_tokens
+        table.num_embeddings = new_num_tokens
         self.config.vocab_size = new_num_tokens
         self.spec = replace(self.spec, vocab_size=new_num_tokens)
-        return self.body.embeddings.tokens
+        return table
 
     def initialise(self) -> None:
         """Fill all parameters at random (nothing on the meta device). Heads call it when they are made."""

@@ -261,6 +261,7 @@ class PretrainedConfig:
             raise ConfigError("the configuration has no model_type, so the family of the model is not known")
         family = family_of(model_type)
         known = {*COMMON, *family.defaults, *family.attribute_map, *NO_EFFECT, *family.rejected}
+        known.add("quantization_config")  # which says what is seen from the tensors; the family checks it
         unknown = sorted(k for k, v in options.items() if k not in known and v not in (None, False))
         if unknown:
             warnings.warn(

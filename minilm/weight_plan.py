@@ -30,9 +30,12 @@ class Fill:
     sources: tuple[str, ...]  # names in the checkpoint, complete
     rule: Rule
     sizes: tuple[int, ...]  # rows of each source where several are fused, else ()
+    codes: bool = False  # of quantised matrices, which are stored as [out, in] in every family
 
     def views(self, parameter: Tensor) -> tuple[Tensor, ...]:
         """The parts of `parameter` that the sources are, in the sources' shapes; writing to them fills it."""
+        if self.codes and self.rule.transform == "transpose":
+            return (parameter,)
         return views(self.rule, self.sizes, parameter)
 
 
@@ -75,11 +78,11 @@ def unique_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[s
     return parameters, names
 
 
-def fused_sizes(rule: Rule, model: nn.Module, name: str, parameter: Tensor) -> tuple[int, ...]:
-    """How many rows of the parameter `name` each source of a `fuse` has; () for other rules."""
+def fused_sizes(rule: Rule, model: nn.Module, name: str, rows: int) -> tuple[int, ...]:
+    """How many of the `rows` of the parameter `name` each source of a `fuse` has; () for other rules."""
     if rule.transform != "fuse":
         return ()
-    rows, count = parameter.shape[0], len(rule.sources)
+    count = len(rule.sources)
     if rule.sizes:
         sizes = tuple(model.fused_sizes()[rule.sizes])  # type: ignore[operator]
     else:
@@ -200,7 +203,7 @@ class _Planner:
             return
         claimed = claims.get(rule, {})
         sources = self._sources(rule, target, claimed)
-        sizes = fused_sizes(rule, self.model, target, parameter)
+        sizes = fused_sizes(rule, self.model, target, parameter.shape[0])
         parts = views(rule, sizes, parameter)
         prefix = self.prefix if rule.in_base else ""
         missing = [
@@ -211,11 +214,13 @@ class _Planner:
         if missing:
             self.problems += missing
             return
-        fill = Fill(target, tuple(claimed[short] for short in sources), rule, sizes)
+        found = tuple(claimed[short] for short in sources)
+        codes = any(self.checkpoint.tensors[key].format for key in found)
+        fill = Fill(target, found, rule, sizes, codes)
         for key in claimed.values():
             if key not in fill.sources:
                 self.plan.skipped[key] = f"the same tensor as {fill.sources[0]}"
-        if self._fits(fill, parts, in_body):
+        if self._fits(fill, fill.views(parameter), in_body):
             self.plan.fills.append(fill)
 
     @staticmethod

@@ -32,11 +32,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,8 +56,10 @@ from minilm.checkpoint import (
     WeightError,
     open_checkpoint,
 )
+from minilm.ops.quantized import QuantizedWeight
+from minilm.quantized_weights import read_quantised, target_format
 from minilm.rules import Rule, affine, copy, fuse, ignore, tied, transpose
-from minilm.weight_plan import Shape, fused_sizes, plan_load, unique_parameters, views
+from minilm.weight_plan import Fill, Shape, fused_sizes, plan_load, unique_parameters, views
 
 __all__ = [
     "Checkpoint",
@@ -94,6 +98,9 @@ class LoadReport:
     skipped: names in the checkpoint that were not read, with the reason
     mismatched: our names of head parameters initialised because the shape differs -> (found, expected)
     nan: names in the checkpoint whose tensors have NaN or infinite values, in the dtype of the model
+    quantised: our names of matrices that were loaded quantised -> the format
+    floating: our names of matrices that were to be, and are not -> why
+    requantised: our names of matrices that are in another format than their parts in the file -> why
     """
 
     loaded: int = 0
@@ -101,6 +108,9 @@ class LoadReport:
     skipped: dict[str, str] = field(default_factory=dict)
     mismatched: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)
     nan: list[str] = field(default_factory=list)
+    quantised: dict[str, str] = field(default_factory=dict)
+    floating: dict[str, str] = field(default_factory=dict)
+    requantised: dict[str, str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         lines = [f"{self.loaded} tensor{'s' * (self.loaded != 1)} loaded"]
@@ -108,6 +118,11 @@ class LoadReport:
         for name, (found, expected) in self.mismatched.items():
             lines.append(f"  initialised, as the checkpoint has {list(found)} for {list(expected)}: {name}")
         lines += [f"  skipped: {name} ({reason})" for name, reason in self.skipped.items()]
+        for format, count in Counter(self.quantised.values()).items():
+            lines.append(f"  {count} matri{'ces' if count > 1 else 'x'} in {format}")
+        lines += [f"  not quantised: {name} ({reason})" for name, reason in self.floating.items()]
+        for name, reason in self.requantised.items():
+            lines.append(f"  requantised to {self.quantised[name]}: {name} ({reason})")
         lines += [f"  NaN or infinite values: {name}" for name in self.nan]
         return "\n".join(lines)
 
@@ -123,12 +138,16 @@ def load_weights(
     init: Callable[[str, Tensor], None],
     ignore_mismatched_sizes: bool = False,
     progress: bool | None = None,
+    formats: Mapping[str, str] | None = None,
+    install: Callable[[nn.Module, str, QuantizedWeight], None] | None = None,
 ) -> LoadReport:
     """Fills `model`, which may be on the meta device, from `checkpoint`.
 
     Every parameter is replaced by one of `dtype` on `device`; a shared one stays shared. `init(name, tensor)`
     sets the values of head parameters that the checkpoint does not have. Beyond the weights, a few megabytes
-    of memory are used. `progress`: a bar; None shows one on a terminal for more than 1 GB.
+    of memory are used. `progress`: a bar; None shows one on a terminal for more than 1 GB. Parameters that
+    `formats` names become quantised matrices of that format (see minilm/quantized_weights.py), and
+    `install(model, name, matrix)` puts each in its place.
 
     Raises WeightError, and leaves the model as it was, when the checkpoint does not fit or cannot be read.
     Warns of NaN and infinite values, and logs a warning that names the head parameters it initialised.
@@ -140,13 +159,22 @@ def load_weights(
             raise WeightError(f"{checkpoint.path}: no weights are stored for the buffer {name} of the model")
     report = LoadReport(initialised=plan.initialised, skipped=plan.skipped, mismatched=plan.mismatched)
     filled: dict[str, Tensor] = {}
+    matrices: dict[str, QuantizedWeight] = {}
     total = sum(parameter.numel() for parameter in parameters.values()) * dtype.itemsize
     with torch.no_grad(), _progress_bar(total, progress) as advance:
         for fill in plan.fills:
-            out = torch.empty(parameters[fill.target].shape, dtype=dtype, device=device)
+            shape = tuple(parameters[fill.target].shape)
+            report.loaded += len(fill.sources)
+            format = _format(fill, checkpoint, shape, (formats or {}).get(fill.target), report)
+            if format is not None:
+                matrix, infinite = read_quantised(fill, checkpoint, shape, format, device)
+                matrices[fill.target] = matrix
+                report.nan += infinite
+                advance(math.prod(shape) * dtype.itemsize)
+                continue
+            out = torch.empty(shape, dtype=dtype, device=device)
             for key, part in zip(fill.sources, fill.views(out), strict=True):
                 checkpoint.read_into(key, part)
-                report.loaded += 1
                 if not _finite(part):
                     report.nan.append(key)
             filled[fill.target] = out
@@ -155,13 +183,37 @@ def load_weights(
             filled[name] = torch.empty(parameters[name].shape, dtype=dtype, device=device)
             init(name, filled[name])
     checkpoint.close()
-    _assign(model, {name: filled[first] for name, first in names.items()})
+    _assign(model, {name: filled[first] for name, first in names.items() if first in filled})
+    for name, matrix in matrices.items():
+        assert install is not None
+        install(model, name, matrix)
     if report.nan:
         tensors = ", ".join(report.nan[:5]) + (", ..." if len(report.nan) > 5 else "")
         warnings.warn(f"{checkpoint.path}: NaN or infinite values, as {dtype}, in {tensors}", stacklevel=2)
+    for name, reason in (*report.floating.items(), *report.requantised.items()):
+        kind = report.quantised.get(name)
+        log.warning(
+            "%s: %s is %s: %s", checkpoint.path, name, f"in {kind}" if kind else "not quantised", reason
+        )
     if fresh := [*report.initialised, *report.mismatched]:
         log.warning("%s: newly initialised, to be trained before use: %s", checkpoint.path, ", ".join(fresh))
     return report
+
+
+def _format(
+    fill: Fill, checkpoint: Checkpoint, shape: Shape, wanted: str | None, report: LoadReport
+) -> str | None:
+    """The format that the parameter of `fill` gets, None if it stays floating; the report says so."""
+    if wanted is None:
+        return None
+    format, remark = target_format(fill, checkpoint, shape, wanted)
+    if format is None:
+        report.floating[fill.target] = remark
+        return None
+    report.quantised[fill.target] = format
+    if remark:
+        report.requantised[fill.target] = remark
+    return format
 
 
 def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -234,19 +286,21 @@ def save_weights(
     prefix: str,
     *,
     max_shard_size: int | str = "5GB",
+    matrices: Mapping[str, QuantizedWeight] | None = None,
 ) -> list[Path]:
     """Writes the weights of `model` to `folder` under the names of its family; returns the files.
 
     `model.safetensors`, or from `max_shard_size` (bytes, or "500MB", "2GiB") on shards with an index, as
     transformers does it. Names of the base model get `prefix`. The same weights always give the same bytes.
     The files get their names when all are written: there is never a partial one, and what an earlier save
-    left in the folder under such names is removed.
+    left in the folder under such names is removed. `matrices`: those that the model has quantised, by the
+    names of the parameters in whose place they are; minilm/quantized_checkpoint.py says how they are kept.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    shards = _shards(_stored_tensors(model, rules, prefix), _bytes(max_shard_size))
+    shards = _shards(_stored_tensors(model, rules, prefix, matrices or {}), _bytes(max_shard_size))
     files = [SINGLE]
     if len(shards) > 1:
         files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
@@ -274,26 +328,46 @@ def save_weights(
     return [folder / file for file in files]
 
 
-def _stored_tensors(model: nn.Module, rules: Sequence[Rule], prefix: str) -> dict[str, Tensor]:
+def _stored_tensors(
+    model: nn.Module, rules: Sequence[Rule], prefix: str, matrices: Mapping[str, QuantizedWeight]
+) -> dict[str, Tensor]:
     """The parameters of `model` as the tensors of a checkpoint: views under the family's names."""
     tensors: dict[str, Tensor] = {}
-    for name, parameter in unique_parameters(model)[0].items():
-        if parameter.is_meta:
+    parameters: dict[str, Tensor | QuantizedWeight] = {**unique_parameters(model)[0], **matrices}
+    for name, parameter in parameters.items():
+        if (parameter if isinstance(parameter, Tensor) else parameter.codes).is_meta:
             raise WeightError(f"{name} cannot be saved: it is on the meta device, which holds no values")
         inverse = [(rule, match) for rule in rules if (match := rule.match_target(name))]
         if len(inverse) != 1:
             many = "more than one rule says" if inverse else "no rule says"
             raise WeightError(f"{name} cannot be saved: {many} what a checkpoint calls it")
         rule, (sources, also) = inverse[0]
-        parts = views(rule, fused_sizes(rule, model, name, parameter), parameter)
+        parts = _parts(rule, fused_sizes(rule, model, name, parameter.shape[0]), parameter)
         if rule.write_also:  # a safetensors file has no way to say that two names share their data
-            sources, parts = (*sources, *also), (*parts, *(parameter.clone() for _ in also))
+            sources, parts = (*sources, *also), (*parts, *(_cloned(parts[0]) for _ in also))
         for source, part in zip(sources, parts, strict=True):
             key = prefix + source if rule.in_base else source
-            if key in tensors:
-                raise WeightError(f"{name} cannot be saved: {key} is already the name of another tensor")
-            tensors[key] = part
+            for plane, tensor in part.items():
+                if key + plane in tensors:
+                    raise WeightError(
+                        f"{name} cannot be saved: {key + plane} is already the name of another tensor"
+                    )
+                tensors[key + plane] = tensor
     return tensors
+
+
+def _parts(
+    rule: Rule, sizes: tuple[int, ...], parameter: Tensor | QuantizedWeight
+) -> tuple[dict[str, Tensor], ...]:
+    """Each source of a parameter as what is stored of it: end of the name -> tensor."""
+    if isinstance(parameter, Tensor):
+        return tuple({"": view} for view in views(rule, sizes, parameter))
+    parts = parameter.split(sizes or parameter.shape[:1])
+    return tuple({f".{plane}": tensor for plane, tensor in part.planes.items()} for part in parts)
+
+
+def _cloned(part: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {plane: tensor.clone() for plane, tensor in part.items()}
 
 
 def _shards(tensors: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:

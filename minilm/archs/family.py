@@ -79,6 +79,7 @@ class Family:
                 raise ConfigError(
                     f"{self.model_type}: {name}={value!r} is not supported; minilm supports only {only}"
                 )
+        _check_quantization(self.model_type, hf.get("quantization_config"))
         for name in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size"):
             value = hf.get(name)
             if not isinstance(value, int) or isinstance(value, bool):
@@ -138,6 +139,22 @@ class Family:
         return self.class_names.get(head, self.class_prefix + usual[head])
 
 
+def _check_quantization(model_type: str, given: Any) -> None:
+    """Only what minilm quantised is read: the codes of others have other layouts, and often other maths."""
+    if given is None:
+        return
+    method = given.get("quant_method") if isinstance(given, dict) else None
+    if method == "minilm":
+        return
+    if method is None and isinstance(given, dict) and {"load_in_4bit", "load_in_8bit"} & given.keys():
+        method = "bitsandbytes"
+    what = f"quant_method {method!r}" if method is not None else repr(given)
+    raise ConfigError(
+        f"{model_type}: quantization_config says {what}, which minilm does not read; load the unquantised "
+        "model with weights='q4' or 'int8', or a GGUF file"
+    )
+
+
 def equal_heads(hf: PretrainedConfig) -> int:
     """The head size where the heads share the width out."""
     width, heads = hf.hidden_size, hf.num_attention_heads
@@ -152,14 +169,12 @@ NOT_A_DECODER: dict[str, tuple[Any, ...]] = {
     "is_decoder": (False,),
     "add_cross_attention": (False,),
     "position_embedding_type": ("absolute",),
-    "quantization_config": (),
     "pruned_heads": ({},),
 }
 """What BERT-like checkpoints may ask for and minilm does not do."""
 
 DECODER_ONLY: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
-    "quantization_config": (),
     "partial_rotary_factor": (1.0,),
     "pruned_heads": ({},),
 }

@@ -17,6 +17,7 @@ G = in / 32. Byte 16 g + j of a row of 4-bit codes holds element 32 g + j in its
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -68,14 +69,28 @@ class QuantizedWeight(NamedTuple):
         return self.codes.shape[1] * FORMATS[self.format].per_byte
 
     @property
-    def planes(self) -> tuple[Tensor, ...]:
-        """Codes, scale, and the minimum where the format has one."""
-        return (self.codes, self.scale) if self.minimum is None else (self.codes, self.scale, self.minimum)
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        return self.rows, self.columns
+
+    @property
+    def planes(self) -> dict[str, Tensor]:
+        """Codes, scale, and the minimum where the format has one, by their names."""
+        planes = {"codes": self.codes, "scale": self.scale}
+        return planes if self.minimum is None else planes | {"minimum": self.minimum}
 
     @property
     def nbytes(self) -> int:
         """Bytes of all planes."""
-        return sum(plane.nbytes for plane in self.planes)
+        return sum(plane.nbytes for plane in self.planes.values())
+
+    def split(self, sizes: Sequence[int]) -> tuple[QuantizedWeight, ...]:
+        """The matrix cut into matrices of so many rows each, which share its memory."""
+        cut = {name: torch.split(plane, list(sizes)) for name, plane in self.planes.items()}
+        return tuple(
+            QuantizedWeight(self.format, **{name: parts[i] for name, parts in cut.items()})
+            for i in range(len(sizes))
+        )
 
 
 def plane_shapes(name: str, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -98,6 +113,15 @@ def plane_shapes(name: str, rows: int, columns: int) -> dict[str, tuple[tuple[in
         "scale": (scales, kind.scale),
     }
     return shapes | ({"minimum": (scales, kind.scale)} if kind.minimum else {})
+
+
+def empty(name: str, rows: int, columns: int, device: torch.device | str | None = None) -> QuantizedWeight:
+    """A matrix [rows, columns] in the format `name` whose values are yet to be written. Errors: see
+    `plane_shapes`."""
+    shapes = plane_shapes(name, rows, columns)
+    return QuantizedWeight(
+        name, **{plane: torch.empty(s, dtype=d, device=device) for plane, (s, d) in shapes.items()}
+    )
 
 
 def check(op: str, weight: QuantizedWeight) -> None:
@@ -158,23 +182,24 @@ def quantise(tensor: Tensor, format: str) -> QuantizedWeight:
             f"quantise: expected a floating-point matrix, got {tensor.dtype} {list(tensor.shape)}"
         )
     rows, columns = tensor.shape
-    planes = {
-        name: torch.empty(shape, dtype=dtype, device=tensor.device)
-        for name, (shape, dtype) in plane_shapes(format, rows, columns).items()
-    }
+    result = empty(format, rows, columns, tensor.device)
     step = max(1, _PIECE // columns)
     for start in range(0, rows, step):
         piece = slice(start, start + step)
         found = _quantise_rows(tensor[piece].detach().float(), format)
-        for plane, values in zip(planes.values(), found, strict=True):
+        for plane, values in zip(result.planes.values(), found, strict=True):
             plane[piece].copy_(values)
-    result = QuantizedWeight(format, **planes)
-    if not all(bool(torch.isfinite(plane).all()) for plane in result.planes[1:]):
+    if not is_finite(result):
         raise ValueError(
             f"quantise: the matrix has {_extent(tensor)}, and {FORMATS[format].scale} scales of {format} "
             "cannot hold that"
         )
     return result
+
+
+def is_finite(weight: QuantizedWeight) -> bool:
+    """Whether all values are finite, as the scales and minima tell."""
+    return all(bool(torch.isfinite(p).all()) for name, p in weight.planes.items() if name != "codes")
 
 
 def _quantise_rows(x: Tensor, format: str) -> tuple[Tensor, ...]:
