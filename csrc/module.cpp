@@ -30,9 +30,12 @@ PyObject* cpu_isas(PyObject*, PyObject*) {
   return names;
 }
 
+PyObject* panel_width(PyObject*, PyObject*) { return PyLong_FromLong(minilm::cpu_kernels().panel); }
+
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set of the CPU kernels in use."},
     {"cpu_isas", cpu_isas, METH_NOARGS, "The instruction sets that this machine can run, the best last."},
+    {"panel_width", panel_width, METH_NOARGS, "Outputs in a panel of a packed weight."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -26,4 +26,169 @@ struct LayerNormParams {
   DType parameter_dtype;
 };
 
+// As LayerNormParams, without mean and bias.
+struct RmsNormParams {
+  const void* x;         // [rows, C], dtype
+  const void* residual;  // [rows, C], dtype; null: nothing is added
+  const void* weight;    // [C], parameter_dtype: dtype or float32
+  void* y;               // [rows, C], dtype
+  void* sum;             // [rows, C], dtype: x + residual; null without residual
+  void* rstd;            // [rows], statistics: 1 / sqrt(mean(x^2) + eps); null: not wanted
+  std::int64_t channels;
+  std::int64_t x_stride;
+  std::int64_t residual_stride;
+  std::int64_t y_stride;
+  double eps;
+  DType dtype;
+  DType parameter_dtype;
+};
+
+// Rotary embedding in place, and the append to the cache, of the rows of one fused projection q | k | v.
+struct RopeParams {
+  float* q;          // [T, H, D]: row t at q + t * stride
+  float* k;          // [T, Hkv, D], the same stride
+  const float* v;    // the same; null with k_pages null
+  const float* cos;  // [T, D / 2]; null: nothing is turned
+  const float* sin;
+  const float* q_norm;  // [D], RMSNorm of each head before it is turned; null: none
+  const float* k_norm;
+  void* k_pages;  // [slots, Hkv, D], cache_dtype; null: nothing is appended
+  void* v_pages;
+  const std::int64_t* slots;  // [T]
+  std::int64_t stride;
+  std::int64_t heads;
+  std::int64_t kv_heads;
+  std::int64_t head_dim;
+  float eps;
+  DType cache_dtype;
+};
+
+// softmax(scale q k^T) v for packed sequences. Keys and values are rows beside the queries (block_table
+// null), or stand in the pages of a cache.
+struct AttentionParams {
+  const float* q;  // [Tq, H, D]: row t at q + t * q_stride
+  const void* k;   // rows: float32, row t at k + t * kv_stride; pages: [pages, page_size, Hkv, D]
+  const void* v;
+  float* out;                       // [Tq, H, D] contiguous
+  const std::int32_t* cu_q;         // [B + 1]
+  const std::int32_t* cu_k;         // [B + 1]; null with pages
+  const std::int32_t* block_table;  // [B, table_width]; null: rows
+  const std::int32_t* context;      // [B], keys of each sequence; null with rows
+  std::int64_t q_stride;
+  std::int64_t kv_stride;
+  std::int64_t table_width;
+  std::int64_t page_size;
+  std::int64_t heads;
+  std::int64_t kv_heads;
+  std::int64_t head_dim;
+  std::int64_t window;  // 0: none
+  float scale;
+  bool causal;
+  DType cache_dtype;  // of pages
+};
+
+// How the weights of a linear layer are kept.
+enum class Format : std::int32_t {
+  kFloat32 = 0,
+  kBFloat16 = 1,
+  kFloat16 = 2,
+  kInt8 = 3,  // value = scale * code; one scale an output; the input is quantised row by row
+  kQ8 = 4,    // value = scale * code; a scale for each 32 inputs of an output; so is the input
+  kQ4 = 5,    // value = scale * code + minimum, code 0..15; else as kQ8
+};
+constexpr int kGroup = 32;  // inputs that share a scale in kQ8 and kQ4
+
+enum class Activation : std::int32_t {
+  kNone = 0,
+  kGelu = 1,  // x Phi(x), by erf
+  kGeluTanh = 2,
+  kSilu = 3,
+  kRelu = 4,
+  kQuickGelu = 5,  // x sigmoid(1.702 x)
+};
+
+// A weight [out, in] on its way into panels (see cpu/linear.h). Rows are contiguous.
+struct PackParams {
+  Format format;
+  std::int64_t out;
+  std::int64_t in;
+  const void* values;     // float formats: [out, in]; kInt8, kQ8: int8 codes [out, in]; kQ4: [out, in / 2]
+  const float* scales;    // kInt8: [out]; kQ8, kQ4: [out, in / 32]; else null
+  const float* minimums;  // kQ4: [out, in / 32]; else null
+  const float* bias;      // [out] or null
+  const std::int32_t* order;  // [places]: which row stands at each place of the panels, -1: none
+  std::int64_t places;        // a multiple of the panel's width
+  void* packed;
+};
+
+// y = activation(x W^T + bias), or y += x W^T + bias, on packed weights and prepared rows.
+struct LinearParams {
+  Format format;
+  Activation activation;
+  bool gated;       // panels alternate between gate and up; y = activation(gate) * up has half the columns
+  bool accumulate;  // add to y
+  std::int64_t in;
+  std::int64_t places;   // outputs with padding, as packed
+  std::int64_t columns;  // of y: beyond it nothing is written
+  const void* packed;
+  const void* x;          // rows as prepare_rows leaves them; for the float formats float32 rows
+  std::int64_t x_stride;  // bytes between rows of x
+  std::int64_t rows;
+  float* y;
+  std::int64_t y_stride;  // elements
+};
+
+// A packed linear layer as the Transformer holds it.
+struct PackedWeight {
+  const void* packed;
+  Format format;
+  std::int64_t in;
+  std::int64_t places;
+  std::int64_t columns;
+};
+
+// One block: the weights, and what differs between layers.
+struct BlockWeights {
+  PackedWeight qkv, out, up, down;  // up: gate and up in alternating panels, where the MLP is gated
+  const float* attention_norm[2];   // weight, bias (null for RMSNorm)
+  const float* mlp_norm[2];
+  const float* q_norm;  // [D] or null
+  const float* k_norm;
+  std::int64_t window;  // 0: none
+  float scale;
+};
+
+struct TransformerWeights {
+  const BlockWeights* blocks;
+  const float* final_norm[2];  // null: none
+  std::int64_t layers, channels, heads, kv_heads, head_dim, inner;
+  float eps;
+  Activation activation;
+  bool gated, pre_norm, rms, causal;
+};
+
+// One forward pass of packed sequences through all blocks.
+struct TransformerParams {
+  const TransformerWeights* weights;
+  float* x;                        // [T, C]: the embeddings, then the hidden states
+  const std::int32_t* cu_seqlens;  // [B + 1]
+  const float* cos;                // [T, D / 2] or null
+  const float* sin;
+  char* k_pages;  // [layers, pages, page_size, Hkv, D] or null: no cache
+  char* v_pages;
+  const std::int64_t* slots;         // [T]
+  const std::int32_t* block_table;   // [B, table_width]
+  const std::int32_t* context_lens;  // [B]
+  std::int64_t layer_bytes;          // from one layer's pages to the next
+  std::int64_t table_width;
+  std::int64_t page_size;
+  std::int64_t tokens, sequences;
+  std::int64_t max_keys;
+  std::int64_t threads;
+  DType cache_dtype;
+  bool fresh;       // no sequence had a past: attention looks at the new tokens only
+  bool one_each;    // not fresh, and one new token for each sequence: a decode step
+  char* workspace;  // transformer_workspace bytes, the first transformer_counters of them zero
+};
+
 }  // namespace minilm

@@ -59,9 +59,12 @@ class KVCache:
         self._pages_of: dict[int, list[int]] = {}
         self._free: list[int] = []
         self._pages = 0
-        shape = (0, page_size, config.num_kv_heads, config.head_dim)
-        self.k_pages = [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(config.num_layers)]
-        self.v_pages = [torch.empty(shape, dtype=dtype, device=self.device) for _ in range(config.num_layers)]
+        shape = (config.num_layers, 0, page_size, config.num_kv_heads, config.head_dim)
+        self._keys = torch.empty(shape, dtype=dtype, device=self.device)
+        self._values = torch.empty(shape, dtype=dtype, device=self.device)
+        self.k_pages = list(self._keys)
+        """Of each layer, [pages, page size, Hkv, D]."""
+        self.v_pages = list(self._values)
         self._next_row = 0
         self.add_rows(rows)
 
@@ -104,15 +107,18 @@ class KVCache:
         if missing > 0:
             self._grow(missing)
 
+    def stores(self) -> tuple[Tensor, Tensor]:
+        """Keys and values of all layers, [layers, pages, page size, Hkv, D] each."""
+        return self._keys, self._values
+
     def _grow(self, pages: int) -> None:
         def grown(old: Tensor) -> Tensor:
-            new = old.new_empty(self._pages + pages, *old.shape[1:])
-            new[: self._pages] = old
+            new = old.new_empty(old.shape[0], self._pages + pages, *old.shape[2:])
+            new[:, : self._pages] = old
             return new
 
-        for store in (self.k_pages, self.v_pages):
-            for layer in range(len(store)):
-                store[layer] = grown(store[layer])
+        self._keys, self._values = grown(self._keys), grown(self._values)
+        self.k_pages, self.v_pages = list(self._keys), list(self._values)
         self._free = [*range(self._pages + pages - 1, self._pages - 1, -1), *self._free]
         self._pages += pages
 

@@ -253,13 +253,16 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
     """
     from . import ops
     from .cache import KVCache
+    from .fused import BlocksTraits
 
     page_size = inspect.signature(KVCache).parameters["page_size"].default
     kinds: dict[type, tuple[str, ...]] = {
         ops.NormTraits: ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm"),
         ops.AttentionTraits: ("attention",),
         ops.PagedTraits: ("paged_attention", "append_kv", "rope_append"),
-        ops.PointwiseTraits: ("rope", "linear", "gated", "cross_entropy"),
+        ops.LinearTraits: ("linear",),
+        BlocksTraits: ("blocks",),
+        ops.PointwiseTraits: ("rope", "gated", "cross_entropy", "linear_cross_entropy"),
         ops.QuantizedTraits: ("quantized_linear",),
     }
     kind = next((kind for kind, names in kinds.items() if op in names), None)
@@ -273,6 +276,10 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
         return ops.PagedTraits(device, dtype, dtype, 64, 4, page_size, window=False, single_query=True)
     if kind is ops.PointwiseTraits:
         return ops.PointwiseTraits(device, dtype, "silu" if op == "gated" else None)
+    if kind is ops.LinearTraits:
+        return ops.LinearTraits(device, dtype, kept=True)
+    if kind is BlocksTraits:
+        return BlocksTraits(device, dtype)
     if kind is ops.QuantizedTraits:
         return ops.QuantizedTraits(device, dtype, "q8_0", None, few_rows=True, grad=False)
     raise ValueError(f"minilm.doctor does not know what a typical call of the op {op!r} is")

@@ -4,22 +4,22 @@
 
 namespace minilm {
 
-// The same functions in one namespace for each instruction set; setup.py compiles the sources once for each
-// and says here which ones there are.
-#define MINILM_DECLARE(isa)                                            \
-  namespace isa {                                                      \
-  void layer_norm(const LayerNormParams&, std::int64_t, std::int64_t); \
-  constexpr CpuKernels kKernels = {#isa, layer_norm};                  \
-  }
-
+// A table for each instruction set (table.cpp); setup.py compiles the kernels once for each and says here
+// which ones there are.
 #ifdef MINILM_HAS_GENERIC
-MINILM_DECLARE(generic)
+namespace generic {
+extern const CpuKernels kKernels;
+}
 #endif
 #ifdef MINILM_HAS_AVX2
-MINILM_DECLARE(avx2)
+namespace avx2 {
+extern const CpuKernels kKernels;
+}
 #endif
 #ifdef MINILM_HAS_AVX512
-MINILM_DECLARE(avx512)
+namespace avx512 {
+extern const CpuKernels kKernels;
+}
 #endif
 
 namespace {

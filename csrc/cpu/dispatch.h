@@ -6,16 +6,9 @@
 #include <string>
 #include <vector>
 
-#include "params.h"
+#include "cpu/kernels.h"
 
 namespace minilm {
-
-// One row of the table: a kernel processes the rows [begin, end) and may be called from several threads at
-// once.
-struct CpuKernels {
-  const char* name;
-  void (*layer_norm)(const LayerNormParams& params, std::int64_t begin, std::int64_t end);
-};
 
 // The instruction sets that were compiled in and that this machine can run, the best last.
 std::vector<std::string> runnable_isas();

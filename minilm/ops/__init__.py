@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, library, native, quantized, reference, triton
+from . import checks, dispatch, library, native, packed, quantized, reference, triton
 from .dispatch import BackendError, Implementation, backend, explain, register, select
 from .opaque import compilable
 from .quantized import QuantizedWeight
@@ -42,6 +42,7 @@ __all__ = [
     "gated",
     "layer_norm",
     "linear",
+    "linear_cross_entropy",
     "paged_attention",
     "quantized_linear",
     "rms_norm",
@@ -104,6 +105,17 @@ class PointwiseTraits(NamedTuple):
 
 FEW_ROWS = 16
 """Rows of x up to which a matrix product is bound by reading the weights: a step of decoding."""
+
+
+class LinearTraits(NamedTuple):
+    """A linear layer."""
+
+    device: str
+    dtype: torch.dtype
+    activation: str | None = None
+    grad: bool = False
+    kept: bool = False
+    """The weight is a parameter, so that its layout may be changed for the calls to come."""
 
 
 class QuantizedTraits(NamedTuple):
@@ -434,7 +446,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"linear: bias must be [{weight.shape[0]}], and is {list(bias.shape)}")
     checks.activation("linear", activation, ACTIVATIONS)
-    traits = PointwiseTraits(x.device.type, x.dtype, activation, _needs_grad(x, weight, bias))
+    traits = LinearTraits(
+        x.device.type, x.dtype, activation, _needs_grad(x, weight, bias), packed.is_kept(weight)
+    )
     result: Tensor = select("linear", traits)(x, weight, bias, activation)
     return result
 
@@ -497,6 +511,28 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> T
     return result
 
 
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """cross_entropy(hidden weight^T, labels), for training loops: the loss of a vocabulary without its logits.
+
+    hidden [T, C], weight [V, C], labels int64 [T]; a scalar, NaN when no label counts. Differentiable. The
+    logits of some rows exist at a time, those of all rows [T, V] never, save in the reference. Models return
+    logits, so a loop calls the body and this with the head's weight; a causal model's labels are shifted by
+    the caller: ``linear_cross_entropy(hidden[:-1], weight, ids[1:])`` within one sequence.
+    """
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(
+            f"linear_cross_entropy: hidden must be [T, C] and weight [V, C], and they are "
+            f"{list(hidden.shape)} and {list(weight.shape)}"
+        )
+    if labels.shape != hidden.shape[:1]:
+        raise ValueError(
+            f"linear_cross_entropy: labels must be [{hidden.shape[0]}], and are {list(labels.shape)}"
+        )
+    traits = PointwiseTraits(hidden.device.type, hidden.dtype, None, _needs_grad(hidden, weight))
+    result: Tensor = select("linear_cross_entropy", traits)(hidden, weight, labels, ignore_index)
+    return result
+
+
 def _sdpa_supports(traits: Any) -> str | None:
     if traits.lse:
         return "PyTorch's fused attention does not return the log-sum-exp"
@@ -520,6 +556,7 @@ for _op in (
     "quantized_linear",
     "gated",
     "cross_entropy",
+    "linear_cross_entropy",
 ):
     register(Implementation(_op, "reference", getattr(reference, _op)))
 register(Implementation("attention", "reference", compilable("reference", reference.attention)))

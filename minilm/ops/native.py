@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch
+from . import dispatch, packed
 
 OLDEST_TORCH = (2, 10)
 NORM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -158,6 +158,7 @@ def register_all() -> None:
         return
     dispatch.register(dispatch.Implementation("layer_norm", "native", layer_norm, supports_norm))
     dispatch.register(dispatch.Implementation("add_layer_norm", "native", add_layer_norm, supports_norm))
+    dispatch.register(dispatch.Implementation("linear", "native", packed.linear, packed.supports_linear))
 
 
 def _register_with_torch() -> None:

@@ -1,0 +1,36 @@
+// The table of CPU kernels, one for each instruction set.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace minilm {
+
+// One instruction set's kernels. Those with [begin, end) process that part of the rows (linear: of the panels
+// of y) and may be called from several threads at once.
+struct CpuKernels {
+  const char* name;
+  int panel;  // outputs a panel of a packed linear layer
+  void (*layer_norm)(const LayerNormParams& params, std::int64_t begin, std::int64_t end);
+  std::int64_t (*packed_bytes)(Format format, std::int64_t in, std::int64_t places);
+  void (*pack)(const PackParams& params);
+  std::int64_t (*prepared_row_bytes)(Format format, std::int64_t in);
+  void (*prepare_rows)(Format format, const float* x, std::int64_t x_stride, std::int64_t in,
+                       std::int64_t begin, std::int64_t end, void* to);
+  void (*linear)(const LinearParams& params, std::int64_t begin, std::int64_t end);
+  void (*rms_norm)(const RmsNormParams& params, std::int64_t begin, std::int64_t end);
+  void (*rope)(const RopeParams& params, std::int64_t begin, std::int64_t end);
+
+  // One head of one sequence; scratch: attention_scratch floats.
+  std::int64_t (*attention_scratch)(const AttentionParams& params, std::int64_t max_keys);
+  void (*attention)(const AttentionParams& params, std::int64_t sequence, std::int64_t head, float* scratch);
+
+  // All blocks of a Transformer: every thread of a team calls it once. Workspace in bytes; those that must be
+  // zero come first.
+  std::int64_t (*transformer_counters)(const TransformerParams& params);
+  std::int64_t (*transformer_workspace)(const TransformerParams& params);
+  void (*transformer)(const TransformerParams& params);
+};
+
+}  // namespace minilm

@@ -1,0 +1,64 @@
+// Linear layers on packed weights: what the float and the quantised kernels share.
+//
+// The rows of a weight [out, in] (its outputs) are packed into panels of kPanel outputs, two vectors wide, so
+// that a lane of a vector is an output. A panel is stored input by input,
+//
+//   panel p, input k:   W[order[p kPanel + 0], k]  W[order[p kPanel + 1], k] ...  (kPanel values)
+//
+// in one stretch that is read front to back, whatever the number of rows of x. `order` says which output
+// stands where: as they come, or gate and up in turns, so that a gated layer finds both in neighbouring
+// panels.
+//
+// packed:  bias, float32 [places]  |  panel 0  |  panel 1  | ...     each part a multiple of 64 bytes
+//
+// A tile is kTileRows rows of x times one panel. Its sums stay in registers over all inputs, and each output
+// adds its products in the order of the inputs: its result depends on its own row and weights alone, not on
+// the rows beside it, on the tile it fell into, or on the thread.
+#pragma once
+
+#include "cpu/math.h"
+#include "cpu/vec.h"
+#include "params.h"
+
+namespace minilm::MINILM_ISA {
+
+constexpr int kPanel = 2 * kLanes<float>;
+constexpr int kTileRows = kVectorBytes == 64 ? 12 : 6;  // the sums fill the register file, less three or four
+
+inline std::int64_t round_up(std::int64_t n, std::int64_t to) { return (n + to - 1) / to * to; }
+inline std::int64_t bias_bytes(std::int64_t places) { return round_up(places * 4, 64); }
+
+// The part of a row block's outputs that a tile holds, before bias and activation: [rows][kPanel].
+struct Tile {
+  F32 sums[kTileRows][2];
+};
+
+// Bytes of one packed panel.
+std::int64_t float_panel_bytes(Format format, std::int64_t in);
+std::int64_t quantized_panel_bytes(Format format, std::int64_t in);
+
+void pack_float(const PackParams& p, std::int64_t panel, void* to);
+void pack_quantized(const PackParams& p, std::int64_t panel, void* to);
+
+// Bytes of one row of x as the quantised kernels want it, and the rows [begin, end) of x brought there.
+std::int64_t quantized_row_bytes(Format format, std::int64_t in);
+void quantize_rows(Format format, const float* x, std::int64_t x_stride, std::int64_t in, std::int64_t begin,
+                   std::int64_t end, void* to);
+
+// tile.sums[r] = row r of x times `panel`, for rows 1..kTileRows.
+void float_tile(Format format, int rows, const float* x, std::int64_t x_stride, std::int64_t in,
+                const void* panel, Tile& tile);
+void quantized_tile(Format format, int rows, const void* x, std::int64_t x_stride, std::int64_t in,
+                    const void* panel, Tile& tile);
+
+// The functions of the kernel table (see dispatch.h).
+std::int64_t packed_bytes(Format format, std::int64_t in, std::int64_t places);
+void pack(const PackParams& p);
+std::int64_t prepared_row_bytes(Format format, std::int64_t in);
+void prepare_rows(Format format, const float* x, std::int64_t x_stride, std::int64_t in, std::int64_t begin,
+                  std::int64_t end, void* to);
+void linear(const LinearParams& p, std::int64_t begin, std::int64_t end);
+
+inline bool is_quantized(Format format) { return format >= Format::kInt8; }
+
+}  // namespace minilm::MINILM_ISA

@@ -1,0 +1,37 @@
+// Walking along a row, vector by vector; what the normalisations share.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace minilm::MINILM_ISA {
+
+inline float square_root(float x) { return __builtin_sqrtf(x); }
+inline double square_root(double x) { return __builtin_sqrt(x); }
+
+// Calls f(i, n, k) over [0, channels): whole vectors (n = lanes) with k = 0, 1, 2, 3 in turn, so that four
+// sums can run side by side, then the rest (n < lanes), if there is one.
+template <typename A, typename F>
+inline __attribute__((always_inline)) void for_each_vector(std::int64_t channels, F f) {
+  constexpr int lanes = kLanes<A>;
+  std::int64_t i = 0;
+  for (; i + 4 * lanes <= channels; i += 4 * lanes) {
+    f(i, lanes, 0);
+    f(i + lanes, lanes, 1);
+    f(i + 2 * lanes, lanes, 2);
+    f(i + 3 * lanes, lanes, 3);
+  }
+  for (; i + lanes <= channels; i += lanes) f(i, lanes, 0);
+  if (i < channels) f(i, static_cast<int>(channels - i), 1);
+}
+
+template <typename T>
+inline Vec<Accumulator<T>> read(const T* p, int n) {
+  return Storage<T>::widen(n == kLanes<Accumulator<T>> ? load(p) : load(p, n));
+}
+
+template <typename T>
+inline void write(T* p, Raw<T> raw, int n) {
+  n == kLanes<Accumulator<T>> ? store(p, raw) : store(p, raw, n);
+}
+
+}  // namespace minilm::MINILM_ISA

@@ -1,0 +1,33 @@
+// This instruction set's row of the kernel table.
+
+#include "cpu/attention.h"
+#include "cpu/kernels.h"
+#include "cpu/linear.h"
+#include "cpu/norms.h"
+#include "cpu/transformer.h"
+
+namespace minilm::MINILM_ISA {
+
+#define MINILM_TEXT_OF(name) #name
+#define MINILM_TEXT(name) MINILM_TEXT_OF(name)
+
+extern const CpuKernels kKernels;
+const CpuKernels kKernels = {
+    MINILM_TEXT(MINILM_ISA),
+    kPanel,
+    layer_norm,
+    packed_bytes,
+    pack,
+    prepared_row_bytes,
+    prepare_rows,
+    linear,
+    rms_norm,
+    rope,
+    attention_scratch,
+    attention,
+    transformer_counters,
+    transformer_workspace,
+    transformer,
+};
+
+}  // namespace minilm::MINILM_ISA

@@ -1,0 +1,347 @@
+// All blocks of a Transformer, on packed sequences, in one call and one parallel region.
+//
+//   before norm (Llama, GPT-2)                 after norm (BERT)
+//     h = norm(x);  q, k, v = rope(h Wqkv)       q, k, v = x Wqkv
+//     x += attention(q, k, v) Wout               x = norm(x + attention(q, k, v) Wout)
+//     h = norm(x);  x += act(h Wup) Wdown        x = norm(x + act(x Wup) Wdown)
+//
+// There are two ways to share the work, and both run the same code (`Block`), on different Parts:
+//
+//   Many rows (encoders, prompts): everything but attention concerns a row alone. So a task is a block of
+//   some hundred rows, which one thread takes from the attention of one layer through output projection,
+//   norms and MLP to the q, k and v of the next, in its own second-level cache. Two phases a layer:
+//
+//       [qkv of layer 0] -> [attention] -> [out, MLP, qkv of layer 1] -> [attention] -> ...
+//
+//   Few rows (decoding): the weights are what costs time. A phase is one step of the layer, and its tasks are
+//   stretches of a weight's panels, so that all threads together read each weight once.
+//
+// Memory traffic, few rows: all weights once, the cache once. Many rows: all weights once a block of rows,
+// from memory or the third-level cache: 4 bytes for about 2 x 96 operations, far from binding.
+
+#include "cpu/transformer.h"
+
+#include "cpu/attention.h"
+#include "cpu/linear.h"
+#include "cpu/norms.h"
+#include "cpu/team.h"
+
+namespace minilm::MINILM_ISA {
+namespace {
+
+constexpr std::int64_t kBlockRows = 96;
+constexpr std::int64_t kFewRows = 48;  // a thread; below, its weights' panels are split and not the rows
+constexpr std::int64_t kPhasesALayer = 14;
+
+inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
+
+// The rows that a thread, or the whole team, is working on, and memory for what is computed of them.
+struct Part {
+  std::int64_t first, rows;
+  float* h;           // [rows, C]: what the norm gives
+  float* mid;         // [rows, F]
+  char* prepared;     // rows as a quantised linear layer wants them
+  float* statistics;  // [2 rows]
+};
+
+// Runs a step of a part in this thread alone ...
+struct Alone {
+  template <typename F>
+  void over_rows(std::int64_t rows, F f) {
+    f(0, rows);
+  }
+  template <typename F>
+  void over_panels(std::int64_t panels, F f) {
+    f(0, panels);
+  }
+};
+
+// ... or with all threads, cut into tasks.
+struct Together {
+  Team& team;
+  std::int64_t threads;
+  template <typename F>
+  void over_rows(std::int64_t rows, F f) {
+    const std::int64_t step = ceil_div(rows, threads);
+    team.run(ceil_div(rows, step),
+             [&](std::int64_t i) { f(i * step, i * step + step < rows ? i * step + step : rows); });
+  }
+  template <typename F>
+  void over_panels(std::int64_t panels, F f) {
+    const std::int64_t step = ceil_div(panels, 4 * threads);
+    team.run(ceil_div(panels, step),
+             [&](std::int64_t i) { f(i * step, i * step + step < panels ? i * step + step : panels); });
+  }
+};
+
+std::int64_t qkv_columns(const TransformerWeights& w) { return (w.heads + 2 * w.kv_heads) * w.head_dim; }
+
+// Memory of one call.
+struct Workspace {
+  std::int64_t blocks, block_rows;                                // of rows; blocks == 0: few rows
+  std::int64_t counters, qkv, attended, part, scratch, partials;  // bytes of each
+  std::int64_t parts;
+};
+
+std::int64_t prepared_bytes(const TransformerWeights& w) {
+  std::int64_t most = 0;
+  for (std::int64_t layer = 0; layer < w.layers; ++layer) {
+    const BlockWeights& block = w.blocks[layer];
+    const PackedWeight* const weights[] = {&block.qkv, &block.out, &block.up, &block.down};
+    for (const PackedWeight* weight : weights) {
+      if (!is_quantized(weight->format)) continue;
+      const std::int64_t bytes = quantized_row_bytes(weight->format, weight->in);
+      most = bytes > most ? bytes : most;
+    }
+  }
+  return most;
+}
+
+AttentionParams attention_params(const TransformerParams& p) {
+  const TransformerWeights& w = *p.weights;
+  AttentionParams a = {};
+  a.cu_q = p.cu_seqlens;
+  a.q_stride = qkv_columns(w);
+  a.heads = w.heads;
+  a.kv_heads = w.kv_heads;
+  a.head_dim = w.head_dim;
+  a.causal = w.causal;
+  a.cache_dtype = p.cache_dtype;
+  if (p.fresh) {
+    a.cu_k = p.cu_seqlens;
+    a.kv_stride = a.q_stride;
+  } else {
+    a.block_table = p.block_table;
+    a.context = p.context_lens;
+    a.table_width = p.table_width;
+    a.page_size = p.page_size;
+  }
+  return a;
+}
+
+Workspace workspace_of(const TransformerParams& p) {
+  const TransformerWeights& w = *p.weights;
+  Workspace s = {};
+  if (p.tokens >= kFewRows * p.threads) {
+    s.blocks = round_up(ceil_div(p.tokens, kBlockRows), p.threads);
+    s.block_rows = ceil_div(p.tokens, s.blocks);
+    s.blocks = ceil_div(p.tokens, s.block_rows);
+  } else {
+    s.block_rows = p.tokens;
+  }
+  s.parts = s.blocks > 0 ? p.threads : 1;
+  s.counters = (w.layers * kPhasesALayer + 8) * Team::kBytesAPhase + 64;
+  s.qkv = round_up(p.tokens * qkv_columns(w) * 4, 64);
+  s.attended = round_up(p.tokens * w.heads * w.head_dim * 4, 64);
+  s.part = round_up(s.block_rows * (w.channels + w.inner + 2) * 4, 64) +
+           round_up(s.block_rows * prepared_bytes(w), 64);
+  const AttentionParams a = attention_params(p);
+  s.scratch = p.one_each ? 0 : round_up(attention_scratch(a, p.max_keys) * 4, 64);
+  s.partials = p.one_each ? round_up(p.sequences * decode_partials(a, p.max_keys) * 4, 64) : 0;
+  return s;
+}
+
+Part part_of(const TransformerParams& p, const Workspace& s, char* memory, std::int64_t first,
+             std::int64_t rows) {
+  const TransformerWeights& w = *p.weights;
+  Part part = {};
+  part.first = first;
+  part.rows = rows;
+  part.h = reinterpret_cast<float*>(memory);
+  part.mid = part.h + s.block_rows * w.channels;
+  part.statistics = part.mid + s.block_rows * w.inner;
+  part.prepared = memory + round_up(s.block_rows * (w.channels + w.inner + 2) * 4, 64);
+  return part;
+}
+
+// The steps of a layer, on the rows of a part.
+template <typename Crew>
+struct Steps {
+  const TransformerParams& p;
+  const TransformerWeights& w;
+  Crew crew;
+  Part part;
+  float* qkv;       // [T, ...]
+  float* attended;  // [T, H D]
+
+  float* x() { return p.x + part.first * w.channels; }
+
+  void norm(const float* const weights[2], float* y) {
+    crew.over_rows(part.rows, [&](std::int64_t begin, std::int64_t end) {
+      if (w.rms) {
+        RmsNormParams n = {};
+        n.x = x();
+        n.weight = weights[0];
+        n.y = y;
+        n.channels = n.x_stride = n.y_stride = w.channels;
+        n.eps = w.eps;
+        rms_norm(n, begin, end);
+      } else {
+        LayerNormParams n = {};
+        n.x = x();
+        n.weight = weights[0];
+        n.bias = weights[1];
+        n.y = y;
+        n.mean = part.statistics;
+        n.rstd = part.statistics + part.rows;
+        n.channels = n.x_stride = w.channels;
+        n.eps = w.eps;
+        layer_norm(n, begin, end);
+      }
+    });
+  }
+
+  // y (+)= activation(input W^T + bias)
+  void apply(const PackedWeight& weight, const float* input, float* y, Activation activation, bool gated,
+             bool accumulate) {
+    LinearParams l = {};
+    l.format = weight.format;
+    l.activation = activation;
+    l.gated = gated;
+    l.accumulate = accumulate;
+    l.in = weight.in;
+    l.places = weight.places;
+    l.columns = weight.columns;
+    l.packed = weight.packed;
+    l.x = input;
+    l.x_stride = weight.in * 4;
+    l.rows = part.rows;
+    l.y = y;
+    l.y_stride = weight.columns;
+    if (is_quantized(weight.format)) {
+      crew.over_rows(part.rows, [&](std::int64_t begin, std::int64_t end) {
+        quantize_rows(weight.format, input, weight.in, weight.in, begin, end, part.prepared);
+      });
+      l.x = part.prepared;
+      l.x_stride = quantized_row_bytes(weight.format, weight.in);
+    }
+    crew.over_panels(ceil_div(weight.columns, kPanel),
+                     [&](std::int64_t begin, std::int64_t end) { linear(l, begin, end); });
+  }
+
+  void project(std::int64_t layer) {
+    const BlockWeights& block = w.blocks[layer];
+    if (w.pre_norm) norm(block.attention_norm, part.h);
+    float* rows = qkv + part.first * qkv_columns(w);
+    apply(block.qkv, w.pre_norm ? part.h : x(), rows, Activation::kNone, false, false);
+    if (p.cos == nullptr && p.k_pages == nullptr && block.q_norm == nullptr) return;
+    RopeParams r = {};
+    r.q = rows;
+    r.k = rows + w.heads * w.head_dim;
+    r.v = r.k + w.kv_heads * w.head_dim;
+    r.cos = p.cos == nullptr ? nullptr : p.cos + part.first * (w.head_dim / 2);
+    r.sin = p.sin == nullptr ? nullptr : p.sin + part.first * (w.head_dim / 2);
+    r.q_norm = block.q_norm;
+    r.k_norm = block.k_norm;
+    r.eps = w.eps;
+    r.stride = qkv_columns(w);
+    r.heads = w.heads;
+    r.kv_heads = w.kv_heads;
+    r.head_dim = w.head_dim;
+    r.cache_dtype = p.cache_dtype;
+    if (p.k_pages != nullptr) {
+      r.k_pages = p.k_pages + layer * p.layer_bytes;
+      r.v_pages = p.v_pages + layer * p.layer_bytes;
+      r.slots = p.slots + part.first;
+    }
+    crew.over_rows(part.rows, [&](std::int64_t begin, std::int64_t end) { rope(r, begin, end); });
+  }
+
+  // From what attention gave to the end of the block.
+  void finish(std::int64_t layer) {
+    const BlockWeights& block = w.blocks[layer];
+    float* from = attended + part.first * w.heads * w.head_dim;
+    apply(block.out, from, x(), Activation::kNone, false, true);
+    float* h = w.pre_norm ? part.h : x();
+    norm(w.pre_norm ? block.mlp_norm : block.attention_norm, h);
+    apply(block.up, h, part.mid, w.activation, w.gated, false);
+    apply(block.down, part.mid, x(), Activation::kNone, false, true);
+    if (!w.pre_norm) norm(block.mlp_norm, x());
+    if (layer + 1 == w.layers && w.final_norm[0] != nullptr) norm(w.final_norm, x());
+  }
+};
+
+void attend(const TransformerParams& p, const Workspace& s, Team& team, std::int64_t layer, const float* qkv,
+            float* attended, float* scratch, float* partials) {
+  const TransformerWeights& w = *p.weights;
+  AttentionParams a = attention_params(p);
+  a.q = qkv;
+  a.out = attended;
+  a.scale = w.blocks[layer].scale;
+  a.window = w.blocks[layer].window;
+  if (p.fresh) {
+    a.k = qkv + w.heads * w.head_dim;
+    a.v = qkv + (w.heads + w.kv_heads) * w.head_dim;
+  } else {
+    a.k = p.k_pages + layer * p.layer_bytes;
+    a.v = p.v_pages + layer * p.layer_bytes;
+  }
+  if (!p.one_each) {
+    team.run(p.sequences * w.heads, [&](std::int64_t i) { attention(a, i / w.heads, i % w.heads, scratch); });
+    return;
+  }
+  const std::int64_t of_one = s.partials / 4 / (p.sequences > 0 ? p.sequences : 1);
+  const std::int64_t most = stretches(p.max_keys);
+  team.run(p.sequences * w.kv_heads * most, [&](std::int64_t i) {
+    const std::int64_t sequence = i / (w.kv_heads * most), rest = i % (w.kv_heads * most);
+    if (rest % most >= stretches(p.context_lens[sequence])) return;
+    decode(a, sequence, rest / most, rest % most, partials + sequence * of_one);
+  });
+  team.run(p.sequences * w.heads,
+           [&](std::int64_t i) { combine(a, i / w.heads, i % w.heads, partials + i / w.heads * of_one); });
+}
+
+}  // namespace
+
+std::int64_t transformer_counters(const TransformerParams& p) { return workspace_of(p).counters; }
+
+std::int64_t transformer_workspace(const TransformerParams& p) {
+  const Workspace s = workspace_of(p);
+  return s.counters + s.qkv + s.attended + s.part * s.parts + s.scratch * p.threads + s.partials;
+}
+
+void transformer(const TransformerParams& p) {
+  const TransformerWeights& w = *p.weights;
+  const Workspace s = workspace_of(p);
+  // The workspace: counters (the last of them numbers the threads), q k v, attended, a part and scratch for
+  // each thread, partial results of decoding.
+  char* at = p.workspace;
+  auto* arrivals = reinterpret_cast<std::int64_t*>(at + s.counters - 64);
+  Team team(at);
+  const std::int64_t thread = __atomic_fetch_add(arrivals, 1, __ATOMIC_RELAXED);
+  if (thread >= p.threads) return;  // cannot be: as many calls as threads
+  at += s.counters;
+  float* qkv = reinterpret_cast<float*>(at);
+  float* attended = reinterpret_cast<float*>(at + s.qkv);
+  at += s.qkv + s.attended;
+  char* part_memory = at + (s.parts > 1 ? thread * s.part : 0);
+  at += s.part * s.parts;
+  float* scratch = reinterpret_cast<float*>(at + thread * s.scratch);
+  float* partials = reinterpret_cast<float*>(at + p.threads * s.scratch);
+
+  if (s.blocks == 0) {
+    Steps<Together> steps = {p, w, {team, p.threads}, part_of(p, s, part_memory, 0, p.tokens), qkv, attended};
+    for (std::int64_t layer = 0; layer < w.layers; ++layer) {
+      steps.project(layer);
+      attend(p, s, team, layer, qkv, attended, scratch, partials);
+      steps.finish(layer);
+    }
+    return;
+  }
+  auto block = [&](std::int64_t number) {
+    const std::int64_t first = number * s.block_rows;
+    const std::int64_t rows = p.tokens - first < s.block_rows ? p.tokens - first : s.block_rows;
+    return Steps<Alone>{p, w, {}, part_of(p, s, part_memory, first, rows), qkv, attended};
+  };
+  team.run(s.blocks, [&](std::int64_t i) { block(i).project(0); });
+  for (std::int64_t layer = 0; layer < w.layers; ++layer) {
+    attend(p, s, team, layer, qkv, attended, scratch, partials);
+    team.run(s.blocks, [&](std::int64_t i) {
+      Steps<Alone> steps = block(i);
+      steps.finish(layer);
+      if (layer + 1 < w.layers) steps.project(layer + 1);
+    });
+  }
+}
+
+}  // namespace minilm::MINILM_ISA

@@ -1,0 +1,14 @@
+// All blocks of a Transformer in one call; transformer.cpp explains.
+#pragma once
+
+#include <cstdint>
+
+#include "params.h"
+
+namespace minilm::MINILM_ISA {
+
+std::int64_t transformer_counters(const TransformerParams& p);
+std::int64_t transformer_workspace(const TransformerParams& p);
+void transformer(const TransformerParams& p);
+
+}  // namespace minilm::MINILM_ISA

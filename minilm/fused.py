@@ -1,0 +1,224 @@
+"""All blocks of a Transformer in one call of the native extension (csrc/cpu/transformer.cpp).
+
+`layers.Block` says what a block computes, op by op; this module hands the same weights to a kernel that runs
+all of them in one parallel region. It is one more implementation behind the dispatch table, of the op
+`blocks`: chosen for inference on a CPU, and left, with the reason, for whatever only the modules can do.
+
+The weights are packed once into one tensor, the arena, when a model first runs; `current` makes them anew
+when a parameter or a module was exchanged or written to.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .layers import MLP, Attention, Block, Linear, Norm, Pass
+from .ops import native, packed
+from .quantized_layers import QuantizedLinear
+
+if TYPE_CHECKING:
+    from .models import Transformer
+
+ALIGNMENT = 64
+
+
+class BlocksTraits(NamedTuple):
+    """All blocks of a body, on packed tokens."""
+
+    device: str
+    dtype: torch.dtype
+    obstacle: str | None = None
+    """Why the call needs the modules one by one; None: it does not."""
+
+
+def supports(traits: BlocksTraits) -> str | None:
+    """None, or why the fused blocks cannot run this call."""
+    if traits.device != "cpu":
+        return f"the extension has no kernel for {traits.device}"
+    if traits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the extension has no kernel for {traits.dtype}"
+    return traits.obstacle
+
+
+def obstacle(body: Transformer, run: Pass, hidden_states: object) -> str | None:
+    """What in this call only the modules can do."""
+    if torch.compiler.is_compiling():
+        return "torch.compile traces the modules"
+    if native.unavailable is not None:
+        return native.unavailable
+    if hidden_states is not None or run.attentions is not None:
+        return "the results of each layer are asked for"
+    if torch.is_grad_enabled() and any(p.requires_grad for p in body.parameters()):
+        return "gradients are wanted (torch.inference_mode() or torch.no_grad() says that they are not)"
+    if body.training and any((body.config.hidden_dropout, body.config.attention_dropout)):
+        return "dropout is on (model.eval() turns it off)"
+    if body.config.activation not in packed.ACTIVATIONS:
+        return f"the extension does not have the activation {body.config.activation}"
+    cache = run.cache
+    if cache is not None and cache.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the extension has no kernel for a cache in {cache.dtype}"
+    return _plan(body).obstacle
+
+
+def run_blocks(body: Transformer, x: Tensor, run: Pass, hidden_states: list[Tensor] | None) -> Tensor:
+    """Embedded tokens [T, C] -> hidden states after the final norm [T, C]."""
+    plan = _plan(body)
+    assert plan.arena is not None
+    assert plan.layout is not None
+    cos, sin = run.rope if run.rope is not None else (None, None)
+    cache, step = run.cache, run.step
+    stored: tuple[Tensor | None, ...] = (None,) * 5
+    if cache is not None and step is not None:
+        stored = (*cache.stores(), step.slots, step.block_table, step.context_lens)
+    y: Tensor = torch.ops.minilm.transformer(
+        x.float().contiguous(),
+        plan.arena,
+        plan.layout,
+        run.packed.cu_seqlens,
+        cos,
+        sin,
+        *stored,
+        step is None or step.fresh,
+    )
+    return y.to(x.dtype)
+
+
+class _Plan:
+    """The packed blocks of one body, and what they were packed from."""
+
+    def __init__(self, body: Transformer) -> None:
+        self.watched = list(_watched(body))
+        self.stamp = self._stamp()
+        self.hooked = list(body.modules())
+        self.arena: Tensor | None = None
+        self.layout: Tensor | None = None
+        self.refusal = _refusal(body)
+        if self.refusal is None:
+            self.arena, self.layout = _Writer(body).write()
+
+    @property
+    def obstacle(self) -> str | None:
+        """Why this body cannot run fused."""
+        if self.refusal is None and any(m._forward_hooks or m._forward_pre_hooks for m in self.hooked):
+            return "a module has forward hooks"
+        return self.refusal
+
+    def _stamp(self) -> list[tuple[int, int]]:
+        return [(t.data_ptr(), packed.version(t)) for _, _, t in self.watched if isinstance(t, Tensor)]
+
+    def is_current(self) -> bool:
+        """Whether every module and tensor is the one that was packed, unchanged."""
+        return (
+            all(where[name] is thing for where, name, thing in self.watched) and self._stamp() == self.stamp
+        )
+
+
+def _watched(body: nn.Module) -> Iterator[tuple[dict[str, object], str, object]]:
+    """(dict, key, value) of everything that a module holds, but for the embeddings."""
+    for name, module in body.named_modules():
+        if name.startswith("embeddings"):
+            continue
+        for held in (module._parameters, module._buffers, module._modules):
+            for key, value in held.items():
+                yield held, key, value  # type: ignore[misc]
+
+
+def _plan(body: Transformer) -> _Plan:
+    plan: _Plan | None = body.__dict__.get("_fused_plan")
+    if plan is None or not plan.is_current():
+        body.__dict__.pop("_fused_plan", None)  # its memory goes before the new one's comes
+        plan = body.__dict__["_fused_plan"] = _Plan(body)
+    return plan
+
+
+def _refusal(body: Transformer) -> str | None:
+    if not body.layers:
+        return "there are no layers"
+    for block in body.layers:
+        parts = (block.attention, block.mlp, block.attention_norm, block.mlp_norm)
+        if type(block) is not Block or [type(p) for p in parts] != [Attention, MLP, Norm, Norm]:
+            return "a layer was replaced by another module"
+        for linear in (block.attention.qkv, block.attention.out, block.mlp.up, block.mlp.down):
+            if type(linear) not in (Linear, QuantizedLinear):
+                return f"a linear layer was replaced by a {type(linear).__name__}"
+            weight = linear.codes if isinstance(linear, QuantizedLinear) else linear.weight
+            if weight.device.type != "cpu":
+                return "the weights are not on the CPU"
+            if isinstance(linear, Linear) and linear.weight.dtype not in packed.FORMATS:
+                return f"the extension has no kernel for weights in {linear.weight.dtype}"
+    return None
+
+
+class _Writer:
+    """Lays the weights of a body out in an arena, and writes down where they are, in the order in which
+    csrc/bindings_transformer.cpp reads it."""
+
+    def __init__(self, body: Transformer) -> None:
+        self.body = body
+        self.numbers: list[int] = []
+        self.pieces: list[Tensor] = []
+        self.size = 0
+
+    def write(self) -> tuple[Tensor, Tensor]:
+        c = self.body.config
+        self.numbers += [
+            c.num_layers,
+            c.hidden_size,
+            c.num_heads,
+            c.num_kv_heads,
+            c.head_dim,
+            c.intermediate_size,
+        ]
+        self.numbers += [
+            packed.ACTIVATIONS[c.activation],
+            c.gated_mlp,
+            c.pre_norm,
+            c.norm == "rms_norm",
+            c.causal,
+        ]
+        self.real(c.norm_eps)
+        self.norm(self.body.norm)
+        for layer, block in enumerate(self.body.layers):
+            attention, mlp = block.attention, block.mlp
+            for linear in (attention.qkv, attention.out, mlp.up, mlp.down):
+                self.weight(linear, gated=linear is mlp.up and c.gated_mlp)
+            self.norm(block.attention_norm)
+            self.norm(block.mlp_norm)
+            for norm in (attention.q_norm, attention.k_norm):
+                self.vector(None if norm is None else norm.weight)
+            self.numbers.append(c.window(layer) or 0)
+            self.real(c.scale(layer))
+        arena = torch.empty(self.size, dtype=torch.uint8)
+        at = 0
+        while self.pieces:
+            piece = self.pieces.pop(0)
+            arena[at : at + piece.numel()] = piece
+            at += -(-piece.numel() // ALIGNMENT) * ALIGNMENT
+        return arena, torch.tensor(self.numbers)
+
+    def weight(self, linear: nn.Module, *, gated: bool) -> None:
+        matrix = linear.quantized if isinstance(linear, QuantizedLinear) else linear.weight
+        made = packed.pack(matrix, linear.bias, gated=gated)  # type: ignore[arg-type]
+        self.numbers += [made.format, made.places, self.size]
+        self.piece(made.data)
+
+    def norm(self, norm: Norm | None) -> None:
+        self.vector(None if norm is None else norm.weight)
+        self.vector(None if norm is None else norm.bias)
+
+    def vector(self, vector: Tensor | None) -> None:
+        self.numbers.append(-1 if vector is None else self.size)
+        if vector is not None:
+            self.piece(vector.detach().float().contiguous().view(torch.uint8))
+
+    def real(self, value: float) -> None:
+        self.numbers.append(struct.unpack("I", struct.pack("f", value))[0])
+
+    def piece(self, piece: Tensor) -> None:
+        self.pieces.append(piece)
+        self.size += -(-piece.numel() // ALIGNMENT) * ALIGNMENT

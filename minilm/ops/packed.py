@@ -1,0 +1,160 @@
+"""Weights in the layout of the native kernels, and the native `linear` and `quantized_linear`.
+
+The CPU kernels read a weight in panels (csrc/cpu/linear.h). `pack` makes them; a weight that stays, a
+parameter or the planes of a quantised layer, is packed at its first use and kept for as long as it lives and
+is not changed. The packed copy has the weight's own size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .quantized import QuantizedWeight
+
+FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, "int8": 3, "q8_0": 4, "q4_0": 5, "q4_1": 5}
+"""Dtype, or quantised format, -> the kernels' number for it."""
+ACTIVATIONS: dict[str | None, int] = {
+    None: 0, "linear": 0, "gelu": 1, "gelu_python": 1, "gelu_new": 2, "gelu_fast": 2, "gelu_accurate": 2,
+    "gelu_pytorch_tanh": 2, "gelu_python_tanh": 2, "silu": 3, "swish": 3, "relu": 4, "quick_gelu": 5,
+}  # fmt: skip
+"""Names of activation functions -> the kernels' number for it."""
+
+
+class Packed(NamedTuple):
+    """A weight [out, in] with its bias, as the kernels read it."""
+
+    data: Tensor
+    """uint8."""
+    format: int
+    places: int
+    """Outputs, padded to whole panels."""
+    columns: int
+    """Outputs; of a gated layer half of the weight's rows."""
+
+
+def panel_width() -> int:
+    """Outputs in a panel, for the instruction set in use."""
+    from minilm import _C
+
+    return int(_C.panel_width())
+
+
+def places(rows: int, gated: bool) -> Tensor:
+    """Which row of a weight stands at each place of the panels, int32; -1: none.
+
+    Gated, the rows are those of gate, then those of up; panels of both follow each other in turns.
+    """
+    width = panel_width()
+    columns = rows // 2 if gated else rows
+    order = torch.full((-(-columns // width) * width,), -1, dtype=torch.int32)
+    order[:columns] = torch.arange(columns, dtype=torch.int32)
+    if not gated:
+        return order
+    up = torch.where(order < 0, -1, order + columns)
+    return torch.stack([order.view(-1, width), up.view(-1, width)], dim=1).flatten()
+
+
+def pack(weight: Tensor | QuantizedWeight, bias: Tensor | None, *, gated: bool = False) -> Packed:
+    """Packs a weight [out, in] of a dtype or format in `FORMATS` and its bias [out]."""
+    rows = weight.shape[0]
+    order = places(rows, gated)
+    scales = minimums = None
+    with torch.no_grad():
+        if isinstance(weight, QuantizedWeight):
+            values, scales, minimums = weight.codes, weight.scale.float(), weight.minimum
+            columns, code = weight.columns, FORMATS[weight.format]
+            if weight.format == "q4_0":  # scale (code - 8) = scale code + minimum
+                minimums = -8 * scales
+            minimums = None if minimums is None else minimums.float().contiguous()
+            scales = scales.contiguous()
+        else:
+            values, columns, code = weight.detach(), weight.shape[1], FORMATS[weight.dtype]
+        data = torch.ops.minilm.pack_linear(
+            values.contiguous(),
+            scales,
+            minimums,
+            None if bias is None else bias.detach().float().contiguous(),
+            order,
+            code,
+            columns,
+        )
+    return Packed(data, code, len(order), rows // 2 if gated else rows)
+
+
+def version(tensor: Tensor) -> int:
+    """A number that changes when the tensor is written to (inference tensors do not count: always 0)."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+_kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""First tensor of a weight -> (what it was packed from, the packed weight)."""
+
+
+def kept(weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Packed:
+    """The packed weight, made at the first call and again when weight or bias have changed."""
+    key = weight.codes if isinstance(weight, QuantizedWeight) else weight
+    stamp = (key.data_ptr(), version(key), None if bias is None else (bias.data_ptr(), version(bias)))
+    entry = _kept.get(key)
+    if entry is None or entry[0] != stamp:
+        entry = _kept[key] = (stamp, pack(weight, bias))
+    packed: Packed = entry[1]
+    return packed
+
+
+def _apply(x: Tensor, packed: Packed, activation: str | None) -> Tensor:
+    rows = x.reshape(-1, x.shape[-1]).float().contiguous()
+    y = torch.ops.minilm.packed_linear(
+        rows, packed.data, packed.format, packed.columns, packed.places, ACTIVATIONS[activation], False
+    )
+    return y.view(*x.shape[:-1], packed.columns).to(x.dtype)  # type: ignore[no-any-return]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
+    """As `minilm.ops.linear`."""
+    return _apply(x, kept(weight, bias), activation)
+
+
+def quantized_linear(
+    x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    """As `minilm.ops.quantized_linear`, with x quantised too: to int8, by row or group as the weight is."""
+    return _apply(x, kept(weight, bias), activation)
+
+
+def supports_linear(traits: Any) -> str | None:
+    """None, or why the packed kernels cannot run this call (`minilm.ops.LinearTraits`)."""
+    if traits.device != "cpu":
+        return f"the extension has no kernel for {traits.device}"
+    if traits.dtype not in FORMATS:
+        return f"the extension has no kernel for {traits.dtype}"
+    if traits.activation not in ACTIVATIONS:
+        return f"the extension does not have the activation {traits.activation}"
+    if traits.grad:
+        return "the packed kernels have no derivative"
+    if not traits.kept:
+        return "only a parameter is worth packing, and this weight is none"
+    if torch.compiler.is_compiling():
+        return "packed weights cannot be traced by torch.compile"
+    return None
+
+
+def supports_quantized_linear(traits: Any) -> str | None:
+    """None, or why the packed kernels cannot run this call (`minilm.ops.QuantizedTraits`)."""
+    if traits.device != "cpu":
+        return f"the extension has no kernel for {traits.device}"
+    if traits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the extension has no kernel for {traits.dtype}"
+    if traits.activation not in ACTIVATIONS:
+        return f"the extension does not have the activation {traits.activation}"
+    if traits.grad:
+        return "the packed kernels have no derivative"
+    return None
+
+
+def is_kept(weight: Tensor) -> bool:
+    """Whether a weight will be used again: parameters are."""
+    return isinstance(weight, nn.Parameter)
