@@ -125,7 +125,7 @@ def _watched(body: nn.Module) -> Iterator[tuple[dict[str, object], str, object]]
             continue
         for held in (module._parameters, module._buffers, module._modules):
             for key, value in held.items():
-                yield held, key, value  # type: ignore[misc]
+                yield held, key, value
 
 
 def _plan(body: Transformer) -> _Plan:
@@ -136,22 +136,39 @@ def _plan(body: Transformer) -> _Plan:
     return plan
 
 
+_PARTS = {"attention": Attention, "mlp": MLP, "attention_norm": Norm, "mlp_norm": Norm}
+
+
 def _refusal(body: Transformer) -> str | None:
     if not body.layers:
         return "there are no layers"
     for block in body.layers:
-        parts = (block.attention, block.mlp, block.attention_norm, block.mlp_norm)
-        if type(block) is not Block or [type(p) for p in parts] != [Attention, MLP, Norm, Norm]:
-            return "a layer was replaced by another module"
-        for linear in (block.attention.qkv, block.attention.out, block.mlp.up, block.mlp.down):
-            if type(linear) not in (Linear, QuantizedLinear):
+        if type(block) is not Block:
+            return f"a layer was replaced by a {type(block).__name__}"
+        for part, kind in (
+            ("attention", Attention),
+            ("mlp", MLP),
+            ("attention_norm", Norm),
+            ("mlp_norm", Norm),
+        ):
+            if type(getattr(block, part)) is not kind:
+                return f"a layer's {part} was replaced by a {type(getattr(block, part)).__name__}"
+        for linear in _linears(block):
+            if type(linear) is Linear:
+                weight = linear.weight
+                if weight.dtype not in packed.FORMATS:
+                    return f"the extension has no kernel for weights in {weight.dtype}"
+            elif type(linear) is QuantizedLinear:
+                weight = linear.codes
+            else:
                 return f"a linear layer was replaced by a {type(linear).__name__}"
-            weight = linear.codes if isinstance(linear, QuantizedLinear) else linear.weight
             if weight.device.type != "cpu":
                 return "the weights are not on the CPU"
-            if isinstance(linear, Linear) and linear.weight.dtype not in packed.FORMATS:
-                return f"the extension has no kernel for weights in {linear.weight.dtype}"
     return None
+
+
+def _linears(block: Block) -> tuple[nn.Module, ...]:
+    return block.attention.qkv, block.attention.out, block.mlp.up, block.mlp.down
 
 
 class _Writer:
@@ -184,9 +201,10 @@ class _Writer:
         self.real(c.norm_eps)
         self.norm(self.body.norm)
         for layer, block in enumerate(self.body.layers):
-            attention, mlp = block.attention, block.mlp
-            for linear in (attention.qkv, attention.out, mlp.up, mlp.down):
-                self.weight(linear, gated=linear is mlp.up and c.gated_mlp)
+            assert isinstance(block, Block)
+            attention = block.attention
+            for linear in _linears(block):
+                self.weight(linear, gated=linear is block.mlp.up and c.gated_mlp)
             self.norm(block.attention_norm)
             self.norm(block.mlp_norm)
             for norm in (attention.q_norm, attention.k_norm):
@@ -202,8 +220,9 @@ class _Writer:
         return arena, torch.tensor(self.numbers)
 
     def weight(self, linear: nn.Module, *, gated: bool) -> None:
-        matrix = linear.quantized if isinstance(linear, QuantizedLinear) else linear.weight
-        made = packed.pack(matrix, linear.bias, gated=gated)  # type: ignore[arg-type]
+        assert isinstance(linear, Linear | QuantizedLinear)
+        matrix = linear.weight if isinstance(linear, Linear) else linear.quantized
+        made = packed.pack(matrix, linear.bias, gated=gated)
         self.numbers += [made.format, made.places, self.size]
         self.piece(made.data)
 

@@ -7,6 +7,7 @@ is not changed. The packed copy has the weight's own size.
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, NamedTuple
 
 import torch
@@ -38,9 +39,7 @@ class Packed(NamedTuple):
 
 def panel_width() -> int:
     """Outputs in a panel, for the instruction set in use."""
-    from minilm import _C
-
-    return int(_C.panel_width())
+    return int(importlib.import_module("minilm._C").panel_width())
 
 
 def places(rows: int, gated: bool) -> Tensor:
@@ -98,7 +97,7 @@ def kept(weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Packed:
     """The packed weight, made at the first call and again when weight or bias have changed."""
     key = weight.codes if isinstance(weight, QuantizedWeight) else weight
     stamp = (key.data_ptr(), version(key), None if bias is None else (bias.data_ptr(), version(bias)))
-    entry = _kept.get(key)
+    entry = _kept.get(key, None)  # type: ignore[no-untyped-call]
     if entry is None or entry[0] != stamp:
         entry = _kept[key] = (stamp, pack(weight, bias))
     packed: Packed = entry[1]
