@@ -1,0 +1,187 @@
+"""The configurations in use: calls of the launchers at the shapes of real models, for the compile report.
+
+A case does not say what is compiled. It calls the launcher, and `launches` notes what the launcher asks
+Triton for: which kernels, the types of the arguments and which of them are divisible by 16, the constants,
+warps and stages, as the heuristics choose them for a chip. Nothing runs, and no GPU is needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from . import attention, norm
+from .devices import CHIPS, assume
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+
+
+class Expected(NamedTuple):
+    """What the machine code of one jit function must show."""
+
+    tensor_cores: str = ""
+    """"full": the chip's largest instruction (mma.sync, wgmma, tcgen05) and no smaller one; "small": any, for
+    tiles of fewer rows than wgmma has; "": none."""
+    width: int = 16
+    """At least half of the bytes are loaded so many at a time; 0: it does not matter."""
+    spills: Mapping[str, str] = {}
+    """Chips where registers may spill to memory, each with the reason why that is accepted."""
+
+
+class Case(NamedTuple):
+    """One call at a shape in use."""
+
+    kernel: str
+    """The file in kernels/."""
+    name: str
+    call: Callable[[], object]
+    expected: Mapping[str, Expected]
+    """By the name of the jit function: all that the call launches."""
+
+
+class Launch(NamedTuple):
+    """What a launcher asked Triton to compile; plain data, so that another process can."""
+
+    module: str
+    function: str
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    num_warps: int
+    num_stages: int
+
+
+class _Driver:
+    """What Triton's launch path asks of a driver, answered for a chip that is not here."""
+
+    def __init__(self, chip: str) -> None:
+        self.capability = int(chip.removeprefix("sm_"))
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # Triton keeps the target by the number of the device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextmanager
+def recording(chip: str) -> Iterator[list[Launch]]:
+    """Inside, launchers choose for `chip`, and their launches are noted in the list instead of being run."""
+    found: list[Launch] = []
+
+    def note(*, fn: Any, compile: dict[str, Any], **rest: Any) -> bool:
+        (attributes,) = compile["configs"]
+        found.append(
+            Launch(
+                fn.module, fn.name, compile["signature"], compile["constants"], attributes,
+                compile["num_warps"], compile["num_stages"],
+            )
+        )  # fmt: skip
+        return True  # done: neither compiled nor launched
+
+    before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
+    driver.set_active(_Driver(chip))
+    try:
+        with assume(CHIPS[chip]):
+            yield found
+    finally:
+        if torch.cuda.is_available():  # else there is no driver to go back to
+            driver.reset_active()
+        knobs.runtime.jit_cache_hook = before
+
+
+def launches(case: Case, chip: str) -> list[Launch]:
+    """What the case's launcher asks for on `chip`; raises if that is not what the case expects."""
+    with recording(chip) as found:
+        case.call()
+    names = sorted({launch.function for launch in found})
+    if names != sorted(case.expected):
+        raise ValueError(f"{case.kernel}, {case.name}: launches {names}, expected {sorted(case.expected)}")
+    return found
+
+
+def _norm(name: str, channels: int, dtype: torch.dtype, *, add: bool = True, rms: bool = False) -> Case:
+    """4,096 rows, forward and backward."""
+
+    def call() -> None:
+        x = torch.empty(4096, channels, dtype=dtype, requires_grad=True)
+        w = torch.empty(channels, dtype=dtype)
+        y, total, _, _ = norm.norm(x, x.detach() if add else None, w, None if rms else w, 1e-5, rms)
+        torch.autograd.backward([y, total] if add else [y], [y, total] if add else [y])
+
+    kind = ("add_" if add else "") + ("rms_norm" if rms else "layer_norm")
+    columns = Expected(width=8)  # the second tile has four columns a lane
+    expected = {"_forward": columns, "_backward": columns}
+    return Case("norm", f"{name}, {kind}, C={channels}, {_short(dtype)}", call, expected)
+
+
+def _attention(
+    name: str, length: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, *,
+    causal: bool = False, window: int = 0, cap: float = 0.0, bias: bool = False, alibi: bool = False,
+    dropout: float = 0.0,
+    **expected: Expected,
+) -> Case:  # fmt: skip
+    """Two sequences of `length`, q, k and v side by side as one product leaves them; forward and backward."""
+
+    def call() -> None:
+        packed = torch.empty(2 * length, heads + 2 * kv_heads, head_dim, dtype=dtype, requires_grad=True)
+        q, k, v = packed.split([heads, kv_heads, kv_heads], dim=1)
+        cu = _cumulative(length, length)
+        b = torch.empty(heads, length, length, dtype=dtype, requires_grad=True) if bias else None
+        slopes = torch.empty(heads) if alibi else None
+        o, _ = attention.attention_op(
+            q, k, v, b, slopes, cu, cu, length, length, head_dim**-0.5, causal, window, cap, dropout, 1
+        )
+        o.backward(o)
+
+    dots = Expected("full" if dtype != FP32 else "")
+    options = {"causal": causal, f"window {window}": window, "soft-cap": cap, "ALiBi": alibi}
+    options |= {"bias": bias, "dropout": dropout}
+    title = ", ".join([name, f"D={head_dim}", f"S={length}", *(n for n, on in options.items() if on)])
+    functions = {"_forward": dots, "_dq": dots, "_dkdv": dots} | ({"_dbias": dots} if bias else {})
+    return Case("attention", f"{title}, {_short(dtype)}", call, functions | expected)
+
+
+def _cumulative(*lengths: int) -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+
+
+def _short(dtype: torch.dtype) -> str:
+    return {BF16: "bf16", FP16: "fp16", FP32: "fp32"}[dtype]
+
+
+CASES = (
+    _norm("MiniLM", 384, BF16),
+    _norm("MiniLM", 384, FP16),
+    _norm("MiniLM", 384, FP32),
+    _norm("BERT-base", 768, BF16, add=False),
+    _norm("GPT-2", 768, FP16),
+    _norm("SmolLM2", 576, BF16, rms=True),
+    _norm("Llama-1B", 2048, BF16, rms=True),
+    _norm("Llama-8B", 4096, BF16, rms=True),
+    _norm("Llama-8B", 4096, FP32, add=False, rms=True),
+    _attention("MiniLM", 128, 12, 12, 32, BF16),
+    _attention("MiniLM", 512, 12, 12, 32, FP16),
+    _attention("MiniLM", 512, 12, 12, 32, FP32),
+    _attention("BERT-base", 512, 12, 12, 64, BF16, dropout=0.1),
+    _attention("GPT-2", 1024, 12, 12, 64, FP16, causal=True),
+    _attention("SmolLM2", 2048, 9, 3, 64, BF16, causal=True),
+    _attention("SmolLM2", 2048, 9, 3, 64, FP32, causal=True),
+    _attention("Llama-8B", 4096, 32, 8, 128, BF16, causal=True),
+    _attention("Llama-8B", 4096, 32, 8, 128, FP32, causal=True),
+    _attention("Mistral", 4096, 32, 8, 128, BF16, causal=True, window=1024),
+    _attention("T5", 512, 12, 12, 64, BF16, bias=True),
+    _attention("MPT", 2048, 32, 32, 128, BF16, causal=True, alibi=True),
+    _attention("Gemma-2", 2048, 8, 4, 256, BF16, causal=True, cap=50.0),
+)
