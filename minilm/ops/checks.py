@@ -150,8 +150,8 @@ def scales(op: str, pages: Tensor, k_scales: Tensor | None, v_scales: Tensor | N
     for name, x in (("k_scales", k_scales), ("v_scales", v_scales)):
         if (x is not None) != (pages.dtype == torch.int8):
             raise ValueError(
-                f"{op}: pages of {pages.dtype} come {'without' if x is not None else 'with'} {name}, and it is "
-                f"{'None' if x is None else f'{x.dtype} {list(x.shape)}'}"
+                f"{op}: int8 pages come with {name} and others without, and pages of {pages.dtype} come "
+                f"with {'None' if x is None else f'{x.dtype} {list(x.shape)}'}"
             )
         if x is None:
             continue

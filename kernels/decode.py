@@ -1,0 +1,258 @@
+"""Attention of new tokens over a paged cache: decoding, and the chunks of a long prompt.
+
+The context of each sequence is cut into parts, which different programs take (Flash-Decoding, Dao et al.
+2023). For part s, over its blocks of keys j, in base 2, where s_j = log2(e) scale q k_j (kernels/attention.py
+has the recurrence for m, l, o):
+
+    o_s = sum_j 2^(s_j - m_s) v_j / l_s      l_s = sum_j 2^(s_j - m_s)      e_s = m_s + log2 l_s
+    o   = sum_s 2^(e_s - e) o_s / sum_s 2^(e_s - e)      e = max_s e_s      a part without keys: e_s = -inf
+
+With one part o_0 is the result and is written as such. The heads of a group read the same keys, so they and
+the new tokens of the sequence are the rows of one product: row r is token r // G of head r % G.
+
+Layout: q [T, H, D]; pages [pages, page size, Hkv, D], any strides; token t of sequence b lies in slot
+t % page size of page block_table[b, t // page size]. int8 pages stand for pages * scales, one float32 a slot
+and head: k's go to the scores, and v is widened to q's type in registers.
+
+Bytes: each visible key and value once, 2 S Hkv D (D + 4 in int8) a sequence, q and o; with parts also their
+results, 4 (D + 1) for each row and part, written and read. Operations: 4 S D a head. A step of one token has
+2 G operations a byte of a 16-bit cache, far below what a GPU can do, so memory is the limit: what counts is
+that enough loads are in flight on every multiprocessor (`heuristics.context_splits`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from .attention import LOG2E, dot
+from .devices import device_of
+from .heuristics import combine_warps, context_splits, next_power_of_2, paged_block
+from .registration import kernel_op
+
+
+def twin(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, window: int | None, splits: int, block: int
+) -> np.ndarray:
+    """The algorithm for one sequence and the heads of one group, in NumPy: q [new tokens, G, D], k and v
+    [S, D] -> [new tokens, G, D]."""
+    new, group, size = q.shape
+    at = len(k) - new + np.arange(new * group) // group  # the key at which row r stands
+    low = 0 if window is None else max(0, at[0] - window + 1)
+    blocks = -(-(len(k) - low) // block)
+    part = -(-blocks // splits) * block
+    o, e = np.zeros((splits, new * group, size)), np.full((splits, new * group), -np.inf)
+    for split in range(splits):
+        j = np.arange(low + split * part, min(low + (split + 1) * part, len(k)))
+        distance = at[:, None] - j
+        seen = (distance >= 0) & (distance < (window or len(k)))
+        s = np.where(seen, q.reshape(-1, size) @ k[j].T * (scale * 1.4426950408889634), -np.inf)
+        m = s.max(1, initial=-np.inf)
+        p = np.exp2(s - np.where(np.isinf(m), 0, m)[:, None])
+        l = p.sum(1)
+        e[split] = np.where(l == 0, -np.inf, m + np.log2(np.where(l == 0, 1, l)))
+        o[split] = p @ v[j] / np.where(l == 0, 1, l)[:, None]
+    weight = np.exp2(e - e.max(0))
+    return ((weight[..., None] * o).sum(0) / weight.sum(0)[:, None]).reshape(q.shape)
+
+
+@triton.jit
+def _slots(TABLE, j, stop, PAGE: tl.constexpr):
+    """Where the keys j below `stop` lie."""
+    return tl.load(TABLE + j // PAGE, mask=j < stop, other=0).to(tl.int64) * PAGE + j % PAGE
+
+
+@triton.jit
+def _attend(
+    o, l, m, q, K, V, K_SCALES, V_SCALES, TABLE, k_s, k_d, v_s, v_d, at, d, start, stop, high,
+    scale, window, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    PAGE: tl.constexpr, WINDOW: tl.constexpr, INT8: tl.constexpr, MASK: tl.constexpr,
+):  # fmt: skip
+    slot = _slots(TABLE, start + tl.arange(0, BLOCK_N), stop, PAGE)
+    for n0 in range(start, stop, BLOCK_N):
+        j = n0 + tl.arange(0, BLOCK_N)
+        real = j < high if MASK else None
+        here = None
+        if MASK and BLOCK_D != D:
+            here = real[:, None] & (d[None, :] < D)
+        elif MASK:
+            here = real[:, None]
+        elif BLOCK_D != D:
+            here = d[None, :] < D
+        zero = 0.0 if here is not None else None
+        k = tl.load(K + slot[:, None] * k_s + d[None, :] * k_d, mask=here, other=zero)
+        v = tl.load(V + slot[:, None] * v_s + d[None, :] * v_d, mask=here, other=zero)
+        scale_k = tl.load(K_SCALES + slot * HKV, mask=real, other=0.0 if MASK else None) if INT8 else 1.0
+        scale_v = tl.load(V_SCALES + slot * HKV, mask=real, other=0.0 if MASK else None) if INT8 else 1.0
+        # For the next round already: loads that wait for this one would wait for each other in every round.
+        slot = _slots(TABLE, j + BLOCK_N, stop, PAGE)
+        s = dot(q, tl.trans(k.to(q.dtype)), tl.zeros([q.shape[0], BLOCK_N], tl.float32)) * (scale * LOG2E)
+        if INT8:
+            s *= scale_k[None, :]
+            v = v.to(tl.float32) * scale_v[:, None]
+        if MASK:
+            distance = at[:, None] - j[None, :]
+            seen = distance >= 0
+            if WINDOW:
+                seen = seen & (distance < window)
+            s = tl.where(seen, s, float("-inf"))
+        new = tl.maximum(m, tl.max(s, axis=1))
+        base = tl.where(new == float("-inf"), 0.0, new) if MASK else new
+        p = tl.exp2(s - base[:, None])
+        shrink = tl.exp2(m - base)
+        l = l * shrink + tl.sum(p, axis=1)
+        o = dot(p.to(q.dtype), v.to(q.dtype), o * shrink[:, None])
+        m = new
+    return o, l, m
+
+
+@triton.jit
+def _decode(
+    Q, K, V, K_SCALES, V_SCALES, O, LSE, TABLE, CU_Q, CONTEXT,
+    q_t, q_h, q_d, k_s, k_h, k_d, v_s, v_h, v_d, table_b, tokens, row_tiles, scale, window,
+    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, INT8: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    kv_head = tl.program_id(0) % HKV  # heads of one page run side by side
+    tile = tl.program_id(0) // HKV
+    sequence = tile // row_tiles
+    q_start = tl.load(CU_Q + sequence)
+    q_len = tl.load(CU_Q + sequence + 1) - q_start
+    m0 = (tile % row_tiles) * BLOCK_M
+    GROUP: tl.constexpr = H // HKV
+    if m0 >= q_len * GROUP:
+        return
+    row = m0 + tl.arange(0, BLOCK_M)
+    d = tl.arange(0, BLOCK_D)
+    real = (row[:, None] < q_len * GROUP) & (d[None, :] < D)
+    token = q_start.to(tl.int64) + row // GROUP
+    head = kv_head * GROUP + row % GROUP
+    q = tl.load(Q + token[:, None] * q_t + head[:, None] * q_h + d[None, :] * q_d, mask=real, other=0.0)
+
+    # Keys that the first and the last row see end at `first` and `last`.
+    offset = tl.load(CONTEXT + sequence) - q_len
+    first = offset + m0 // GROUP
+    last = offset + min((m0 + BLOCK_M - 1) // GROUP, q_len - 1)
+    high = last + 1
+    low = max(first - window + 1, 0) if WINDOW else 0
+    part = tl.cdiv(tl.cdiv(max(high - low, 0), BLOCK_N), SPLITS) * BLOCK_N
+    start = low + tl.program_id(1) * part
+    stop = min(start + part, high)
+
+    K += kv_head * k_h
+    V += kv_head * v_h
+    K_SCALES += kv_head
+    V_SCALES += kv_head
+    TABLE += sequence.to(tl.int64) * table_b
+    at = offset + row // GROUP
+    o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    if BLOCK_M > 16:  # else masks are cheaper than to fill the pipeline of a second loop
+        full_low = max(last - window + 1, 0) if WINDOW else 0
+        full_start = max(start, min(low + tl.cdiv(full_low - low, BLOCK_N) * BLOCK_N, stop))
+        full_stop = max(full_start, min(low + max(first + 1 - low, 0) // BLOCK_N * BLOCK_N, stop))
+        if WINDOW:
+            o, l, m = _attend(
+                o, l, m, q, K, V, K_SCALES, V_SCALES, TABLE, k_s, k_d, v_s, v_d, at, d, start, full_start,
+                high, scale, window, HKV, D, BLOCK_D, BLOCK_N, PAGE, WINDOW, INT8, True,
+            )  # fmt: skip
+        o, l, m = _attend(
+            o, l, m, q, K, V, K_SCALES, V_SCALES, TABLE, k_s, k_d, v_s, v_d, at, d, full_start, full_stop,
+            high, scale, window, HKV, D, BLOCK_D, BLOCK_N, PAGE, WINDOW, INT8, False,
+        )  # fmt: skip
+        start = full_stop
+    o, l, m = _attend(
+        o, l, m, q, K, V, K_SCALES, V_SCALES, TABLE, k_s, k_d, v_s, v_d, at, d, start, stop, high,
+        scale, window, HKV, D, BLOCK_D, BLOCK_N, PAGE, WINDOW, INT8, True,
+    )  # fmt: skip
+    nothing = l == 0.0
+    o = o / tl.where(nothing, 1.0, l)[:, None]
+    place = token * H + head
+    if SPLITS > 1:
+        place += tl.program_id(1).to(tl.int64) * tokens * H
+        lse = tl.where(nothing, float("-inf"), m + tl.log2(tl.where(nothing, 1.0, l)))
+        tl.store(LSE + place, lse, mask=row < q_len * GROUP)
+    tl.store(O + place[:, None] * D + d[None, :], o.to(O.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _combine(PARTS, LSE, O, rows, D: tl.constexpr, BLOCK_D: tl.constexpr,
+             SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, BLOCK_S)
+    d = tl.arange(0, BLOCK_D)
+    lse = tl.load(LSE + s * rows + row, mask=s < SPLITS, other=float("-inf"))
+    top = tl.max(lse, axis=0)
+    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
+    # A part without keys has weight 0, and 0 times what it holds need not be 0: it is not read.
+    here = (lse > float("-inf"))[:, None] & (d < D)[None, :]
+    parts = tl.load(PARTS + (s[:, None] * rows + row) * D + d[None, :], mask=here, other=0.0)
+    total = tl.sum(weight, axis=0)
+    o = tl.sum(parts * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    tl.store(O + row * D + d, o.to(O.dtype.element_ty), mask=d < D)
+
+
+@kernel_op("minilm_triton::paged_attention", mutates_args={})
+def paged_attention_op(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, k_scales: Tensor | None, v_scales: Tensor | None,
+    block_table: Tensor, cu_q: Tensor, context_lens: Tensor, max_q: int, max_context: int, scale: float,
+    window: int, splits: int,
+) -> Tensor:  # fmt: skip
+    """[T, H, D] in q's dtype. Scales, of int8 pages, are contiguous; window 0 is none; splits 0 lets
+    `heuristics.context_splits` choose."""
+    block_table = block_table.contiguous()
+    tokens, heads, size = q.shape
+    page_size, kv_heads = k_pages.shape[1:3]
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if tokens == 0:
+        return out
+    group = heads // kv_heads
+    device = device_of(q.device)
+    block = paged_block(size, max(q.element_size(), k_pages.element_size()), max_q * group, device)
+    row_tiles = triton.cdiv(max_q * group, block.queries)
+    programs = len(context_lens) * row_tiles * kv_heads
+    if splits == 0:
+        visible = min(max_context, window + max_q - 1) if window else max_context
+        splits = context_splits(programs, triton.cdiv(visible, block.keys), device.processors)
+    parts, lse = out, out
+    if splits > 1:
+        parts = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
+        lse = torch.empty(splits, tokens, heads, dtype=torch.float32, device=q.device)
+    k, v = k_pages.view(-1, kv_heads, size), v_pages.view(-1, kv_heads, size)
+    block_d = max(16, next_power_of_2(size))
+    wrap_triton(_decode)[(programs, splits)](
+        q, k, v, k if k_scales is None else k_scales, v if v_scales is None else v_scales, parts, lse,
+        block_table, cu_q, context_lens, *q.stride(), *k.stride(), *v.stride(), block_table.stride(0), tokens,
+        row_tiles, scale, window, H=heads, HKV=kv_heads, D=size, BLOCK_D=block_d,
+        BLOCK_M=block.queries, BLOCK_N=block.keys, PAGE=page_size,
+        WINDOW=window > 0, INT8=k_scales is not None, SPLITS=splits,
+        num_warps=block.num_warps, num_stages=block.num_stages,
+    )  # fmt: skip
+    if splits > 1:
+        wrap_triton(_combine)[(tokens * heads,)](
+            parts, lse, out, tokens * heads, D=size, BLOCK_D=block_d,
+            SPLITS=splits, BLOCK_S=next_power_of_2(splits), num_warps=combine_warps(splits, block_d),
+        )  # fmt: skip
+    return out
+
+
+@paged_attention_op.register_fake
+def _(q, k_pages, v_pages, k_scales, v_scales, block_table, cu_q, context_lens, *rest):
+    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
+
+
+def paged_attention(
+    q: Tensor, k_pages: Tensor, v_pages: Tensor, block_table: Tensor, cu_seqlens_q: Tensor,
+    context_lens: Tensor, max_seqlen_q: int, max_context: int, scale: float, window: int | None,
+    k_scales: Tensor | None = None, v_scales: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """As `minilm.ops.paged_attention`."""
+    return paged_attention_op(
+        q, k_pages, v_pages, k_scales, v_scales, block_table, cu_seqlens_q, context_lens, max_seqlen_q,
+        max_context, scale, window or 0, 0,
+    )  # fmt: skip
