@@ -323,3 +323,7 @@ def gated(x: Tensor, activation: str) -> Tensor:
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     return F.cross_entropy(_wide(logits), labels, ignore_index=ignore_index)
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    return cross_entropy(F.linear(hidden, weight), labels, ignore_index)
