@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,12 +20,14 @@ from pathlib import Path
 
 import torch
 
+from .archs.family import Head
 from .auto import as_dtype, read_config
 from .checkpoint import Checkpoint, open_checkpoint
 from .heads import MODELS
 from .hub import CONFIG_FILES, SENTENCE_FILES, TOKENIZER_FILES, VOCABULARY_FILES, WEIGHT_FILES, resolve
 from .models import PreTrainedModel
 from .summary import fitting_head, named_head, on_meta, planned
+from .weights import LoadReport
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,13 @@ class Conversion:
     folder: Path
     architecture: str
     """The class that loads it, as transformers calls it."""
+    head: Head
     dtype: torch.dtype
     parameters: int
+    quantised: dict[str, int]
+    """Formats, and how many matrices are in each; empty where all is floating."""
+    floating: dict[str, str]
+    """Our names of matrices that were to be quantised, and why they could not be."""
     files: dict[str, int]
     """Names, relative to the folder, and sizes in bytes."""
     left_out: dict[str, str]
@@ -50,19 +58,22 @@ def convert(
     dtype: torch.dtype | str | None = None,
     force: bool = False,
     max_shard_size: str = "5GB",
+    weights: str = "float",
 ) -> Conversion:
     """Write the model called `source` (a folder, a GGUF file, a name on the hub) to the folder `destination`.
 
     `dtype` of the weights; None keeps the source's (GGUF: float32). `force` replaces the checkpoint in a
     folder that is not empty: the files that belong to a model there go, others stay. The tokenizer's files,
     and the modules of sentence-transformers, come along. A head that the source lacks is not made up.
+    `weights`: as of `from_pretrained`; a quantised folder is one that only minilm loads.
 
     Raises ValueError (a destination that may not be written), and what loading and saving raise.
     """
     path, folder = resolve(source), Path(destination).expanduser()
     as_dtype(dtype)
     _check_destination(folder, path, force)
-    model = _load(path, dtype)
+    model = _load(path, dtype, weights)
+    report = model.load_report or LoadReport()
     with _appearing(folder) as temporary:
         model.save_pretrained(temporary, max_shard_size=max_shard_size)
         tokenizer = _write_tokenizer(path, temporary)
@@ -72,10 +83,13 @@ def convert(
     return Conversion(
         folder=folder,
         architecture=model.family.class_name(model.head_kind),
+        head=model.head_kind,
         dtype=model.dtype,
         parameters=model.num_parameters(),
+        quantised=dict(Counter(report.quantised.values())),
+        floating=dict(report.floating),
         files=files,
-        left_out={} if model.load_report is None else dict(model.load_report.skipped),
+        left_out=dict(report.skipped),
         tokenizer=tokenizer,
     )
 
@@ -92,7 +106,7 @@ def _check_destination(folder: Path, source: Path, force: bool) -> None:
         )
 
 
-def _load(path: Path, dtype: torch.dtype | str | None) -> PreTrainedModel:
+def _load(path: Path, dtype: torch.dtype | str | None, weights: str) -> PreTrainedModel:
     config = read_config(path)
     with open_checkpoint(path) as checkpoint:
         head = named_head(config)
@@ -100,12 +114,12 @@ def _load(path: Path, dtype: torch.dtype | str | None) -> PreTrainedModel:
             head = fitting_head(config, checkpoint)
         missing = _initialised(on_meta(config, head), checkpoint)
     if head == "base" and missing and all(name.startswith("pooler.") for name in missing):
-        return MODELS[head].from_pretrained(path, dtype=dtype, add_pooling_layer=False)
+        return MODELS[head].from_pretrained(path, dtype=dtype, weights=weights, add_pooling_layer=False)
     if missing:
         raise ValueError(
             f"{path}: the weights of {', '.join(missing)} are missing, so there is no model to convert"
         )
-    return MODELS[head].from_pretrained(path, dtype=dtype)
+    return MODELS[head].from_pretrained(path, dtype=dtype, weights=weights)
 
 
 def _initialised(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:

@@ -41,6 +41,7 @@ class CrossEncoder(nn.Module):
         max_length: of a pair, in tokens; longer ones are cut. None: as the tokenizer says.
         device: where to; None takes the GPU if there is one.
         dtype: of the weights; None: as the checkpoint says.
+        weights: quantises them, see `minilm.auto.from_pretrained`.
         activation_fn: what makes scores of logits; None: as the model says, or else the sigmoid if there is
             one label and nothing if there are several.
         options: `revision`, `cache_folder`, `token`, `local_files_only` for the hub; `model_kwargs` and
@@ -55,6 +56,7 @@ class CrossEncoder(nn.Module):
         max_length: int | None = None,
         device: str | int | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
+        weights: str | None = None,
         activation_fn: Callable[[Tensor], Tensor] | None = None,
         **options: Any,
     ) -> None:
@@ -77,7 +79,9 @@ class CrossEncoder(nn.Module):
         if num_labels is not None:
             model_options["num_labels"] = num_labels
         self.model = AutoModelForSequenceClassification.from_pretrained(
-            path, device=default_device() if device is None else device, **{"dtype": dtype, **model_options}
+            path,
+            device=default_device() if device is None else device,
+            **{"dtype": dtype, "weights": weights, **model_options},
         )
         self.tokenizer = AutoTokenizer.from_pretrained(path, **tokenizer_options)
         if max_length is not None:

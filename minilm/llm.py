@@ -63,10 +63,11 @@ class LLM:
     """A decoder with its tokenizer, behind one engine; calls from several threads share it.
 
     `model`: a name, a folder, a GGUF file, or a loaded model. `tokenizer`: another name, or a loaded one.
-    `dtype`: of the weights, by default the checkpoint's. `device`: by default a GPU if there is one.
-    `seed`: with it, a program draws the same texts each time it runs (else they hang on torch's global
-    generator). `max_model_len`: a smaller window. `max_num_seqs`, `max_num_batched_tokens`: see `Engine`.
-    Further options go to `from_pretrained`.
+    `dtype`: of the weights, by default the checkpoint's. `weights`: quantises them, as "q4" or "q8", or takes
+    those of a GGUF file as they are ("gguf"); see `minilm.auto.from_pretrained`. `device`: by default a GPU
+    if there is one. `seed`: with it, a program draws the same texts each time it runs (else they hang on
+    torch's global generator). `max_model_len`: a smaller window. `max_num_seqs`, `max_num_batched_tokens`:
+    see `Engine`. Further options go to `from_pretrained`.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class LLM:
         *,
         tokenizer: Any = None,
         dtype: torch.dtype | str | None = None,
+        weights: str | None = None,
         device: torch.device | str | int | None = None,
         seed: int | None = None,
         max_model_len: int | None = None,
@@ -87,11 +89,15 @@ class LLM:
             raise ValueError(f"tensor_parallel_size must be 1, and is {tensor_parallel_size}")
         options = {name: value for name, value in options.items() if name not in NO_EFFECT}
         if isinstance(model, AutoModelForCausalLM):
+            if weights is not None:
+                raise ValueError("weights= quantises a model as it is loaded, and this one is: give its name")
             self.model = model
         else:
             if device is None:
                 device = "cuda" if torch.cuda.is_available() else "cpu"
-            self.model = AutoModelForCausalLM.from_pretrained(model, dtype=dtype, device=device, **options)
+            self.model = AutoModelForCausalLM.from_pretrained(
+                model, dtype=dtype, weights=weights, device=device, **options
+            )
         self.tokenizer = self._tokenizer(tokenizer, model, options)
         window = context_window(self.model.spec)
         if max_model_len is not None and window is not None and not 1 <= max_model_len <= window:

@@ -46,6 +46,8 @@ class SentenceEncoder(nn.Module):
         modules: instead of a name, a `Transformer` and what follows it.
         device: where to; None takes the GPU if there is one.
         dtype: of the weights; None: as the checkpoint says.
+        weights: quantises them, as "int8" or "q8" (`minilm.auto.from_pretrained`); dtype is then that of the
+            rest.
         prompts: name -> text that is put before the texts; prompts of the model that are not named stay.
         default_prompt_name: the prompt of calls that name none.
         similarity_fn_name: cosine, dot, euclidean or manhattan; None: as the model says, or cosine.
@@ -63,6 +65,7 @@ class SentenceEncoder(nn.Module):
         modules: Sequence[nn.Module] | None = None,
         device: str | int | torch.device | None = None,
         dtype: torch.dtype | str | None = None,
+        weights: str | None = None,
         prompts: dict[str, str] | None = None,
         default_prompt_name: str | None = None,
         similarity_fn_name: str | None = None,
@@ -75,6 +78,8 @@ class SentenceEncoder(nn.Module):
             raise ValueError("give exactly one of model_name_or_path and modules")
         if device is None:
             device = default_device()
+        if weights is not None:
+            options["model_kwargs"] = {"weights": weights, **(options.get("model_kwargs") or {})}
         if model_name_or_path is not None:
             modules, stored = load(model_name_or_path, device, dtype, options)
         elif options:

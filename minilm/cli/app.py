@@ -87,9 +87,9 @@ def _options(
 
 
 def _add_commands() -> None:
-    from . import bench, encode, files, machine, tasks, write
+    from . import bench, encode, files, machine, quantize, tasks, write
 
-    for module in (encode, tasks, write, files, machine, bench):
+    for module in (encode, tasks, write, files, quantize, machine, bench):
         module.add_to(app)
 
 

@@ -121,7 +121,7 @@ def similar(
 def _encoder(model: str, device: Any, run: Runtime) -> SentenceEncoder:
     from ..sentence import SentenceEncoder
 
-    return SentenceEncoder(model, device=device, dtype=run.dtype)
+    return SentenceEncoder(model, device=device, dtype=run.dtype, weights=run.weights)
 
 
 def _encode(

@@ -99,6 +99,14 @@ class Runtime:
         typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:1; if not given, a GPU if there is one."),
     ] = None
     dtype: DType = None
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FORMAT",
+            help="Quantise the weights: int8, q8_0 (q8), q4_0 or q4_1 (q4); gguf takes those of a GGUF file "
+            "as they are.",
+        ),
+    ] = None
     backend: Annotated[
         str | None,
         typer.Option(

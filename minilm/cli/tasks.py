@@ -220,7 +220,7 @@ def _pipeline(task: str, model: str, device: Any, run: Runtime, untrained: bool)
     level = log.level
     log.setLevel(logging.ERROR)
     try:
-        pipe = pipeline(task, model=model, device=device, dtype=run.dtype)
+        pipe = pipeline(task, model=model, device=device, dtype=run.dtype, weights=run.weights)
     finally:
         log.setLevel(level)
     missing = pipe.model.load_report.initialised

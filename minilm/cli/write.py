@@ -166,7 +166,7 @@ def chat(
 def _llm(model: str, device: Any, run: Runtime) -> LLM:
     from ..llm import LLM
 
-    return LLM(model, device=device, dtype=run.dtype)
+    return LLM(model, device=device, dtype=run.dtype, weights=run.weights)
 
 
 def _completion(answer: Any) -> Record:

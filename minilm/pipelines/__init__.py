@@ -60,6 +60,7 @@ def pipeline(
     tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
     device: str | int | torch.device | None = None,
     dtype: torch.dtype | str | None = None,
+    weights: str | None = None,
     batch_size: int | None = None,
     model_kwargs: dict[str, Any] | None = None,
     **options: Any,
@@ -74,6 +75,7 @@ def pipeline(
         device: where to; -1 is the CPU, a number a GPU; None takes the GPU if there is one, or leaves a
             loaded model.
         dtype: of the weights; None: as the checkpoint says.
+        weights: quantises them, see `minilm.auto.from_pretrained`; not for a loaded model.
         batch_size: the most texts that go through the model at once.
         model_kwargs: for `from_pretrained` of the model.
         options: of the task, see its class; `revision`, `cache_dir`, `token`, `local_files_only` are for
@@ -100,12 +102,21 @@ def pipeline(
             raise ValueError(
                 f"{name} needs an {cls.model_class.__name__}, and the model is a {type(model).__name__}"
             )
+        if weights is not None:
+            raise ValueError("weights= quantises a model as it is loaded, and this one is: give its name")
         loaded = model if device is None else model.to(_device(device))
         if dtype is not None:
             loaded = loaded.to(dtype=getattr(torch, str(dtype).removeprefix("torch.")))
     else:
         more = {"add_pooling_layer": False} if cls is FeatureExtractionPipeline else {}
-        made = {"dtype": dtype, "device": _device(device), **more, **hub, **(model_kwargs or {})}
+        made = {
+            "dtype": dtype,
+            "weights": weights,
+            "device": _device(device),
+            **more,
+            **hub,
+            **(model_kwargs or {}),
+        }
         loaded = cls.model_class.from_pretrained(model, **made)
     if not isinstance(tokenizer, Tokenizer):
         source = tokenizer or (loaded.name_or_path if isinstance(model, PreTrainedModel) else model)

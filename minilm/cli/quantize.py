@@ -1,0 +1,131 @@
+"""`quantize`: a model with fewer bits a weight, and what that costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .errors import warn
+from .options import MODEL_HELP, DType, command
+from .results import Record, quantity, size
+from .texts import read_items
+
+if TYPE_CHECKING:
+    from ..quantize import Quantization
+
+PANEL = "Files"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the command of this file."""
+    command(
+        app,
+        "quantize",
+        panel=PANEL,
+        examples="""
+            minilm quantize SmolLM2-135M-Instruct smollm2-q4 --weights q4
+            minilm quantize all-MiniLM-L6-v2 minilm-int8 --weights int8 --texts sentences.txt
+            """,
+    )(quantize)
+
+
+def quantize(
+    source: Annotated[str, typer.Argument(metavar="SRC", help=MODEL_HELP)],
+    destination: Annotated[Path, typer.Argument(metavar="DST", help="The folder to write.")],
+    weights: Annotated[
+        str,
+        typer.Option(
+            "--weights",
+            "-w",
+            metavar="FORMAT",
+            help="int8, q8_0 (q8), q4_0 or q4_1 (q4); gguf takes the formats of a GGUF file as they are.",
+        ),
+    ] = "q4",
+    dtype: DType = None,
+    texts: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="FILE",
+            help="Measure the error on these texts: one a line, or JSON lines (.jsonl); if not given, on "
+            "documentation that comes with Python. Repeatable.",
+        ),
+    ] = None,
+    tokens: Annotated[
+        int, typer.Option(min=2, metavar="N", help="Of a decoder's texts, the first N tokens count.")
+    ] = 2048,
+    force: Annotated[
+        bool, typer.Option("--force", help="Replace the model in a folder that is not empty.")
+    ] = False,
+    max_shard_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Cut larger weights into several files.")
+    ] = "5GB",
+    as_json: Annotated[bool, typer.Option("--json", help="The figures as one JSON object.")] = False,
+) -> None:
+    """Write a model with quantised weights as a folder, and measure the error against float32.
+
+    For an encoder the error is the cosine of its embeddings with those in float32, for a decoder its
+    perplexity beside that in float32. Every command and `from_pretrained` load the folder by its name.
+    """
+    given = [item.text for item in read_items([], texts, None)] if texts else None
+    from ..quantize import quantize as run
+
+    done = run(
+        source,
+        destination,
+        weights=weights,
+        dtype=dtype,
+        texts=given,
+        tokens=tokens,
+        force=force,
+        max_shard_size=max_shard_size,
+    )
+    for name, reason in done.conversion.floating.items():
+        warn(f"{name} is not quantised: {reason}")
+    if done.error is None:
+        warn(f"{source} has no tokenizer, so the error was not measured")
+    if as_json:
+        typer.echo(json.dumps(_record(done), ensure_ascii=False))
+        return
+    formats = ", ".join(f"{count} matrices in {name}" for name, count in done.conversion.quantised.items())
+    typer.echo(
+        f"{done.conversion.folder}: {done.conversion.architecture}, "
+        f"{quantity(done.conversion.parameters)} parameters, {formats or 'nothing quantised'}\n"
+        f"weights: {size(done.before)} before, {size(done.after)} now"
+    )
+    if done.error is not None:
+        typer.echo(_error(done))
+
+
+def _error(done: Quantization) -> str:
+    from ..quantize import Perplexities
+
+    error = done.error
+    if isinstance(error, Perplexities):
+        change = 100 * (error.quantised / error.floating - 1)
+        return (
+            f"perplexity: {error.floating:.4g} in float32, {error.quantised:.4g} now ({change:+.2f} %), "
+            f"on {error.tokens:,} tokens"
+        )
+    assert error is not None
+    return (
+        f"cosine of embeddings with those in float32: {error.mean:.6f} on average, {error.worst:.6f} at the "
+        f"worst, of {error.count:,} texts"
+    )
+
+
+def _record(done: Quantization) -> Record:
+    from dataclasses import asdict
+
+    return {
+        "folder": str(done.conversion.folder),
+        "architecture": done.conversion.architecture,
+        "parameters": done.conversion.parameters,
+        "formats": done.conversion.quantised,
+        "not_quantised": done.conversion.floating,
+        "bytes_before": done.before,
+        "bytes_after": done.after,
+        "error": None if done.error is None else asdict(done.error),
+    }

@@ -1,0 +1,121 @@
+"""From any checkpoint that minilm loads to a folder of quantised weights, and what that cost in accuracy.
+
+done = quantize("SmolLM2-135M-Instruct", "smollm2-q4", weights="q4")
+done.before, done.after, done.error
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .checkpoint import open_checkpoint
+from .convert import Conversion, convert
+from .evaluate import Likeness, likeness, perplexity
+from .heads import AutoModelForCausalLM
+from .hub import resolve
+from .sentence import SentenceEncoder
+from .tokenizer import AutoTokenizer
+
+TEXTS, TOKENS, WINDOW = 256, 2048, 512
+"""How many of Python's own texts an encoder is judged on, of how many tokens a decoder, in which windows."""
+
+
+@dataclass(frozen=True)
+class Perplexities:
+    """Of a decoder, in float32 and quantised, on the same text."""
+
+    floating: float
+    quantised: float
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What was written, and how good it is."""
+
+    conversion: Conversion
+    before: int
+    """Bytes of the weight files of the source."""
+    after: int
+    error: Perplexities | Likeness | None
+    """Against the source in float32; None where there is no tokenizer to read texts with."""
+
+
+def quantize(
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    weights: str = "q4",
+    dtype: torch.dtype | str | None = None,
+    texts: Sequence[str] | None = None,
+    tokens: int = TOKENS,
+    force: bool = False,
+    max_shard_size: str = "5GB",
+) -> Quantization:
+    """Write the model called `source` with quantised weights to the folder `destination`.
+
+    `weights`: as of `from_pretrained`. `dtype`: of what stays floating. `texts`: on which the error is
+    measured (of a decoder: the first `tokens` tokens of all together); None takes documentation that comes
+    with Python. The rest as of `minilm.convert.convert`, whose errors this has too.
+    """
+    texts = shipped_texts() if texts is None else texts
+    path, folder = resolve(source), Path(destination).expanduser()
+    done = convert(path, folder, dtype=dtype, force=force, max_shard_size=max_shard_size, weights=weights)
+    error: Perplexities | Likeness | None = None
+    if done.tokenizer:
+        causal = done.head == "causal-lm"
+        error = _perplexities(path, folder, texts, tokens) if causal else _likeness(path, folder, texts)
+    return Quantization(done, _weight_bytes(path), _weight_bytes(folder), error)
+
+
+def _weight_bytes(path: Path) -> int:
+    with open_checkpoint(path) as checkpoint:
+        return sum(file.stat().st_size for file in {info.file for info in checkpoint.tensors.values()})
+
+
+def _perplexities(source: Path, folder: Path, texts: Sequence[str], tokens: int) -> Perplexities:
+    """One model after the other, so that memory holds one."""
+    ids = AutoTokenizer.from_pretrained(folder)("\n\n".join(texts), verbose=False)["input_ids"][:tokens]
+    found = []
+    for path, weights in ((source, "float"), (folder, None)):
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, weights=weights)
+        window = min(WINDOW, model.spec.max_positions)
+        found.append(perplexity(model, ids, window))
+        del model
+    return Perplexities(found[0], found[1], len(ids))
+
+
+def _likeness(source: Path, folder: Path, texts: Sequence[str]) -> Likeness:
+    log = logging.getLogger("minilm.sentence_files")  # that a model says nothing of pooling is no matter here
+    level = log.level
+    log.setLevel(logging.ERROR)
+    found = []
+    try:
+        for path, weights in ((source, "float"), (folder, None)):
+            encoder = SentenceEncoder(path, device="cpu", dtype=torch.float32, weights=weights)
+            found.append(encoder.encode(list(texts), convert_to_tensor=True, show_progress_bar=False))
+            del encoder
+    finally:
+        log.setLevel(level)
+    return likeness(found[1], found[0])
+
+
+def shipped_texts(count: int = TEXTS) -> list[str]:
+    """Paragraphs of Python's own documentation, from the module that `help()` shows topics of.
+
+    Raises ValueError where this Python comes without it.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise ValueError(
+            "this Python has no texts of its own (pydoc_data): name some with --texts"
+        ) from error
+    paragraphs = (" ".join(part.split()) for topic in topics.values() for part in topic.split("\n\n"))
+    return [text for text in paragraphs if 60 <= len(text) <= 600 and text[0].isupper()][:count]
