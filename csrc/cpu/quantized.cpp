@@ -12,17 +12,18 @@
 // A 32-bit lane is an output. It takes a word of inputs at a time: 4 bytes of x, broadcast to all lanes, that
 // hold 4 codes, or 2 or 1 where the instruction set multiplies wider numbers. Words come in pairs:
 //
-//   8 bits   first word: output 0 [k k+1 k+2 k+3]  output 1 [...]  ... kPanel  |  second word: the same from
-//   k + 4 4 bits   the low halves of the bytes are the first word, the high halves the second
+//   8 bits   output 0 [k k+1 k+2 k+3]  output 1 [k ... k+3]  ... kPanel: the first word
+//            output 0 [k+4 ... k+7]    ...                               the second
+//   4 bits   one such line; the low halves of its bytes are the first word, the high halves the second
 //
-//   panel    pairs of a group | scales [kPanel] | kQ4: minimums [kPanel]  ||  the next group ...
-//   row      codes | scales | sums of codes       each part a multiple of 64 bytes
+//   panel    pairs of group 0 | scales [kPanel] | kQ4: minimums [kPanel] | pairs of group 1 | ...
+//   row      codes | scales | sums of codes                each part a multiple of 64 bytes
 //
 // The panel's scales and minimums are float16, as files have them; kInt8's, one for the whole row, float32.
 //
-// Bytes a weight: 1 + 4 / in, 1.06, 0.625: the limit with few rows. With many, it is the multiply-adds: 128
-// integer operations an instruction in 64-byte vectors with VNNI, and for 8 of these the end of a group costs
-// 2 float operations (kQ4: 3).
+// Bytes a weight: 1 + 4 / in, 1.06, 0.625; with few rows of x they are the limit. With many, multiply-adds
+// are: 128 integer operations an instruction in 64-byte vectors with VNNI. For 8 of these, the end of a group
+// costs 2 float operations (kQ4: 3).
 
 #include "cpu/linear.h"
 
@@ -35,7 +36,7 @@
 namespace minilm::MINILM_ISA {
 namespace {
 
-constexpr int kAhead = 2048;  // bytes that the panel is asked for in advance when few rows are computed
+constexpr int kAhead = 2048;  // bytes that the panel is asked for in advance
 
 template <typename T>
 inline T read(const void* p) {
@@ -49,7 +50,9 @@ inline void write(void* p, T value) {
 }
 
 // The low (word 0) or the high half (word 1) of each byte.
-inline U32 halves_of_bytes(const char* p, int word) { return (read<U32>(p) >> (4 * word)) & 0x0F0F0F0F; }
+[[maybe_unused]] inline U32 halves_of_bytes(const char* p, int word) {
+  return (read<U32>(p) >> (4 * word)) & 0x0F0F0F0F;
+}
 
 // What an instruction set does with 8-bit codes (Eight) and 4-bit codes (Four):
 //   Code     a code of x in a prepared row
@@ -170,8 +173,9 @@ struct Four : Eight {
 
 #endif
 
-inline I32 round_to_integer(
-    F32 x) {  // nearest, ties to even; not by adding a number, which could be contracted
+// To the nearest, ties to even. Adding 1.5 * 2^23 would do it too, unless it is contracted with what comes
+// before, and that differs between instruction sets.
+inline I32 round_to_integer(F32 x) {
 #if defined(__AVX512F__)
   return reinterpret_cast<I32>(_mm512_maskz_cvtps_epi32(0xFFFF, x));
 #elif defined(__AVX2__)
@@ -182,8 +186,7 @@ inline I32 round_to_integer(
   return reinterpret_cast<I32>(vcvtnq_s32_f32(reinterpret_cast<float32x4_t>(x)));
 #else
   I32 out;
-  for (int lane = 0; lane < kLanes<float>; ++lane)
-    out[lane] = static_cast<std::int32_t>(__builtin_rintf(x[lane]));
+  for (int i = 0; i < kLanes<float>; ++i) out[i] = static_cast<std::int32_t>(__builtin_rintf(x[i]));
   return out;
 #endif
 }
@@ -200,10 +203,30 @@ inline F32 load_float16(const char* p) {
 
 inline std::uint16_t float16_of(float x) { return round_float16(F32{} + x)[0]; }
 
-inline std::int32_t max_lanes(I32 x) {
-  std::int32_t largest = x[0];
-  for (int lane = 1; lane < kLanes<float>; ++lane) largest = x[lane] > largest ? x[lane] : largest;
-  return largest;
+// The largest of all lanes, halving the vector as sum_lanes does.
+template <int N = kLanes<float>>
+inline std::int32_t max_lanes(typename VectorOf<std::int32_t, N>::type x) {
+  if constexpr (N == 2) {
+    return x[0] > x[1] ? x[0] : x[1];
+  } else {
+    struct Halves {
+      typename VectorOf<std::int32_t, N / 2>::type low, high;
+    };
+    const Halves halves = bit_cast<Halves>(x);
+    return max_lanes<N / 2>(halves.low > halves.high ? halves.low : halves.high);
+  }
+}
+
+template <typename Code>
+inline void store_codes(Code* to, I32 codes) {
+#if defined(__AVX2__) && !defined(__AVX512F__)
+  if constexpr (sizeof(Code) == 1) {  // gcc would move byte by byte
+    const __m256i wide = reinterpret_cast<__m256i>(codes);
+    const __m128i half = _mm_packs_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+    return write(to, _mm_packs_epi16(half, half)[0]);
+  }
+#endif
+  write(to, __builtin_convertvector(codes, typename VectorOf<Code, kLanes<float>>::type));
 }
 
 template <int bytes>
@@ -211,19 +234,33 @@ inline void ask_for(const char* p) {
   for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
 }
 
+// Nothing to the machine; to the compiler, a place where `x` is in a register and has this value: without it,
+// gcc adds the products of several words to each other first, and runs out of registers.
+template <typename V>
+inline V in_register(V x) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(x));
+#elif defined(__x86_64__)
+  asm("" : "+x"(x));
+#elif defined(__aarch64__)
+  asm("" : "+w"(x));
+#endif
+  return x;
+}
+
 template <Format F>
-struct Layout {
-  using Dot = Eight;
+struct DotOf {
+  using Type = Eight;
 };
 template <>
-struct Layout<Format::kQ4> {
-  using Dot = Four;
+struct DotOf<Format::kQ4> {
+  using Type = Four;
 };
 
 // Where things stand in a panel and in a row, for `in` inputs.
 template <Format F>
-struct Places : Layout<F> {
-  using Dot = typename Layout<F>::Dot;
+struct Places {
+  using Dot = typename DotOf<F>::Type;
   using Code = typename Dot::Code;
   static constexpr bool kGrouped = F != Format::kInt8;
   static constexpr bool kFour = F == Format::kQ4;
@@ -233,7 +270,8 @@ struct Places : Layout<F> {
   static constexpr int kPairBytes = (kFour ? 1 : 2) * kPanel * kWord;
   static constexpr int kScaleBytes = (kGrouped ? 2 : 4) * kPanel;
 
-  std::int64_t groups, pairs, group_bytes, panel_bytes;  // pairs: of words in a group
+  std::int64_t groups, pairs;  // pairs: of words in a group
+  std::int64_t group_bytes, panel_bytes;
   std::int64_t scales_at, sums_at, row_bytes;
 
   explicit Places(std::int64_t in) {
@@ -281,7 +319,6 @@ inline F32 scales(const char* p, int half) {
 template <typename Code>
 inline float quantize(const float* x, std::int64_t count, std::int64_t padded, Code* codes,
                       std::int32_t* sum) {
-  using Codes = typename VectorOf<Code, kLanes<float>>::type;
   constexpr float kSmallest = 0x1p-119f;  // its scale is the smallest normal number
   const auto load_some = [=](std::int64_t i) {
     const std::int64_t left = count - i;
@@ -301,7 +338,7 @@ inline float quantize(const float* x, std::int64_t count, std::int64_t padded, C
   for (std::int64_t i = 0; i < padded; i += kLanes<float>) {
     const I32 rounded = round_to_integer(bit_cast<F32>(bit_cast<I32>(load_some(i)) & keep) * inverse);
     sums += rounded;
-    write(codes + i, __builtin_convertvector(rounded, Codes));
+    store_codes(codes + i, rounded);
   }
   *sum = sum_lanes<std::int32_t>(sums);
   return usable ? largest / 127.0f : finite ? 0.0f : __builtin_nanf("");
@@ -336,121 +373,86 @@ void pack_panel(const Places<F>& at, const PackParams& p, std::int64_t panel, ch
   using P = Places<F>;
   for (int place = 0; place < kPanel; ++place) {
     const std::int64_t row = p.order[panel * kPanel + place];
-    std::int64_t k = 0;
     for (std::int64_t g = 0; g < at.groups; ++g) {
-      char* group = to + g * at.group_bytes;
-      for (std::int64_t pair = 0; pair < at.pairs; ++pair, k += P::kPairInputs, group += P::kPairBytes) {
-        char* byte = group + place * P::kWord;
+      char* scales = to + g * at.group_bytes + at.pairs * P::kPairBytes;
+      char* code = scales - at.pairs * P::kPairBytes + place * P::kWord;
+      for (std::int64_t k = g * kGroup; code < scales; k += P::kPairInputs, code += P::kPairBytes) {
         for (int i = 0; i < P::kWord; ++i) {
           const int first = code_of<F>(p, row, k + i) + P::Dot::kOffset;
           const int second = code_of<F>(p, row, k + P::kWord + i) + P::Dot::kOffset;
-          byte[i] = static_cast<char>(P::kFour ? first | second << 4 : first);
-          if (!P::kFour) byte[kPanel * P::kWord + i] = static_cast<char>(second);
+          code[i] = static_cast<char>(P::kFour ? first | second << 4 : first);
+          if (!P::kFour) code[kPanel * P::kWord + i] = static_cast<char>(second);
         }
       }
       const float scale = row < 0 ? 0.0f : p.scales[row * at.groups + g];
-      if (!P::kGrouped) {
-        write(group + 4 * place, scale);
-      } else {
-        write(group + 2 * place, float16_of(scale));
-        if (P::kFour)
-          write(group + P::kScaleBytes + 2 * place,
-                float16_of(row < 0 ? 0.0f : p.minimums[row * at.groups + g]));
-      }
+      const float minimum = row < 0 || !P::kFour ? 0.0f : p.minimums[row * at.groups + g];
+      if (P::kGrouped) write(scales + 2 * place, float16_of(scale));
+      if (P::kFour) write(scales + P::kScaleBytes + 2 * place, float16_of(minimum));
+      if (!P::kGrouped) write(scales + 4 * place, scale);
     }
   }
 }
 
+// The sums of a group are in registers, those over the groups in `tile`: there are not registers for both.
 template <Format F, int R>
 inline __attribute__((always_inline)) void sums_of(const Places<F>& at, const char* x, std::int64_t x_stride,
                                                    const char* panel, Tile& tile) {
   using P = Places<F>;
   using Dot = typename P::Dot;
-  F32 sums[R][2] = {};
-  for (std::int64_t g = 0; g < at.groups; ++g) {
-    typename Dot::Sum dots[R][2];
+  using Sum = typename Dot::Sum;
+  const std::int64_t groups = P::kGrouped ? at.groups : 1;
+  const std::int64_t pairs = P::kGrouped ? kGroup / P::kPairInputs : at.pairs;
+  for (int r = 0; r < R; ++r) tile.sums[r][0] = tile.sums[r][1] = F32{};
+  for (std::int64_t g = 0; g < groups; ++g) {
+    Sum dots[R][2];
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const I32 start =
-          I32{} + (Dot::kOffset != 0 ? read<std::int32_t>(x + r * x_stride + at.sums_at + 4 * g) : 0);
-      dots[r][0] = dots[r][1] = bit_cast<typename Dot::Sum>(start);
+      const std::int32_t start =
+          Dot::kOffset != 0 ? read<std::int32_t>(x + r * x_stride + at.sums_at + 4 * g) : 0;
+      dots[r][0] = in_register(bit_cast<Sum>(I32{} + start));
+      dots[r][1] = in_register(bit_cast<Sum>(I32{} + start));
     }
-    const char* words = x + g * at.pairs * 8;
-    for (std::int64_t pair = 0; pair < at.pairs; ++pair) {
-      if constexpr (R <= 4) ask_for<P::kPairBytes>(panel + kAhead);
+    const char* words = x + g * pairs * 8;
+    for (std::int64_t pair = 0; pair < pairs; ++pair) {
+      ask_for<P::kPairBytes>(panel + kAhead);
 #pragma GCC unroll 2
       for (int word = 0; word < 2; ++word) {
         const auto w0 = weights<P>(panel, word, 0);
         const auto w1 = weights<P>(panel, word, 1);
 #pragma GCC unroll 12
         for (int r = 0; r < R; ++r) {
-          dots[r][0] = Dot::dot(dots[r][0], w0, words + r * x_stride + 4 * word);
-          dots[r][1] = Dot::dot(dots[r][1], w1, words + r * x_stride + 4 * word);
+          dots[r][0] = in_register(Dot::dot(dots[r][0], w0, words + r * x_stride + 4 * word));
+          dots[r][1] = in_register(Dot::dot(dots[r][1], w1, words + r * x_stride + 4 * word));
         }
       }
       panel += P::kPairBytes;
       words += 8;
     }
-    if constexpr (R <= 4) ask_for<P::kScaleBytes>(panel + kAhead);
+    ask_for<P::kScaleBytes>(panel + kAhead);
+    asm("" : "+m"(tile));  // the compiler is not to keep a copy
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
       const F32 scale = scales<P>(panel, half);
+      const F32 minimum = P::kFour ? scales<P>(panel + P::kScaleBytes, half) : F32{};
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
-        const float x_scale = read<float>(x + r * x_stride + at.scales_at + 4 * g);
-        sums[r][half] += (scale * x_scale) * __builtin_convertvector(Dot::total(dots[r][half]), F32);
-        if constexpr (P::kFour) {
-          sums[r][half] +=
-              scales<P>(panel + P::kScaleBytes, half) * read<float>(x + r * x_stride + at.sums_at + 4 * g);
-        }
+        const char* row = x + r * x_stride + 4 * g;
+        F32 sum = tile.sums[r][half];
+        sum += (scale * read<float>(row + at.scales_at)) *
+               __builtin_convertvector(Dot::total(dots[r][half]), F32);
+        if (P::kFour) sum += minimum * read<float>(row + at.sums_at);
+        tile.sums[r][half] = sum;
       }
     }
     panel += (P::kFour ? 2 : 1) * P::kScaleBytes;
   }
-#pragma GCC unroll 12
-  for (int r = 0; r < R; ++r) {
-    tile.sums[r][0] = sums[r][0];
-    tile.sums[r][1] = sums[r][1];
-  }
 }
 
-template <Format F>
+template <Format F, int R = 1>
 void tile_of(const Places<F>& at, int rows, const char* x, std::int64_t x_stride, const char* panel,
              Tile& tile) {
-  switch (rows) {
-    case 1:
-      return sums_of<F, 1>(at, x, x_stride, panel, tile);
-    case 2:
-      return sums_of<F, 2>(at, x, x_stride, panel, tile);
-    case 3:
-      return sums_of<F, 3>(at, x, x_stride, panel, tile);
-    case 4:
-      return sums_of<F, 4>(at, x, x_stride, panel, tile);
-    case 5:
-      return sums_of<F, 5>(at, x, x_stride, panel, tile);
-    case 6:
-      return sums_of<F, 6>(at, x, x_stride, panel, tile);
-    default:
-      break;
-  }
-  if constexpr (kTileRows == 12) {
-    switch (rows) {
-      case 7:
-        return sums_of<F, 7>(at, x, x_stride, panel, tile);
-      case 8:
-        return sums_of<F, 8>(at, x, x_stride, panel, tile);
-      case 9:
-        return sums_of<F, 9>(at, x, x_stride, panel, tile);
-      case 10:
-        return sums_of<F, 10>(at, x, x_stride, panel, tile);
-      case 11:
-        return sums_of<F, 11>(at, x, x_stride, panel, tile);
-      case 12:
-        return sums_of<F, 12>(at, x, x_stride, panel, tile);
-      default:
-        break;
-    }
-  }
+  if (rows == R) return sums_of<F, R>(at, x, x_stride, panel, tile);
+  if constexpr (R < kTileRows) return tile_of<F, R + 1>(at, rows, x, x_stride, panel, tile);
 }
 
 }  // namespace
