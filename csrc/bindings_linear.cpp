@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "memory.h"
 #include "params.h"
 
 namespace {
@@ -73,6 +74,7 @@ Tensor pack_linear(const Tensor& values, std::optional<Tensor> scales, std::opti
   const auto& kernels = minilm::cpu_kernels();
   const Tensor packed =
       torch::stable::new_empty(values, {kernels.packed_bytes(format, in, places)}, ScalarType::Byte);
+  minilm::prefer_large_pages(packed.mutable_data_ptr(), packed.numel());
   minilm::PackParams p = {};
   p.format = format;
   p.out = out;

@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "memory.h"
 #include "params.h"
 
 namespace {
@@ -142,6 +143,7 @@ char* workspace(size_t bytes) {
     memory.reset();
     memory.reset(new char[bytes + 64]);
     held = bytes + 64;
+    minilm::prefer_large_pages(memory.get(), held);
   }
   return memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
 }

@@ -10,6 +10,7 @@
 #include <string>
 
 #include "cpu/dispatch.h"
+#include "memory.h"
 
 namespace {
 
@@ -32,10 +33,19 @@ PyObject* cpu_isas(PyObject*, PyObject*) {
 
 PyObject* panel_width(PyObject*, PyObject*) { return PyLong_FromLong(minilm::cpu_kernels().panel); }
 
+PyObject* prefer_large_pages(PyObject*, PyObject* arguments) {
+  unsigned long long address = 0, bytes = 0;
+  if (!PyArg_ParseTuple(arguments, "KK", &address, &bytes)) return nullptr;
+  minilm::prefer_large_pages(reinterpret_cast<void*>(static_cast<std::uintptr_t>(address)), bytes);
+  Py_RETURN_NONE;
+}
+
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set of the CPU kernels in use."},
     {"cpu_isas", cpu_isas, METH_NOARGS, "The instruction sets that this machine can run, the best last."},
     {"panel_width", panel_width, METH_NOARGS, "Outputs in a panel of a packed weight."},
+    {"prefer_large_pages", prefer_large_pages, METH_VARARGS,
+     "Asks for large pages: address and size of memory that was not yet written to."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -211,7 +211,7 @@ class _Writer:
                 self.vector(None if norm is None else norm.weight)
             self.numbers.append(c.window(layer) or 0)
             self.real(c.scale(layer))
-        arena = torch.empty(self.size, dtype=torch.uint8)
+        arena = packed.empty_arena(self.size)
         at = 0
         while self.pieces:
             piece = self.pieces.pop(0)

@@ -78,7 +78,7 @@ void to_panels(const AttentionParams& p, std::int64_t sequence, std::int64_t kv_
       for (std::int64_t d = 0; d < size; ++d) to[d * kPanel] = 0;
       continue;
     }
-    float row[kPanel];
+    float row[kPanel] = {};
     const T* k = row_of<T>(p, p.k, sequence, key, kv_head);
     const T* v = row_of<T>(p, p.v, sequence, key, kv_head);
     for (std::int64_t d = 0; d < size; d += kLanes<float>) {
@@ -98,7 +98,7 @@ void score_tile(const AttentionParams& p, const float* q, int rows, const float*
                 std::int64_t first, std::int64_t last, float* scores, std::int64_t width) {
   for (std::int64_t panel = first / kPanel; panel * kPanel < last; ++panel) {
     Tile tile;
-    float_tile(Format::kFloat32, rows, q, p.q_stride, p.head_dim, key_panels + panel * p.head_dim * kPanel,
+    float_tile(Format::kFloat32, rows, q, p.q_stride, p.head_dim, key_panels + panel * p.head_dim * kPanel, 0,
                tile);
     for (int r = 0; r < rows; ++r) {
       float* to = scores + r * width + panel * kPanel;
@@ -255,7 +255,7 @@ void attention(const AttentionParams& p, std::int64_t sequence, std::int64_t hea
     for (std::int64_t d = 0; d < size; d += kPanel) {
       Tile tile;
       const float* panel = value_panels + d * keys + from * kPanel;
-      float_tile(Format::kFloat32, rows, scores + from, width, last - from, panel, tile);
+      float_tile(Format::kFloat32, rows, scores + from, width, last - from, panel, 0, tile);
       for (int r = 0; r < rows; ++r) {
         float* out = p.out + ((start + query + r) * p.heads + head) * size + d;
         for (int half = 0; half < 2; ++half) {

@@ -2,6 +2,13 @@
 
 #include <stdexcept>
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 namespace minilm {
 
 // A table for each instruction set (table.cpp); setup.py compiles the kernels once for each and says here
@@ -21,6 +28,16 @@ namespace avx512 {
 extern const CpuKernels kKernels;
 }
 #endif
+#ifdef MINILM_HAS_AVX512_VNNI
+namespace avx512_vnni {
+extern const CpuKernels kKernels;
+}
+#endif
+#ifdef MINILM_HAS_NEON_DOTPROD
+namespace neon_dotprod {
+extern const CpuKernels kKernels;
+}
+#endif
 
 namespace {
 
@@ -29,17 +46,38 @@ struct Candidate {
   bool runs_here;  // processor and operating system
 };
 
+#if defined(__x86_64__)
+bool has_avx2() {
+  unsigned a, b, c, d;  // clang's __builtin_cpu_supports does not know f16c
+  const bool f16c = __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+  return f16c && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+}
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+}
+#elif defined(__aarch64__) && defined(__linux__)
+bool has_dotprod() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
+#elif defined(__aarch64__)
+bool has_dotprod() { return true; }  // every processor of Apple's that runs macOS
+#endif
+
 const std::vector<Candidate>& candidates() {
   static const std::vector<Candidate> table = {
 #ifdef MINILM_HAS_GENERIC
       {&generic::kKernels, true},
 #endif
 #ifdef MINILM_HAS_AVX2
-      {&avx2::kKernels, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")},
+      {&avx2::kKernels, has_avx2()},
 #endif
 #ifdef MINILM_HAS_AVX512
-      {&avx512::kKernels, __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
+      {&avx512::kKernels, has_avx512()},
+#endif
+#ifdef MINILM_HAS_AVX512_VNNI
+      {&avx512_vnni::kKernels, has_avx512() && __builtin_cpu_supports("avx512vnni")},
+#endif
+#ifdef MINILM_HAS_NEON_DOTPROD
+      {&neon_dotprod::kKernels, has_dotprod()},
 #endif
   };
   return table;

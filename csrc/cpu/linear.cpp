@@ -14,16 +14,17 @@
 namespace minilm::MINILM_ISA {
 namespace {
 
-constexpr int kAhead = 2048;  // bytes that the panel is asked for in advance when few rows are computed
+constexpr std::int64_t kAhead = 2048;
 
+// x_tile panel for R rows; `ahead` bytes further on, the panel is asked for in advance.
 template <typename T, int R>
 inline __attribute__((always_inline)) void sums_of(const float* x, std::int64_t x_stride, std::int64_t in,
-                                                   const T* panel, Tile& tile) {
+                                                   const T* panel, std::int64_t ahead, Tile& tile) {
   F32 sums[R][2] = {};
   for (std::int64_t k = 0; k < in; ++k) {
-    if (R <= 4) __builtin_prefetch(reinterpret_cast<const char*>(panel) + kAhead);
-    if (R <= 4 && kPanel * sizeof(T) > 64)
-      __builtin_prefetch(reinterpret_cast<const char*>(panel) + kAhead + 64);
+    const char* next = reinterpret_cast<const char*>(panel) + ahead;
+    __builtin_prefetch(next, 0, 2);
+    if (kPanel * sizeof(T) > 64) __builtin_prefetch(next + 64, 0, 2);
     const F32 w0 = Storage<T>::widen(load(panel));
     const F32 w1 = Storage<T>::widen(load(panel + kLanes<float>));
     panel += kPanel;
@@ -41,42 +42,11 @@ inline __attribute__((always_inline)) void sums_of(const float* x, std::int64_t 
   }
 }
 
-template <typename T>
-void tile_of(int rows, const float* x, std::int64_t x_stride, std::int64_t in, const T* panel, Tile& tile) {
-  switch (rows) {
-    case 1:
-      return sums_of<T, 1>(x, x_stride, in, panel, tile);
-    case 2:
-      return sums_of<T, 2>(x, x_stride, in, panel, tile);
-    case 3:
-      return sums_of<T, 3>(x, x_stride, in, panel, tile);
-    case 4:
-      return sums_of<T, 4>(x, x_stride, in, panel, tile);
-    case 5:
-      return sums_of<T, 5>(x, x_stride, in, panel, tile);
-    case 6:
-      return sums_of<T, 6>(x, x_stride, in, panel, tile);
-    default:
-      break;
-  }
-  if constexpr (kTileRows == 12) {
-    switch (rows) {
-      case 7:
-        return sums_of<T, 7>(x, x_stride, in, panel, tile);
-      case 8:
-        return sums_of<T, 8>(x, x_stride, in, panel, tile);
-      case 9:
-        return sums_of<T, 9>(x, x_stride, in, panel, tile);
-      case 10:
-        return sums_of<T, 10>(x, x_stride, in, panel, tile);
-      case 11:
-        return sums_of<T, 11>(x, x_stride, in, panel, tile);
-      case 12:
-        return sums_of<T, 12>(x, x_stride, in, panel, tile);
-      default:
-        break;
-    }
-  }
+template <typename T, int R = 1>
+void tile_of(int rows, const float* x, std::int64_t x_stride, std::int64_t in, const T* panel,
+             std::int64_t ahead, Tile& tile) {
+  if (rows == R) return sums_of<T, R>(x, x_stride, in, panel, ahead, tile);
+  if constexpr (R < kTileRows) tile_of<T, R + 1>(rows, x, x_stride, in, panel, ahead, tile);
 }
 
 template <typename T>
@@ -102,12 +72,13 @@ inline void put(float* y, F32 value, std::int64_t left, bool accumulate) {
   }
 }
 
-void fill(const LinearParams& p, std::int64_t row, int rows, const char* panel, Tile& tile) {
+void fill(const LinearParams& p, std::int64_t row, int rows, const char* panel, std::int64_t ahead,
+          Tile& tile) {
   const char* x = static_cast<const char*>(p.x) + row * p.x_stride;
   if (is_quantized(p.format)) {
-    quantized_tile(p.format, rows, x, p.x_stride, p.in, panel, tile);
+    quantized_tile(p.format, rows, x, p.x_stride, p.in, panel, ahead, tile);
   } else {
-    float_tile(p.format, rows, reinterpret_cast<const float*>(x), p.x_stride / 4, p.in, panel, tile);
+    float_tile(p.format, rows, reinterpret_cast<const float*>(x), p.x_stride / 4, p.in, panel, ahead, tile);
   }
 }
 
@@ -126,14 +97,14 @@ void pack_float(const PackParams& p, std::int64_t panel, void* to) {
 }
 
 void float_tile(Format format, int rows, const float* x, std::int64_t x_stride, std::int64_t in,
-                const void* panel, Tile& tile) {
+                const void* panel, std::int64_t ahead, Tile& tile) {
   switch (format) {
     case Format::kBFloat16:
-      return tile_of(rows, x, x_stride, in, static_cast<const BFloat16*>(panel), tile);
+      return tile_of(rows, x, x_stride, in, static_cast<const BFloat16*>(panel), ahead, tile);
     case Format::kFloat16:
-      return tile_of(rows, x, x_stride, in, static_cast<const Float16*>(panel), tile);
+      return tile_of(rows, x, x_stride, in, static_cast<const Float16*>(panel), ahead, tile);
     default:
-      return tile_of(rows, x, x_stride, in, static_cast<const float*>(panel), tile);
+      return tile_of(rows, x, x_stride, in, static_cast<const float*>(panel), ahead, tile);
   }
 }
 
@@ -180,10 +151,13 @@ void linear(const LinearParams& p, std::int64_t begin, std::int64_t end) {
     for (std::int64_t row = 0, height; row < p.rows; row += height, --tiles) {
       height = (p.rows - row + tiles - 1) / tiles;
       const int rows = static_cast<int>(height);
+      // The last tile has the next panel brought nearer; a tile that is the only one, its own panel's next
+      // lines.
+      const std::int64_t ahead = p.rows <= kTileRows ? kAhead : tiles == 1 ? bytes * (p.gated ? 2 : 1) : 0;
       Tile tile;
-      fill(p, row, rows, panels + first * bytes, tile);
+      fill(p, row, rows, panels + first * bytes, ahead, tile);
       Tile up;
-      if (p.gated) fill(p, row, rows, panels + (first + 1) * bytes, up);
+      if (p.gated) fill(p, row, rows, panels + (first + 1) * bytes, ahead, up);
       for (int r = 0; r < rows; ++r) {
         float* y = p.y + (row + r) * p.y_stride + column * kPanel;
         for (int half = 0; half < 2; ++half) {

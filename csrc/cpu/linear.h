@@ -45,11 +45,12 @@ std::int64_t quantized_row_bytes(Format format, std::int64_t in);
 void quantize_rows(Format format, const float* x, std::int64_t x_stride, std::int64_t in, std::int64_t begin,
                    std::int64_t end, void* to);
 
-// tile.sums[r] = row r of x times `panel`, for rows 1..kTileRows.
+// tile.sums[r] = row r of x times `panel`, for rows 1..kTileRows. The memory `ahead` bytes beyond what is
+// read is asked for in advance.
 void float_tile(Format format, int rows, const float* x, std::int64_t x_stride, std::int64_t in,
-                const void* panel, Tile& tile);
+                const void* panel, std::int64_t ahead, Tile& tile);
 void quantized_tile(Format format, int rows, const void* x, std::int64_t x_stride, std::int64_t in,
-                    const void* panel, Tile& tile);
+                    const void* panel, std::int64_t ahead, Tile& tile);
 
 // The functions of the kernel table (see dispatch.h).
 std::int64_t packed_bytes(Format format, std::int64_t in, std::int64_t places);

@@ -36,8 +36,6 @@
 namespace minilm::MINILM_ISA {
 namespace {
 
-constexpr int kAhead = 2048;  // bytes that the panel is asked for in advance
-
 template <typename T>
 inline T read(const void* p) {
   T value;
@@ -396,7 +394,7 @@ void pack_panel(const Places<F>& at, const PackParams& p, std::int64_t panel, ch
 // The sums of a group are in registers, those over the groups in `tile`: there are not registers for both.
 template <Format F, int R>
 inline __attribute__((always_inline)) void sums_of(const Places<F>& at, const char* x, std::int64_t x_stride,
-                                                   const char* panel, Tile& tile) {
+                                                   const char* panel, std::int64_t ahead, Tile& tile) {
   using P = Places<F>;
   using Dot = typename P::Dot;
   using Sum = typename Dot::Sum;
@@ -414,7 +412,7 @@ inline __attribute__((always_inline)) void sums_of(const Places<F>& at, const ch
     }
     const char* words = x + g * pairs * 8;
     for (std::int64_t pair = 0; pair < pairs; ++pair) {
-      ask_for<P::kPairBytes>(panel + kAhead);
+      ask_for<P::kPairBytes>(panel + ahead);
 #pragma GCC unroll 2
       for (int word = 0; word < 2; ++word) {
         const auto w0 = weights<P>(panel, word, 0);
@@ -428,7 +426,7 @@ inline __attribute__((always_inline)) void sums_of(const Places<F>& at, const ch
       panel += P::kPairBytes;
       words += 8;
     }
-    ask_for<P::kScaleBytes>(panel + kAhead);
+    ask_for<P::kScaleBytes>(panel + ahead);
     asm("" : "+m"(tile));  // the compiler is not to keep a copy
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
@@ -450,9 +448,9 @@ inline __attribute__((always_inline)) void sums_of(const Places<F>& at, const ch
 
 template <Format F, int R = 1>
 void tile_of(const Places<F>& at, int rows, const char* x, std::int64_t x_stride, const char* panel,
-             Tile& tile) {
-  if (rows == R) return sums_of<F, R>(at, x, x_stride, panel, tile);
-  if constexpr (R < kTileRows) return tile_of<F, R + 1>(at, rows, x, x_stride, panel, tile);
+             std::int64_t ahead, Tile& tile) {
+  if (rows == R) return sums_of<F, R>(at, x, x_stride, panel, ahead, tile);
+  if constexpr (R < kTileRows) return tile_of<F, R + 1>(at, rows, x, x_stride, panel, ahead, tile);
 }
 
 }  // namespace
@@ -479,9 +477,9 @@ void quantize_rows(Format format, const float* x, std::int64_t x_stride, std::in
 }
 
 void quantized_tile(Format format, int rows, const void* x, std::int64_t x_stride, std::int64_t in,
-                    const void* panel, Tile& tile) {
+                    const void* panel, std::int64_t ahead, Tile& tile) {
   for_format(format, in, [&](const auto& at) {
-    tile_of(at, rows, static_cast<const char*>(x), x_stride, static_cast<const char*>(panel), tile);
+    tile_of(at, rows, static_cast<const char*>(x), x_stride, static_cast<const char*>(panel), ahead, tile);
   });
 }
 

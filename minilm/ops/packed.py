@@ -42,6 +42,13 @@ def panel_width() -> int:
     return int(importlib.import_module("minilm._C").panel_width())
 
 
+def empty_arena(size: int) -> Tensor:
+    """`size` bytes, in large pages where the system has them."""
+    arena = torch.empty(size, dtype=torch.uint8)
+    importlib.import_module("minilm._C").prefer_large_pages(arena.data_ptr(), size)
+    return arena
+
+
 def places(rows: int, gated: bool) -> Tensor:
     """Which row of a weight stands at each place of the panels, int32; -1: none.
 
