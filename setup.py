@@ -43,11 +43,22 @@ OLDEST_PYTHON = (3, 10)
 # Every source in csrc/cpu/ but dispatch.cpp is compiled once per instruction set, into a namespace of its
 # name.
 GENERIC: dict[str, list[str]] = {"generic": []}  # the architecture's base line: SSE2, NEON
+AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"]
 X86: dict[str, list[str]] = {
-    "avx2": ["-mavx2", "-mfma"],
-    "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": AVX512,
+    "avx512_vnni": [*AVX512, "-mavx512vnni"],
 }
-INSTRUCTION_SETS = GENERIC | (X86 if platform.machine().lower() in ("x86_64", "amd64") else {})
+ARM: dict[str, list[str]] = {"neon_dotprod": ["-march=armv8.2-a+dotprod"]}
+
+
+def instruction_sets(machine: str) -> dict[str, list[str]]:
+    """The instruction sets to compile for on such a machine (`platform.machine()`), and their flags."""
+    more = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
+    return GENERIC | more.get(machine.lower(), {})
+
+
+INSTRUCTION_SETS = instruction_sets(platform.machine())
 
 COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # A multiply-add may round once; nothing else is relaxed: results do not depend on how a loop was vectorised.
