@@ -16,24 +16,33 @@ namespace {
 
 constexpr std::int64_t kAhead = 2048;
 
-// x_tile panel for R rows; `ahead` bytes further on, the panel is asked for in advance.
-template <typename T, int R>
+// x_tile panel for R rows; kAsks: what lies `ahead` bytes further on is asked for in advance.
+template <typename T, int R, bool kAsks>
 inline __attribute__((always_inline)) void sums_of(const float* x, std::int64_t x_stride, std::int64_t in,
                                                    const T* panel, std::int64_t ahead, Tile& tile) {
+  // Rows are reached from three pointers, by one and three strides: twelve pointers would not leave registers.
+  const std::int64_t stride = x_stride * 4, three = 3 * stride;
+  const char* base[3] = {reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(x + 4 * x_stride),
+                         reinterpret_cast<const char*>(x + 8 * x_stride)};
   F32 sums[R][2] = {};
   for (std::int64_t k = 0; k < in; ++k) {
-    const char* next = reinterpret_cast<const char*>(panel) + ahead;
-    __builtin_prefetch(next, 0, 2);
-    if (kPanel * sizeof(T) > 64) __builtin_prefetch(next + 64, 0, 2);
+    if (kAsks) {
+      const char* next = reinterpret_cast<const char*>(panel) + ahead;
+      __builtin_prefetch(next, 0, 2);
+      if (kPanel * sizeof(T) > 64) __builtin_prefetch(next + 64, 0, 2);
+    }
     const F32 w0 = Storage<T>::widen(load(panel));
     const F32 w1 = Storage<T>::widen(load(panel + kLanes<float>));
     panel += kPanel;
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const float value = x[r * x_stride + k];
+      float value;
+      __builtin_memcpy(&value, base[r / 4] + (r % 4 == 3 ? three : r % 4 * stride), 4);
       sums[r][0] += value * w0;
       sums[r][1] += value * w1;
     }
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) base[i] += 4;
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
@@ -45,7 +54,8 @@ inline __attribute__((always_inline)) void sums_of(const float* x, std::int64_t 
 template <typename T, int R = 1>
 void tile_of(int rows, const float* x, std::int64_t x_stride, std::int64_t in, const T* panel,
              std::int64_t ahead, Tile& tile) {
-  if (rows == R) return sums_of<T, R>(x, x_stride, in, panel, ahead, tile);
+  if (rows == R && ahead != 0) return sums_of<T, R, true>(x, x_stride, in, panel, ahead, tile);
+  if (rows == R) return sums_of<T, R, false>(x, x_stride, in, panel, ahead, tile);
   if constexpr (R < kTileRows) tile_of<T, R + 1>(rows, x, x_stride, in, panel, ahead, tile);
 }
 

@@ -159,6 +159,11 @@ def register_all() -> None:
     dispatch.register(dispatch.Implementation("layer_norm", "native", layer_norm, supports_norm))
     dispatch.register(dispatch.Implementation("add_layer_norm", "native", add_layer_norm, supports_norm))
     dispatch.register(dispatch.Implementation("linear", "native", packed.linear, packed.supports_linear))
+    dispatch.register(
+        dispatch.Implementation(
+            "quantized_linear", "native", packed.quantized_linear, packed.supports_quantized_linear
+        )
+    )
 
 
 def _register_with_torch() -> None:
