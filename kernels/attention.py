@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from .devices import device_of
-from .heuristics import attention_block
+from .heuristics import attention_block, attention_is_short
 from .registration import INTERPRETED, kernel_op
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -224,10 +224,12 @@ def attention_op(
     """
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     tokens, heads, head_dim = q.shape
-    o, lse = _empty(q)
+    o, lse = empty_outputs(q)
     if tokens == 0:
         return o, lse
-    block = attention_block(head_dim, q.element_size(), max_q, max_k, device_of(q.device))
+    block = attention_block(
+        head_dim, q.element_size(), max_q, max_k, bias is not None, dropout > 0, device_of(q.device)
+    )
     wrap_triton(_forward)[(triton.cdiv(max_q, block.queries), heads, len(cu_q) - 1)](
         q, k, v, o, lse, cu_q, cu_k, q if bias is None else bias, q if slopes is None else slopes,
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
@@ -240,14 +242,15 @@ def attention_op(
     return o, lse
 
 
-def _empty(q: Tensor) -> tuple[Tensor, Tensor]:
+def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+    """(o, lse) to be filled."""
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
 
 
 @attention_op.register_fake
 def _(q, k, v, bias, slopes, cu_q, cu_k, max_q, max_k, scale, causal, window, cap, dropout, seed):
-    return _empty(q)
+    return empty_outputs(q)
 
 
 @kernel_op("minilm_triton::attention_backward", mutates_args={})
@@ -298,9 +301,16 @@ def attention(
     bias: Tensor | None = None, alibi_slopes: Tensor | None = None, soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `minilm.ops.attention_with_lse`, with dropout."""
+    from .attention_short import attention_short_op
+
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    plain = dropout_p == 0 and bias is None and alibi_slopes is None and soft_cap is None and scale > 0
+    sizes = (q.shape[2], q.element_size(), max_seqlen_q, max_seqlen_k)
+    if plain and attention_is_short(*sizes, masked=causal or window is not None):
+        short: tuple[Tensor, Tensor] = attention_short_op(q, k, v, *lengths, scale, causal, window or 0)
+        return short
     seed = int(torch.randint(2**31 - 1, ()).item()) if dropout_p > 0 else 0
     result: tuple[Tensor, Tensor] = attention_op(
-        q, k, v, bias, alibi_slopes, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, scale, causal,
-        window or 0, soft_cap or 0.0, dropout_p, seed,
-    )  # fmt: skip
+        q, k, v, bias, alibi_slopes, *lengths, scale, causal, window or 0, soft_cap or 0.0, dropout_p, seed
+    )
     return result

@@ -15,6 +15,7 @@ probabilities and dp twice, once in each of the first two kernels.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -23,7 +24,28 @@ from torch.library import wrap_triton
 
 from .attention import LOG2E, dot, kept, key_range, scores
 from .devices import device_of
-from .heuristics import attention_backward_block
+from .heuristics import AttentionBlock, attention_dkdv_block, attention_dq_block
+
+
+def twin(
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, do: np.ndarray, o: np.ndarray, lse: np.ndarray,
+    bias: np.ndarray, scale: float, causal: bool, block: int,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """(dq, dk, dv, dbias) of one head of one sequence, in NumPy: q, do, o [Sq, D], k, v [Sk, D], lse [Sq],
+    bias [Sq, Sk]. The kernels make dq in one walk over the blocks and dk, dv in another."""
+    delta, offset = (do * o).sum(1), len(k) - len(q)
+    dq, dk, dv, db = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), np.zeros_like(bias)
+    for start in range(0, len(k), block):
+        j = np.arange(start, min(start + block, len(k)))
+        p = np.exp(scale * q @ k[j].T + bias[:, j] - lse[:, None])
+        if causal:
+            p = np.where(np.arange(len(q))[:, None] + offset >= j, p, 0)
+        ds = p * (do @ v[j].T - delta[:, None])
+        dv[j] = p.T @ do
+        dk[j] = scale * ds.T @ q
+        dq += scale * ds @ k[j]
+        db[:, j] = ds
+    return dq, dk, dv, db
 
 
 @triton.jit
@@ -213,7 +235,8 @@ def launch(
     if tokens == 0 or len(k) == 0:
         return dq, dk, dv, None if db is None else db.zero_()
     delta = (do.float() * o.float()).sum(-1).t().contiguous()  # [H, Tq]
-    block = attention_backward_block(head_dim, q.element_size(), max_q, max_k, device_of(q.device))
+    sizes = (head_dim, q.element_size(), max_q, max_k, device_of(q.device))
+    by_queries, by_keys = attention_dq_block(*sizes), attention_dkdv_block(*sizes)
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
     tensors = (cu_q, cu_k, q if bias is None else bias, q if slopes is None else slopes)
     scalars = (
@@ -223,22 +246,27 @@ def launch(
     constants = {
         "H": heads, "GROUP": heads // kv_heads,
         "D": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
-        "BLOCK_M": block.queries, "BLOCK_N": block.keys,
         "CAUSAL": causal, "WINDOW": window > 0, "CAP": cap > 0,
         "HAS_BIAS": bias is not None, "ALIBI": slopes is not None, "DROPOUT": dropout > 0,
-        "num_warps": block.num_warps, "num_stages": block.num_stages,
     }  # fmt: skip
-    q_blocks, k_blocks = triton.cdiv(max_q, block.queries), triton.cdiv(max_k, block.keys)
-    wrap_triton(_dq)[(q_blocks, heads, sequences)](
-        q, k, v, do, lse, delta, dq, *tensors, *scalars, **constants
+
+    def tiles(block: AttentionBlock) -> dict[str, int]:
+        return {
+            "BLOCK_M": block.queries, "BLOCK_N": block.keys,
+            "num_warps": block.num_warps, "num_stages": block.num_stages,
+        }  # fmt: skip
+
+    wrap_triton(_dq)[(triton.cdiv(max_q, by_queries.queries), heads, sequences)](
+        q, k, v, do, lse, delta, dq, *tensors, *scalars, **constants, **tiles(by_queries)
     )
-    wrap_triton(_dkdv)[(k_blocks, kv_heads, sequences)](
-        q, k, v, do, lse, delta, dk, dv, *tensors, *scalars, **constants
+    wrap_triton(_dkdv)[(triton.cdiv(max_k, by_keys.keys), kv_heads, sequences)](
+        q, k, v, do, lse, delta, dk, dv, *tensors, *scalars, **constants, **tiles(by_keys)
     )
     if db is not None:
         rows, columns = db.shape[1:]
-        grid = (triton.cdiv(rows, block.queries), triton.cdiv(columns, block.keys), heads)
+        grid = (triton.cdiv(rows, by_queries.queries), triton.cdiv(columns, by_queries.keys), heads)
         wrap_triton(_dbias)[grid](
-            q, k, v, do, lse, delta, db, *tensors, *scalars, sequences, rows, columns, **constants
-        )
+            q, k, v, do, lse, delta, db, *tensors, *scalars, sequences, rows, columns, **constants,
+            **tiles(by_queries),
+        )  # fmt: skip
     return dq, dk, dv, db

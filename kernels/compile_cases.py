@@ -18,8 +18,9 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from . import attention, norm
-from .devices import CHIPS, assume
+from . import attention, attention_short, norm
+from .devices import CHIPS, Device, assume
+from .registration import INTERPRETED
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -62,8 +63,8 @@ class Launch(NamedTuple):
 class _Driver:
     """What Triton's launch path asks of a driver, answered for a chip that is not here."""
 
-    def __init__(self, chip: str) -> None:
-        self.capability = int(chip.removeprefix("sm_"))
+    def __init__(self, device: Device) -> None:
+        self.capability = 10 * device.capability[0] + device.capability[1]
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", self.capability, 32)
@@ -76,8 +77,10 @@ class _Driver:
 
 
 @contextmanager
-def recording(chip: str) -> Iterator[list[Launch]]:
-    """Inside, launchers choose for `chip`, and their launches are noted in the list instead of being run."""
+def recording(device: Device) -> Iterator[list[Launch]]:
+    """Inside, launchers choose for `device`, and their launches are noted in the list and not run."""
+    if INTERPRETED:
+        raise RuntimeError("in Triton's interpreter kernels run at once: start without TRITON_INTERPRET")
     found: list[Launch] = []
 
     def note(*, fn: Any, compile: dict[str, Any], **rest: Any) -> bool:
@@ -91,9 +94,9 @@ def recording(chip: str) -> Iterator[list[Launch]]:
         return True  # done: neither compiled nor launched
 
     before, knobs.runtime.jit_cache_hook = knobs.runtime.jit_cache_hook, note
-    driver.set_active(_Driver(chip))
+    driver.set_active(_Driver(device))
     try:
-        with assume(CHIPS[chip]):
+        with assume(device):
             yield found
     finally:
         if torch.cuda.is_available():  # else there is no driver to go back to
@@ -103,7 +106,7 @@ def recording(chip: str) -> Iterator[list[Launch]]:
 
 def launches(case: Case, chip: str) -> list[Launch]:
     """What the case's launcher asks for on `chip`; raises if that is not what the case expects."""
-    with recording(chip) as found:
+    with recording(CHIPS[chip]) as found:
         case.call()
     names = sorted({launch.function for launch in found})
     if names != sorted(case.expected):
@@ -153,6 +156,24 @@ def _attention(
     return Case("attention", f"{title}, {_short(dtype)}", call, functions | expected)
 
 
+def _attention_short(
+    name: str, length: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, *,
+    sequences: int = 64, causal: bool = False, window: int = 0,
+) -> Case:  # fmt: skip
+    """The forward of sequences of `length`, from q, k and v side by side."""
+
+    def call() -> None:
+        packed = torch.empty(sequences * length, heads + 2 * kv_heads, head_dim, dtype=dtype)
+        q, k, v = packed.split_with_sizes([heads, kv_heads, kv_heads], dim=1)
+        cu = _cumulative(*[length] * sequences)
+        attention_short.attention_short_op(q, k, v, cu, cu, length, length, head_dim**-0.5, causal, window)
+
+    kind = [n for n, on in {"causal": causal, f"window {window}": window}.items() if on]
+    title = ", ".join([name, f"D={head_dim}", f"{sequences} x S={length}", *kind])
+    expected = {"_forward": Expected("full" if dtype != FP32 else "")}
+    return Case("attention_short", f"{title}, {_short(dtype)}", call, expected)
+
+
 def _cumulative(*lengths: int) -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
 
@@ -171,6 +192,15 @@ CASES = (
     _norm("Llama-1B", 2048, BF16, rms=True),
     _norm("Llama-8B", 4096, BF16, rms=True),
     _norm("Llama-8B", 4096, FP32, add=False, rms=True),
+    _attention_short("MiniLM", 64, 12, 12, 32, FP16),
+    _attention_short("MiniLM", 128, 12, 12, 32, BF16),
+    _attention_short("MiniLM", 256, 12, 12, 32, BF16),
+    _attention_short("MiniLM", 256, 12, 12, 32, FP16, sequences=1),
+    _attention_short("MiniLM", 64, 12, 12, 32, FP32),
+    _attention_short("BERT-base", 128, 12, 12, 64, BF16),
+    _attention_short("SmolLM2", 128, 9, 3, 64, BF16, causal=True),
+    _attention_short("ModernBERT", 128, 12, 12, 64, BF16, window=65),
+    _attention_short("tiny", 128, 8, 8, 16, FP16, causal=True, window=33),
     _attention("MiniLM", 128, 12, 12, 32, BF16),
     _attention("MiniLM", 512, 12, 12, 32, FP16),
     _attention("MiniLM", 512, 12, 12, 32, FP32),
@@ -182,6 +212,7 @@ CASES = (
     _attention("Llama-8B", 4096, 32, 8, 128, FP32, causal=True),
     _attention("Mistral", 4096, 32, 8, 128, BF16, causal=True, window=1024),
     _attention("T5", 512, 12, 12, 64, BF16, bias=True),
+    _attention("T5-3B", 512, 32, 32, 128, BF16, bias=True),
     _attention("MPT", 2048, 32, 32, 128, BF16, causal=True, alibi=True),
-    _attention("Gemma-2", 2048, 8, 4, 256, BF16, causal=True, cap=50.0),
+    _attention("Gemma-2", 2048, 8, 4, 256, BF16, causal=True, cap=50.0, _dkdv=Expected("small")),
 )

@@ -47,6 +47,11 @@ def assume(device: Device) -> Iterator[None]:
         _assumed = before
 
 
+def assumed() -> bool:
+    """Whether a device is assumed, so that nothing need be able to run."""
+    return _assumed is not None
+
+
 @cache
 def _cuda(index: int) -> Device:
     found: Any = torch.cuda.get_device_properties(index)

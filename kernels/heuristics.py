@@ -77,27 +77,41 @@ class AttentionBlock(NamedTuple):
     num_stages: int
 
 
-def attention_shared_memory(head_dim: int, itemsize: int, block: AttentionBlock, device: Device) -> int:
-    """Bytes that the forward keeps in shared memory: the queries once, k and v of every stage in flight.
+def attention_shared_memory(
+    head_dim: int, itemsize: int, block: AttentionBlock, device: Device, biased: bool = False
+) -> int:
+    """Bytes that the forward keeps in shared memory, at most: the queries once, k and v (and the bias, which
+    is loaded beside them) of every stage in flight.
 
-    Below sm_90 the stage that is being multiplied has left it for registers. D = 64 in 16 bits with tiles of
-    128 x 128 and 3 stages: 16 KB + 2 x 32 KB on sm_80, 16 KB + 3 x 32 KB on sm_90. A few hundred bytes of
+    Below sm_90 the stage that is being multiplied has left it for registers; a single stage has k and v in
+    turns. D = 64 in 16 bits with tiles of 128 x 128 and 3 stages: 16 KB + 2 x 32 KB on sm_80, 16 KB + 3 x
+    32 KB on sm_90. Where warps share rows, the probabilities pass through it too. A few hundred bytes of
     barriers and sums come on top, 4 KB at most.
     """
     row = max(16, next_power_of_2(head_dim)) * itemsize
-    stages = block.num_stages if device.capability >= (9, 0) else max(1, block.num_stages - 1)
-    return block.queries * row + stages * 2 * block.keys * row + 4096
+    scores = block.queries * block.keys * itemsize
+    tiles = 2 * block.num_stages if device.capability >= (9, 0) else max(1, 2 * (block.num_stages - 1))
+    shared = scores if block.queries < 16 * block.num_warps else 0
+    bias = -(-tiles // 2) * scores if biased else 0
+    return block.queries * row + tiles * block.keys * row + shared + bias + 4096
+
+
+def _clipped(block: AttentionBlock, max_queries: int, max_keys: int) -> AttentionBlock:
+    """Tiles no longer than the sequences, which would be mostly masks."""
+    queries = max(16, min(block.queries, next_power_of_2(max(max_queries, 1))))
+    keys = max(16, min(block.keys, next_power_of_2(max(max_keys, 1))))
+    warps = block.num_warps if queries * keys == block.queries * block.keys else min(block.num_warps, 4)
+    return AttentionBlock(queries, keys, warps, block.num_stages)
 
 
 def _within(
-    head_dim: int, itemsize: int, max_queries: int, max_keys: int, block: AttentionBlock, device: Device
-) -> AttentionBlock:
+    head_dim: int, itemsize: int, max_queries: int, max_keys: int, block: AttentionBlock, device: Device,
+    biased: bool = False,
+) -> AttentionBlock:  # fmt: skip
     """Tiles no longer than the sequences, and no larger than the device's shared memory: first a stage fewer,
     then half the keys, then half the queries."""
-    queries = max(16, min(block.queries, next_power_of_2(max(max_queries, 1))))
-    keys = max(16, min(block.keys, next_power_of_2(max(max_keys, 1))))
-    block = block._replace(queries=queries, keys=keys)
-    while attention_shared_memory(head_dim, itemsize, block, device) > device.shared_memory:
+    block = _clipped(block, max_queries, max_keys)
+    while attention_shared_memory(head_dim, itemsize, block, device, biased) > device.shared_memory:
         if block.num_stages > 1:
             block = block._replace(num_stages=block.num_stages - 1)
         elif block.keys > 16:
@@ -109,58 +123,156 @@ def _within(
 
 @tunable("attention", "max_queries", "max_keys")
 def attention_block(
-    head_dim: int, itemsize: int, max_queries: int, max_keys: int, device: Device
+    head_dim: int, itemsize: int, max_queries: int, max_keys: int, biased: bool, dropout: bool, device: Device
 ) -> AttentionBlock:
-    """Tiles of the forward: 128 queries keep wgmma fed; keys as many as shared memory holds twice.
+    """Tiles of the forward: 128 queries keep wgmma fed; keys as many as registers and shared memory hold.
 
-    At D = 64 in 16 bits, k and v of 128 keys are 32 KB a stage; at D = 128, 64 keys are. In float32 (ieee, no
-    tensor cores) registers bind first. Tiles longer than the sequences would be mostly masks.
+    At D = 64 in 16 bits, k and v of 128 keys are 32 KB a stage; at D = 128, 64 keys are. A bias, or the
+    random numbers of the dropout, take the registers of half the keys. In float32 (ieee, no tensor cores) the
+    operands lie in registers too. What is chosen here is the largest that spills on no chip (see the compile
+    report).
     """
-    if itemsize == 4:
+    if itemsize == 4 and head_dim <= 32:
         block = AttentionBlock(64, 32, 4, 2)
+    elif itemsize == 4 and head_dim <= 64:
+        block = AttentionBlock(32, 32, 4, 2)
+    elif itemsize == 4:
+        block = AttentionBlock(32, 16, 8, 2)
     elif head_dim <= 64:
-        block = AttentionBlock(128, 128, 8, 3)
+        block = AttentionBlock(128, 64 if biased or dropout else 128, 8, 3)
     elif head_dim <= 128:
         block = AttentionBlock(128, 64, 8, 3)
     else:
-        block = AttentionBlock(64, 64, 4, 2)
-    block = _within(head_dim, itemsize, max_queries, max_keys, block, device)
-    return block if block.queries >= 128 else block._replace(num_warps=min(block.num_warps, 4))
+        block = AttentionBlock(64, 64, 8, 2)
+    return _within(head_dim, itemsize, max_queries, max_keys, block, device, biased)
 
 
-@tunable("attention_backward", "max_queries", "max_keys")
-def attention_backward_block(
+def attention_is_short(head_dim: int, itemsize: int, max_queries: int, max_keys: int, masked: bool) -> bool:
+    """Whether the path with all keys in one block applies. `masked`: causal, or with a window.
+
+    Scores of 64 x 256 fill half of the registers of four warps. Compiled for sm_80 and sm_90, that leaves room
+    for D = 32 but not for the output and the addresses of D = 64, nor for masks that differ from row to row:
+    there it is 128 keys. (Beyond them the other path also skips what is masked.) Without tensor cores, in
+    float32, it is a quarter of that.
+    """
+    keys = min(128 if masked else 256, (8192 if itemsize == 2 else 2048) // head_dim)
+    return head_dim in (16, 32, 64) and max(max_queries, max_keys) <= keys
+
+
+class ShortBlock(NamedTuple):
+    """Tiles of attention on short sequences."""
+
+    queries: int
+    keys: int
+    heads: int
+    num_warps: int
+    num_stages: int
+
+
+@tunable("attention_short", "sequences", "max_queries", "max_keys")
+def attention_short_block(
+    head_dim: int, itemsize: int, heads: int, sequences: int, max_queries: int, max_keys: int, device: Device
+) -> ShortBlock:
+    """All keys, 64 queries (the rows of one wgmma), and two to four heads a program.
+
+    The heads are the loop that hides the loads: MiniLM's 12 heads are 3 programs of 4. As long as the grid
+    does not give every multiprocessor two programs, fewer heads: one sequence of 256 tokens is 4 blocks of
+    queries x 12 heads = 48 programs of one head on 132 processors.
+    """
+    queries = max(16, min(64, next_power_of_2(max(max_queries, 1))))
+    keys = max(16, next_power_of_2(max(max_keys, 1)))
+    if itemsize == 4:  # products on the FMA units, whose operands wait in registers
+        queries = 16
+    grid = -(-max_queries // queries) * sequences * heads
+    shared = [n for n in (4, 3, 2) if heads % n == 0 and grid // n >= 2 * device.processors]
+    return ShortBlock(queries, keys, shared[0] if shared else 1, 4, 2)
+
+
+def _backward_within(
+    head_dim: int, itemsize: int, max_queries: int, max_keys: int, block: AttentionBlock, device: Device
+) -> AttentionBlock:
+    """Tiles of the backward no longer than the sequences, and no larger than the device's shared memory: q,
+    do, k and v, those of the loop once a stage, and the probabilities on their way to the other operand's
+    place, twice (four times on sm_100, where accumulators pass through as well)."""
+    block = _clipped(block, max_queries, max_keys)
+    row = max(16, next_power_of_2(head_dim)) * itemsize
+    copies = 4 if device.capability >= (10, 0) else 2
+
+    def needed(block: AttentionBlock) -> int:
+        tiles = 2 * (block.queries + block.keys) + 2 * (block.num_stages - 1) * max(block.queries, block.keys)
+        return tiles * row + copies * block.queries * block.keys * itemsize + 4096
+
+    while needed(block) > device.shared_memory:
+        if block.num_stages > 1:
+            block = block._replace(num_stages=block.num_stages - 1)
+        elif block.keys >= block.queries:
+            block = block._replace(keys=block.keys // 2)
+        else:
+            block = block._replace(queries=block.queries // 2)
+    return block
+
+
+@tunable("attention_dq", "max_queries", "max_keys")
+def attention_dq_block(
     head_dim: int, itemsize: int, max_queries: int, max_keys: int, device: Device
 ) -> AttentionBlock:
-    """Tiles of the backward, which holds two accumulators and twice the operands: half of the forward's.
+    """Tiles of the kernel that walks over keys for dq (and of the bias's, which walks over the batch): twice
+    the operands of the forward, so half of its tiles.
 
-    Larger ones spill: compiled for sm_90, 64 x 128 by 8 warps at D = 64 needs more than 255 registers, and so
-    does a second stage at D = 128.
+    From sm_90 on the accumulators of the scores may stay where the tensor cores leave them; below, 64 x 64
+    scores and their gradient do not fit beside the operands of 4 warps. D = 256 keeps 64 rows, the fewest
+    that wgmma takes, for 16 keys at a time.
     """
+    wgmma = device.capability >= (9, 0)
     if itemsize == 4:
-        block = AttentionBlock(32, 32, 4, 1)
+        block = AttentionBlock(32, 32 if head_dim <= 64 else 16, 4, 1)
     elif head_dim <= 64:
-        block = AttentionBlock(64, 64, 4, 2)
+        block = AttentionBlock(64, 64 if wgmma else 32, 4, 2)
     elif head_dim <= 128:
         block = AttentionBlock(64, 64, 8, 1)
     else:
-        block = AttentionBlock(32, 32, 4, 1)
-    return _within(head_dim, itemsize, max_queries, max_keys, block, device)
+        block = AttentionBlock(64, 16, 4, 1) if wgmma else AttentionBlock(32, 32, 4, 1)
+    return _backward_within(head_dim, itemsize, max_queries, max_keys, block, device)
+
+
+@tunable("attention_dkdv", "max_queries", "max_keys")
+def attention_dkdv_block(
+    head_dim: int, itemsize: int, max_queries: int, max_keys: int, device: Device
+) -> AttentionBlock:
+    """Tiles of the kernel that walks over queries for dk and dv, which holds two accumulators.
+
+    Larger ones spill: compiled for sm_90, 64 x 128 by 8 warps at D = 64 needs more than 255 registers, and so
+    does a second stage at D = 128. At D = 256 the accumulators of 64 keys fill the registers by themselves:
+    32 keys, and the small tensor-core instruction.
+    """
+    if itemsize == 4 and head_dim <= 64:
+        block = AttentionBlock(32, 32 if head_dim <= 32 else 16, 4, 1)
+    elif itemsize == 4:
+        block = AttentionBlock(32, 32, 8, 1)
+    elif head_dim <= 64:
+        wgmma = device.capability >= (9, 0)
+        block = AttentionBlock(64, 64, 4, 2) if wgmma else AttentionBlock(32, 64, 8, 1)
+    elif head_dim <= 128:
+        block = AttentionBlock(64, 64, 8, 1)
+    else:
+        block = AttentionBlock(32, 32, 8, 1)
+    return _backward_within(head_dim, itemsize, max_queries, max_keys, block, device)
 
 
 def paged_block(head_dim: int, itemsize: int, rows: int, device: Device) -> AttentionBlock:
-    """Tiles of attention over the paged cache: `rows` are the new tokens of a sequence x the heads of a group.
+    """Tiles of attention over the paged cache; `rows`: new tokens of a sequence x heads of a group.
 
     A decode step has 1 to 16 rows, and 16 are the fewest that a tensor core takes; what counts is to have
-    loads in flight: k and v of 64 keys at D = 128 in 16 bits are 32 KB a stage, three stages 96 KB, and two
-    programs fit a multiprocessor. A chunk of a prompt has hundreds of rows: tiles of 64, as wgmma wants them.
-    The number of keys does not depend on the contexts, so that a sequence is summed in the same order alone
-    and beside longer ones.
+    loads in flight: k and v of 64 keys at D = 128 in 16 bits are 32 KB, three of them 96 KB (the fourth stage
+    is being multiplied), and two programs fit a multiprocessor of 227 KB. A chunk of a prompt has hundreds of
+    rows: tiles of 64, as wgmma wants them. The number of keys does not depend on the contexts, so that a
+    sequence is summed in the same order alone and beside longer ones.
     """
     if itemsize == 4:
-        block = AttentionBlock(16, 64 if head_dim <= 64 else 32, 4, 2)
+        block = AttentionBlock(16, 64 if head_dim <= 64 else 32, 4, 3)
     else:
-        block = AttentionBlock(64, 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32, 4, 3)
+        keys = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
+        block = AttentionBlock(64, keys, 4, 4 if rows <= 16 else 3)
     return _within(head_dim, itemsize, rows, block.keys, block, device)
 
 
@@ -285,7 +397,7 @@ def quantized_block(rows: int, outs: int, ins: int, itemsize: int, processors: i
     processors. The number of rows has no say in it, so that a row is summed in the same order alone and in a
     batch. In float32 (ieee, no tensor cores) the tile of the weight is smaller, as its registers are wider.
     """
-    tile_rows = min(64, max(16, next_power_of_2(max(rows, 1))))
+    tile_rows = min(128, max(16, next_power_of_2(max(rows, 1))))
     tile_outs, tile_ins, stages = (64, 128, 4) if itemsize == 2 else (32, 64, 2)
     tiles, steps = -(-outs // tile_outs), -(-ins // tile_ins)
     splits = 1

@@ -16,6 +16,7 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from minilm import ops
 from minilm.kernels.attention import attention_op, twin
+from minilm.kernels.attention_backward import twin as backward_twin
 
 LENGTHS = [0, 1, 15, 16, 17, 33]
 
@@ -125,6 +126,24 @@ def test_the_numpy_twin_says_the_same(causal: bool) -> None:
     np.testing.assert_allclose(ours[:, 0].numpy(), theirs, atol=2e-6)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_the_numpy_twin_of_the_backward_says_the_same(causal: bool) -> None:
+    q, k, v, upstream = (torch.randn(n, 1, 16) for n in (37, 50, 50, 37))
+    bias = torch.randn(1, 37, 50)
+    leaves = [x.requires_grad_() for x in (q, k, v, bias)]
+    lengths = (cumulative([37]), cumulative([50]), 37, 50)
+    o, lse = attention_op(*leaves, None, *lengths, 0.25, causal, 0, 0.0, 0.0, 0)
+    o.backward(upstream)
+    arrays = [x.detach()[:, 0].double().numpy() for x in (q, k, v, upstream, o)]
+    exact = backward_twin(
+        *arrays, lse[0].double().numpy(), bias[0].detach().double().numpy(), 0.25, causal, 16
+    )
+    for leaf, expected in zip(leaves, exact, strict=True):
+        assert leaf.grad is not None
+        found = leaf.grad[0] if leaf is bias else leaf.grad[:, 0]
+        np.testing.assert_allclose(found.numpy(), expected, atol=1e-5)
+
+
 def test_lse_through_the_op_interface() -> None:
     q, k, v = torch.randn(9, 4, 32), torch.randn(12, 2, 32), torch.randn(12, 2, 32)
     lengths = (cumulative([4, 5]), cumulative([7, 5]), 5, 7)
@@ -133,6 +152,26 @@ def test_lse_through_the_op_interface() -> None:
         with ops.backend(backend):
             outs.append(ops.attention_with_lse(q, k, v, *lengths, scale=0.2, causal=True, window=3))
     torch.testing.assert_close(outs[0], outs[1], atol=2e-6, rtol=1e-5)
+
+
+def test_scores_through_the_op_interface() -> None:
+    """Bias with its gradient, ALiBi and soft-cap reach the kernel, in order."""
+    q, k, v = torch.randn(9, 4, 32), torch.randn(12, 2, 32), torch.randn(12, 2, 32)
+    lengths = (cumulative([4, 5]), cumulative([7, 5]), 5, 7)
+    outs = []
+    for backend in ("triton", "reference"):
+        bias = torch.randn(4, 5, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        options = {"bias": bias, "alibi_slopes": torch.arange(1.0, 5.0) / 8, "soft_cap": 2.0}
+        with ops.backend(backend):
+            out, lse = ops.attention_with_lse(q, k, v, *lengths, scale=0.2, causal=True, **options)
+            maps = ops.attention_probs(
+                q, k, *lengths[:2], scale=0.2, causal=True, heads=[2], lse=lse, **options
+            )
+        out.sum().backward()
+        outs.append([out, lse, bias.grad, *maps])
+    for a, b in zip(*outs, strict=True):
+        assert a is not None
+        torch.testing.assert_close(a, b, atol=5e-6, rtol=1e-5)
 
 
 def test_dropout_drops_the_share_asked_for_and_its_gradient_uses_the_same_mask() -> None:

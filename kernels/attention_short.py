@@ -1,0 +1,145 @@
+"""Attention on short packed sequences, forward: all keys of a sequence in one block, several heads a program.
+
+    s = q k^T                               [BLOCK_M, BLOCK_N], -inf where a query does not see a key
+    m = max_j s_j                           one maximum a row, and no rescaling: there is no second block
+    p = 2^(c s - c m),  c = log2(e) scale   one multiply-add and one exponential a score
+    o = p v / sum_j p_j,  lse = scale m + ln sum_j p_j
+
+With one block of keys the loop over blocks is gone, and the loop over heads takes its place: a program owns
+BLOCK_M queries of HEADS neighbouring heads of one sequence, and the loads of the next head are in flight
+while this one is multiplied. The heads of a token lie side by side, in [T, (H + 2 Hkv) D] as the fused
+projection leaves it: q, k and v are views of that, any strides with contiguous D, and nothing is copied.
+
+Scale is positive; full, causal or window, as in `attention`, whose backward needs o and lse alone and is
+this one's too. Operations: 4 Sq Sk D a head, and one exponential a score. Bytes: q, k, v, o once, keys again
+for each block of queries, but from L2: 8 D b a token and head. At S = 256, D = 32 that is 128 operations a
+byte, so memory is the limit, and what counts is how many bytes are in flight.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.library import wrap_triton
+
+from .attention import LN2, LOG2E, attention_backward_op, dot, empty_outputs
+from .devices import device_of
+from .heuristics import attention_short_block
+from .registration import kernel_op
+
+
+def twin(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, causal: bool) -> np.ndarray:
+    """The algorithm for one sequence, in NumPy: q [Sq, H, D], k and v [Sk, Hkv, D] -> [Sq, H, D]."""
+    o = np.empty_like(q)
+    group, offset = q.shape[1] // k.shape[1], len(k) - len(q)
+    for head in range(q.shape[1]):
+        s = q[:, head] @ k[:, head // group].T
+        if causal:
+            s = np.where(np.arange(len(q))[:, None] + offset >= np.arange(len(k)), s, -np.inf)
+        p = np.exp2((s - s.max(1, keepdims=True)) * (scale * 1.4426950408889634))
+        o[:, head] = p @ v[:, head // group] / p.sum(1, keepdims=True)
+    return o
+
+
+@triton.jit
+def _forward(
+    Q, K, V, O, LSE, CU_Q, CU_K, q_t, q_h, k_t, k_h, v_t, v_h, tokens, scale, window,
+    H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+):  # fmt: skip
+    sequence = tl.program_id(2)
+    q_start = tl.load(CU_Q + sequence)
+    q_len = tl.load(CU_Q + sequence + 1) - q_start
+    k_start = tl.load(CU_K + sequence)
+    k_len = tl.load(CU_K + sequence + 1) - k_start
+    m0 = tl.program_id(0) * BLOCK_M
+    if m0 >= q_len:
+        return
+    i = m0 + tl.arange(0, BLOCK_M)
+    j = tl.arange(0, BLOCK_N)
+    d = tl.arange(0, D)
+    rows = q_start.to(tl.int64) + i
+    columns = k_start.to(tl.int64) + j
+    Q += rows[:, None] * q_t + d[None, :]
+    K += columns[:, None] * k_t + d[None, :]
+    V += columns[:, None] * v_t + d[None, :]
+    O += rows[:, None] * (H * D) + d[None, :]
+    place = i + (k_len - q_len)
+    low, high = place * 0, place * 0 + k_len  # the keys that a query sees
+    if CAUSAL:
+        high = tl.minimum(high, place + 1)
+    if WINDOW:
+        low = place - window + 1
+        high = tl.minimum(high, place + window)
+    first = tl.program_id(1) * HEADS
+    for head in range(first, first + HEADS):
+        q = tl.load(Q + head * q_h, mask=i[:, None] < q_len, other=0.0)
+        k = tl.load(K + (head // GROUP) * k_h, mask=j[:, None] < k_len, other=0.0)
+        v = tl.load(V + (head // GROUP) * v_h, mask=j[:, None] < k_len, other=0.0)
+        s = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32))
+        seen = j[None, :] < high[:, None]
+        if WINDOW:
+            seen = seen & (j[None, :] >= low[:, None])
+        s = tl.where(seen, s, float("-inf"))
+        m = tl.max(s, axis=1)
+        m = tl.where(m == float("-inf"), 0.0, m) * (scale * LOG2E)  # a query may see nothing
+        p = tl.exp2(s * (scale * LOG2E) - m[:, None])
+        l = tl.sum(p, axis=1)
+        o = dot(p.to(v.dtype), v, tl.zeros([BLOCK_M, D], tl.float32))
+        o = o / tl.where(l == 0.0, 1.0, l)[:, None]
+        lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(l)) * LN2)
+        tl.store(O + head * D, o.to(O.dtype.element_ty), mask=i[:, None] < q_len)
+        tl.store(LSE + head * tokens + rows, lse, mask=i < q_len)
+
+
+@kernel_op("minilm_triton::attention_short", mutates_args={})
+def attention_short_op(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float,
+    causal: bool, window: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """(o [Tq, H, D], lse float32 [H, Tq]); arguments as in `attention_op`, where
+    `heuristics.attention_is_short`."""
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    tokens, heads, head_dim = q.shape
+    o, lse = empty_outputs(q)
+    if tokens == 0:
+        return o, lse
+    sequences = len(cu_q) - 1
+    sizes = (head_dim, q.element_size(), heads, sequences, max_q, max_k)
+    block = attention_short_block(*sizes, device_of(q.device))
+    grid = (triton.cdiv(max_q, block.queries), heads // block.heads, sequences)
+    wrap_triton(_forward)[grid](
+        q, k, v, o, lse, cu_q, cu_k,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), tokens, scale, window,
+        H=heads, GROUP=heads // k.shape[1], D=head_dim, HEADS=block.heads,
+        BLOCK_M=block.queries, BLOCK_N=block.keys, CAUSAL=causal, WINDOW=window > 0,
+        num_warps=block.num_warps, num_stages=block.num_stages,
+    )  # fmt: skip
+    return o, lse
+
+
+@attention_short_op.register_fake
+def _(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, window):
+    return empty_outputs(q)
+
+
+def _setup(ctx, inputs, output):
+    q, k, v, cu_q, cu_k, *ctx.scalars = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _gradient(ctx, do, _):
+    if do is None:
+        return (None,) * 10
+    q, k, v, o, lse, cu_q, cu_k = ctx.saved_tensors
+    dq, dk, dv, _ = attention_backward_op(
+        do, q, k, v, o, lse, None, None, cu_q, cu_k, *ctx.scalars, 0.0, 0.0, 0
+    )
+    return (dq, dk, dv, *(None,) * 7)
+
+
+attention_short_op.register_autograd(_gradient, setup_context=_setup)
