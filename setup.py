@@ -17,6 +17,16 @@ Environment
     MINILM_BUILD_EXT=1      build it; whatever is missing is an error too.
     MINILM_BUILD_EXT=0      leave it out.
     CXX, CXXFLAGS, LDFLAGS  as usual.
+
+The CUDA kernels of csrc/cuda/ become a library of their own beside it, minilm._C_cuda, which is loaded only
+where PyTorch sees a CUDA device.
+
+    MINILM_BUILD_CUDA=auto  (default) build it where the extension is built, nvcc is found (CUDA_HOME, PATH)
+                            and PyTorch is a CUDA build: others could never load it.
+    MINILM_BUILD_CUDA=1     build it with any PyTorch (its CPU build has the headers too), to see that it
+                            compiles; what is missing is an error.
+    MINILM_BUILD_CUDA=0     leave it out.
+    MINILM_CUDA_ARCHS       the chips, by default "80;86;89;90a;100".
 """
 
 from __future__ import annotations
@@ -63,6 +73,9 @@ INSTRUCTION_SETS = instruction_sets(platform.machine())
 COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
 # A multiply-add may round once; nothing else is relaxed: results do not depend on how a loop was vectorised.
 KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+
+CUDA_ARCHS = "80;86;89;90a;100"
+CUDA_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-Wall"]
 
 PROBE = """
 import importlib.metadata, importlib.util, json
@@ -112,7 +125,11 @@ def extension() -> tuple[Extension | None, str]:
     return (
         Extension(
             "minilm._C",
-            sources=sorted(map(str, [*CSRC.glob("*.cpp"), CSRC / "cpu" / "dispatch.cpp"])),
+            sources=sorted(
+                str(file)
+                for file in [*CSRC.glob("*.cpp"), CSRC / "cpu" / "dispatch.cpp"]
+                if file.name != "bindings_cuda.cpp"
+            ),
             depends=sorted(map(str, CSRC.rglob("*.[ch]*"))),
             include_dirs=[str(CSRC)],
             library_dirs=[str(folder / "lib")],
@@ -130,10 +147,60 @@ def extension() -> tuple[Extension | None, str]:
     )
 
 
+def find_nvcc() -> str | None:
+    """CUDA's compiler, of CUDA_HOME if that is set, or None."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+
+
+def cuda_archs() -> list[str]:
+    """The chips to compile for: "80", "90a", ..."""
+    return [arch for arch in os.environ.get("MINILM_CUDA_ARCHS", CUDA_ARCHS).split(";") if arch]
+
+
+def cuda_extension(wanted: str) -> tuple[Extension | None, str]:
+    """The CUDA library, or None and the reason why it is not built here; `wanted` is MINILM_BUILD_CUDA."""
+    if find_nvcc() is None:
+        return None, "nvcc was not found (install the CUDA toolkit, or set CUDA_HOME)"
+    torch = find_torch()
+    if torch is None:
+        return None, "PyTorch was not found"
+    folder, version = torch
+    of_cuda = any((folder / "lib").glob("libtorch_cuda.*"))
+    if wanted == "auto" and not of_cuda:
+        return None, f"PyTorch {version} is no CUDA build"
+    if not all(re.fullmatch(r"\d+[af]?", arch) for arch in cuda_archs()) or not cuda_archs():
+        raise SystemExit(
+            f"MINILM_CUDA_ARCHS={os.environ['MINILM_CUDA_ARCHS']}: expected such as {CUDA_ARCHS}"
+        )
+    return (
+        Extension(
+            "minilm._C_cuda",
+            sources=["csrc/bindings_cuda.cpp", *sorted(map(str, (CSRC / "cuda").glob("*.cu")))],
+            depends=sorted(map(str, CSRC.rglob("*.[ch]*"))),
+            include_dirs=[str(CSRC)],
+            library_dirs=[str(folder / "lib")],
+            libraries=["torch_cpu", *(["torch_cuda"] if of_cuda else [])],
+            define_macros=[
+                ("TORCH_TARGET_VERSION", "0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)),
+                ("USE_CUDA", "1"),
+            ],
+            extra_compile_args=[*COMPILE_FLAGS, "-isystem", str(folder / "include")],
+            py_limited_api=True,  # it needs nothing of Python: the name says that it suits every version
+            language="c++",
+        ),
+        "",
+    )
+
+
 class BuildExtension(build_ext):  # type: ignore[misc]
-    """Compiles the sources in csrc/cpu/ once per instruction set and links the objects with the rest."""
+    """Compiles the sources in csrc/cpu/ once per instruction set and links the objects with the rest; the
+    CUDA library is compiled and linked by nvcc, but for its bindings."""
 
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == "minilm._C_cuda":
+            self.build_cuda(ext)
+            return
         objects: list[str] = []
         for name, flags in INSTRUCTION_SETS.items():
             objects += self.compiler.compile(
@@ -146,6 +213,30 @@ class BuildExtension(build_ext):  # type: ignore[misc]
         ext.define_macros += [(f"MINILM_HAS_{name.upper()}", "1") for name in INSTRUCTION_SETS]
         ext.extra_objects = [*ext.extra_objects, *objects]
         super().build_extension(ext)
+
+    def build_cuda(self, ext: Extension) -> None:
+        """One binary for every chip in `cuda_archs`, with PTX for the chips to come."""
+        bindings, *kernels = ext.sources
+        nvcc, archs = find_nvcc(), cuda_archs()
+        plain = [arch for arch in archs if arch.isdigit()]
+        code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+        code += [f"-gencode=arch=compute_{plain[-1]},code=compute_{plain[-1]}"] if plain else []
+        objects = self.compiler.compile(
+            [bindings],
+            output_dir=self.build_temp,
+            macros=ext.define_macros,
+            include_dirs=ext.include_dirs,
+            extra_postargs=ext.extra_compile_args,
+        )
+        for kernel in kernels:
+            made = Path(self.build_temp, kernel).with_suffix(".cuda.o")
+            made.parent.mkdir(parents=True, exist_ok=True)
+            self.spawn([nvcc, *CUDA_FLAGS, *code, f"-I{CSRC}", "-c", kernel, "-o", str(made)])
+            objects.append(str(made))
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        libraries = [f"-L{folder}" for folder in ext.library_dirs] + [f"-l{name}" for name in ext.libraries]
+        self.spawn([nvcc, "-shared", *objects, *libraries, "-o", str(target)])
 
 
 def configuration() -> dict[str, Any]:
@@ -164,10 +255,21 @@ def configuration() -> dict[str, Any]:
         )
         return {}
     return {
-        "ext_modules": [ext],
+        "ext_modules": [ext, *cuda_configuration()],
         "cmdclass": {"build_ext": BuildExtension},
         "options": {"bdist_wheel": {"py_limited_api": "cp{}{}".format(*OLDEST_PYTHON)}},
     }
+
+
+def cuda_configuration() -> list[Extension]:
+    """The CUDA library, as MINILM_BUILD_CUDA asks."""
+    wanted = os.environ.get("MINILM_BUILD_CUDA", "auto").lower()
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"MINILM_BUILD_CUDA={wanted}: expected auto, 0 or 1")
+    ext, reason = (None, "") if wanted == "0" else cuda_extension(wanted)
+    if ext is None and wanted == "1":
+        raise SystemExit(f"minilm: MINILM_BUILD_CUDA=1, but minilm._C_cuda cannot be built: {reason}")
+    return [] if ext is None else [ext]
 
 
 if __name__ == "__main__":
