@@ -19,6 +19,7 @@ operations with one or two exponentials: memory is the limit on every GPU.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from .devices import device_of
 from .heuristics import column_programs, pointwise_block
 from .registration import kernel_op, processors
 
@@ -49,10 +51,10 @@ def twin(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
         return 0.5 * (1 + np.tanh(v / 2))
 
     t = np.tanh(np.logaddexp(0, x))
-    big_phi = 0.5 * (1 + np.vectorize(math.erf, otypes=[float])(x / math.sqrt(2)))
+    big_phi = np.array([0.5 + 0.5 * math.erf(v / math.sqrt(2)) for v in x.flat]).reshape(x.shape)
     gelu = x * big_phi, big_phi + x * np.exp(-x * x / 2) / math.sqrt(2 * math.pi)
     u, du = (c * math.sqrt(8 / math.pi) for c in (x + 0.044715 * x**3, 1 + 0.134145 * x**2))
-    return {
+    table: dict[str, Callable[[], tuple[np.ndarray, np.ndarray]]] = {
         "gelu": lambda: gelu,
         "gelu_tanh": lambda: (x * s(u), s(u) + x * s(u) * (1 - s(u)) * du),
         "gelu_10": lambda: (np.minimum(gelu[0], 10), gelu[1] * (gelu[0] <= 10)),
@@ -70,7 +72,8 @@ def twin(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
         "sigmoid": lambda: (s(x), s(x) * (1 - s(x))),
         "tanh": lambda: (np.tanh(x), 1 - np.tanh(x) ** 2),
         "linear": lambda: (x, np.ones_like(x)),
-    }[kind]()
+    }
+    return table[kind]()
 
 
 @triton.jit
@@ -221,7 +224,7 @@ def bias_activation(x: Tensor, bias: Tensor | None, kind: str) -> Tensor:
     if x.numel():
         x2 = _rows(x)
         rows, columns = x2.shape
-        block = pointwise_block(columns)
+        block = pointwise_block(columns, device_of(x.device))
         grid = (triton.cdiv(rows, block.rows), triton.cdiv(columns, block.columns))
         wrap_triton(_forward)[grid](
             x2, x2 if bias is None else bias, y, rows, columns, x2.stride(0), KIND=kind,
@@ -243,7 +246,7 @@ def bias_activation_backward(dy: Tensor, x: Tensor, bias: Tensor | None, kind: s
         return dx, x.new_empty(0) if bias is None else torch.zeros_like(bias)
     x2, dy2 = _rows(x), _rows(dy)
     rows, columns = x2.shape
-    block = pointwise_block(columns)
+    block = pointwise_block(columns, device_of(x.device))
     programs = triton.cdiv(rows, block.rows)
     if bias is not None:
         programs = column_programs(programs, triton.cdiv(columns, block.columns), processors(x.device))
@@ -281,7 +284,7 @@ def gated_op(x: Tensor, kind: str) -> Tensor:
     y = x.new_empty((*x.shape[:-1], x.shape[-1] // 2))
     if y.numel():
         x2 = _rows(x)
-        block = pointwise_block(y.shape[-1])
+        block = pointwise_block(y.shape[-1], device_of(x.device))
         grid = (triton.cdiv(x2.shape[0], block.rows), triton.cdiv(y.shape[-1], block.columns))
         wrap_triton(_gated)[grid](
             x2, y, x2.shape[0], y.shape[-1], x2.stride(0), KIND=kind, ROWS=block.rows,
@@ -302,7 +305,7 @@ def gated_backward(dy: Tensor, x: Tensor, kind: str) -> Tensor:
     if x.numel():
         x2, dy2 = _rows(x), _rows(dy)
         rows, columns = dy2.shape
-        block = pointwise_block(columns)
+        block = pointwise_block(columns, device_of(x.device))
         grid = (triton.cdiv(rows, block.rows), triton.cdiv(columns, block.columns))
         wrap_triton(_gated_backward)[grid](
             dy2, x2, dx, rows, columns, dy2.stride(0), x2.stride(0), KIND=kind, ROWS=block.rows,

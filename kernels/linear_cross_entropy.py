@@ -20,6 +20,8 @@ L2 where a chunk fits it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -28,7 +30,7 @@ from .cross_entropy import row_losses, write_gradient
 from .heuristics import loss_rows
 
 
-def twin(h: np.ndarray, w: np.ndarray, labels: np.ndarray, ignore_index: int, rows: int) -> tuple:
+def twin(h: np.ndarray, w: np.ndarray, labels: np.ndarray, ignore_index: int, rows: int) -> tuple[Any, ...]:
     """(loss, dh, dW) in NumPy: h [T, C], w [V, C], labels [T]."""
     loss, dh, dw, n = 0.0, np.zeros_like(h), np.zeros_like(w), (labels != ignore_index).sum()
     for start in range(0, len(h), rows):

@@ -19,6 +19,8 @@ Operations 2 M N K, and 2 to 4 to unpack each weight: with M below 64, memory is
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import triton
@@ -28,8 +30,9 @@ from torch.library import wrap_triton
 
 from .activation import KINDS, activate
 from .attention import IN_FLOAT32, dot
+from .devices import device_of
 from .heuristics import quantized_block
-from .registration import kernel_op, processors
+from .registration import kernel_op
 
 
 def twin(
@@ -171,13 +174,14 @@ def quantized_linear_op(
     rows = x2.shape[0]
     codes, scale = codes.contiguous(), scale.contiguous()
     minimum = scale if minimum is None else minimum.contiguous()
-    block = quantized_block(rows, outs, ins, x.element_size(), processors(x.device))
+    block = quantized_block(rows, outs, ins, x.element_size(), device_of(x.device))
     parts = torch.empty(
         block.splits if block.splits > 1 else 0, rows, outs, dtype=torch.float32, device=x.device
     )
     tiles = triton.cdiv(outs, block.outs), triton.cdiv(rows, block.rows)
+    grid = (*tiles, block.splits)
     epilogue = {"HAS_BIAS": bias is not None, "KIND": kind, "ROWS": block.rows, "OUTS": block.outs}
-    wrap_triton(_matmul)[(*tiles, block.splits)](
+    wrap_triton(_matmul)[grid](
         x2, codes, scale, minimum, scale if bias is None else bias, y, parts, rows, outs, ins,
         x2.stride(0), rows * outs, triton.cdiv(triton.cdiv(ins, block.ins), block.splits),
         FORMAT=format, SPLIT=block.splits > 1, INS=block.ins, **epilogue,
@@ -196,7 +200,9 @@ def _(x, format, codes, scale, minimum, bias, kind):
     return x.new_empty((*x.shape[:-1], codes.shape[0]))
 
 
-def quantized_linear(x: Tensor, weight: tuple, bias: Tensor | None, activation: str | None) -> Tensor:
+def quantized_linear(
+    x: Tensor, weight: tuple[Any, ...], bias: Tensor | None, activation: str | None
+) -> Tensor:
     """As `minilm.ops.quantized_linear`; `weight` is its (format, codes, scale, minimum). No derivative."""
     kind = "linear" if activation is None else KINDS[activation]
     return quantized_linear_op(x, *weight, bias, kind)

@@ -12,13 +12,13 @@ import importlib.util
 import os
 import sys
 from collections.abc import Callable
-from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from . import dispatch
 
+F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LONGEST_NORM = 16384
 """Channels of a row that the normalisation kernels can hold in registers."""
@@ -27,7 +27,23 @@ LARGEST_HEAD = 256
 """Head size of the attention kernels."""
 
 
-@cache
+# torch.compile runs what is marked so while it traces, as it must an import, and takes the answer.
+_untraced: Callable[[F], F] = torch.compiler.assume_constant_result
+
+
+class _Launcher:
+    """The function behind an op, once it is imported. An object for each op: what torch.compile has looked at
+    does not change afterwards."""
+
+    def __init__(self, module: str) -> None:
+        self.module = module
+        self.function: Any = None
+
+
+_launchers: dict[str, _Launcher] = {}
+
+
+@_untraced
 def _module(name: str) -> Any:
     """minilm.kernels.<name>; without a CUDA device, with the interpreter switched on first."""
     if not torch.cuda.is_available() and "triton" not in sys.modules:  # later would be too late
@@ -35,7 +51,7 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"minilm.kernels.{name}")
 
 
-@cache
+@_untraced
 def unavailable() -> str | None:
     """Why Triton cannot be used in this process, or None."""
     if importlib.util.find_spec("triton") is None:
@@ -54,7 +70,7 @@ def _refusal(traits: Any) -> str | None:
         return f"Triton kernels run on cuda, and in the interpreter on cpu, not on {traits.device}"
     if traits.dtype not in DTYPES:
         return f"the Triton kernels take float32, float16 and bfloat16, not {traits.dtype}"
-    if traits.device == "cpu" and not _module("registration").INTERPRETED:
+    if traits.device == "cpu" and not (_module("registration").INTERPRETED or _module("devices").assumed()):
         return "on a CPU, Triton runs only in its interpreter (set TRITON_INTERPRET=1 before the start)"
     return None
 
@@ -73,16 +89,52 @@ def _attention_supports(traits: Any) -> str | None:
     return reason
 
 
-def _lazy(module: str, function: str) -> Callable[..., Any]:
-    def call(*args: Any, **options: Any) -> Any:
-        return getattr(_module(module), function)(*args, **options)
+def _paged_supports(traits: Any) -> str | None:
+    reason = _attention_supports(traits)
+    if reason is None and traits.cache_dtype not in (*DTYPES, torch.int8):
+        return f"the Triton kernels know no cache of {traits.cache_dtype}, but of 32 and 16 bits and int8"
+    return reason
 
-    return call
+
+def _quantized_supports(traits: Any) -> str | None:
+    reason = _refusal(traits)
+    if reason is None and traits.grad:
+        return "the kernel for quantised weights has no derivative"
+    return reason
+
+
+@_untraced
+def _load(op: str) -> None:
+    _launchers[op].function = getattr(_module(_launchers[op].module), op)
+
+
+def _register(op: str, module: str, supports: Callable[[Any], str | None] = _refusal) -> None:
+    """`op` is the function of its name in minilm.kernels.<module>, imported when it is first chosen."""
+    launcher = _launchers[op] = _Launcher(module)
+
+    def supports_and_loads(traits: Any) -> str | None:
+        reason = supports(traits)
+        if reason is None:
+            _load(op)
+        return reason
+
+    def call(*args: Any, **options: Any) -> Any:
+        return launcher.function(*args, **options)
+
+    dispatch.register(dispatch.Implementation(op, "triton", call, supports_and_loads))
 
 
 def register_all() -> None:
     """Put the kernels into the dispatch table."""
-    attention = _lazy("attention", "attention")
-    dispatch.register(dispatch.Implementation("attention", "triton", attention, _attention_supports))
+    _register("attention", "attention", _attention_supports)
+    _register("paged_attention", "decode", _paged_supports)
+    _register("rope", "rope")
+    for op in ("append_kv", "rope_append"):
+        _register(op, "rope", _paged_supports)
     for op in ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm"):
-        dispatch.register(dispatch.Implementation(op, "triton", _lazy("norm", op), _norm_supports))
+        _register(op, "norm", _norm_supports)
+    for op in ("linear", "gated"):
+        _register(op, "activation")
+    for op in ("cross_entropy", "linear_cross_entropy"):
+        _register(op, op)
+    _register("quantized_linear", "quantized_matmul", _quantized_supports)
