@@ -82,19 +82,41 @@ def clone(values: Any) -> Any:
     return type(values)(clone(v) for v in values) if isinstance(values, (tuple, list)) else values
 
 
-def compare(
-    call: Callable[[Any], Any], eager: Callable[[Any], Any], truth: Callable[[Any], Any], draws: Sequence[Any]
-) -> Verdict:
-    """Judge `call` on each of `draws`; `eager` is the same in plain PyTorch, `truth` the specification (it
-    is given the float64 arguments)."""
-    worst, allowed = 0.0, 0.0
+@dataclass(frozen=True)
+class Truth:
+    """One draw of arguments, the result in float64, and the error of eager PyTorch."""
+
+    values: Any
+    exact: list[Tensor]
+    baseline: float
+
+
+def truths(eager: Callable[[Any], Any], truth: Callable[[Any], Any], draws: Sequence[Any]) -> list[Truth]:
+    """What to judge by on each of `draws`; `eager` is plain PyTorch, `truth` the specification (it is given
+    the float64 arguments)."""
+    found = []
     with torch.no_grad():
         for values in draws:
             exact = tensors(truth(to_float64(clone(values))))
-            baseline = error(tensors(eager(clone(values))), exact)
-            result = tensors(call(clone(values)))
+            found.append(Truth(values, exact, error(tensors(eager(clone(values))), exact)))
+    return found
+
+
+def compare(
+    call: Callable[[Any], Any], eager: Callable[[Any], Any], truth: Callable[[Any], Any], draws: Sequence[Any]
+) -> Verdict:
+    """Judge `call` on each of `draws` (see `truths`)."""
+    return judge(call, truths(eager, truth, draws))
+
+
+def judge(call: Callable[[Any], Any], against: Sequence[Truth]) -> Verdict:
+    """Is `call` right on each draw?"""
+    worst, allowed = 0.0, 0.0
+    with torch.no_grad():
+        for draw in against:
+            result = tensors(call(clone(draw.values)))
             eps = max((torch.finfo(t.dtype).eps for t in result), default=0.0)
-            limit, found = FACTOR * baseline + ULPS * eps, error(result, exact)
+            limit, found = FACTOR * draw.baseline + ULPS * eps, error(result, draw.exact)
             if found - limit >= worst - allowed or not worst:
                 worst, allowed = found, limit
             if not found <= limit:

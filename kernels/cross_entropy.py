@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from .devices import device_of
 from .heuristics import vocabulary_block
 from .registration import kernel_op
 
@@ -95,7 +96,7 @@ def row_losses(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tenso
     """(loss, top, logsum), each float32 [T], of logits [T, V] with contiguous rows and contiguous labels."""
     losses, top, logsum = (logits.new_empty(len(logits), dtype=torch.float32) for _ in range(3))
     if len(logits):
-        block = vocabulary_block(logits.shape[1])
+        block = vocabulary_block(logits.shape[1], device_of(logits.device))
         wrap_triton(_forward)[(len(logits),)](
             logits, labels, losses, top, logsum, logits.shape[1], logits.stride(0), ignore_index,
             BLOCK=block.columns, num_warps=block.num_warps,
@@ -109,7 +110,7 @@ def write_gradient(
     """(softmax - one at the label) x factor (a float32 scalar) of each row into `to` [T, V], which may be
     `logits`."""
     if logits.numel():
-        block = vocabulary_block(logits.shape[1])
+        block = vocabulary_block(logits.shape[1], device_of(logits.device))
         wrap_triton(_gradient)[(len(logits), triton.cdiv(logits.shape[1], block.columns))](
             logits, labels, top, logsum, factor, to, logits.shape[1], logits.stride(0), to.stride(0),
             ignore_index, BLOCK=block.columns, num_warps=block.num_warps,

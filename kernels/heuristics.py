@@ -128,9 +128,9 @@ def attention_block(
     """Tiles of the forward: 128 queries keep wgmma fed; keys as many as registers and shared memory hold.
 
     At D = 64 in 16 bits, k and v of 128 keys are 32 KB a stage; at D = 128, 64 keys are. A bias, or the
-    random numbers of the dropout, take the registers of half the keys. In float32 (ieee, no tensor cores) the
-    operands lie in registers too. What is chosen here is the largest that spills on no chip (see the compile
-    report).
+    random numbers of the dropout, take the registers of half the keys, at D = 128 a bias those of more. In
+    float32 (ieee, no tensor cores) the operands lie in registers too. What is chosen here is the largest of
+    those tried that spills on no chip (see the compile report).
     """
     if itemsize == 4 and head_dim <= 32:
         block = AttentionBlock(64, 32, 4, 2)
@@ -141,7 +141,7 @@ def attention_block(
     elif head_dim <= 64:
         block = AttentionBlock(128, 64 if biased or dropout else 128, 8, 3)
     elif head_dim <= 128:
-        block = AttentionBlock(128, 64, 8, 3)
+        block = AttentionBlock(64, 32, 4, 2) if biased else AttentionBlock(128, 64, 8, 3)
     else:
         block = AttentionBlock(64, 64, 8, 2)
     return _within(head_dim, itemsize, max_queries, max_keys, block, device, biased)
@@ -150,10 +150,10 @@ def attention_block(
 def attention_is_short(head_dim: int, itemsize: int, max_queries: int, max_keys: int, masked: bool) -> bool:
     """Whether the path with all keys in one block applies. `masked`: causal, or with a window.
 
-    Scores of 64 x 256 fill half of the registers of four warps. Compiled for sm_80 and sm_90, that leaves room
-    for D = 32 but not for the output and the addresses of D = 64, nor for masks that differ from row to row:
-    there it is 128 keys. (Beyond them the other path also skips what is masked.) Without tensor cores, in
-    float32, it is a quarter of that.
+    Scores of 64 x 256 fill half of the registers of four warps. Compiled for sm_80 and sm_90, that leaves
+    room for D = 32 but not for the output and the addresses of D = 64, nor for masks that differ from row to
+    row: there it is 128 keys. (Beyond them the other path also skips what is masked.) Without tensor cores,
+    in float32, it is a quarter of that.
     """
     keys = min(128 if masked else 256, (8192 if itemsize == 2 else 2048) // head_dim)
     return head_dim in (16, 32, 64) and max(max_queries, max_keys) <= keys
@@ -229,7 +229,7 @@ def attention_dq_block(
     elif head_dim <= 64:
         block = AttentionBlock(64, 64 if wgmma else 32, 4, 2)
     elif head_dim <= 128:
-        block = AttentionBlock(64, 64, 8, 1)
+        block = AttentionBlock(64, 64 if wgmma else 32, 8, 1)
     else:
         block = AttentionBlock(64, 16, 4, 1) if wgmma else AttentionBlock(32, 32, 4, 1)
     return _backward_within(head_dim, itemsize, max_queries, max_keys, block, device)
@@ -250,8 +250,8 @@ def attention_dkdv_block(
     elif itemsize == 4:
         block = AttentionBlock(32, 32, 8, 1)
     elif head_dim <= 64:
-        wgmma = device.capability >= (9, 0)
-        block = AttentionBlock(64, 64, 4, 2) if wgmma else AttentionBlock(32, 64, 8, 1)
+        fits = head_dim <= 32 or device.capability >= (9, 0)
+        block = AttentionBlock(64, 64, 4, 2) if fits else AttentionBlock(32, 64, 8, 1)
     elif head_dim <= 128:
         block = AttentionBlock(64, 64, 8, 1)
     else:
@@ -259,6 +259,7 @@ def attention_dkdv_block(
     return _backward_within(head_dim, itemsize, max_queries, max_keys, block, device)
 
 
+@tunable("decode", "rows")
 def paged_block(head_dim: int, itemsize: int, rows: int, device: Device) -> AttentionBlock:
     """Tiles of attention over the paged cache; `rows`: new tokens of a sequence x heads of a group.
 
@@ -272,7 +273,9 @@ def paged_block(head_dim: int, itemsize: int, rows: int, device: Device) -> Atte
         block = AttentionBlock(16, 64 if head_dim <= 64 else 32, 4, 3)
     else:
         keys = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
-        block = AttentionBlock(64, keys, 4, 4 if rows <= 16 else 3)
+        # Below sm_90 accumulators of 64 rows and 128 columns need the registers of 8 warps.
+        warps = 8 if rows > 16 and head_dim > 64 and device.capability < (9, 0) else 4
+        block = AttentionBlock(64, keys, warps, 4 if rows <= 16 else 3)
     return _within(head_dim, itemsize, rows, block.keys, block, device)
 
 
@@ -319,6 +322,11 @@ def rope_heads(heads: int, block_d: int) -> int:
     return min(next_power_of_2(max(heads, 1)), max(1, 2048 // block_d))
 
 
+def rope_warps(heads: int, block_d: int) -> int:
+    """Warps for a tile of `rope_heads`: at least 8 elements a lane, 16 bytes in 16 bits, if it has them."""
+    return max(1, min(4, heads * block_d // 512))
+
+
 class PointwiseBlock(NamedTuple):
     """The tile of a kernel that looks at each element by itself."""
 
@@ -327,7 +335,8 @@ class PointwiseBlock(NamedTuple):
     num_warps: int
 
 
-def pointwise_block(columns: int) -> PointwiseBlock:
+@tunable("activation")
+def pointwise_block(columns: int, device: Device) -> PointwiseBlock:
     """2,048 elements, 16 a lane of four warps: two loads of 16 bytes in 16 bits.
 
     At most 512 columns, since those beyond the row are idle lanes: 1536 = 3 x 512 wastes none, 1000 of 1024
@@ -354,7 +363,8 @@ class VocabularyBlock(NamedTuple):
     num_warps: int
 
 
-def vocabulary_block(columns: int) -> VocabularyBlock:
+@tunable("cross_entropy")
+def vocabulary_block(columns: int, device: Device) -> VocabularyBlock:
     """4,096 columns for 8 warps, 16 a lane, so that the two sums over a block (its maximum, its exponentials)
     are far between; a vocabulary that is shorter is one block."""
     width = min(4096, next_power_of_2(max(columns, 16)))
@@ -388,19 +398,24 @@ class QuantizedBlock(NamedTuple):
     num_stages: int
 
 
-def quantized_block(rows: int, outs: int, ins: int, itemsize: int, processors: int) -> QuantizedBlock:
+@tunable("quantized_matmul", "rows")
+def quantized_block(rows: int, outs: int, ins: int, itemsize: int, device: Device) -> QuantizedBlock:
     """64 rows of the weight (wgmma's fewest) by 128 columns: 8 KB of 8-bit codes a stage, 4 KB of 4-bit
     ones; with four stages and two programs a multiprocessor, 32 to 64 KB are in flight.
 
     The columns are split until there are two programs a multiprocessor, as long as each keeps four steps: a
     weight [576, 1536] is 9 tiles, so 2 parts of 6 steps; [4096, 4096] is 64 tiles, so 8 parts on 132
     processors. The number of rows has no say in it, so that a row is summed in the same order alone and in a
-    batch. In float32 (ieee, no tensor cores) the tile of the weight is smaller, as its registers are wider.
+    batch. Stages are as many as fit: with 128 rows of x one is 40 KB, so 2 on a chip of 99 KB. In float32
+    (ieee, no tensor cores) the tile of the weight is smaller, as its registers are wider.
     """
     tile_rows = min(128, max(16, next_power_of_2(max(rows, 1))))
     tile_outs, tile_ins, stages = (64, 128, 4) if itemsize == 2 else (32, 64, 2)
+    stage = (tile_rows * itemsize + tile_outs) * tile_ins  # x, and the codes at a byte each
+    while stages > 1 and stages * stage > device.shared_memory:
+        stages -= 1
     tiles, steps = -(-outs // tile_outs), -(-ins // tile_ins)
     splits = 1
-    while splits * tiles < 2 * processors and 8 * splits <= steps and splits < 16:
+    while splits * tiles < 2 * device.processors and 8 * splits <= steps and splits < 16:
         splits *= 2
     return QuantizedBlock(tile_rows, tile_outs, tile_ins, splits, 4, stages)

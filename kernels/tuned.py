@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from functools import cache
 from inspect import signature
 from pathlib import Path
-from typing import Any, Generic, ParamSpec, TypeVar, get_type_hints
+from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar, get_type_hints
 
 from .devices import Device
 
@@ -30,6 +30,16 @@ VERSION = 1
 
 Shape = tuple[tuple[str, int], ...]
 Configurations = dict[tuple[str | tuple[int, int], str, Shape], dict[str, int]]
+
+
+class Asked(NamedTuple):
+    """One question to a heuristic, and its own answer (a table may have overruled it)."""
+
+    kernel: str
+    shape: Shape
+    sizes: dict[str, int]
+    answer: Any
+    device: Device
 
 
 class TableError(ValueError):
@@ -86,6 +96,7 @@ reload = _table.cache_clear
 """Forget the tables, so that the next call reads them again."""
 
 _forced: dict[str, dict[str, int]] = {}
+_observers: list[list[Asked]] = []
 
 
 @contextmanager
@@ -96,6 +107,17 @@ def forced(kernel: str, block: dict[str, int]) -> Iterator[None]:
         yield
     finally:
         del _forced[kernel]
+
+
+@contextmanager
+def observed() -> Iterator[list[Asked]]:
+    """Inside, what the heuristics are asked is noted in the list."""
+    asked: list[Asked] = []
+    _observers.append(asked)
+    try:
+        yield asked
+    finally:
+        _observers.pop()
 
 
 def find(kernel: str, device: Device, shape: Shape) -> dict[str, int] | None:
@@ -127,12 +149,16 @@ class Tunable(Generic[P, B]):
         return tuple(sorted((n, _power_of_2(v) if n in self._varying else int(v)) for n, v in named))
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> B:
-        if _forced or _table():
-            values: list[Any] = [*args, *(kwargs[name] for name in self._names[len(args) :])]
-            block = find(self.kernel, values[-1], self.shape(*values[:-1]))
-            if block is not None:
-                return self.block(block)
-        return self.heuristic(*args, **kwargs)
+        if not (_forced or _observers or _table()):
+            return self.heuristic(*args, **kwargs)
+        values: list[Any] = [*args, *(kwargs[name] for name in self._names[len(args) :])]
+        *sizes, device = values
+        shape = self.shape(*sizes)
+        for asked in _observers:
+            named = dict(zip(self._names, sizes, strict=False))
+            asked.append(Asked(self.kernel, shape, named, self.heuristic(*args, **kwargs), device))
+        block = find(self.kernel, device, shape)
+        return self.heuristic(*args, **kwargs) if block is None else self.block(block)
 
     def block(self, fields: dict[str, int]) -> B:
         """The answer that a table's `block` stands for."""

@@ -3,7 +3,7 @@ torch.
 
 Reading order: `app` (the commands, and what becomes of an error), `options` (groups of options that
 commands share), `texts` (what goes in), `results` (what comes out), then the commands: `encode`, `tasks`,
-`write`, `files`, `machine`.
+`write`, `files`, `machine`, `tune`.
 """
 
 from __future__ import annotations

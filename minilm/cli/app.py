@@ -87,9 +87,9 @@ def _options(
 
 
 def _add_commands() -> None:
-    from . import bench, encode, files, machine, quantize, tasks, write
+    from . import bench, encode, files, machine, quantize, tasks, tune, write
 
-    for module in (encode, tasks, write, files, quantize, machine, bench):
+    for module in (encode, tasks, write, files, quantize, machine, bench, tune):
         module.add_to(app)
 
 

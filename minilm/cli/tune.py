@@ -1,0 +1,137 @@
+"""`tune`: block sizes of the Triton kernels, measured on the GPU that is present."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import CommandError
+from .options import command
+
+if TYPE_CHECKING:
+    import torch
+
+CHIPS = ("sm_80", "sm_86", "sm_90", "sm_100")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands of this file."""
+    examples = """
+        minilm tune --model MiniLM-L6
+        minilm tune --kernel attention,norm --dtype float16 --seconds 300
+        minilm tune --model SmolLM2-135M --dry-run --chip sm_86
+    """
+    command(app, "tune", panel="Machine", examples=examples)(tune)
+
+
+def tune(
+    model: Annotated[
+        str, typer.Option(help="Models whose shapes are tuned, by comma; all: every one.")
+    ] = "all",
+    kernel: Annotated[str, typer.Option(help="Kernels to tune, by comma; all: every one.")] = "all",
+    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+    output: Annotated[
+        Path | None, typer.Option(help="Table to extend; if not given, the one in the user's cache folder.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="List the candidates; needs no GPU, and measures nothing.")
+    ] = False,
+    chip: Annotated[str, typer.Option(help=f"For a dry run without a GPU: {', '.join(CHIPS)}.")] = "sm_90",
+    most: Annotated[int, typer.Option(help="Candidates that are tried for one shape.")] = 24,
+    seconds: Annotated[
+        float, typer.Option(help="Begin nothing new after so many seconds; 0: no limit.")
+    ] = 0.0,
+) -> None:
+    """Measure block sizes of the Triton kernels on this GPU, and keep those that beat the built-in choice.
+
+    Every candidate is checked against float64 before it is timed. What is found goes into a table that the
+    kernels look up before their own heuristics, on devices of the same name or compute capability."""
+    import torch
+
+    from ..auto import as_dtype
+    from ..ops import triton
+
+    if (reason := triton.unavailable()) is not None:
+        raise CommandError(f"there is nothing to tune: {reason}")
+    gpu = torch.cuda.is_available()
+    if not gpu and not dry_run:
+        raise CommandError(
+            "tuning measures on a GPU, and this PyTorch sees no CUDA device "
+            "(--dry-run lists what would be measured)"
+        )
+    if chip not in CHIPS:
+        raise CommandError(f"unknown chip {chip!r}; expected {', '.join(CHIPS)}")
+    chosen = as_dtype(dtype)
+    assert chosen is not None
+    if dry_run:
+        _list(_models(model), kernel, chosen, chip, most)
+    else:
+        _measure(_models(model), kernel, chosen, output, most, seconds)
+
+
+def _models(text: str) -> list[str]:
+    from minilm.benchmarks import shapes
+
+    names = list(shapes.HF_CONFIGS) if text == "all" else text.split(",")
+    for name in names:
+        if name not in shapes.HF_CONFIGS:
+            raise CommandError(f"unknown model {name!r}; expected {', '.join(shapes.HF_CONFIGS)} or all")
+    return names
+
+
+def _kernels(text: str) -> list[str]:
+    from minilm.kernels import heuristics, tuned
+
+    assert heuristics  # has put its functions into the table
+    names = list(tuned.ALL) if text == "all" else text.split(",")
+    for name in names:
+        if name not in tuned.ALL:
+            raise CommandError(f"unknown kernel {name!r}; expected {', '.join(tuned.ALL)} or all")
+    return names
+
+
+def _list(models: list[str], kernel: str, dtype: torch.dtype, chip: str, most: int) -> None:
+    import os
+
+    import torch
+
+    os.environ["TRITON_INTERPRET"] = "0"  # the interpreter would run what is only to be listed
+    from minilm.benchmarks.tune import listing
+    from minilm.kernels.candidates import candidates
+    from minilm.kernels.devices import CHIPS, device_of
+
+    device = device_of(torch.device("cuda")) if torch.cuda.is_available() else CHIPS[chip]
+    total = 0
+    for asked in listing(models, _kernels(kernel), dtype, device):
+        blocks = candidates(asked.kernel, asked.sizes, asked.answer, device)[:most]
+        total += len(blocks)
+        sizes = ", ".join(f"{name} {value}" for name, value in asked.sizes.items())
+        typer.echo(f"{asked.kernel}: {sizes}")
+        for block in blocks:
+            mark = "  (the heuristic's)" if block == asked.answer else ""
+            typer.echo("    " + ", ".join(f"{n} {v}" for n, v in block._asdict().items()) + mark)
+    typer.echo(f"{total} candidates on {device.name}; nothing was measured")
+
+
+def _measure(
+    models: list[str], kernel: str, dtype: torch.dtype, output: Path | None, most: int, seconds: float
+) -> None:
+    from functools import partial
+
+    from minilm.benchmarks import tune as tuning
+    from minilm.kernels import tuned
+
+    path = output or tuned.own_path()
+    if path is None:
+        raise CommandError("MINILM_TUNED is empty, so there is no table to extend: name one by --output")
+    found: list[dict[str, Any]] = []
+
+    def keep(entry: dict[str, Any]) -> None:
+        found.append(entry)
+        tuning.add_entry(path, entry)
+
+    tuner = tuning.Tuner(dtype, "cuda", most=most, say=partial(typer.echo, err=True))
+    asked = tuning.tune(models, _kernels(kernel), tuner, keep, seconds or float("inf"))
+    typer.echo(f"{len(found)} of {asked} shapes run faster than by the heuristics; {path}")
