@@ -118,4 +118,5 @@ def shipped_texts(count: int = TEXTS) -> list[str]:
             "this Python has no texts of its own (pydoc_data): name some with --texts"
         ) from error
     paragraphs = (" ".join(part.split()) for topic in topics.values() for part in topic.split("\n\n"))
-    return [text for text in paragraphs if 60 <= len(text) <= 600 and text[0].isupper()][:count]
+    texts = (text for text in paragraphs if text[:1].isupper() and 8 <= len(text.split()) <= 100)
+    return list(dict.fromkeys(texts))[:count]

@@ -16,6 +16,9 @@ from minilm.weight_plan import Fill, Shape
 KEEP = "keep"
 """In place of a format: the one that the file has, and floating where that is none of ours."""
 
+_FLOATING = frozenset(("F64", "F32", "F16", "BF16"))
+"""Types in files that are kept as they are by staying floating."""
+
 COMMON = "q8_0"
 """For a matrix whose parts have different formats in the file."""
 
@@ -26,9 +29,10 @@ def target_format(fill: Fill, checkpoint: Checkpoint, shape: Shape, wanted: str)
     stored = list(dict.fromkeys(checkpoint.tensors[key].format for key in fill.sources))
     format, remark = wanted, ""
     if wanted == KEEP:
-        kinds = " and ".join(dict.fromkeys(checkpoint.tensors[key].stored for key in fill.sources))
+        types = dict.fromkeys(checkpoint.tensors[key].stored for key in fill.sources)
+        kinds = " and ".join(types)
         if not any(stored):
-            return None, f"stored as {kinds}"
+            return None, f"stored as {kinds}, and dequantised" if types.keys() - _FLOATING else ""
         format = stored[0] if len(stored) == 1 else COMMON
         remark = f"its parts are stored as {kinds}" if len(stored) > 1 else ""
     try:

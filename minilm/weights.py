@@ -208,7 +208,8 @@ def _format(
         return None
     format, remark = target_format(fill, checkpoint, shape, wanted)
     if format is None:
-        report.floating[fill.target] = remark
+        if remark:
+            report.floating[fill.target] = remark
         return None
     report.quantised[fill.target] = format
     if remark:

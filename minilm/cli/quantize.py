@@ -82,8 +82,6 @@ def quantize(
         force=force,
         max_shard_size=max_shard_size,
     )
-    for name, reason in done.conversion.floating.items():
-        warn(f"{name} is not quantised: {reason}")
     if done.error is None:
         warn(f"{source} has no tokenizer, so the error was not measured")
     if as_json:

@@ -26,7 +26,7 @@ from torch import Tensor
 GROUP = 32
 """Elements of a row that share a scale, in all formats but int8."""
 
-_PIECE = 1 << 19
+_PIECE = 1 << 17
 """Elements that are quantised at a time: what is needed on the way stays small beside the matrix."""
 
 
