@@ -11,7 +11,7 @@ et al. 2023, arXiv:2309.06180). Padding is never stored.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +38,8 @@ class CacheStep:
 class KVCache:
     """Keys and values of all layers for a set of sequences (rows), each of its own length.
 
-    `page_size` in tokens. `dtype` is that of the stored keys and values. Rows are added by `add_rows`; the
+    `page_size` in tokens. `dtype` is that of the stored keys and values; in int8 each head of a token has a
+    float32 scale beside it (a little more than half of what 16 bits take). Rows are added by `add_rows`; the
     forward pass calls `extend` once and then `minilm.ops.append_kv` for each layer.
     """
 
@@ -65,6 +66,10 @@ class KVCache:
         self.k_pages = list(self._keys)
         """Of each layer, [pages, page size, Hkv, D]."""
         self.v_pages = list(self._values)
+        layers = config.num_layers if dtype == torch.int8 else 0
+        self.k_scales = list(torch.empty(layers, *shape[1:4], device=self.device))
+        """Of each layer, [pages, page size, Hkv]; without int8 there are none."""
+        self.v_scales = list(torch.empty(layers, *shape[1:4], device=self.device))
         self._next_row = 0
         self.add_rows(rows)
 
@@ -99,7 +104,10 @@ class KVCache:
 
     def nbytes(self) -> int:
         """Bytes held by the pages of all layers."""
-        return sum(pages.nbytes for pages in (*self.k_pages, *self.v_pages))
+        return sum(pages.nbytes for pages in self._all())
+
+    def _all(self) -> Iterator[Tensor]:
+        yield from (*self.k_pages, *self.v_pages, *self.k_scales, *self.v_scales)
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` more tokens in new pages, so that growing does not copy later."""
@@ -111,13 +119,19 @@ class KVCache:
         """Keys and values of all layers, [layers, pages, page size, Hkv, D] each."""
         return self._keys, self._values
 
+    def scales(self, layer: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """The scales of int8 keys and values in one layer."""
+        return (self.k_scales[layer], self.v_scales[layer]) if self.k_scales else (None, None)
+
     def _grow(self, pages: int) -> None:
-        def grown(old: Tensor) -> Tensor:
-            new = old.new_empty(old.shape[0], self._pages + pages, *old.shape[2:])
-            new[:, : self._pages] = old
+        def grown(old: Tensor, axis: int = 1) -> Tensor:
+            new = old.new_empty(*old.shape[:axis], self._pages + pages, *old.shape[axis + 1 :])
+            new.narrow(axis, 0, self._pages).copy_(old)
             return new
 
         self._keys, self._values = grown(self._keys), grown(self._values)
+        self.k_scales = [grown(scales, 0) for scales in self.k_scales]
+        self.v_scales = [grown(scales, 0) for scales in self.v_scales]
         self.k_pages, self.v_pages = list(self._keys), list(self._values)
         self._free = [*range(self._pages + pages - 1, self._pages - 1, -1), *self._free]
         self._pages += pages
@@ -155,7 +169,10 @@ class KVCache:
     def keys(self, layer: int, row: int) -> Tensor:
         """The keys of one sequence in one layer, [S, Hkv, D] (for attention maps and for readers)."""
         pages = torch.tensor(self._pages_of[row], dtype=torch.int64, device=self.device)
-        return self.k_pages[layer][pages].flatten(0, 1)[: self.lengths[row]]
+        keys = self.k_pages[layer][pages]
+        if self.k_scales:
+            keys = keys * self.k_scales[layer][pages][..., None]
+        return keys.flatten(0, 1)[: self.lengths[row]]
 
     def crop(self, max_length: int) -> None:
         """Forget all but the first `max_length` tokens of every sequence."""
@@ -174,6 +191,6 @@ class KVCache:
             self.extend([child], [length])
             source = torch.tensor(self._pages_of[row], dtype=torch.int64, device=self.device)
             target = torch.tensor(self._pages_of[child], dtype=torch.int64, device=self.device)
-            for pages in (*self.k_pages, *self.v_pages):
+            for pages in self._all():
                 pages[target] = pages[source[: len(target)]]
         return child

@@ -156,6 +156,7 @@ class Attention(nn.Module):
             )
         else:
             assert run.cache is not None
+            k_scales, v_scales = run.cache.scales(self.layer)
             out = ops.paged_attention(
                 q,
                 run.cache.k_pages[self.layer],
@@ -167,6 +168,8 @@ class Attention(nn.Module):
                 step.max_context,
                 scale=self.scale,
                 window=self.window,
+                k_scales=k_scales,
+                v_scales=v_scales,
             )
         projected: Tensor = self.out(out.flatten(1))
         return projected
@@ -175,9 +178,10 @@ class Attention(nn.Module):
         if run.cache is None or run.step is None:
             return ops.rope(q, k, *run.rope) if run.rope is not None else (q, k)
         pages = run.cache.k_pages[self.layer], run.cache.v_pages[self.layer]
+        scales = run.cache.scales(self.layer)
         if run.rope is not None:
-            return ops.rope_append(q, k, v, *run.rope, *pages, run.step.slots)
-        ops.append_kv(k, v, *pages, run.step.slots)
+            return ops.rope_append(q, k, v, *run.rope, *pages, run.step.slots, *scales)
+        ops.append_kv(k, v, *pages, run.step.slots, *scales)
         return q, k
 
     def _maps(self, q: Tensor, k: Tensor, run: Pass) -> Tensor:
@@ -186,7 +190,7 @@ class Attention(nn.Module):
         packed, cu_k = run.packed, run.packed.cu_seqlens
         context = packed.columns
         if run.cache is not None and run.step is not None and not run.step.fresh:
-            k = torch.cat([run.cache.keys(self.layer, row) for row in run.rows])
+            k = torch.cat([run.cache.keys(self.layer, row) for row in run.rows]).to(q.dtype)
             cu_k = F.pad(run.step.context_lens.cumsum(0, dtype=torch.int32), (1, 0))
             context = run.step.max_context
         maps = ops.attention_probs(

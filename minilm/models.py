@@ -272,9 +272,9 @@ class PreTrainedModel(nn.Module):
             raise ValueError(f"past_key_values holds {len(past.rows)} sequences, and the batch has {batch}")
         return past
 
-    def new_cache(self, rows: int = 0) -> KVCache:
-        """An empty KV cache with `rows` sequences, in the model's dtype, on its device."""
-        return KVCache(self.spec, rows=rows, dtype=self.dtype, device=self.device)
+    def new_cache(self, rows: int = 0, *, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty KV cache with `rows` sequences on the model's device, in its dtype or in another (int8)."""
+        return KVCache(self.spec, rows=rows, dtype=dtype or self.dtype, device=self.device)
 
     def _positions(
         self, packed: Packed, input_ids: Tensor | None, position_ids: Tensor | None, cache: KVCache | None
