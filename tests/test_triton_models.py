@@ -39,8 +39,13 @@ def step(model: Any, *backends: str) -> dict[str, Tensor]:
     return found | {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
 
 
-def with_triton(op: str) -> bool:
-    return "triton" in ops.dispatch.implementations(op)
+def assert_on_triton(ran: Any, *expected: str) -> None:
+    """Whatever has a Triton kernel ran on it, the `expected` ops among them."""
+    for op in {decision.op for decision in ran.decisions}:
+        if "triton" in ops.dispatch.implementations(op):
+            assert ran.backends(op) == {"triton"}, ran
+    for op in expected:
+        assert ran.backends(op) == {"triton"}, f"{op}: {ran}"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -50,12 +55,10 @@ def test_a_training_step(family: str) -> None:
     eager = step(model, "reference")
     minilm.explain(reset=True)
     ours = step(model, "triton", "reference")
-    ran = minilm.explain()
-    for op in ("attention", "layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "rope", "gated"):
-        if ran.backends(op) and with_triton(op):
-            assert ran.backends(op) == {"triton"}, ran
-    assert ran.backends("attention") == {"triton"}
-    assert ran.backends("add_rms_norm" if model.spec.norm == "rms_norm" else "add_layer_norm") == {"triton"}
+    spec = model.spec
+    expected = ["attention", "add_rms_norm" if spec.norm == "rms_norm" else "add_layer_norm", "cross_entropy"]
+    expected += ["rope"] * (spec.rope is not None) + ["gated" if spec.gated_mlp else "linear"]
+    assert_on_triton(minilm.explain(), *expected)
     assert ours.keys() == eager.keys() == exact.keys()
     for name, found in ours.items():
         # What cancels in the sum over the tokens leaves the rounding of its terms.
@@ -82,10 +85,8 @@ def test_a_prompt_and_three_steps_with_the_cache(family: str) -> None:
         exact = copy.deepcopy(model).double()(ids, use_cache=False).logits
     minilm.explain(reset=True)
     ours = steps("triton", "reference")
-    ran = minilm.explain()
-    for op in ("attention", "paged_attention", "append_kv", "rope_append"):
-        if ran.backends(op) and with_triton(op):
-            assert ran.backends(op) == {"triton"}, ran
+    append = "append_kv" if model.spec.rope is None else "rope_append"
+    assert_on_triton(minilm.explain(), "attention", "paged_attention", append)
     floor = 16 * torch.finfo(torch.float32).eps * max(1.0, float(exact.abs().max()))
     assert_as_good_as_eager(ours, steps("reference"), exact, floor=floor)
 
