@@ -15,7 +15,7 @@ NATIVE := setup.py $(wildcard csrc/* csrc/*/*)
 export MINILM_BUILD_EXT ?= auto
 export PYTHONWARNINGS ?= ignore:Editable installation
 
-.PHONY: demo test lint format clean bench bench-peers gpu-check
+.PHONY: demo test lint format clean bench bench-peers gpu-check compile-report kernel-table neon-check sanitize
 .DELETE_ON_ERROR:
 
 demo: .venv/.models
@@ -80,6 +80,20 @@ bench-peers: .venv-bench/.peers
 .venv-bench/.peers: .venv/.test benchmarks/constraints-peers.txt tools/make_bench_venv.py
 	$(BIN)/python tools/make_bench_venv.py .venv .venv-bench benchmarks/constraints-peers.txt
 	@touch $@
+
+# The Triton kernels without a GPU: compiled for four chips and judged; their tests counted, their errors collected.
+compile-report: .venv/.test
+	$(BIN)/python tools/compile_report.py
+
+kernel-table: .venv/.test
+	$(BIN)/python tools/kernel_table.py
+
+# The CPU kernels: for ARM, cross-compiled and run in an emulator; on this machine, with the compiler's sanitizers.
+neon-check: .venv/.base
+	$(BIN)/python tools/neon_check.py
+
+sanitize: .venv/.test
+	$(BIN)/python tools/sanitize.py
 
 # Everything that only a GPU can tell, where nothing can be installed: the .venv if there is one, else the system's Python.
 gpu-check:

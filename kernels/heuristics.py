@@ -141,7 +141,7 @@ def attention_block(
     elif head_dim <= 64:
         block = AttentionBlock(128, 64 if biased or dropout else 128, 8, 3)
     elif head_dim <= 128:
-        block = AttentionBlock(64, 32, 4, 2) if biased else AttentionBlock(128, 64, 8, 3)
+        block = AttentionBlock(64, 32, 8, 2) if biased else AttentionBlock(128, 64, 8, 3)
     else:
         block = AttentionBlock(64, 64, 8, 2)
     return _within(head_dim, itemsize, max_queries, max_keys, block, device, biased)
