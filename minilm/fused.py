@@ -215,7 +215,8 @@ class _Writer:
                 self.vector(None if norm is None else norm.weight)
             self.numbers.append(c.window(layer) or 0)
             self.real(c.scale(layer))
-        arena = packed.empty_arena(self.size)
+        arena = torch.empty(self.size, dtype=torch.uint8)
+        packed.prefer_large_pages(arena)
         at = 0
         while self.pieces:
             piece = self.pieces.pop(0)

@@ -31,8 +31,18 @@ namespace {
 
 constexpr float kLowest = -__builtin_inff();
 
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
+
 inline std::int64_t least(std::int64_t a, std::int64_t b) { return a < b ? a : b; }
 inline std::int64_t most(std::int64_t a, std::int64_t b) { return a > b ? a : b; }
+
+// How many lanes of a vector `n` elements fill: 1..kLanes.
+inline int lanes_left(std::int64_t n) {
+  return n < 1 ? 1 : n > kLanes<float> ? kLanes<float> : static_cast<int>(n);
+}
 
 inline float max_lanes(F32 x) {
   float m = x[0];
@@ -127,94 +137,188 @@ float softmax_row(float* scores, Seen s, std::int64_t from, std::int64_t to) {
   return sum_lanes<float>(total[0] + total[1]);
 }
 
-// `queries` rows of partial results of one stretch of keys: maximum and sum, then the weighted values.
-struct Partial {
-  float top, total;
-};
+// Partial results of a stretch, for one head: its weighted values, then the highest score and the sum of the
+// weights. On borders of 64 bytes: a vector that lies across two lines is slow to read back.
+inline std::int64_t statistics_at(const AttentionParams& p) { return round_up(p.head_dim, 16); }
+inline std::int64_t partial_size(const AttentionParams& p) { return statistics_at(p) + 16; }
 
-// G query heads over the keys [first, last) of their key head. scores: [G][kChunk].
-template <typename T, int G>
-void stretch(const AttentionParams& p, std::int64_t sequence, const float* q, std::int64_t kv_head,
-             std::int64_t first, std::int64_t last, float* scores, Partial* partial, float* out,
-             std::int64_t out_stride) {
-  const std::int64_t size = p.head_dim;
+// scores[g][j] = scale q_g k_j for G query heads and N keys, whose rows lie `distance` apart. kWhole: a head
+// is a number of whole vectors.
+template <typename T, int G, bool kWhole, int N>
+void dots(const AttentionParams& p, const float* q, const T* k, std::int64_t distance, float* scores) {
   constexpr int L = kLanes<float>;
-  for (std::int64_t key = first; key < last; key += 4) {
-    const int count = static_cast<int>(least(4, last - key));
-    const T* rows[4];
-    for (int j = 0; j < 4; ++j) rows[j] = row_of<T>(p, p.k, sequence, key + (j < count ? j : 0), kv_head);
-    F32 sums[4][G] = {};
-    for (std::int64_t d = 0; d < size; d += L) {
-      const int n = static_cast<int>(least(size - d, L));
-      F32 x[4];
-      for (int j = 0; j < 4; ++j) x[j] = read(rows[j] + d, n);
-      for (int g = 0; g < G; ++g) {
-        const F32 y = read(q + g * size + d, n);
-        for (int j = 0; j < 4; ++j) sums[j][g] += x[j] * y;
-      }
-    }
-    for (int j = 0; j < count; ++j) {
-      for (int g = 0; g < G; ++g)
-        scores[g * kChunk + key - first + j] = sum_lanes<float>(sums[j][g]) * p.scale;
-    }
-  }
-  const std::int64_t keys = last - first;
-  for (int g = 0; g < G; ++g) {
-    float* s = scores + g * kChunk;
-    float top = kLowest;
-    for (std::int64_t key = 0; key < keys; ++key) top = s[key] > top ? s[key] : top;
-    F32 total = {};
-    for (std::int64_t key = 0; key < keys; key += L) {
-      const int n = static_cast<int>(least(keys - key, L));
-      const F32 e = keep<float>(exp(read(s + key, n) - top), n);
-      write(s + key, e, n);
-      total += e;
-    }
-    partial[g] = {top, sum_lanes<float>(total)};
-  }
-  constexpr int kWide = G <= 2 ? 4 : 2;  // vectors of channels at a time
-  for (std::int64_t d = 0; d < size; d += kWide * L) {
-    F32 sums[G][kWide] = {};
-    for (std::int64_t key = 0; key < keys; ++key) {
-      const T* v = row_of<T>(p, p.v, sequence, first + key, kv_head) + d;
-      for (int w = 0; w < kWide; ++w) {
-        const std::int64_t left = size - d - w * L;
-        if (left <= 0) break;
-        const F32 x = read(v + w * L, static_cast<int>(least(left, L)));
-        for (int g = 0; g < G; ++g) sums[g][w] += scores[g * kChunk + key] * x;
-      }
-    }
+  F32 sums[N][G] = {};
+  for (std::int64_t d = 0; d < p.head_dim; d += L) {
+    const int n = kWhole ? L : lanes_left(p.head_dim - d);
+    F32 x[N];
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) x[j] = read(k + j * distance + d, n);
+#pragma GCC unroll 4
     for (int g = 0; g < G; ++g) {
-      for (int w = 0; w < kWide; ++w) {
-        const std::int64_t left = size - d - w * L;
-        if (left > 0) write(out + g * out_stride + d + w * L, sums[g][w], static_cast<int>(least(left, L)));
+      const F32 y = read(q + g * p.head_dim + d, n);
+#pragma GCC unroll 4
+      for (int j = 0; j < N; ++j) sums[j][g] += x[j] * y;
+    }
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) scores[g * kChunk + j] = sum_lanes<float>(sums[j][g]) * p.scale;
+  }
+}
+
+// out_g += sum_j weights[g][j] v_j, key after key.
+template <typename T, int G, bool kWhole, int N>
+void weigh(const AttentionParams& p, const float* weights, const T* v, std::int64_t distance, float* out,
+           std::int64_t out_stride) {
+  constexpr int L = kLanes<float>, kWide = kVectorBytes == 64 ? 4 : 2;  // vectors of channels at a time
+  for (std::int64_t start = 0; start < p.head_dim; start += kWide * L) {
+    const auto some = [&](auto number) {
+      constexpr int W = decltype(number)::value;
+      F32 sums[G][W];
+      int n[W];
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) n[w] = kWhole ? L : lanes_left(p.head_dim - start - w * L);
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w) sums[g][w] = read(out + g * out_stride + start + w * L, n[w]);
       }
+#pragma GCC unroll 8
+      for (int j = 0; j < N; ++j) {
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w) {
+          const F32 x = read(v + j * distance + start + w * L, n[w]);
+#pragma GCC unroll 4
+          for (int g = 0; g < G; ++g) sums[g][w] += weights[g * kChunk + j] * x;
+        }
+      }
+#pragma GCC unroll 4
+      for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 4
+        for (int w = 0; w < W; ++w) write(out + g * out_stride + start + w * L, sums[g][w], n[w]);
+      }
+    };
+    switch (least(kWide, (p.head_dim - start + L - 1) / L)) {
+      case 1:
+        some(Number<1>{});
+        break;
+      case 2:
+        some(Number<2>{});
+        break;
+      case 3:
+        some(Number < kWide<3 ? 1 : 3>{});
+        break;
+      default:
+        some(Number<kWide>{});
     }
   }
 }
 
+// The two for `group` query heads of one key head, four at a time.
+template <typename T, bool kWhole, int N>
+void dots_of(const AttentionParams& p, std::int64_t group, const float* q, const T* k, std::int64_t distance,
+             float* scores) {
+  for (; group >= 4; group -= 4, q += 4 * p.head_dim, scores += 4 * kChunk) {
+    dots<T, 4, kWhole, N>(p, q, k, distance, scores);
+  }
+  if (group == 1) dots<T, 1, kWhole, N>(p, q, k, distance, scores);
+  if (group == 2) dots<T, 2, kWhole, N>(p, q, k, distance, scores);
+  if (group == 3) dots<T, 3, kWhole, N>(p, q, k, distance, scores);
+}
+template <typename T, bool kWhole, int N>
+void weigh_of(const AttentionParams& p, std::int64_t group, const float* weights, const T* v,
+              std::int64_t distance, float* out, std::int64_t stride) {
+  for (; group >= 4; group -= 4, out += 4 * stride, weights += 4 * kChunk) {
+    weigh<T, 4, kWhole, N>(p, weights, v, distance, out, stride);
+  }
+  if (group == 1) weigh<T, 1, kWhole, N>(p, weights, v, distance, out, stride);
+  if (group == 2) weigh<T, 2, kWhole, N>(p, weights, v, distance, out, stride);
+  if (group == 3) weigh<T, 3, kWhole, N>(p, weights, v, distance, out, stride);
+}
+
+// Calls f(key, row of the key, Number<how many keys follow each other in memory>), kMost or one, over the
+// keys [first, last). What the heads read of the rows is a pattern that processors do not foresee, so the
+// rows are asked for as a whole, from front to back; pages mostly follow each other. (Measured: 9 GB/s
+// become 17.)
+template <typename T, int kMost, typename F>
+inline __attribute__((always_inline)) void for_keys(const AttentionParams& p, const void* base,
+                                                    std::int64_t sequence, std::int64_t first,
+                                                    std::int64_t last, F f) {
+  constexpr std::int64_t kKeysAhead = 32;
+  const std::int64_t size = p.kv_heads * p.head_dim;
+  for (std::int64_t key = first; key < last;) {
+    const std::int64_t end = least(last, (key / p.page_size + 1) * p.page_size);
+    const T* row = row_of<T>(p, base, sequence, key, 0);
+    for (; key + kMost <= end; key += kMost, row += kMost * size) {
+      const char* ahead = reinterpret_cast<const char*>(row + kKeysAhead * size);
+      for (std::int64_t byte = 0; byte < kMost * size * std::int64_t{sizeof(T)}; byte += 64) {
+        __builtin_prefetch(ahead + byte, 0, 2);
+      }
+      f(key, row, Number<kMost>{});
+    }
+    for (; key < end; ++key, row += size) f(key, row, Number<1>{});
+  }
+}
+
+// scores [H][kChunk] to exp(score - highest), `highest` and the sum into `partial`.
+void exponentials(float* scores, std::int64_t keys, float* partial) {
+  constexpr int L = kLanes<float>;
+  for (std::int64_t key = keys; key % L != 0; ++key) scores[key] = kLowest;
+  F32 high = F32{} + kLowest;
+  for (std::int64_t key = 0; key < keys; key += L) high = max(load(scores + key), high);
+  const float top = max_lanes(high);
+  F32 total = {};
+  for (std::int64_t key = 0; key < keys; key += L) {
+    const F32 e = exp(load(scores + key) - top);
+    store(scores + key, e);
+    total += e;
+  }
+  partial[0] = top;
+  partial[1] = sum_lanes<float>(total);
+}
+
+// All heads over the keys [first, last), so that the cache is read from front to back. partials: of head 0;
+// `stride` from one head's to the next.
+template <typename T, bool kWhole>
+void stretch(const AttentionParams& p, std::int64_t sequence, std::int64_t first, std::int64_t last,
+             float* scores, float* partials, std::int64_t stride) {
+  const std::int64_t group = p.heads / p.kv_heads, distance = p.kv_heads * p.head_dim;
+  const float* q = p.q + p.cu_q[sequence] * p.q_stride;
+  for_keys<T, 4>(p, p.k, sequence, first, last, [&](std::int64_t key, const T* k, auto count) {
+    for (std::int64_t head = 0; head < p.kv_heads; ++head) {
+      dots_of<T, kWhole, decltype(count)::value>(p, group, q + head * group * p.head_dim,
+                                                 k + head * p.head_dim, distance,
+                                                 scores + head * group * kChunk + key - first);
+    }
+  });
+  for (std::int64_t head = 0; head < p.heads; ++head) {
+    float* partial = partials + head * stride;
+    exponentials(scores + head * kChunk, last - first, partial + statistics_at(p));
+    for (std::int64_t d = 0; d < p.head_dim; ++d) partial[d] = 0;
+  }
+  for_keys<T, 8>(p, p.v, sequence, first, last, [&](std::int64_t key, const T* v, auto count) {
+    for (std::int64_t head = 0; head < p.kv_heads; ++head) {
+      weigh_of<T, kWhole, decltype(count)::value>(p, group, scores + head * group * kChunk + key - first,
+                                                  v + head * p.head_dim, distance,
+                                                  partials + head * group * stride, stride);
+    }
+  });
+}
+
 template <typename T>
-void stretch_of(int group, const AttentionParams& p, std::int64_t sequence, const float* q,
-                std::int64_t kv_head, std::int64_t first, std::int64_t last, float* scores, Partial* partial,
-                float* out, std::int64_t stride) {
-  switch (group) {
-    case 1:
-      return stretch<T, 1>(p, sequence, q, kv_head, first, last, scores, partial, out, stride);
-    case 2:
-      return stretch<T, 2>(p, sequence, q, kv_head, first, last, scores, partial, out, stride);
-    case 3:
-      return stretch<T, 3>(p, sequence, q, kv_head, first, last, scores, partial, out, stride);
-    default:
-      return stretch<T, 4>(p, sequence, q, kv_head, first, last, scores, partial, out, stride);
+void stretch_of(const AttentionParams& p, std::int64_t sequence, std::int64_t first, std::int64_t last,
+                float* scores, float* partials, std::int64_t stride) {
+  if (p.head_dim % kLanes<float> == 0) {
+    stretch<T, true>(p, sequence, first, last, scores, partials, stride);
+  } else {
+    stretch<T, false>(p, sequence, first, last, scores, partials, stride);
   }
 }
 
 inline std::int64_t key_count(const AttentionParams& p, std::int64_t sequence) {
   return p.block_table != nullptr ? p.context[sequence] : p.cu_k[sequence + 1] - p.cu_k[sequence];
 }
-
-// Partial results of a stretch, for one head: top, total, D values.
-inline std::int64_t partial_size(const AttentionParams& p) { return 2 + p.head_dim; }
 
 }  // namespace
 
@@ -261,8 +365,7 @@ void attention(const AttentionParams& p, std::int64_t sequence, std::int64_t hea
         for (int half = 0; half < 2; ++half) {
           const std::int64_t left = size - d - half * kLanes<float>;
           if (left > 0) {
-            write(out + half * kLanes<float>, tile.sums[r][half] * inverse[r],
-                  static_cast<int>(least(left, kLanes<float>)));
+            write(out + half * kLanes<float>, tile.sums[r][half] * inverse[r], lanes_left(left));
           }
         }
       }
@@ -274,35 +377,25 @@ std::int64_t decode_partials(const AttentionParams& p, std::int64_t max_keys) {
   return p.heads * stretches(max_keys) * partial_size(p);
 }
 
-void decode(const AttentionParams& p, std::int64_t sequence, std::int64_t kv_head, std::int64_t number,
-            float* partials) {
-  const std::int64_t keys = p.context[sequence], group = p.heads / p.kv_heads, size = partial_size(p);
+std::int64_t decode_scratch(const AttentionParams& p) { return p.heads * kChunk; }
+
+void decode(const AttentionParams& p, std::int64_t sequence, std::int64_t number, float* partials,
+            float* scratch) {
+  const std::int64_t keys = p.context[sequence], size = partial_size(p), count = stretches(keys);
   const Seen all = seen(p, 0, 1, keys);
   const std::int64_t first = most(number * kChunk, all.first), last = least((number + 1) * kChunk, all.last);
-  const float* q = p.q + p.cu_q[sequence] * p.q_stride + kv_head * group * p.head_dim;
-  const std::int64_t count = stretches(keys);
-  float scores[4 * kChunk];
-  for (std::int64_t g = 0; g < group; g += 4) {
-    const int heads = static_cast<int>(least(4, group - g));
-    float* to = partials + ((kv_head * group + g) * count + number) * size;
-    Partial partial[4] = {{kLowest, 0}, {kLowest, 0}, {kLowest, 0}, {kLowest, 0}};
-    if (first < last) {
-      float* values = to + 2;
-      if (p.cache_dtype == DType::kFloat32) {
-        stretch_of<float>(heads, p, sequence, q + g * p.head_dim, kv_head, first, last, scores, partial,
-                          values, count * size);
-      } else if (p.cache_dtype == DType::kBFloat16) {
-        stretch_of<BFloat16>(heads, p, sequence, q + g * p.head_dim, kv_head, first, last, scores, partial,
-                             values, count * size);
-      } else {
-        stretch_of<Float16>(heads, p, sequence, q + g * p.head_dim, kv_head, first, last, scores, partial,
-                            values, count * size);
-      }
+  float* to = partials + number * size;
+  if (first >= last) {  // out of the window
+    for (std::int64_t head = 0; head < p.heads; ++head) {
+      to[head * count * size + statistics_at(p)] = kLowest;
+      to[head * count * size + statistics_at(p) + 1] = 0;
     }
-    for (int i = 0; i < heads; ++i) {
-      to[i * count * size] = partial[i].top;
-      to[i * count * size + 1] = partial[i].total;
-    }
+  } else if (p.cache_dtype == DType::kFloat32) {
+    stretch_of<float>(p, sequence, first, last, scratch, to, count * size);
+  } else if (p.cache_dtype == DType::kBFloat16) {
+    stretch_of<BFloat16>(p, sequence, first, last, scratch, to, count * size);
+  } else {
+    stretch_of<Float16>(p, sequence, first, last, scratch, to, count * size);
   }
 }
 
@@ -310,20 +403,27 @@ void combine(const AttentionParams& p, std::int64_t sequence, std::int64_t head,
   const std::int64_t size = partial_size(p), count = stretches(p.context[sequence]);
   const float* from = partials + head * count * size;
   float* out = p.out + (p.cu_q[sequence] * p.heads + head) * p.head_dim;
+  const float* statistics = from + statistics_at(p);
   float top = kLowest;
-  for (std::int64_t i = 0; i < count; ++i) top = from[i * size] > top ? from[i * size] : top;
+  for (std::int64_t i = 0; i < count; ++i) top = statistics[i * size] > top ? statistics[i * size] : top;
   float total = 0;
-  for (std::int64_t i = 0; i < count; ++i) {
-    if (from[i * size + 1] != 0) total += from[i * size + 1] * exp(F32{} + (from[i * size] - top))[0];
-  }
-  for (std::int64_t d = 0; d < p.head_dim; d += kLanes<float>) {
-    const int n = static_cast<int>(least(p.head_dim - d, kLanes<float>));
-    F32 sum = {};
+  F32 sums[256 / kLanes<float>] = {};  // of up to 256 channels at a time
+  for (std::int64_t start = 0; start < p.head_dim; start += 256) {
+    const std::int64_t size_here = least(256, p.head_dim - start);
+    total = 0;
+    for (F32& sum : sums) sum = F32{};
     for (std::int64_t i = 0; i < count; ++i) {
-      if (from[i * size + 1] != 0)
-        sum += exp(F32{} + (from[i * size] - top)) * read(from + i * size + 2 + d, n);
+      const float* part = statistics + i * size;
+      if (part[1] == 0) continue;  // no key of it is seen
+      const float weight = exp(F32{} + (part[0] - top))[0];
+      total += part[1] * weight;
+      for (std::int64_t d = 0; d < size_here; d += kLanes<float>) {
+        sums[d / kLanes<float>] += weight * read(from + i * size + start + d, lanes_left(size_here - d));
+      }
     }
-    write(out + d, sum * (1.0f / total), n);
+    for (std::int64_t d = 0; d < size_here; d += kLanes<float>) {
+      write(out + start + d, sums[d / kLanes<float>] * (1.0f / total), lanes_left(size_here - d));
+    }
   }
 }
 

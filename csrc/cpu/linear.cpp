@@ -20,7 +20,8 @@ constexpr std::int64_t kAhead = 2048;
 template <typename T, int R, bool kAsks>
 inline __attribute__((always_inline)) void sums_of(const float* x, std::int64_t x_stride, std::int64_t in,
                                                    const T* panel, std::int64_t ahead, Tile& tile) {
-  // Rows are reached from three pointers, by one and three strides: twelve pointers would not leave registers.
+  // Rows are reached from three pointers, by one and three strides: twelve pointers would not leave
+  // registers.
   const std::int64_t stride = x_stride * 4, three = 3 * stride;
   const char* base[3] = {reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(x + 4 * x_stride),
                          reinterpret_cast<const char*>(x + 8 * x_stride)};

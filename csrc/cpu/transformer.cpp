@@ -30,7 +30,8 @@ namespace minilm::MINILM_ISA {
 namespace {
 
 constexpr std::int64_t kBlockRows = 96;
-constexpr std::int64_t kFewRows = 48;  // a thread; below, its weights' panels are split and not the rows
+constexpr std::int64_t kFewRows = 48;     // a thread; below, its weights' panels are split and not the rows
+constexpr std::int64_t kRowsForEach = 4;  // up to here threads do not share the work on rows
 constexpr std::int64_t kPhasesALayer = 14;
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
@@ -40,14 +41,20 @@ struct Part {
   std::int64_t first, rows;
   float* h;           // [rows, C]: what the norm gives
   float* mid;         // [rows, F]
+  float* attended;    // [rows, H D], of a decode step
   char* prepared;     // rows as a quantised linear layer wants them
   float* statistics;  // [2 rows]
 };
 
-// Runs a step of a part in this thread alone ...
+// Runs a step of a part in this thread alone; own_rows: what it computes is used by the part's own thread or
+// threads only, shared_rows: it is read or kept by others ...
 struct Alone {
   template <typename F>
-  void over_rows(std::int64_t rows, F f) {
+  void own_rows(std::int64_t rows, F f) {
+    f(0, rows);
+  }
+  template <typename F>
+  void shared_rows(std::int64_t rows, F f) {
     f(0, rows);
   }
   template <typename F>
@@ -56,12 +63,16 @@ struct Alone {
   }
 };
 
-// ... or with all threads, cut into tasks.
+// ... or with all threads, cut into tasks ...
 struct Together {
   Team& team;
   std::int64_t threads;
   template <typename F>
-  void over_rows(std::int64_t rows, F f) {
+  void own_rows(std::int64_t rows, F f) {
+    shared_rows(rows, f);
+  }
+  template <typename F>
+  void shared_rows(std::int64_t rows, F f) {
     const std::int64_t step = ceil_div(rows, threads);
     team.run(ceil_div(rows, step),
              [&](std::int64_t i) { f(i * step, i * step + step < rows ? i * step + step : rows); });
@@ -74,7 +85,30 @@ struct Together {
   }
 };
 
+// ... or, where there are but few rows, what concerns a row in every thread for itself, in its own memory, as
+// that takes less time than to wait for another; the panels with all threads.
+struct Each {
+  Team& team;
+  std::int64_t threads;
+  template <typename F>
+  void own_rows(std::int64_t rows, F f) {
+    f(0, rows);
+  }
+  template <typename F>
+  void shared_rows(std::int64_t rows, F f) {
+    Together{team, threads}.shared_rows(rows, f);
+  }
+  template <typename F>
+  void over_panels(std::int64_t panels, F f) {
+    Together{team, threads}.over_panels(panels, f);
+  }
+};
+
 std::int64_t qkv_columns(const TransformerWeights& w) { return (w.heads + 2 * w.kv_heads) * w.head_dim; }
+
+std::int64_t part_floats(const TransformerWeights& w) {
+  return w.channels + w.inner + 2 + w.heads * w.head_dim;
+}
 
 // Memory of one call.
 struct Workspace {
@@ -129,14 +163,13 @@ Workspace workspace_of(const TransformerParams& p) {
   } else {
     s.block_rows = p.tokens;
   }
-  s.parts = s.blocks > 0 ? p.threads : 1;
+  s.parts = s.blocks > 0 || p.tokens <= kRowsForEach ? p.threads : 1;
   s.counters = (w.layers * kPhasesALayer + 8) * Team::kBytesAPhase + 64;
   s.qkv = round_up(p.tokens * qkv_columns(w) * 4, 64);
   s.attended = round_up(p.tokens * w.heads * w.head_dim * 4, 64);
-  s.part = round_up(s.block_rows * (w.channels + w.inner + 2) * 4, 64) +
-           round_up(s.block_rows * prepared_bytes(w), 64);
+  s.part = round_up(s.block_rows * part_floats(w) * 4, 64) + round_up(s.block_rows * prepared_bytes(w), 64);
   const AttentionParams a = attention_params(p);
-  s.scratch = p.one_each ? 0 : round_up(attention_scratch(a, p.max_keys) * 4, 64);
+  s.scratch = round_up((p.one_each ? decode_scratch(a) : attention_scratch(a, p.max_keys)) * 4, 64);
   s.partials = p.one_each ? round_up(p.sequences * decode_partials(a, p.max_keys) * 4, 64) : 0;
   return s;
 }
@@ -150,7 +183,8 @@ Part part_of(const TransformerParams& p, const Workspace& s, char* memory, std::
   part.h = reinterpret_cast<float*>(memory);
   part.mid = part.h + s.block_rows * w.channels;
   part.statistics = part.mid + s.block_rows * w.inner;
-  part.prepared = memory + round_up(s.block_rows * (w.channels + w.inner + 2) * 4, 64);
+  part.attended = part.statistics + s.block_rows * 2;
+  part.prepared = memory + round_up(s.block_rows * part_floats(w) * 4, 64);
   return part;
 }
 
@@ -162,12 +196,12 @@ struct Steps {
   Crew crew;
   Part part;
   float* qkv;       // [T, ...]
-  float* attended;  // [T, H D]
+  float* attended;  // [T, H D]: what attention gave
 
   float* x() { return p.x + part.first * w.channels; }
 
   void norm(const float* const weights[2], float* y) {
-    crew.over_rows(part.rows, [&](std::int64_t begin, std::int64_t end) {
+    const auto rows = [&](std::int64_t begin, std::int64_t end) {
       if (w.rms) {
         RmsNormParams n = {};
         n.x = x();
@@ -188,7 +222,8 @@ struct Steps {
         n.eps = w.eps;
         layer_norm(n, begin, end);
       }
-    });
+    };
+    y == part.h ? crew.own_rows(part.rows, rows) : crew.shared_rows(part.rows, rows);
   }
 
   // y (+)= activation(input W^T + bias)
@@ -209,7 +244,7 @@ struct Steps {
     l.y = y;
     l.y_stride = weight.columns;
     if (is_quantized(weight.format)) {
-      crew.over_rows(part.rows, [&](std::int64_t begin, std::int64_t end) {
+      crew.own_rows(part.rows, [&](std::int64_t begin, std::int64_t end) {
         quantize_rows(weight.format, input, weight.in, weight.in, begin, end, part.prepared);
       });
       l.x = part.prepared;
@@ -244,7 +279,7 @@ struct Steps {
       r.v_pages = p.v_pages + layer * p.layer_bytes;
       r.slots = p.slots + part.first;
     }
-    crew.over_rows(part.rows, [&](std::int64_t begin, std::int64_t end) { rope(r, begin, end); });
+    crew.shared_rows(part.rows, [&](std::int64_t begin, std::int64_t end) { rope(r, begin, end); });
   }
 
   // From what attention gave to the end of the block.
@@ -261,34 +296,74 @@ struct Steps {
   }
 };
 
-void attend(const TransformerParams& p, const Workspace& s, Team& team, std::int64_t layer, const float* qkv,
-            float* attended, float* scratch, float* partials) {
-  const TransformerWeights& w = *p.weights;
-  AttentionParams a = attention_params(p);
-  a.q = qkv;
-  a.out = attended;
-  a.scale = w.blocks[layer].scale;
-  a.window = w.blocks[layer].window;
-  if (p.fresh) {
-    a.k = qkv + w.heads * w.head_dim;
-    a.v = qkv + (w.heads + w.kv_heads) * w.head_dim;
-  } else {
-    a.k = p.k_pages + layer * p.layer_bytes;
-    a.v = p.v_pages + layer * p.layer_bytes;
+// Attention of one layer. A decode step leaves partial results; `put_together` makes the rest of them.
+struct Attention {
+  const TransformerParams& p;
+  const Workspace& s;
+  Team& team;
+  float* qkv;
+  float* attended;
+  float* scratch;
+  float* partials;
+
+  AttentionParams params(std::int64_t layer) const {
+    const TransformerWeights& w = *p.weights;
+    AttentionParams a = attention_params(p);
+    a.q = qkv;
+    a.out = attended;
+    a.scale = w.blocks[layer].scale;
+    a.window = w.blocks[layer].window;
+    if (p.fresh) {
+      a.k = qkv + w.heads * w.head_dim;
+      a.v = qkv + (w.heads + w.kv_heads) * w.head_dim;
+    } else {
+      a.k = p.k_pages + layer * p.layer_bytes;
+      a.v = p.v_pages + layer * p.layer_bytes;
+    }
+    return a;
   }
-  if (!p.one_each) {
-    team.run(p.sequences * w.heads, [&](std::int64_t i) { attention(a, i / w.heads, i % w.heads, scratch); });
-    return;
+
+  void run(std::int64_t layer) const {
+    const TransformerWeights& w = *p.weights;
+    const AttentionParams a = params(layer);
+    if (!p.one_each) {
+      team.run(p.sequences * w.heads,
+               [&](std::int64_t i) { attention(a, i / w.heads, i % w.heads, scratch); });
+      return;
+    }
+    const std::int64_t most = stretches(p.max_keys);
+    team.run(p.sequences * most, [&](std::int64_t i) {
+      const std::int64_t sequence = i / most, number = i % most;
+      if (number >= stretches(p.context_lens[sequence])) return;
+      decode(a, sequence, number, partials + sequence * of_one(), scratch);
+    });
   }
-  const std::int64_t of_one = s.partials / 4 / (p.sequences > 0 ? p.sequences : 1);
-  const std::int64_t most = stretches(p.max_keys);
-  team.run(p.sequences * w.kv_heads * most, [&](std::int64_t i) {
-    const std::int64_t sequence = i / (w.kv_heads * most), rest = i % (w.kv_heads * most);
-    if (rest % most >= stretches(p.context_lens[sequence])) return;
-    decode(a, sequence, rest / most, rest % most, partials + sequence * of_one);
-  });
-  team.run(p.sequences * w.heads,
-           [&](std::int64_t i) { combine(a, i / w.heads, i % w.heads, partials + i / w.heads * of_one); });
+
+  void put_together(std::int64_t layer, float* to, std::int64_t begin, std::int64_t end) const {
+    AttentionParams a = params(layer);
+    a.out = to;
+    for (std::int64_t sequence = begin; sequence < end; ++sequence) {
+      for (std::int64_t head = 0; head < a.heads; ++head) {
+        combine(a, sequence, head, partials + sequence * of_one());
+      }
+    }
+  }
+
+  std::int64_t of_one() const { return s.partials / 4 / (p.sequences > 0 ? p.sequences : 1); }
+};
+
+template <typename Crew>
+void few_rows(const TransformerParams& p, const Attention& attention, Steps<Crew> steps) {
+  for (std::int64_t layer = 0; layer < p.weights->layers; ++layer) {
+    steps.project(layer);
+    attention.run(layer);
+    if (p.one_each) {  // each sequence is one row
+      steps.crew.own_rows(p.tokens, [&](std::int64_t begin, std::int64_t end) {
+        attention.put_together(layer, steps.attended, begin, end);
+      });
+    }
+    steps.finish(layer);
+  }
 }
 
 }  // namespace
@@ -319,13 +394,18 @@ void transformer(const TransformerParams& p) {
   float* scratch = reinterpret_cast<float*>(at + thread * s.scratch);
   float* partials = reinterpret_cast<float*>(at + p.threads * s.scratch);
 
+  const Attention attention = {p, s, team, qkv, attended, scratch, partials};
+  if (s.blocks == 0 && s.parts > 1) {
+    // The threads' parts have all but `mid` for themselves: its columns come from all of them.
+    Part part = part_of(p, s, part_memory, 0, p.tokens);
+    part.mid = part_of(p, s, part_memory - thread * s.part, 0, p.tokens).mid;
+    few_rows(p, attention,
+             Steps<Each>{p, w, {team, p.threads}, part, qkv, p.one_each ? part.attended : attended});
+    return;
+  }
   if (s.blocks == 0) {
-    Steps<Together> steps = {p, w, {team, p.threads}, part_of(p, s, part_memory, 0, p.tokens), qkv, attended};
-    for (std::int64_t layer = 0; layer < w.layers; ++layer) {
-      steps.project(layer);
-      attend(p, s, team, layer, qkv, attended, scratch, partials);
-      steps.finish(layer);
-    }
+    const Part part = part_of(p, s, part_memory, 0, p.tokens);
+    few_rows(p, attention, Steps<Together>{p, w, {team, p.threads}, part, qkv, attended});
     return;
   }
   auto block = [&](std::int64_t number) {
@@ -335,7 +415,7 @@ void transformer(const TransformerParams& p) {
   };
   team.run(s.blocks, [&](std::int64_t i) { block(i).project(0); });
   for (std::int64_t layer = 0; layer < w.layers; ++layer) {
-    attend(p, s, team, layer, qkv, attended, scratch, partials);
+    attention.run(layer);
     team.run(s.blocks, [&](std::int64_t i) {
       Steps<Alone> steps = block(i);
       steps.finish(layer);

@@ -8,6 +8,7 @@ is not changed. The packed copy has the weight's own size.
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from typing import Any, NamedTuple
 
 import torch
@@ -42,11 +43,11 @@ def panel_width() -> int:
     return int(importlib.import_module("minilm._C").panel_width())
 
 
-def empty_arena(size: int) -> Tensor:
-    """`size` bytes, in large pages where the system has them."""
-    arena = torch.empty(size, dtype=torch.uint8)
-    importlib.import_module("minilm._C").prefer_large_pages(arena.data_ptr(), size)
-    return arena
+def prefer_large_pages(memory: Tensor) -> None:
+    """Asks the system for large pages for a tensor on the CPU that was not yet written to: what is read from
+    end to end at every step waits for the tables of small ones."""
+    if memory.device.type == "cpu" and importlib.util.find_spec("minilm._C") is not None:
+        importlib.import_module("minilm._C").prefer_large_pages(memory.data_ptr(), memory.nbytes)
 
 
 def places(rows: int, gated: bool) -> Tensor:
