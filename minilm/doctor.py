@@ -57,6 +57,15 @@ FEATURES = (
 )
 """Instruction sets that matter here, of those that Linux lists."""
 
+ISAS: dict[str, tuple[str, ...]] = {
+    "x86_64": ("generic", "avx2", "avx512", "avx512_vnni"),
+    "aarch64": ("generic", "neon_dotprod"),
+}
+"""Machine -> the instruction sets that the extension's CPU kernels are compiled for."""
+
+EMULATED = ("aarch64",)
+"""Machines whose kernels the project's own tests run in an emulator only."""
+
 
 def examine() -> dict[str, Any]:
     """The whole report, as JSON can hold it. `problems` names what keeps minilm from working; `notes` what
@@ -108,6 +117,13 @@ def _torch_part(report: dict[str, Any]) -> dict[str, Any]:
     else:
         if extension["reason"]:
             report["notes"].append(extension["reason"])
+        if extension["not_run"]:
+            sets = ", ".join(extension["not_run"])
+            report["notes"].append(
+                f"this processor cannot run the kernels for {sets}: no test here has run them"
+            )
+        if extension["built"] and platform.machine() in EMULATED:
+            report["notes"].append("the native kernels for this architecture were tested in an emulator only")
         ops, op_problem = _ops(["cpu", *(["cuda"] if gpus else [])])
         if op_problem:
             report["problems"].append(op_problem)
@@ -210,13 +226,20 @@ def _extension() -> tuple[dict[str, Any], str | None]:
         from .ops import native
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        return {"built": False, "reason": reason, "isa": None, "isas": []}, reason
+        return {"built": False, "reason": reason, "isa": None, "isas": [], "not_run": []}, reason
     return {
         "built": native.unavailable is None,
         "reason": native.unavailable,
         "isa": native.cpu_isa(),
         "isas": native.cpu_isas(),
+        "not_run": _not_run(native.cpu_isas()),
     }, None
+
+
+def _not_run(runnable: list[str]) -> list[str]:
+    """The instruction sets that were compiled in, if anything was, and that this machine cannot run."""
+    compiled = ISAS.get(platform.machine(), ()) if runnable else ()
+    return [isa for isa in compiled if isa not in runnable]
 
 
 def _ops(devices: list[str]) -> tuple[list[dict[str, Any]], str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import platform
@@ -43,6 +44,32 @@ def test_the_extension_is_reported_as_it_is(report: dict[str, Any]) -> None:
     assert extension["isa"] == native.cpu_isa()
     assert extension["isas"] == native.cpu_isas()
     assert extension["reason"] == native.unavailable
+    machine = platform.machine()
+    if machine in doctor.ISAS and extension["built"]:
+        assert (*extension["isas"], *extension["not_run"]) == doctor.ISAS[machine]
+
+
+def test_instruction_sets_that_no_test_has_run_are_a_note(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(native, "unavailable", None)
+    monkeypatch.setattr(native, "cpu_isas", lambda: ["generic", "avx2"])
+    notes = doctor.examine()["notes"]
+    assert "this processor cannot run the kernels for avx512, avx512_vnni: no test here has run them" in notes
+    monkeypatch.setattr(platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(native, "cpu_isas", lambda: ["generic", "neon_dotprod"])
+    notes = doctor.examine()["notes"]
+    assert "the native kernels for this architecture were tested in an emulator only" in notes
+    assert not any("no test here" in note for note in notes)
+
+
+def test_the_instruction_sets_are_those_that_are_compiled() -> None:
+    spec = importlib.util.spec_from_file_location("minilm_setup", Path(__file__).parent.parent / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    setup = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(setup)
+    for machine, isas in doctor.ISAS.items():
+        assert tuple(setup.instruction_sets(machine)) == isas
 
 
 def test_every_op_has_a_row_for_every_device_and_dtype(report: dict[str, Any]) -> None:
