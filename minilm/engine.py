@@ -278,17 +278,26 @@ class Engine:
         tokens = [sample.tokens[-1] for sample in samples]
         positions = [self.cache.lengths[row] for row in rows]
         return self.model.logits(
-            self._forward(tokens, positions, [1] * batch, self._counting[: batch + 1], rows)
+            self._forward(tokens, positions, [1] * batch, self._counting[: batch + 1], rows, unchanged=True)
         )
 
     def _forward(
-        self, tokens: list[int], positions: list[int], lengths: list[int], cu_seqlens: Tensor, rows: list[int]
+        self,
+        tokens: list[int],
+        positions: list[int],
+        lengths: list[int],
+        cu_seqlens: Tensor,
+        rows: list[int],
+        *,
+        unchanged: bool = False,
     ) -> Tensor:
         device = self.model.device
         packed = Packed(
             len(lengths), max(lengths), None, lengths, cu_seqlens, torch.tensor(positions, device=device)
         )
-        return self.model.run_packed(torch.tensor(tokens, device=device), packed, cache=self.cache, rows=rows)
+        return self.model.run_packed(
+            torch.tensor(tokens, device=device), packed, cache=self.cache, rows=rows, unchanged=unchanged
+        )
 
     def _choose(self, samples: list[Sample], logits: Tensor) -> None:
         """Append the next token to each sample; logits [B, V]."""

@@ -47,6 +47,9 @@ def supports(traits: BlocksTraits) -> str | None:
 
 def obstacle(body: Transformer, run: Pass, hidden_states: object) -> str | None:
     """What in this call only the modules can do."""
+    plan: _Plan | None = body.__dict__.get("_fused_plan")
+    if run.unchanged and plan is not None and not torch.compiler.is_compiling():
+        return plan.refusal
     if torch.compiler.is_compiling():
         return "torch.compile traces the modules"
     if native.unavailable is not None:

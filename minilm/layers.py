@@ -29,6 +29,8 @@ class Pass:
     rows: list[int] = field(default_factory=list)
     """The cache's row of each sequence."""
     step: CacheStep | None = None
+    unchanged: bool = False
+    """The weights are those of the pass before: what was made of them then need not be looked at again."""
     attentions: list[Tensor] | None = None
     """Filled with one [B, H, S, context] a layer when the caller wants to see the attention maps."""
 

@@ -220,14 +220,21 @@ class PreTrainedModel(nn.Module):
         )
 
     def run_packed(
-        self, tokens: Tensor, packed: Packed, *, cache: KVCache | None = None, rows: Sequence[int] = ()
+        self,
+        tokens: Tensor,
+        packed: Packed,
+        *,
+        cache: KVCache | None = None,
+        rows: Sequence[int] = (),
+        unchanged: bool = False,
     ) -> Tensor:
         """The body on tokens that are packed already: int64 [T] -> hidden states [T, C].
 
         `packed.positions` are the tokens' true positions. With a cache, sequence b continues its row
         ``rows[b]``. This is the entry of the decoding loop: no padding is made, and ids are not checked.
+        `unchanged`: nobody has written to the weights since the call before.
         """
-        run = Pass(packed, None, cache, list(rows))
+        run = Pass(packed, None, cache, list(rows), unchanged=unchanged)
         if cache is not None:
             run.step = cache.extend(run.rows, packed.lengths)
         run.rope = self._rope(packed, packed.positions, run)

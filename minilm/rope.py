@@ -8,6 +8,7 @@ they are written out here.
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ def frequencies(config: RopeConfig, head_dim: int) -> Tensor:
     if config.type == "yarn":
         return _yarn(config, plain, head_dim)
     return plain
+
+
+@cache
+def _kept_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
+    """`frequencies`, computed once: a decoding step asks for them each time. On the CPU, and fit for autograd,
+    whatever the mode of the first caller."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        return frequencies(config, head_dim)
 
 
 def _plain(theta: float | Tensor, head_dim: int) -> Tensor:
@@ -79,6 +88,7 @@ def angles(
         )
         f = _plain(config.theta * stretch.float() ** (head_dim / (head_dim - 2)), head_dim)  # [T, D/2]
     else:
-        f = frequencies(config, head_dim).to(positions.device)
+        known = frequencies if torch.compiler.is_compiling() else _kept_frequencies
+        f = known(config, head_dim).to(positions.device)
     turned = positions[:, None].float() * f
     return turned.cos() * config.attention_factor, turned.sin() * config.attention_factor
