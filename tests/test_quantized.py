@@ -443,6 +443,15 @@ def test_state_dict_copies_and_pickles(format: str) -> None:
         wrong.load_state_dict(one.state_dict())
 
 
+def test_torch_compile_takes_the_layers_whole() -> None:
+    for format in FORMATS:
+        linear = QuantizedLinear(quantise(torch.randn(8, 64), format), nn.Parameter(torch.ones(8)))
+        table = QuantizedEmbedding(quantise(torch.randn(8, 64), format), torch.float32)
+        for layer, argument in ((linear, torch.randn(3, 64)), (table, torch.tensor([1, 7]))):
+            compiled = torch.compile(layer, fullgraph=True, backend="eager")
+            assert torch.equal(compiled(argument), layer(argument))
+
+
 def test_training_is_refused() -> None:
     layer = QuantizedLinear(quantise(torch.randn(4, 64), "int8"))
     assert not layer.training
