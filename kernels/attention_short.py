@@ -11,9 +11,10 @@ while this one is multiplied. The heads of a token lie side by side, in [T, (H +
 projection leaves it: q, k and v are views of that, any strides with contiguous D, and nothing is copied.
 
 Scale is positive; full, causal or window, as in `attention`, whose backward needs o and lse alone and is
-this one's too. Operations: 4 Sq Sk D a head, and one exponential a score. Bytes: q, k, v, o once, keys again
-for each block of queries, but from L2: 8 D b a token and head. At S = 256, D = 32 that is 128 operations a
-byte, so memory is the limit, and what counts is how many bytes are in flight.
+this one's too. Operations: 4 Sq Sk D a head, and one exponential a score. Bytes: q, k, v and o once, 4 D b a
+token and head, and keys again for each further block of queries, but from L2. At S = 256 in 16 bits that is
+128 operations a byte, far below what tensor cores need: memory is the limit, and what counts is how many
+bytes are in flight.
 """
 
 from __future__ import annotations
