@@ -15,7 +15,7 @@ NATIVE := setup.py $(wildcard csrc/* csrc/*/*)
 export MINILM_BUILD_EXT ?= auto
 export PYTHONWARNINGS ?= ignore:Editable installation
 
-.PHONY: demo test lint format clean bench bench-peers gpu-check compile-report kernel-table neon-check sanitize
+.PHONY: demo test lint format clean bench bench-peers gpu-check compile-report cuda-report kernel-table neon-check sanitize
 .DELETE_ON_ERROR:
 
 demo: .venv/.models
@@ -81,9 +81,12 @@ bench-peers: .venv-bench/.peers
 	$(BIN)/python tools/make_bench_venv.py .venv .venv-bench benchmarks/constraints-peers.txt
 	@touch $@
 
-# The Triton kernels without a GPU: compiled for four chips and judged; their tests counted, their errors collected.
+# The Triton and CUDA kernels without a GPU: compiled for several chips and judged; their tests counted, their errors collected.
 compile-report: .venv/.test
 	$(BIN)/python tools/compile_report.py
+
+cuda-report: .venv/.minilm
+	$(BIN)/python tools/cuda_report.py
 
 kernel-table: .venv/.test
 	$(BIN)/python tools/kernel_table.py

@@ -18,8 +18,8 @@ Environment
     MINILM_BUILD_EXT=0      leave it out.
     CXX, CXXFLAGS, LDFLAGS  as usual.
 
-The CUDA kernels of csrc/cuda/ become a library of their own beside it, minilm._C_cuda, which is loaded only
-where PyTorch sees a CUDA device.
+The CUDA kernels of csrc/cuda/ become a library of their own beside it, minilm._C_cuda, which is loaded
+when a CUDA tensor first asks for one of its ops.
 
     MINILM_BUILD_CUDA=auto  (default) build it where the extension is built, nvcc is found (CUDA_HOME, PATH)
                             and PyTorch is a CUDA build: others could never load it.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import cuda_cases as cases
@@ -15,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minilm import ops
-from minilm.ops import cuda, reference
+from minilm.ops import cuda, dispatch, reference
 from minilm.ops.quantized import dequantise, quantise
 
 CPU = "cpu"
@@ -191,10 +192,25 @@ def test_one_implementation_for_two_devices() -> None:
         )
         for name in ("cuda", "cpu")
     ]
-    both, alone = cuda.by_device(*made), cuda.by_device(made[0], None, "it is not built")
+    both, alone = cuda.by_device(*made), cuda.by_device(made[0], None, lambda: "it is not built")
     on = {device: ops.PointwiseTraits(device, torch.float32) for device in ("cuda", "cpu")}
     assert both.call(torch.ones(1)) == "cpu"
     assert both.supports(on["cuda"]) == "no: cuda"
     assert both.supports(on["cpu"]) == "no: cpu"
     assert alone.supports(on["cuda"]) == "it is not built"
     assert alone.supports(on["cpu"]) == "the extension has no kernel for cpu"
+
+
+def test_nothing_changes_where_it_is_not_built(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    added: list[ops.Implementation] = []
+    monkeypatch.setattr(dispatch, "register", added.append)
+    monkeypatch.setattr(cuda, "FILE", tmp_path / "_C_cuda.abi3.so")
+    cuda.register_all()
+    assert not added
+    (tmp_path / "_C_cuda.abi3.so").write_text("no library")
+    cuda.load.cache_clear()
+    cuda.register_all()
+    assert {i.op for i in added} == {"paged_attention", "rope_append", "append_kv", "quantized_linear"}
+    traits = ops.PagedTraits("cuda", cases.HALF, cases.HALF, 64, 2, 16, window=False, single_query=True)
+    assert str(added[0].supports(traits)).startswith("the CUDA part of the extension does not load: ")
+    cuda.load.cache_clear()

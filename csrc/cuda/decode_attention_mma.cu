@@ -56,7 +56,7 @@ MINILM_DEVICE std::uint32_t value_pair(const std::uint32_t* a, const std::uint32
 
 // T: queries and result. C: cache, T or int8. D: head size.
 template <typename T, typename C, int D>
-__global__ void __launch_bounds__(kThreads) decode_attention_mma_kernel(DecodeParams p) {
+__global__ void __launch_bounds__(kThreads, 2) decode_attention_mma_kernel(DecodeParams p) {
   constexpr int kBytes = sizeof(C);
   using Keys = Segments<D / 16, 4 / kBytes>;    // steps of 16 elements, of which a lane has 4
   using Values = Segments<D / 8, 16 / kBytes>;  // tiles of 8 elements, of which a lane has 1

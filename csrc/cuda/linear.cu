@@ -23,7 +23,7 @@
 //
 // Bytes: W once (2, 1.03 to 1.06, 0.56 or 0.63 an element), x from the caches. 2 rows operations an element
 // on tensor cores, 1 to 2 instructions an element to unpack 4 bits: memory is the limit. In flight: 128 bytes
-// a thread (kAtOnce chunks), 32 KiB a block.
+// a thread (kAtOnce chunks; 64 of 4-bit codes), with the two blocks of a multiprocessor 32 to 64 KiB.
 
 #include "cuda/device.h"
 
@@ -42,7 +42,7 @@ struct Piece {
   static constexpr bool kScaled = !kSixteen && kWeights != Weights::kInt8;
   static constexpr bool kMinimum = kWeights == Weights::kQ4WithMinimum;
   static constexpr int kReads = kSixteen ? 4 : kEight ? 2 : 1;
-  static constexpr int kAtOnce = 4 / kReads;  // chunks in flight
+  static constexpr int kAtOnce = kSixteen ? 1 : 2;  // chunks in flight
   Words words[kReads];
   std::uint32_t scales[2], minimums[2];  // four float16 each
 };
@@ -187,7 +187,7 @@ MINILM_DEVICE void stage(const LinearParams& p, int begin, int columns, const fl
 }
 
 template <typename T, Weights kWeights>
-__global__ void __launch_bounds__(kThreads) linear_kernel(LinearParams p) {
+__global__ void __launch_bounds__(kThreads, 2) linear_kernel(LinearParams p) {
   using P = Piece<kWeights>;
   __shared__ Words held[kTileElements / 8];
   __shared__ float input_sums[P::kMinimum ? kTileElements / kGroup : 1];  // [group][row]
@@ -294,7 +294,7 @@ __global__ void __launch_bounds__(kThreads) linear_kernel(LinearParams p) {
 
 template <typename T>
 const char* start(const LinearParams& p, int multiprocessors, void* stream) {
-  // Two blocks a multiprocessor keep 64 KiB in flight; each then goes on to other outputs with x in place.
+  // Two blocks a multiprocessor; each goes on to other outputs with x in place.
   const Grid grid = {static_cast<unsigned>(smaller(linear_tiles(p.out, p.gated), 2 * multiprocessors))};
   if (grid.x == 0 || p.rows == 0) return nullptr;
   switch (p.weights) {

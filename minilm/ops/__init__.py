@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, dispatch, library, native, packed, quantized, reference, triton
+from . import checks, cuda, dispatch, library, native, packed, quantized, reference, triton
 from .dispatch import BackendError, Implementation, backend, explain, register, select
 from .opaque import compilable
 from .quantized import QuantizedWeight
@@ -563,4 +563,5 @@ register(Implementation("attention", "reference", compilable("reference", refere
 register(Implementation("attention", "torch", compilable("torch", library.attention), _sdpa_supports))
 register(Implementation("paged_attention", "torch", library.paged_attention))
 native.register_all()
+cuda.register_all()
 triton.register_all()

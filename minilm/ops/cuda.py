@@ -1,7 +1,7 @@
 """The CUDA part of the `native` backend: kernels of csrc/cuda/, their fakes, and their place in the table.
 
 They stand in a library of their own, minilm/_C_cuda.abi3.so, which setup.py builds where nvcc and a CUDA
-build of PyTorch are found and which is loaded only where PyTorch sees a CUDA device. Its ops are
+build of PyTorch are found and which is loaded when a CUDA tensor first asks for one of its ops,
 ``torch.ops.minilm_cuda``. They run on the current stream, wait for nothing, and allocate nothing but results
 and the parts of a split context, so that a decode step can be captured in a CUDA graph (after one call
 outside of it, which packs the weights).
@@ -12,6 +12,7 @@ The table holds one implementation for an op and a backend; `by_device` makes on
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,15 +43,16 @@ LIBRARY = "minilm_cuda"
 """The ops in use; tests put the emulated ones here."""
 
 
+FILE = Path(__file__).parent.parent / "_C_cuda.abi3.so"
+
+
+@cache
 def load() -> str | None:
-    """Loads the library; None, or why it is absent."""
-    if not torch.cuda.is_available():
-        return "PyTorch sees no CUDA device"
-    file = Path(__file__).parent.parent / "_C_cuda.abi3.so"
-    if not file.is_file():
+    """Loads the library, once; None, or why it is absent."""
+    if not FILE.is_file():
         return "the CUDA part of the extension is not built (setup.py tells what it needs)"
     try:
-        torch.ops.load_library(str(file))  # type: ignore[no-untyped-call]
+        torch.ops.load_library(str(FILE))  # type: ignore[no-untyped-call]
     except OSError as error:  # a binary for another PyTorch
         return f"the CUDA part of the extension does not load: {error}"
     register_fakes(LIBRARY)
@@ -298,10 +300,12 @@ def supports_quantized_linear(traits: Any) -> str | None:
 
 
 def by_device(
-    cuda: dispatch.Implementation, other: dispatch.Implementation | None, absent: str | None = None
+    cuda: dispatch.Implementation,
+    other: dispatch.Implementation | None,
+    absent: Callable[[], str | None] = lambda: None,
 ) -> dispatch.Implementation:
-    """`cuda` for CUDA tensors and `other` for the rest, as one implementation of one backend. `absent` says
-    why `cuda` cannot run at all."""
+    """`cuda` for CUDA tensors and `other` for the rest, as one implementation of one backend. `absent` is
+    asked first when a CUDA tensor comes, and says why `cuda` cannot run at all."""
 
     def call(*args: Any, **options: Any) -> Any:
         chosen = cuda if other is None or args[0].is_cuda else other
@@ -309,7 +313,7 @@ def by_device(
 
     def supports(traits: Any) -> str | None:
         if traits.device == "cuda":
-            return cuda.supports(traits) if absent is None else absent
+            return absent() or cuda.supports(traits)
         if other is None:
             return f"the extension has no kernel for {traits.device}"
         return other.supports(traits)
@@ -329,10 +333,10 @@ KERNELS = tuple(
 
 
 def register_all() -> None:
-    """Adds the kernels to what the `native` backend has already; without a CUDA device nothing changes."""
-    if not torch.cuda.is_available():
+    """Adds the kernels to what the `native` backend has already; where they are not built nothing changes.
+    Nothing is loaded yet, and no device is looked for."""
+    if not FILE.is_file():
         return
-    absent = load()
     for kernel in KERNELS:
         present = dispatch.implementations(kernel.op).get("native")
-        dispatch.register(by_device(kernel, present, absent))
+        dispatch.register(by_device(kernel, present, load))
