@@ -16,6 +16,7 @@ Environment
                             error.
     MINILM_BUILD_EXT=1      build it; whatever is missing is an error too.
     MINILM_BUILD_EXT=0      leave it out.
+    MINILM_BUILD_ISA=avx2,..  compile the CPU kernels for these instruction sets only, of those below.
     CXX, CXXFLAGS, LDFLAGS  as usual.
 
 The CUDA kernels of csrc/cuda/ become a library of their own beside it, minilm._C_cuda, which is loaded
@@ -69,8 +70,11 @@ def instruction_sets(machine: str) -> dict[str, list[str]]:
 
 
 INSTRUCTION_SETS = instruction_sets(platform.machine())
+if "MINILM_BUILD_ISA" in os.environ:
+    INSTRUCTION_SETS = {isa: INSTRUCTION_SETS[isa] for isa in os.environ["MINILM_BUILD_ISA"].split(",")}
 
 COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
+COMPILE_FLAGS += shlex.split(os.environ.get("CXXFLAGS", ""))  # last, so that they prevail
 # A multiply-add may round once; nothing else is relaxed: results do not depend on how a loop was vectorised.
 KERNEL_FLAGS = ["-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
 

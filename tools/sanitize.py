@@ -1,0 +1,81 @@
+"""Runs the native tests and the driver with AddressSanitizer and UndefinedBehaviorSanitizer.
+
+    python tools/sanitize.py [arguments of pytest]
+
+First csrc/tests/driver.cpp, which goes through every instruction set of this machine. Then
+tests/test_native*.py, on a package that is built with the sanitizers and the best instruction set into
+build/sanitize, apart from what is installed. Whatever a sanitizer finds ends the run with an error.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import native_driver
+
+ROOT = native_driver.ROOT
+FOLDER = ROOT / "build" / "sanitize"
+FLAGS = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}  # Python leaks by design
+
+
+def run_driver(compiler: str) -> str:
+    """Compile and run it; returns the best instruction set of this machine."""
+    folder = FOLDER / "driver"
+    folder.mkdir(parents=True, exist_ok=True)
+    driver = native_driver.build(folder, compiler, platform.machine(), FLAGS)
+    done = subprocess.run(
+        [str(driver)], env=os.environ | OPTIONS, stdout=subprocess.PIPE, text=True, check=False
+    )
+    print(done.stdout, end="", flush=True)
+    done.check_returncode()
+    return done.stdout.splitlines()[-2].split(":")[0]
+
+
+def build_package(compiler: str, isa: str) -> Path:
+    """The package with a sanitized extension; returns the folder for PYTHONPATH."""
+    flags = shlex.join(FLAGS)
+    environment = {"CXX": compiler, "CXXFLAGS": flags, "LDFLAGS": flags}
+    environment |= {"MINILM_BUILD_EXT": "1", "MINILM_BUILD_ISA": isa}
+    library = FOLDER / "lib"
+    command = [sys.executable, "-W", "ignore", "setup.py", "-q", "build", "--build-lib", str(library)]
+    command += ["--build-temp", str(FOLDER / "temp")]
+    subprocess.run(command, cwd=ROOT, env=os.environ | environment, check=True)
+    return library
+
+
+def preloaded(compiler: str) -> dict[str, str]:
+    """The environment in which a Python that was not built with a sanitizer loads such an extension."""
+    libraries = []
+    for name in ("libasan.so", "libstdc++.so.6"):  # the latter: asan looks for __cxa_throw when it starts
+        command = [*shlex.split(compiler), f"-print-file-name={name}"]
+        path = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        libraries.append(str(Path(path).resolve(strict=True)))
+    return {"LD_PRELOAD": " ".join(libraries), **OPTIONS}
+
+
+def main() -> int:
+    """The command."""
+    compiler = os.environ.get("CXX", "g++")
+    library = build_package(compiler, run_driver(compiler))
+    environment = os.environ | preloaded(compiler) | {"PYTHONPATH": str(library)}
+    tests = sorted(str(file) for file in (ROOT / "tests").glob("test_native*.py"))
+    # The driver saw to the other instruction sets; what starts compilers would sanitize these.
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-k", "not instruction_set and not driver and not compile", *tests, *sys.argv[1:]]
+    origin = "from minilm.ops import native; print('testing', native._extension.__file__, flush=True)"
+    for arguments in ([sys.executable, "-c", origin], command):
+        done = subprocess.run(arguments, cwd=ROOT / "tests", env=environment, check=False)
+        if done.returncode:
+            return done.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
