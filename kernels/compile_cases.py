@@ -253,7 +253,7 @@ def _loss(name: str, channels: int, vocabulary: int, dtype: torch.dtype, linear:
             )
         else:
             x = torch.empty(64, vocabulary, dtype=dtype, requires_grad=True)
-            cross_entropy.cross_entropy(x, labels, -100).backward()
+            torch.autograd.backward(cross_entropy.cross_entropy(x, labels, -100))
 
     kind = "linear + cross-entropy" if linear else "cross-entropy"
     row = Expected(width=16 if vocabulary % 16 == 0 else dtype.itemsize)  # else rows begin anywhere

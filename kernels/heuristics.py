@@ -85,13 +85,13 @@ def attention_shared_memory(
 
     Below sm_90 the stage that is being multiplied has left it for registers; a single stage has k and v in
     turns. D = 64 in 16 bits with tiles of 128 x 128 and 3 stages: 16 KB + 2 x 32 KB on sm_80, 16 KB + 3 x
-    32 KB on sm_90. Where warps share rows, the probabilities pass through it too. A few hundred bytes of
-    barriers and sums come on top, 4 KB at most.
+    32 KB on sm_90. Where warps share rows, and in float32, the probabilities pass through it too. A few
+    hundred bytes of barriers and sums come on top, 4 KB at most.
     """
     row = max(16, next_power_of_2(head_dim)) * itemsize
     scores = block.queries * block.keys * itemsize
     tiles = 2 * block.num_stages if device.capability >= (9, 0) else max(1, 2 * (block.num_stages - 1))
-    shared = scores if block.queries < 16 * block.num_warps else 0
+    shared = scores if itemsize == 4 or block.queries < 16 * block.num_warps else 0
     bias = -(-tiles // 2) * scores if biased else 0
     return block.queries * row + tiles * block.keys * row + shared + bias + 4096
 
@@ -270,7 +270,8 @@ def paged_block(head_dim: int, itemsize: int, rows: int, device: Device) -> Atte
     sequence is summed in the same order alone and beside longer ones.
     """
     if itemsize == 4:
-        block = AttentionBlock(16, 64 if head_dim <= 64 else 32, 4, 3)
+        # Without tensor cores, keys of 128 numbers and more spill from fewer registers than those of 8 warps.
+        block = AttentionBlock(16, 64, 4, 3) if head_dim <= 64 else AttentionBlock(16, 16, 8, 3)
     else:
         keys = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
         # Below sm_90 accumulators of 64 rows and 128 columns need the registers of 8 warps.

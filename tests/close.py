@@ -10,9 +10,13 @@ even where NaN is expected.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+listeners: list[Callable[[str, float, float], object]] = []
+"""Told of each judgement beside eager: dtype, error, eager's error (tools/kernel_table.py collects them)."""
 
 LOGITS_ATOL = 1e-4
 """float32 logits of a whole model, against transformers: largest absolute difference."""
@@ -57,6 +61,8 @@ def assert_as_good_as_eager(
     assert math.isfinite(eager_error), f"{what}: eager itself is {_worst(eager, exact)}, which judges nothing"
     if floor is None:
         floor = torch.finfo(actual.dtype).eps * (float(exact.abs().max()) if exact.numel() else 0.0)
+    for listener in listeners:
+        listener(str(actual.dtype).removeprefix("torch."), error, eager_error)
     allowed = factor * eager_error + floor
     assert error <= allowed, (
         f"{what}: {_worst(actual, exact)}; the error {error:.3g} is above {factor:g} x {eager_error:.3g} "

@@ -167,7 +167,9 @@ def report(cases: Sequence[Any], chips: Iterable[str], cache: Path, processes: i
                     }
                 )
     found = measure(jobs, cache, processes)
-    return [{**row, **found[row.pop("key")]} for row in rows]
+    for row in rows:
+        row.update(found[row.pop("key")])
+    return rows
 
 
 def _constants(launch: Any) -> dict[str, Any]:
