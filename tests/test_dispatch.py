@@ -43,7 +43,8 @@ def only_float32(traits: Any) -> str | None:
 
 @pytest.fixture
 def three(table: dict[str, dict[str, Any]]) -> None:
-    """native for float32, torch for everything, and the reference."""
+    """native for float32, torch for everything, and the reference; no triton."""
+    table[OP].clear()
     dispatch.register(dispatch.Implementation(OP, "native", mark(1.0), only_float32))
     dispatch.register(dispatch.Implementation(OP, "torch", mark(2.0)))
     dispatch.register(dispatch.Implementation(OP, "reference", mark(4.0)))

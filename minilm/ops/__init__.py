@@ -512,7 +512,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> T
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """cross_entropy(hidden weight^T, labels), for training loops: the loss of a vocabulary without its logits.
+    """cross_entropy(hidden weight^T, labels), for training loops: the loss of a vocabulary, not its logits.
 
     hidden [T, C], weight [V, C], labels int64 [T]; a scalar, NaN when no label counts. Differentiable. The
     logits of some rows exist at a time, those of all rows [T, V] never, save in the reference. Models return
@@ -561,6 +561,7 @@ for _op in (
     register(Implementation(_op, "reference", getattr(reference, _op)))
 register(Implementation("attention", "reference", compilable("reference", reference.attention)))
 register(Implementation("attention", "torch", compilable("torch", library.attention), _sdpa_supports))
+register(Implementation("linear_cross_entropy", "torch", library.linear_cross_entropy))
 register(Implementation("paged_attention", "torch", library.paged_attention))
 native.register_all()
 cuda.register_all()

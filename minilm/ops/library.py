@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 from itertools import groupby
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from . import reference
 
@@ -95,3 +97,58 @@ def paged_attention(
         v_scales,
         attention,
     )
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """As `minilm.ops.linear_cross_entropy`, in chunks of as many rows as there are channels, whose logits are
+    as large as the weight. Under autocast both matrices are cast, as F.linear would."""
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):
+        hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
+    with torch.autocast(device, enabled=False):
+        loss: Tensor = _ChunkedLoss.apply(hidden, weight, labels, ignore_index)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    """The gradients are computed in the forward, where the logits of a chunk are at hand, and multiplied by
+    dloss / count in the backward (in float16, a probability / count would be lost)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        loss, counted = hidden.new_zeros((), dtype=wide), labels != ignore_index
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
+        rows = max(16, hidden.shape[1])
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            h, logits = hidden[part], F.linear(hidden[part], weight).to(wide)
+            loss += F.cross_entropy(logits, labels[part], ignore_index=ignore_index, reduction="sum")
+            if not (needs_hidden or needs_weight):
+                continue
+            p = logits.softmax(-1)
+            label = labels[part].masked_fill(~counted[part], 0)[:, None]
+            p.scatter_add_(1, label, p.new_full(label.shape, -1.0))
+            p = p.masked_fill_(~counted[part, None], 0).to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[part] = p @ weight
+            if grad_weight is not None:
+                grad_weight.addmm_(p.t().to(wide), h.to(wide))
+        count = counted.sum().to(wide)
+        ctx.save_for_backward(count, grad_hidden, grad_weight)
+        ctx.dtype = weight.dtype
+        return loss / count
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        count, grad_hidden, grad_weight = ctx.saved_tensors
+        factor = torch.where(count > 0, dloss / count, 0.0)  # no label counts: zeros, as PyTorch's
+        return (
+            None if grad_hidden is None else grad_hidden * factor,
+            None if grad_weight is None else (grad_weight * factor).to(ctx.dtype),
+            None,
+            None,
+        )
