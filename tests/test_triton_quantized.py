@@ -16,9 +16,11 @@ pytest.importorskip("triton", reason="Triton is not installed")
 
 from minilm import ops
 from minilm.kernels import quantized_matmul
+from minilm.kernels.devices import CHIPS, INTERPRETER
 from minilm.kernels.heuristics import quantized_block
 from minilm.ops.quantized import FORMATS, QuantizedWeight, dequantise, plane_shapes
 
+H100 = CHIPS["sm_90"]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -168,6 +170,7 @@ def test_it_compiles_as_one_graph() -> None:
 def test_tiles_and_parts() -> None:
     for outs, ins in ((576, 1536), (4096, 4096), (1, 32), (151936, 896), (64, 100_000)):
         for processors in (2, 108, 132):
+            chip = H100._replace(processors=processors)
             blocks = {quantized_block(rows, outs, ins, 2, chip)._replace(rows=0) for rows in (1, 5, 64)}
             assert len(blocks) == 1, "a row must be summed in the same order alone and in a batch"
             block = blocks.pop()
