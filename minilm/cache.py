@@ -35,6 +35,11 @@ class CacheStep:
     """No sequence had a past: attention needs the new tokens only."""
 
 
+def _layers(store: Tensor) -> list[Tensor]:
+    """The part of each layer, as a tensor of its own to autograd, which may be written to in training."""
+    return [layer.detach() for layer in store]
+
+
 class KVCache:
     """Keys and values of all layers for a set of sequences (rows), each of its own length.
 
@@ -63,13 +68,13 @@ class KVCache:
         shape = (config.num_layers, 0, page_size, config.num_kv_heads, config.head_dim)
         self._keys = torch.empty(shape, dtype=dtype, device=self.device)
         self._values = torch.empty(shape, dtype=dtype, device=self.device)
-        self.k_pages = list(self._keys)
+        self.k_pages = _layers(self._keys)
         """Of each layer, [pages, page size, Hkv, D]."""
-        self.v_pages = list(self._values)
+        self.v_pages = _layers(self._values)
         layers = config.num_layers if dtype == torch.int8 else 0
-        self.k_scales = list(torch.empty(layers, *shape[1:4], device=self.device))
+        self.k_scales = _layers(torch.empty(layers, *shape[1:4], device=self.device))
         """Of each layer, [pages, page size, Hkv]; without int8 there are none."""
-        self.v_scales = list(torch.empty(layers, *shape[1:4], device=self.device))
+        self.v_scales = _layers(torch.empty(layers, *shape[1:4], device=self.device))
         self._next_row = 0
         self.add_rows(rows)
 
@@ -132,7 +137,7 @@ class KVCache:
         self._keys, self._values = grown(self._keys), grown(self._values)
         self.k_scales = [grown(scales, 0) for scales in self.k_scales]
         self.v_scales = [grown(scales, 0) for scales in self.v_scales]
-        self.k_pages, self.v_pages = list(self._keys), list(self._values)
+        self.k_pages, self.v_pages = _layers(self._keys), _layers(self._values)
         self._free = [*range(self._pages + pages - 1, self._pages - 1, -1), *self._free]
         self._pages += pages
 
