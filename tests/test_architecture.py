@@ -25,7 +25,7 @@ AREAS: dict[str, str] = {
     "model": "pretrained_config packing cache rope layers *_layers fused outputs models heads quantization",
     "loading": "auto batching",
     "generation": "engine generate generation_config sampling sampling_* stopping streamers llm llm_output",
-    "tasks": "convert evaluate quantize summary sentence* similarity cross_encoder pipelines pipelines.*",
+    "tasks": "convert evaluate quantize summary sentence sentence_* similarity cross_encoder pipelines*",
     "entry": "__main__ cli cli.* doctor",
     "integrations": "integrations integrations.*",
 }
