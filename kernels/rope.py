@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .heuristics import next_power_of_2, rope_heads
+from .heuristics import next_power_of_2, rope_heads, rope_warps
 from .registration import kernel_op
 
 
@@ -150,6 +150,7 @@ def rope_op(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple
         wrap_triton(_rope)[(tokens, triton.cdiv(heads, tile) + triton.cdiv(k.shape[1], tile))](
             q, k, cos.contiguous(), sin.contiguous(), q_out, k_out, *q.stride(), *k.stride(),
             H=heads, HKV=k.shape[1], D=size, BLOCK_D=block_d, HEADS=tile, BACK=back,
+            num_warps=rope_warps(tile, block_d),
         )  # fmt: skip
     return q_out, k_out
 
@@ -188,7 +189,7 @@ def _launch_append(
         v_slots if v_scales is None else v_scales, slots,
         *q.stride(), *k.stride(), *v.stride(), *k_slots.stride(), *v_slots.stride(),
         H=q.shape[1], HKV=kv_heads, D=size, BLOCK_D=block_d, HEADS=tile,
-        ROPE=rope, INT8=k_scales is not None,
+        ROPE=rope, INT8=k_scales is not None, num_warps=rope_warps(tile, block_d),
     )  # fmt: skip
 
 

@@ -253,7 +253,8 @@ def paged_attention(
 ) -> Tensor:
     """Gather each sequence's pages and attend as if they had never been paged."""
     lens = context_lens.tolist()
-    keys, values = [], []
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
     for row, length in enumerate(lens):
         pages = block_table[row, : -(-length // k_pages.shape[1])].long()
         for found, store, scales in ((keys, k_pages, k_scales), (values, v_pages, v_scales)):
