@@ -13,6 +13,7 @@
 namespace {
 
 using minilm::DType;
+using minilm::Format;
 
 // Values that no branch of a kernel depends on; the same bits at every run.
 std::vector<float> values(std::int64_t count, std::uint32_t seed) {
@@ -71,13 +72,61 @@ Case layer_norm(std::int64_t rows, std::int64_t channels, bool add, bool half) {
           [=] { (void)wide, (void)narrow, minilm::cpu_kernels().layer_norm(p, 0, rows); }};
 }
 
+// x W^T of `rows` rows, with a weight [out, in] that is packed before; rows of x are prepared with it.
+Case linear(Format format, const char* name, std::int64_t rows, std::int64_t out, std::int64_t in) {
+  const auto& kernels = minilm::cpu_kernels();
+  const bool quantised = format >= Format::kInt8;
+  const std::vector<float> weights = values(out * in, 1), scales = values(out * (in / 32), 2);
+  std::vector<std::int32_t> order;
+  for (std::int64_t i = 0; i < out; ++i) order.push_back(static_cast<std::int32_t>(i));
+  auto packed = std::make_shared<std::vector<char>>(kernels.packed_bytes(format, in, out));
+  minilm::PackParams pack = {};
+  pack.format = format;
+  pack.out = pack.places = out;
+  pack.in = in;
+  pack.values = weights.data();  // any bits will do for codes
+  pack.scales = quantised ? scales.data() : nullptr;
+  pack.minimums = format == Format::kQ4 ? scales.data() : nullptr;
+  pack.order = order.data();
+  pack.packed = packed->data();
+  kernels.pack(pack);
+  auto x = std::make_shared<std::vector<float>>(values(rows * in, 3));
+  auto y = std::make_shared<std::vector<float>>(rows * out);
+  auto prepared = std::make_shared<std::vector<char>>(rows * kernels.prepared_row_bytes(format, in));
+  minilm::LinearParams p = {};
+  p.format = format;
+  p.in = in;
+  p.places = p.columns = p.y_stride = out;
+  p.packed = packed->data();
+  p.x = quantised ? static_cast<const void*>(prepared->data()) : x->data();
+  p.x_stride = kernels.prepared_row_bytes(format, in);
+  p.rows = rows;
+  p.y = y->data();
+  const std::string title = std::string("linear ") + name + ", rows " + std::to_string(rows) + ", " +
+                            std::to_string(out) + " x " + std::to_string(in);
+  return {title, out * in, [=] {
+            (void)packed, (void)y;
+            const auto& kernels = minilm::cpu_kernels();
+            if (quantised) kernels.prepare_rows(format, x->data(), in, in, 0, rows, prepared->data());
+            kernels.linear(p, 0, out / kernels.panel);
+          }};
+}
+
 std::vector<Case> cases() {
-  return {
+  std::vector<Case> all = {
       layer_norm(64, 384, true, false),  // MiniLM
       layer_norm(64, 384, false, false), layer_norm(64, 384, true, true),
       layer_norm(64, 768, true, false),  // BERT-base
       layer_norm(64, 771, true, false),  // a tail after the last vector
   };
+  for (const std::int64_t rows : {1, 24}) {  // decoding, and whole tiles
+    all.push_back(linear(Format::kFloat32, "float32", rows, 64, 576));
+    all.push_back(linear(Format::kBFloat16, "bfloat16", rows, 64, 576));
+    all.push_back(linear(Format::kInt8, "int8", rows, 64, 576));
+    all.push_back(linear(Format::kQ8, "q8", rows, 64, 576));
+    all.push_back(linear(Format::kQ4, "q4", rows, 64, 576));
+  }
+  return all;
 }
 
 }  // namespace
