@@ -23,13 +23,17 @@ def setup_module() -> Any:
     return module
 
 
-def build(folder: Path, compiler: str, machine: str, flags: list[str]) -> Path:
-    """The driver with all instruction sets of `machine` (as platform.machine() calls it), in `folder`.
+def build(
+    folder: Path, compiler: str, machine: str, flags: list[str], only: tuple[str, ...] | None = None
+) -> Path:
+    """The driver with the instruction sets of `machine` (as platform.machine() calls it), in `folder`.
 
-    `flags` come after those of setup.py. Raises RuntimeError with the compiler's message.
+    `flags` come after those of setup.py; `only` names instruction sets, otherwise all are taken. Raises
+    RuntimeError with the compiler's message.
     """
     setup = setup_module()
     isas: dict[str, list[str]] = setup.instruction_sets(machine)
+    isas = {isa: isa_flags for isa, isa_flags in isas.items() if only is None or isa in only}
     common = [*shlex.split(compiler), *setup.COMPILE_FLAGS, f"-I{ROOT / 'csrc'}", "-pthread"]
     commands, objects = [], []
     for isa, isa_flags in isas.items():
