@@ -1,12 +1,8 @@
-// The ops as PyTorch sees them: schemas, checks, CPU registration. No other file of the CPU extension
-// includes torch, and this one only its stable ABI: the binary serves every PyTorch from 2.10 on. Fakes and
-// autograd: minilm/ops/native.py.
+// The normalisations as PyTorch sees them: schemas, checks, CPU registration. No files of the CPU extension
+// but the bindings include torch, and these only its stable ABI: the binary serves every PyTorch from 2.10
+// on. Fakes and autograd: minilm/ops/native.py.
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <optional>
@@ -15,59 +11,11 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
-#include "params.h"
+#include "tensors.h"
 
 namespace {
 
-using minilm::DType;
-using minilm::LayerNormParams;
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-std::vector<int64_t> shape_of(const Tensor& t) {
-  std::vector<int64_t> sizes(t.dim());
-  for (int64_t i = 0; i < t.dim(); ++i) sizes[i] = t.size(i);
-  return sizes;
-}
-
-std::string text(const std::vector<int64_t>& sizes) {
-  std::string out = "[";
-  for (size_t i = 0; i < sizes.size(); ++i) out += (i ? ", " : "") + std::to_string(sizes[i]);
-  return out + "]";
-}
-
-const char* name_of(ScalarType type) {
-  switch (type) {
-    case ScalarType::Float:
-      return "float32";
-    case ScalarType::Double:
-      return "float64";
-    case ScalarType::BFloat16:
-      return "bfloat16";
-    case ScalarType::Half:
-      return "float16";
-    default:
-      return "a type that is not floating point";
-  }
-}
-
-DType dtype_of(const char* op, const char* name, const Tensor& t) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat32;
-    case ScalarType::Double:
-      return DType::kFloat64;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kFloat16;
-    default:
-      STD_TORCH_CHECK(false, op, ": ", name, " must be float32, float64, bfloat16 or float16, and is ",
-                      name_of(t.scalar_type()));
-  }
-}
-
-Tensor as_contiguous(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
+using namespace minilm;
 
 // What the kernels take as it is: rows of contiguous channels at one distance. All else is copied.
 Tensor as_rows(const Tensor& t) {
@@ -90,17 +38,16 @@ void check_parameter(const char* op, const char* name, const Tensor& t, const Te
                   " is (or, beside 16-bit data, float32), and is ", name_of(t.scalar_type()));
 }
 
-struct NormOutputs {
-  Tensor y, sum, mean, rstd;  // sum is x itself without a residual, and not returned then
+struct NormTypes {
+  DType data, parameters;
 };
 
-NormOutputs norm(const char* op, const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
-                 const std::optional<Tensor>& bias, double eps) {
-  LayerNormParams p = {};
-  p.dtype = dtype_of(op, "x", x);
+NormTypes check_norm(const char* op, const Tensor& x, const std::optional<Tensor>& residual,
+                     const Tensor& weight, const std::optional<Tensor>& bias) {
+  const DType data = dtype_of(op, "x", x);
   STD_TORCH_CHECK(x.dim() >= 1 && x.size(x.dim() - 1) >= 1, op, ": x must be [..., C] with C >= 1, and is ",
                   text(shape_of(x)));
-  std::vector<int64_t> sizes = shape_of(x);
+  const std::vector<int64_t> sizes = shape_of(x);
   if (residual.has_value()) {
     STD_TORCH_CHECK(residual->is_cpu(), op, ": residual must be on the CPU as x is");
     STD_TORCH_CHECK(shape_of(*residual) == sizes, op, ": x ", text(sizes), " and residual ",
@@ -109,12 +56,28 @@ NormOutputs norm(const char* op, const Tensor& x, const std::optional<Tensor>& r
                     ": x and residual must have the same type, and are ", name_of(x.scalar_type()), " and ",
                     name_of(residual->scalar_type()));
   }
-  p.parameter_dtype = dtype_of(op, "weight", weight);
-  const bool data_is_16_bit = p.dtype == DType::kBFloat16 || p.dtype == DType::kFloat16;
-  const bool parameters_are_wide = data_is_16_bit && p.parameter_dtype == DType::kFloat32;
+  const DType parameters = dtype_of(op, "weight", weight);
+  const bool data_is_16_bit = data == DType::kBFloat16 || data == DType::kFloat16;
+  const bool parameters_are_wide = data_is_16_bit && parameters == DType::kFloat32;
   check_parameter(op, "weight", weight, x, parameters_are_wide ? ScalarType::Float : x.scalar_type());
   if (bias.has_value()) check_parameter(op, "bias", *bias, x, weight.scalar_type());
+  return {data, parameters};
+}
 
+// A task of at least 16,384 elements takes some microseconds, about what it costs to wake a thread.
+int64_t rows_a_task(int64_t channels) { return std::max<int64_t>(1, 16384 / channels); }
+
+struct NormOutputs {
+  Tensor y, sum, mean, rstd;  // sum is x itself without a residual, and not returned then
+};
+
+NormOutputs norm(const char* op, const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
+                 const std::optional<Tensor>& bias, double eps) {
+  const NormTypes types = check_norm(op, x, residual, weight, bias);
+  LayerNormParams p = {};
+  p.dtype = types.data;
+  p.parameter_dtype = types.parameters;
+  std::vector<int64_t> sizes = shape_of(x);
   const int64_t channels = sizes.back();
   const int64_t rows = x.numel() / channels;
   const auto statistics = p.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
@@ -142,10 +105,8 @@ NormOutputs norm(const char* op, const Tensor& x, const std::optional<Tensor>& r
   p.x_stride = row_stride(x_rows, channels);
   p.residual_stride = row_stride(residual_rows, channels);
   p.eps = eps;
-  // A task of at least 16,384 elements takes some microseconds, about what it costs to wake a thread.
-  const int64_t rows_a_task = std::max<int64_t>(1, 16384 / channels);
-  const auto kernel = minilm::cpu_kernels().layer_norm;
-  torch::stable::parallel_for(0, rows, rows_a_task,
+  const auto kernel = cpu_kernels().layer_norm;
+  torch::stable::parallel_for(0, rows, rows_a_task(channels),
                               [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
   return {y, sum, mean, rstd};
 }
@@ -163,6 +124,50 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> add_layer_norm(const Tensor& x, const
   return {out.y, out.sum, out.mean, out.rstd};
 }
 
+struct RmsOutputs {
+  Tensor y, sum;  // sum is x itself without a residual, and not returned then
+};
+
+RmsOutputs rms(const char* op, const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight,
+               double eps) {
+  const NormTypes types = check_norm(op, x, residual, weight, std::nullopt);
+  RmsNormParams p = {};
+  p.dtype = types.data;
+  p.parameter_dtype = types.parameters;
+  const std::vector<int64_t> sizes = shape_of(x);
+  const int64_t channels = sizes.back();
+  const int64_t rows = x.numel() / channels;
+  const Tensor x_rows = as_rows(x);
+  const Tensor residual_rows = residual.has_value() ? as_rows(*residual) : x_rows;
+  const Tensor weight_row = as_contiguous(weight);
+
+  Tensor y = torch::stable::new_empty(x, sizes);
+  Tensor sum = residual.has_value() ? torch::stable::new_empty(x, sizes) : x;
+  p.x = x_rows.const_data_ptr();
+  p.residual = residual.has_value() ? residual_rows.const_data_ptr() : nullptr;
+  p.weight = weight_row.const_data_ptr();
+  p.y = y.mutable_data_ptr();
+  p.sum = residual.has_value() ? sum.mutable_data_ptr() : nullptr;
+  p.channels = p.y_stride = channels;
+  p.x_stride = row_stride(x_rows, channels);
+  p.residual_stride = row_stride(residual_rows, channels);
+  p.eps = eps;
+  const auto kernel = cpu_kernels().rms_norm;
+  torch::stable::parallel_for(0, rows, rows_a_task(channels),
+                              [&](int64_t begin, int64_t end) { kernel(p, begin, end); });
+  return {y, sum};
+}
+
+Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
+  return rms("rms_norm", x, std::nullopt, weight, eps).y;
+}
+
+std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual, const Tensor& weight,
+                                        double eps) {
+  RmsOutputs out = rms("add_rms_norm", x, residual, weight, eps);
+  return {out.y, out.sum};
+}
+
 }  // namespace
 
 // mean and rstd are [..., 1], float32 (float64 for float64 data): what the backward wants.
@@ -172,9 +177,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minilm, m) {
   m.def(
       "add_layer_norm(Tensor x, Tensor residual, Tensor weight, Tensor? bias, float eps)"
       " -> (Tensor y, Tensor sum, Tensor mean, Tensor rstd)");
+  m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
+  m.def("add_rms_norm(Tensor x, Tensor residual, Tensor weight, float eps) -> (Tensor y, Tensor sum)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minilm, CPU, m) {
   m.impl("layer_norm", TORCH_BOX(&layer_norm));
   m.impl("add_layer_norm", TORCH_BOX(&add_layer_norm));
+  m.impl("rms_norm", TORCH_BOX(&rms_norm));
+  m.impl("add_rms_norm", TORCH_BOX(&add_rms_norm));
 }

@@ -25,6 +25,8 @@ using minilm::Format;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+constexpr int64_t kLargest = int64_t{1} << 28;  // of the sizes of a weight: products of two do not overflow
+
 void check(bool ok, const char* op, const char* what) { STD_TORCH_CHECK(ok, op, ": ", what); }
 
 Format format_of(const char* op, int64_t format) {
@@ -101,6 +103,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t format_code,
   const int64_t in = x.size(1);
   const int64_t width = panel_width() * (gated ? 2 : 1);
   check(activation >= 0 && activation <= 5, op, "unknown activation");
+  check(in <= kLargest && places <= kLargest, op, "the sizes are too large");
   check(places >= 1 && places % width == 0 && columns >= 1 && columns <= places / (gated ? 2 : 1), op,
         "columns and places do not belong together");
   check(!(format == Format::kQ8 || format == Format::kQ4) || in % minilm::kGroup == 0, op,

@@ -56,7 +56,7 @@ class Reader {
     check(value >= low && value <= high, "a number of the layout is out of range");
     return value;
   }
-  int64_t size() { return number(1, int64_t{1} << 31); }
+  int64_t size() { return number(1, int64_t{1} << 28); }  // so that products of two do not overflow
   bool flag() { return number(0, 1) != 0; }
   float real() {
     const auto bits = static_cast<uint32_t>(number(0, 0xFFFFFFFF));
@@ -89,6 +89,7 @@ class Reader {
     w.packed = arena_ + place;
     return w;
   }
+  int64_t left() const { return end_ - at_; }
   bool done() const { return at_ == end_; }
 
  private:
@@ -99,14 +100,14 @@ class Reader {
 };
 
 void read(Reader& r, minilm::TransformerWeights& w, std::vector<minilm::BlockWeights>& blocks) {
-  w.layers = r.number(0, 1 << 20);
+  w.layers = r.number(0, r.left());  // each takes more than one number
   w.channels = r.size();
   w.heads = r.size();
   w.kv_heads = r.size();
   w.head_dim = r.size();
   w.inner = r.size();
   check(w.heads % w.kv_heads == 0, "the query heads cannot be shared evenly by the key heads");
-  check((w.heads + 2 * w.kv_heads) * w.head_dim <= int64_t{1} << 31, "the heads are too many");
+  check((w.heads + 2 * w.kv_heads) * w.head_dim <= int64_t{1} << 28, "the heads are too many");
   w.activation = static_cast<Activation>(r.number(0, 5));
   w.gated = r.flag();
   w.pre_norm = r.flag();

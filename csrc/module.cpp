@@ -40,12 +40,24 @@ PyObject* prefer_large_pages(PyObject*, PyObject* arguments) {
   Py_RETURN_NONE;
 }
 
+PyObject* packed_bytes(PyObject*, PyObject* arguments) {
+  long long format, in, places;
+  if (!PyArg_ParseTuple(arguments, "LLL", &format, &in, &places)) return nullptr;
+  const auto& kernels = minilm::cpu_kernels();
+  if (format < 0 || format > 5 || in < 1 || places < 0 || places % kernels.panel != 0) {
+    PyErr_SetString(PyExc_ValueError, "packed_bytes: expected a format, inputs, and places in whole panels");
+    return nullptr;
+  }
+  return PyLong_FromLongLong(kernels.packed_bytes(static_cast<minilm::Format>(format), in, places));
+}
+
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set of the CPU kernels in use."},
     {"cpu_isas", cpu_isas, METH_NOARGS, "The instruction sets that this machine can run, the best last."},
     {"panel_width", panel_width, METH_NOARGS, "Outputs in a panel of a packed weight."},
     {"prefer_large_pages", prefer_large_pages, METH_VARARGS,
      "Asks for large pages: address and size of memory that was not yet written to."},
+    {"packed_bytes", packed_bytes, METH_VARARGS, "(format, in, places) -> bytes of a packed weight."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -45,8 +45,11 @@ def supports(traits: BlocksTraits) -> str | None:
     return traits.obstacle
 
 
-def obstacle(body: Transformer, run: Pass, hidden_states: object) -> str | None:
-    """What in this call only the modules can do."""
+def obstacle(body: Transformer, x: Tensor, run: Pass, hidden_states: object) -> str | None:
+    """What in this call, on the embedded tokens x, only the modules can do."""
+    cache = run.cache
+    if cache is not None and cache.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the extension has no kernel for a cache in {cache.dtype}"
     plan: _Plan | None = body.__dict__.get("_fused_plan")
     if run.unchanged and plan is not None and not torch.compiler.is_compiling():
         return plan.refusal
@@ -56,15 +59,12 @@ def obstacle(body: Transformer, run: Pass, hidden_states: object) -> str | None:
         return native.unavailable
     if hidden_states is not None or run.attentions is not None:
         return "the results of each layer are asked for"
-    if torch.is_grad_enabled() and any(p.requires_grad for p in body.parameters()):
+    if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in body.parameters())):
         return "gradients are wanted (torch.inference_mode() or torch.no_grad() says that they are not)"
     if body.training and any((body.config.hidden_dropout, body.config.attention_dropout)):
         return "dropout is on (model.eval() turns it off)"
     if body.config.activation not in packed.ACTIVATIONS:
         return f"the extension does not have the activation {body.config.activation}"
-    cache = run.cache
-    if cache is not None and cache.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the extension has no kernel for a cache in {cache.dtype}"
     return _plan(body).obstacle
 
 
@@ -149,6 +149,8 @@ _PARTS = {"attention": Attention, "mlp": MLP, "attention_norm": Norm, "mlp_norm"
 def _refusal(body: Transformer) -> str | None:
     if not body.layers:
         return "there are no layers"
+    if len(body.layers) != body.config.num_layers:
+        return f"there are {len(body.layers)} layers, and the configuration has {body.config.num_layers}"
     for block in body.layers:
         if type(block) is not Block:
             return f"a layer was replaced by a {type(block).__name__}"
@@ -207,7 +209,7 @@ class _Writer:
         ]
         self.real(c.norm_eps)
         self.norm(self.body.norm)
-        for layer, block in enumerate(self.body.layers):
+        for block in self.body.layers:
             assert isinstance(block, Block)
             attention = block.attention
             for linear in _linears(block):
@@ -216,8 +218,8 @@ class _Writer:
             self.norm(block.mlp_norm)
             for norm in (attention.q_norm, attention.k_norm):
                 self.vector(None if norm is None else norm.weight)
-            self.numbers.append(c.window(layer) or 0)
-            self.real(c.scale(layer))
+            self.numbers.append(attention.window or 0)
+            self.real(attention.scale)
         arena = torch.empty(self.size, dtype=torch.uint8)
         packed.prefer_large_pages(arena)
         at = 0

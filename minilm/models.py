@@ -60,7 +60,7 @@ class Transformer(nn.Module):
         `hidden_states`, when given, collects the residual stream before each layer and the result.
         """
         x: Tensor = self.embeddings(tokens, positions, types)
-        traits = fused.BlocksTraits(x.device.type, x.dtype, fused.obstacle(self, run, hidden_states))
+        traits = fused.BlocksTraits(x.device.type, x.dtype, fused.obstacle(self, x, run, hidden_states))
         result: Tensor = dispatch.select("blocks", traits)(self, x, run, hidden_states)
         return result
 

@@ -354,7 +354,8 @@ void attention(const AttentionParams& p, std::int64_t sequence, std::int64_t hea
     score_tile(p, q, rows, key_panels, from, to, scores, width);
     float inverse[kTileRows];
     for (int r = 0; r < rows; ++r) {
-      inverse[r] = 1.0f / softmax_row(scores + r * width, seen(p, query + r, queries, keys), from, to);
+      const float total = softmax_row(scores + r * width, seen(p, query + r, queries, keys), from, to);
+      inverse[r] = total == 0 ? 0 : 1.0f / total;  // 0: there are no keys
     }
     for (std::int64_t d = 0; d < size; d += kPanel) {
       Tile tile;

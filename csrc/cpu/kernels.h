@@ -21,10 +21,23 @@ struct CpuKernels {
   void (*linear)(const LinearParams& params, std::int64_t begin, std::int64_t end);
   void (*rms_norm)(const RmsNormParams& params, std::int64_t begin, std::int64_t end);
   void (*rope)(const RopeParams& params, std::int64_t begin, std::int64_t end);
+  // Rows of x, `size` numbers each, to their slots of the pages.
+  void (*append_rows)(DType dtype, const float* x, std::int64_t x_stride, std::int64_t size, void* pages,
+                      const std::int64_t* slots, std::int64_t begin, std::int64_t end);
 
   // One head of one sequence; scratch: attention_scratch floats.
   std::int64_t (*attention_scratch)(const AttentionParams& params, std::int64_t max_keys);
   void (*attention)(const AttentionParams& params, std::int64_t sequence, std::int64_t head, float* scratch);
+
+  // Decoding: every stretch of keys of a sequence, then every head. The sequence's partial results take
+  // decode_partials floats, a thread's scratch decode_scratch.
+  std::int64_t (*stretches)(std::int64_t keys);
+  std::int64_t (*decode_partials)(const AttentionParams& params, std::int64_t max_keys);
+  std::int64_t (*decode_scratch)(const AttentionParams& params);
+  void (*decode)(const AttentionParams& params, std::int64_t sequence, std::int64_t number, float* partials,
+                 float* scratch);
+  void (*combine)(const AttentionParams& params, std::int64_t sequence, std::int64_t head,
+                  const float* partials);
 
   // All blocks of a Transformer: every thread of a team calls it once. Workspace in bytes; those that must be
   // zero come first.

@@ -11,8 +11,10 @@ using I32 = VectorOf<std::int32_t, kLanes<float>>::type;
 inline F32 max(F32 a, F32 b) { return a > b ? a : b; }
 inline F32 min(F32 a, F32 b) { return a < b ? a : b; }
 
-// e^x, relative error below 2e-7 (measured over all of float32 in tests/test_native_linear.py); 0 below
-// -87.3, which is where the result stops being a normal number; infinity above 88.7; NaN stays NaN.
+// The errors that are stated here are measured in tests/test_native_linear.py.
+
+// e^x, relative error below 2e-7; 0 below -87.3, which is where the result stops being a normal number;
+// infinity above 88.7; NaN stays NaN.
 //
 // x = n log(2) + r with |r| <= log(2) / 2: e^r by its Taylor polynomial to r^7, times 2^n in two steps.
 inline F32 exp(F32 x) {
@@ -62,6 +64,8 @@ inline F32 gelu(F32 x) {
   return x * (x < -5.4f ? F32{} : phi);
 }
 
+// Absolute error below 2e-7 |x|; so that of x sigmoid(1.702 x). Of x sigmoid(x), relative: below 4e-7, down
+// to -88.7, where it becomes 0.
 inline F32 gelu_tanh(F32 x) {
   return x * sigmoid(1.5957691216057308f * (x + 0.044715f * x * x * x));  // tanh(u) = 2 sigmoid(2 u) - 1
 }

@@ -57,6 +57,13 @@ void append(DType dtype, const float* x, void* pages, std::int64_t slot, std::in
 
 }  // namespace
 
+void append_rows(DType dtype, const float* x, std::int64_t x_stride, std::int64_t size, void* pages,
+                 const std::int64_t* slots, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t row = begin; row < end; ++row) {
+    append(dtype, x + row * x_stride, pages, slots[row], size);
+  }
+}
+
 void rope(const RopeParams& p, std::int64_t begin, std::int64_t end) {
   const std::int64_t half = p.head_dim / 2;
   const std::int64_t kv_size = p.kv_heads * p.head_dim;

@@ -92,6 +92,7 @@ class PagedTraits(NamedTuple):
     window: bool
     single_query: bool
     """Every sequence has exactly one new token: a decode step."""
+    grad: bool = False
 
 
 class PointwiseTraits(NamedTuple):
@@ -128,6 +129,8 @@ class QuantizedTraits(NamedTuple):
     few_rows: bool
     """At most `FEW_ROWS` rows."""
     grad: bool
+    kept: bool = True
+    """The weight's layout may be changed for the calls to come; not in a graph of torch.compile."""
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
@@ -329,7 +332,9 @@ def attention_probs(
     return reference.attention_probs(q, k, *ends, scale, causal, window, heads, queries, lse, **options)
 
 
-def _paged_traits(q: Tensor, pages: Tensor, window: int | None, max_seqlen_q: int) -> PagedTraits:
+def _paged_traits(
+    q: Tensor, pages: Tensor, window: int | None, max_seqlen_q: int, *others: Tensor
+) -> PagedTraits:
     return PagedTraits(
         q.device.type,
         q.dtype,
@@ -339,6 +344,7 @@ def _paged_traits(q: Tensor, pages: Tensor, window: int | None, max_seqlen_q: in
         pages.shape[1],
         window is not None,
         max_seqlen_q == 1,
+        _needs_grad(q, *others),
     )
 
 
@@ -410,7 +416,7 @@ def append_kv(
     the scales."""
     checks.appended("append_kv", k, v, k_pages, v_pages, slots)
     scales = _scales("append_kv", k_pages, k_scales, v_scales)
-    select("append_kv", _paged_traits(k, k_pages, None, 0))(k, v, k_pages, v_pages, slots, *scales)
+    select("append_kv", _paged_traits(k, k_pages, None, 0, v))(k, v, k_pages, v_pages, slots, *scales)
 
 
 def rope_append(
@@ -430,7 +436,7 @@ def rope_append(
     checks.angles("rope_append", q, k, cos, sin)
     checks.appended("rope_append", k, v, k_pages, v_pages, slots)
     scales = _scales("rope_append", k_pages, k_scales, v_scales)
-    result: tuple[Tensor, Tensor] = select("rope_append", _paged_traits(q, k_pages, None, 0))(
+    result: tuple[Tensor, Tensor] = select("rope_append", _paged_traits(q, k_pages, None, 0, k, v))(
         q, k, v, cos, sin, k_pages, v_pages, slots, *scales
     )
     return result
@@ -477,6 +483,7 @@ def quantized_linear(
         activation,
         math.prod(x.shape[:-1]) <= FEW_ROWS,
         _needs_grad(x, bias),
+        not torch.compiler.is_compiling(),
     )
     result: Tensor = select("quantized_linear", traits)(x, weight, bias, activation)
     return result

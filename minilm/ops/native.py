@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import dispatch, packed
+from . import dispatch, native_attention, packed
 
 OLDEST_TORCH = (2, 10)
 NORM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -137,6 +137,79 @@ def add_layer_norm(
     return y, total
 
 
+def _rms_norm_fake(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _add_rms_norm_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
+def _rms_gradients(
+    total: Tensor, weight: Tensor, eps: float, grad_y: Tensor | None, needs: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of the normalised tensor and of weight, in float32 (float64), by formulas that can themselves
+    be differentiated."""
+    if grad_y is None:
+        return None, None
+    wide = torch.float64 if total.dtype == torch.float64 else torch.float32
+    x, upstream = total.to(wide), grad_y.to(wide)
+    rstd = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+    unit = x * rstd
+    grad = grad_weight = None
+    if needs[0]:
+        of_unit = upstream * weight.to(wide)
+        grad = (rstd * (of_unit - unit * (of_unit * unit).mean(-1, keepdim=True))).to(total.dtype)
+    if needs[1]:
+        grad_weight = (upstream * unit).flatten(0, -2).sum(0).to(weight.dtype)
+    return grad, grad_weight
+
+
+def _rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.eps = inputs
+    ctx.save_for_backward(x, weight)
+    ctx.set_materialize_grads(False)
+
+
+def _rms_norm_backward(ctx: Any, grad_y: Tensor | None) -> tuple[Tensor | None, ...]:
+    x, weight = ctx.saved_tensors
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    return (*_rms_gradients(x, weight, ctx.eps, grad_y, (needs_x, needs_weight)), None)
+
+
+def _add_rms_norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    weight, ctx.eps = inputs[2:]
+    ctx.save_for_backward(output[1], weight)
+    ctx.set_materialize_grads(False)
+
+
+def _add_rms_norm_backward(
+    ctx: Any, grad_y: Tensor | None, grad_sum: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    total, weight = ctx.saved_tensors
+    needs_x, needs_residual, needs_weight = ctx.needs_input_grad[:3]
+    needs_sum = needs_x or needs_residual
+    grad, grad_weight = _rms_gradients(total, weight, ctx.eps, grad_y, (needs_sum, needs_weight))
+    if grad_sum is not None and needs_sum:
+        grad = grad_sum if grad is None else grad + grad_sum
+    return grad if needs_x else None, grad if needs_residual else None, grad_weight, None
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """As `minilm.ops.rms_norm`."""
+    y: Tensor = torch.ops.minilm.rms_norm.default(x, weight, eps)
+    return y
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """As `minilm.ops.add_rms_norm`. Of two types the wider one is taken, as in ``x + residual``."""
+    if x.dtype != residual.dtype:
+        dtype = torch.promote_types(x.dtype, residual.dtype)
+        x, residual = x.to(dtype), residual.to(dtype)
+    y, total = torch.ops.minilm.add_rms_norm.default(x, residual, weight, eps)
+    return y, total
+
+
 def supports_norm(traits: Any) -> str | None:
     """None, or why the extension's norms cannot run this call (`minilm.ops.NormTraits`)."""
     if traits.device != "cpu":
@@ -156,23 +229,33 @@ def register_all() -> None:
     if unavailable is not None:
         dispatch.register_unavailable("native", unavailable)
         return
-    dispatch.register(dispatch.Implementation("layer_norm", "native", layer_norm, supports_norm))
-    dispatch.register(dispatch.Implementation("add_layer_norm", "native", add_layer_norm, supports_norm))
-    dispatch.register(dispatch.Implementation("linear", "native", packed.linear, packed.supports_linear))
-    dispatch.register(
-        dispatch.Implementation(
-            "quantized_linear", "native", packed.quantized_linear, packed.supports_quantized_linear
-        )
-    )
+    for op, call, supports in (
+        ("layer_norm", layer_norm, supports_norm),
+        ("add_layer_norm", add_layer_norm, supports_norm),
+        ("rms_norm", rms_norm, supports_norm),
+        ("add_rms_norm", add_rms_norm, supports_norm),
+        ("rope", native_attention.rope, native_attention.supports_rope),
+        ("append_kv", native_attention.append_kv, native_attention.supports_paged),
+        ("rope_append", native_attention.rope_append, native_attention.supports_paged),
+        ("attention", native_attention.attention, native_attention.supports_attention),
+        ("paged_attention", native_attention.paged_attention, native_attention.supports_paged),
+        ("linear", packed.linear, packed.supports_linear),
+        ("quantized_linear", packed.quantized_linear, packed.supports_quantized_linear),
+    ):
+        dispatch.register(dispatch.Implementation(op, "native", call, supports))
 
 
 def _register_with_torch() -> None:
     for name, fake, backward, setup in (
         ("minilm::layer_norm", _layer_norm_fake, _layer_norm_backward, _layer_norm_setup),
         ("minilm::add_layer_norm", _add_layer_norm_fake, _add_layer_norm_backward, _add_layer_norm_setup),
+        ("minilm::rms_norm", _rms_norm_fake, _rms_norm_backward, _rms_norm_setup),
+        ("minilm::add_rms_norm", _add_rms_norm_fake, _add_rms_norm_backward, _add_rms_norm_setup),
     ):
         torch.library.register_fake(name, fake)
         torch.library.register_autograd(name, backward, setup_context=setup)
+    native_attention.register_fakes()
+    packed.register_fakes()
 
 
 if _extension is not None:

@@ -143,9 +143,7 @@ def supports_linear(traits: Any) -> str | None:
     if traits.grad:
         return "the packed kernels have no derivative"
     if not traits.kept:
-        return "only a parameter is worth packing, and this weight is none"
-    if torch.compiler.is_compiling():
-        return "packed weights cannot be traced by torch.compile"
+        return "only a parameter is worth packing, and outside of torch.compile"
     return None
 
 
@@ -159,9 +157,42 @@ def supports_quantized_linear(traits: Any) -> str | None:
         return f"the extension does not have the activation {traits.activation}"
     if traits.grad:
         return "the packed kernels have no derivative"
+    if not traits.kept:
+        return "weights are packed outside of torch.compile only"
     return None
 
 
 def is_kept(weight: Tensor) -> bool:
-    """Whether a weight will be used again: parameters are."""
-    return isinstance(weight, nn.Parameter)
+    """Whether a weight will be used again, by calls that can find its packed copy: parameters are, in eager
+    execution (a graph of torch.compile knows nothing of it)."""
+    return isinstance(weight, nn.Parameter) and not torch.compiler.is_compiling()
+
+
+def _pack_fake(
+    values: Tensor,
+    scales: Tensor | None,
+    minimums: Tensor | None,
+    bias: Tensor | None,
+    order: Tensor,
+    format: int,
+    in_features: int,
+) -> Tensor:
+    size = importlib.import_module("minilm._C").packed_bytes(format, int(in_features), int(order.shape[0]))
+    return values.new_empty(size, dtype=torch.uint8)
+
+
+def _packed_linear_fake(
+    x: Tensor, packed: Tensor, format: int, columns: int, places: int, activation: int, gated: bool
+) -> Tensor:
+    return x.new_empty(x.shape[0], columns)
+
+
+def _transformer_fake(embedded: Tensor, *arguments: Any) -> Tensor:
+    return embedded.new_empty(embedded.shape)
+
+
+def register_fakes() -> None:
+    """Tell PyTorch what the results of the ops on packed weights look like."""
+    torch.library.register_fake("minilm::pack_linear", _pack_fake)
+    torch.library.register_fake("minilm::packed_linear", _packed_linear_fake)
+    torch.library.register_fake("minilm::transformer", _transformer_fake)
