@@ -5,10 +5,8 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +16,7 @@ import torch.nn.functional as F
 from close import assert_as_good_as_eager
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_runs import OTHER_ISAS, passes_with, random, require_extension
 from torch import Tensor
 
 from minilm import ops
@@ -30,18 +29,7 @@ EPS = 1e-5
 
 @pytest.fixture(autouse=True)
 def _extension_is_there() -> None:
-    if native.unavailable is None:
-        return
-    headers = Path(sysconfig.get_path("include"), "Python.h").is_file()
-    compiler = any(map(shutil.which, ("g++", "clang++", "c++")))
-    if os.environ.get("MINILM_BUILD_EXT") == "0" or not (compiler and headers):
-        pytest.skip(native.unavailable)
-    pytest.fail(f"this machine could build the extension, but {native.unavailable}")
-
-
-def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Normal numbers, the same for the same arguments."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    require_extension()
 
 
 def laid_out(x: Tensor, layout: str) -> Tensor:
@@ -393,38 +381,11 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-OTHER_ISAS = (
-    [isa for isa in native.cpu_isas() if isa != native.cpu_isa()]
-    if "MINILM_CPU_ISA" not in os.environ
-    else []
-)
-
-
 @pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """This file again, in a process that is told to use another instruction set than the best."""
     chosen = "close or 16_bit or depend or beyond or stay or equal_channels or far_from_zero"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        f"{chosen} and not eager",
-    ]
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        env={**environment, "MINILM_CPU_ISA": isa},
-        cwd=Path(__file__).parent,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout.splitlines()[-1]
+    passes_with(isa, __file__, f"({chosen}) and not eager")
     assert (
         run("from minilm.ops import native; print(native.cpu_isa())", MINILM_CPU_ISA=isa).stdout.strip()
         == isa
