@@ -76,18 +76,13 @@ def _attend(
     for n0 in range(start, stop, BLOCK_N):
         j = n0 + tl.arange(0, BLOCK_N)
         real = j < high if MASK else None
-        here = None
-        if MASK and BLOCK_D != D:
-            here = real[:, None] & (d[None, :] < D)
-        elif MASK:
-            here = real[:, None]
-        elif BLOCK_D != D:
-            here = d[None, :] < D
-        zero = 0.0 if here is not None else None
+        here = (j[:, None] < high) & (d[None, :] < D) if MASK or BLOCK_D != D else None
+        zero = 0.0 if MASK or BLOCK_D != D else None
         k = tl.load(K + slot[:, None] * k_s + d[None, :] * k_d, mask=here, other=zero)
         v = tl.load(V + slot[:, None] * v_s + d[None, :] * v_d, mask=here, other=zero)
-        scale_k = tl.load(K_SCALES + slot * HKV, mask=real, other=0.0 if MASK else None) if INT8 else 1.0
-        scale_v = tl.load(V_SCALES + slot * HKV, mask=real, other=0.0 if MASK else None) if INT8 else 1.0
+        if INT8:
+            scale_k = tl.load(K_SCALES + slot * HKV, mask=real, other=0.0 if MASK else None)
+            scale_v = tl.load(V_SCALES + slot * HKV, mask=real, other=0.0 if MASK else None)
         # For the next round already: loads that wait for this one would wait for each other in every round.
         slot = _slots(TABLE, j + BLOCK_N, stop, PAGE)
         s = dot(q, tl.trans(k.to(q.dtype)), tl.zeros([q.shape[0], BLOCK_N], tl.float32)) * (scale * LOG2E)
