@@ -110,10 +110,20 @@ class Int8(MiniLM):
     only_real_models = True
 
 
-class Q4(MiniLM):
-    """4-bit weights."""
+class Q8(MiniLM):
+    """8-bit weights with a scale for each 32 inputs: llama.cpp's Q8_0."""
 
+    precision = "int8"
+    bytes_a_weight = 34 / 32
+    weights = "q8_0"
+    only_real_models = True
+
+
+class Q4(MiniLM):
+    """The GGUF file as it is shipped: 4-bit blocks (Q4_1), the token table in 8 bits."""
+
+    encoder = False
     precision = "q4"
     bytes_a_weight = 20 / 32
-    weights = "q4"
+    weights = "gguf"
     only_real_models = True

@@ -142,14 +142,13 @@ float softmax_row(float* scores, Seen s, std::int64_t from, std::int64_t to) {
 inline std::int64_t statistics_at(const AttentionParams& p) { return round_up(p.head_dim, 16); }
 inline std::int64_t partial_size(const AttentionParams& p) { return statistics_at(p) + 16; }
 
-// scores[g][j] = scale q_g k_j for G query heads and N keys, whose rows lie `distance` apart. kWhole: a head
-// is a number of whole vectors.
-template <typename T, int G, bool kWhole, int N>
+// scores[g][j] = scale q_g k_j for G query heads and N keys, whose rows lie `distance` apart.
+template <typename T, int G, int N>
 void dots(const AttentionParams& p, const float* q, const T* k, std::int64_t distance, float* scores) {
   constexpr int L = kLanes<float>;
   F32 sums[N][G] = {};
   for (std::int64_t d = 0; d < p.head_dim; d += L) {
-    const int n = kWhole ? L : lanes_left(p.head_dim - d);
+    const int n = lanes_left(p.head_dim - d);
     F32 x[N];
 #pragma GCC unroll 4
     for (int j = 0; j < N; ++j) x[j] = read(k + j * distance + d, n);
@@ -167,74 +166,66 @@ void dots(const AttentionParams& p, const float* q, const T* k, std::int64_t dis
   }
 }
 
-// out_g += sum_j weights[g][j] v_j, key after key.
-template <typename T, int G, bool kWhole, int N>
-void weigh(const AttentionParams& p, const float* weights, const T* v, std::int64_t distance, float* out,
-           std::int64_t out_stride) {
-  constexpr int L = kLanes<float>, kWide = kVectorBytes == 64 ? 4 : 2;  // vectors of channels at a time
-  for (std::int64_t start = 0; start < p.head_dim; start += kWide * L) {
-    const auto some = [&](auto number) {
-      constexpr int W = decltype(number)::value;
-      F32 sums[G][W];
-      int n[W];
+// out_g += sum_j weights[g][j] v_j, key after key, for W vectors of channels; the last may be filled by
+// `left` elements only.
+template <typename T, int G, int N, int W>
+void weigh(const float* weights, const T* v, std::int64_t distance, float* out, std::int64_t out_stride,
+           int left) {
+  constexpr int L = kLanes<float>;
+  F32 sums[G][W];
 #pragma GCC unroll 4
-      for (int w = 0; w < W; ++w) n[w] = kWhole ? L : lanes_left(p.head_dim - start - w * L);
+  for (int g = 0; g < G; ++g) {
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) {
-#pragma GCC unroll 4
-        for (int w = 0; w < W; ++w) sums[g][w] = read(out + g * out_stride + start + w * L, n[w]);
-      }
+    for (int w = 0; w < W; ++w) sums[g][w] = read(out + g * out_stride + w * L, W == 1 ? left : L);
+  }
 #pragma GCC unroll 8
-      for (int j = 0; j < N; ++j) {
+  for (int j = 0; j < N; ++j) {
 #pragma GCC unroll 4
-        for (int w = 0; w < W; ++w) {
-          const F32 x = read(v + j * distance + start + w * L, n[w]);
+    for (int w = 0; w < W; ++w) {
+      const F32 x = read(v + j * distance + w * L, W == 1 ? left : L);
 #pragma GCC unroll 4
-          for (int g = 0; g < G; ++g) sums[g][w] += weights[g * kChunk + j] * x;
-        }
-      }
-#pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) {
-#pragma GCC unroll 4
-        for (int w = 0; w < W; ++w) write(out + g * out_stride + start + w * L, sums[g][w], n[w]);
-      }
-    };
-    switch (least(kWide, (p.head_dim - start + L - 1) / L)) {
-      case 1:
-        some(Number<1>{});
-        break;
-      case 2:
-        some(Number<2>{});
-        break;
-      case 3:
-        some(Number < kWide<3 ? 1 : 3>{});
-        break;
-      default:
-        some(Number<kWide>{});
+      for (int g = 0; g < G; ++g) sums[g][w] += weights[g * kChunk + j] * x;
     }
+  }
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) {
+#pragma GCC unroll 4
+    for (int w = 0; w < W; ++w) write(out + g * out_stride + w * L, sums[g][w], W == 1 ? left : L);
   }
 }
 
+template <typename T, int G, int N>
+void weigh_all(const AttentionParams& p, const float* weights, const T* v, std::int64_t distance, float* out,
+               std::int64_t stride) {
+  constexpr int L = kLanes<float>, kWide = kVectorBytes == 64 ? 4 : 2;  // vectors of channels at a time
+  std::int64_t d = 0;
+  for (; d + kWide * L <= p.head_dim; d += kWide * L) {
+    weigh<T, G, N, kWide>(weights, v + d, distance, out + d, stride, L);
+  }
+  for (; d < p.head_dim; d += L)
+    weigh<T, G, N, 1>(weights, v + d, distance, out + d, stride, lanes_left(p.head_dim - d));
+}
+
 // The two for `group` query heads of one key head, four at a time.
-template <typename T, bool kWhole, int N>
+template <typename T, int N>
 void dots_of(const AttentionParams& p, std::int64_t group, const float* q, const T* k, std::int64_t distance,
              float* scores) {
   for (; group >= 4; group -= 4, q += 4 * p.head_dim, scores += 4 * kChunk) {
-    dots<T, 4, kWhole, N>(p, q, k, distance, scores);
+    dots<T, 4, N>(p, q, k, distance, scores);
   }
-  if (group == 1) dots<T, 1, kWhole, N>(p, q, k, distance, scores);
-  if (group == 2) dots<T, 2, kWhole, N>(p, q, k, distance, scores);
-  if (group == 3) dots<T, 3, kWhole, N>(p, q, k, distance, scores);
+  if (group == 1) dots<T, 1, N>(p, q, k, distance, scores);
+  if (group == 2) dots<T, 2, N>(p, q, k, distance, scores);
+  if (group == 3) dots<T, 3, N>(p, q, k, distance, scores);
 }
-template <typename T, bool kWhole, int N>
+template <typename T, int N>
 void weigh_of(const AttentionParams& p, std::int64_t group, const float* weights, const T* v,
               std::int64_t distance, float* out, std::int64_t stride) {
   for (; group >= 4; group -= 4, out += 4 * stride, weights += 4 * kChunk) {
-    weigh<T, 4, kWhole, N>(p, weights, v, distance, out, stride);
+    weigh_all<T, 4, N>(p, weights, v, distance, out, stride);
   }
-  if (group == 1) weigh<T, 1, kWhole, N>(p, weights, v, distance, out, stride);
-  if (group == 2) weigh<T, 2, kWhole, N>(p, weights, v, distance, out, stride);
-  if (group == 3) weigh<T, 3, kWhole, N>(p, weights, v, distance, out, stride);
+  if (group == 1) weigh_all<T, 1, N>(p, weights, v, distance, out, stride);
+  if (group == 2) weigh_all<T, 2, N>(p, weights, v, distance, out, stride);
+  if (group == 3) weigh_all<T, 3, N>(p, weights, v, distance, out, stride);
 }
 
 // Calls f(key, row of the key, Number<how many keys follow each other in memory>), kMost or one, over the
@@ -280,16 +271,15 @@ void exponentials(float* scores, std::int64_t keys, float* partial) {
 
 // All heads over the keys [first, last), so that the cache is read from front to back. partials: of head 0;
 // `stride` from one head's to the next.
-template <typename T, bool kWhole>
+template <typename T>
 void stretch(const AttentionParams& p, std::int64_t sequence, std::int64_t first, std::int64_t last,
              float* scores, float* partials, std::int64_t stride) {
   const std::int64_t group = p.heads / p.kv_heads, distance = p.kv_heads * p.head_dim;
   const float* q = p.q + p.cu_q[sequence] * p.q_stride;
   for_keys<T, 4>(p, p.k, sequence, first, last, [&](std::int64_t key, const T* k, auto count) {
     for (std::int64_t head = 0; head < p.kv_heads; ++head) {
-      dots_of<T, kWhole, decltype(count)::value>(p, group, q + head * group * p.head_dim,
-                                                 k + head * p.head_dim, distance,
-                                                 scores + head * group * kChunk + key - first);
+      dots_of<T, decltype(count)::value>(p, group, q + head * group * p.head_dim, k + head * p.head_dim,
+                                         distance, scores + head * group * kChunk + key - first);
     }
   });
   for (std::int64_t head = 0; head < p.heads; ++head) {
@@ -299,21 +289,11 @@ void stretch(const AttentionParams& p, std::int64_t sequence, std::int64_t first
   }
   for_keys<T, 8>(p, p.v, sequence, first, last, [&](std::int64_t key, const T* v, auto count) {
     for (std::int64_t head = 0; head < p.kv_heads; ++head) {
-      weigh_of<T, kWhole, decltype(count)::value>(p, group, scores + head * group * kChunk + key - first,
-                                                  v + head * p.head_dim, distance,
-                                                  partials + head * group * stride, stride);
+      weigh_of<T, decltype(count)::value>(p, group, scores + head * group * kChunk + key - first,
+                                          v + head * p.head_dim, distance, partials + head * group * stride,
+                                          stride);
     }
   });
-}
-
-template <typename T>
-void stretch_of(const AttentionParams& p, std::int64_t sequence, std::int64_t first, std::int64_t last,
-                float* scores, float* partials, std::int64_t stride) {
-  if (p.head_dim % kLanes<float> == 0) {
-    stretch<T, true>(p, sequence, first, last, scores, partials, stride);
-  } else {
-    stretch<T, false>(p, sequence, first, last, scores, partials, stride);
-  }
 }
 
 inline std::int64_t key_count(const AttentionParams& p, std::int64_t sequence) {
@@ -392,11 +372,11 @@ void decode(const AttentionParams& p, std::int64_t sequence, std::int64_t number
       to[head * count * size + statistics_at(p) + 1] = 0;
     }
   } else if (p.cache_dtype == DType::kFloat32) {
-    stretch_of<float>(p, sequence, first, last, scratch, to, count * size);
+    stretch<float>(p, sequence, first, last, scratch, to, count * size);
   } else if (p.cache_dtype == DType::kBFloat16) {
-    stretch_of<BFloat16>(p, sequence, first, last, scratch, to, count * size);
+    stretch<BFloat16>(p, sequence, first, last, scratch, to, count * size);
   } else {
-    stretch_of<Float16>(p, sequence, first, last, scratch, to, count * size);
+    stretch<Float16>(p, sequence, first, last, scratch, to, count * size);
   }
 }
 
