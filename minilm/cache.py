@@ -174,7 +174,7 @@ class KVCache:
     def keys(self, layer: int, row: int) -> Tensor:
         """The keys of one sequence in one layer, [S, Hkv, D] (for attention maps and for readers)."""
         pages = torch.tensor(self._pages_of[row], dtype=torch.int64, device=self.device)
-        keys = self.k_pages[layer][pages]
+        keys: Tensor = self.k_pages[layer][pages]
         if self.k_scales:
             keys = keys * self.k_scales[layer][pages][..., None]
         return keys.flatten(0, 1)[: self.lengths[row]]
