@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -48,6 +49,8 @@ def tune(
 
     Every candidate is checked against float64 before it is timed. What is found goes into a table that the
     kernels look up before their own heuristics, on devices of the same name or compute capability."""
+    if dry_run:  # before anything imports triton: its interpreter would run what is only to be listed
+        os.environ["TRITON_INTERPRET"] = "0"
     import torch
 
     from ..auto import as_dtype
@@ -93,11 +96,8 @@ def _kernels(text: str) -> list[str]:
 
 
 def _list(models: list[str], kernel: str, dtype: torch.dtype, chip: str, most: int) -> None:
-    import os
-
     import torch
 
-    os.environ["TRITON_INTERPRET"] = "0"  # the interpreter would run what is only to be listed
     from minilm.benchmarks.tune import listing
     from minilm.kernels.candidates import candidates
     from minilm.kernels.devices import CHIPS, device_of
