@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .config import ModelConfig
+from .ops.packed import prefer_large_pages
 
 
 @dataclass
@@ -131,6 +132,7 @@ class KVCache:
     def _grow(self, pages: int) -> None:
         def grown(old: Tensor, axis: int = 1) -> Tensor:
             new = old.new_empty(*old.shape[:axis], self._pages + pages, *old.shape[axis + 1 :])
+            prefer_large_pages(new)
             new.narrow(axis, 0, self._pages).copy_(old)
             return new
 
