@@ -131,6 +131,13 @@ class Watch:
             self.steps[key].calls = len(values)
             self.steps[key].seconds.append(sum(values))
 
+    def time(self, run: Callable[[], Any]) -> float:
+        """Seconds of a pass that is not watched."""
+        begin = time.perf_counter()
+        run()
+        self._wait()
+        return time.perf_counter() - begin
+
     def _wait(self) -> None:
         if self.device == "cuda":
             torch.cuda.synchronize()
@@ -145,11 +152,13 @@ class Watch:
 
 @dataclass
 class Waterfall:
-    """What was seen of one situation: the steps, the whole pass unwatched, and the limits."""
+    """What was seen of one situation: the steps, the whole pass unwatched, the pass as models run it where
+    that is another way (all blocks in one call), and the limits."""
 
     title: str
     steps: list[Step]
     whole: list[float]
+    fused: list[float]
     limits: Limits
     threads: int
     dtype: str
@@ -224,17 +233,20 @@ def measure(name: str, threads: int, device: str = "cpu", repeats: int = 0) -> l
         model, situations = passes(name)
         model.to(device)
         for title, run in situations:
-            watch, whole = Watch(device), []
+            watch = Watch(device)
+            whole: list[float] = []
+            fused: list[float] = []
             run()
-            for _ in range(repeats):  # in turn: watched, whole
-                with watch.watching():
-                    run()
-                begin = time.perf_counter()
-                run()
-                watch._wait()
-                whole.append(time.perf_counter() - begin)
+            for _ in range(repeats):  # in turn: watched, op by op, as models run
+                with dispatch.backend(blocks="reference"):
+                    with watch.watching():
+                        run()
+                    whole.append(watch.time(run))
+                fused.append(watch.time(run))
+            if dispatch.explain().backends("blocks") == {"reference"}:
+                fused = []
             steps = list(watch.steps.values())
-            found.append(Waterfall(f"{name}, {title}", steps, whole, probe.limits, threads, "float32"))
+            found.append(Waterfall(f"{name}, {title}", steps, whole, fused, probe.limits, threads, "float32"))
     return found
 
 
@@ -265,6 +277,9 @@ def _table(waterfall: Waterfall) -> Any:
         f"{waterfall.title}: {report.seconds(whole.median)} {spread}"
         f" · limits read {read / 1e9:.3g} GB/s, {unit} {peak / 1e9:.4g} Gop/s, {threads} threads"
     )
+    if waterfall.fused:
+        alone = summary(waterfall.fused)
+        title += f" · with all blocks in one native call, as models run: {report.seconds(alone.median)}"
     table = Table(title=title, title_justify="left", title_style="bold")
     for at, heading in enumerate(
         (

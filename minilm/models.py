@@ -280,7 +280,7 @@ class PreTrainedModel(nn.Module):
         return past
 
     def new_cache(self, rows: int = 0, *, dtype: torch.dtype | None = None) -> KVCache:
-        """An empty KV cache with `rows` sequences on the model's device, in its dtype or in another (int8)."""
+        """An empty KV cache with `rows` sequences on the model's device, in its dtype or another (int8)."""
         return KVCache(self.spec, rows=rows, dtype=dtype or self.dtype, device=self.device)
 
     def _positions(

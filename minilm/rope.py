@@ -30,8 +30,8 @@ def frequencies(config: RopeConfig, head_dim: int) -> Tensor:
 
 @cache
 def _kept_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
-    """`frequencies`, computed once: a decoding step asks for them each time. On the CPU, and fit for autograd,
-    whatever the mode of the first caller."""
+    """`frequencies`, computed once: a decoding step asks for them each time. On the CPU, and fit for
+    autograd, whatever the mode of the first caller."""
     with torch.inference_mode(False), torch.device("cpu"):
         return frequencies(config, head_dim)
 
