@@ -11,6 +11,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -77,6 +78,7 @@ Tensor pack_linear(const Tensor& values, std::optional<Tensor> scales, std::opti
   const Tensor packed =
       torch::stable::new_empty(values, {kernels.packed_bytes(format, in, places)}, ScalarType::Byte);
   minilm::prefer_large_pages(packed.mutable_data_ptr(), packed.numel());
+  std::memset(packed.mutable_data_ptr(), 0, packed.numel());  // also what lies between the parts
   minilm::PackParams p = {};
   p.format = format;
   p.out = out;

@@ -43,7 +43,8 @@ def embedded(encoder: Path) -> Any:
 
 # Help
 def test_the_commands_are_these() -> None:
-    assert sorted([*RUN_MODELS, "tokenize", "inspect", "convert", "doctor", "bench"]) == COMMANDS
+    others = ["tokenize", "inspect", "convert", "doctor", "bench", "quantize", "tune"]
+    assert sorted([*RUN_MODELS, *others]) == COMMANDS
 
 
 def test_version() -> None:

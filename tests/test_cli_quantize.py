@@ -161,7 +161,7 @@ def test_convert_makes_it_floating_again(encoder: Path, texts: Path, tmp_path: P
     assert len(quantized_matrices(quantised)) == 8
     theirs = transformers.AutoModel.from_pretrained(tmp_path / "f").eval()
     ids = torch.tensor([[5, 6, 7, 8]])
-    with torch.no_grad():
+    with torch.no_grad(), minilm.backend("reference"):  # the native kernels quantise activations, too
         assert_close(quantised(ids).last_hidden_state, theirs(ids).last_hidden_state)
 
 

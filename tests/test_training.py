@@ -76,19 +76,29 @@ def test_gradients_are_transformers(family: str, head: Head) -> None:
                 for call in (ours, theirs):
                     call["input_ids"] = call["input_ids"].clone()
                     call["input_ids"][0, 0] = padding
-            loss = p.model(**ours, **labels).loss
-            expected = p.reference(**theirs, **labels).loss
-            assert_close(loss, expected, atol=2e-5, what="loss")
-            loss.backward()
-            expected.backward()
-            gradients = {
-                name: torch.zeros_like(value) if value.grad is None else value.grad.clone()
-                for name, value in p.reference.named_parameters(remove_duplicate=False)
-            }
-            expected_gradients = as_ours(p, gradients, p.folder / "gradients")
+            try:
+                compare(p, ours, theirs, labels)
+            except AssertionError:
+                # A drawn model of two channels may turn float32's rounding into any difference: if that is
+                # all, there is none in float64.
+                p.model.double().zero_grad()
+                p.reference.double().zero_grad()
+                compare(p, ours, theirs, labels)
+
+    def compare(p: Any, ours: dict[str, Any], theirs: dict[str, Any], labels: dict[str, Any]) -> None:
+        loss = p.model(**ours, **labels).loss
+        expected = p.reference(**theirs, **labels).loss
+        assert_close(loss, expected, atol=2e-5, what="loss")
+        loss.backward()
+        expected.backward()
+        gradients = {
+            name: torch.zeros_like(value) if value.grad is None else value.grad.clone()
+            for name, value in p.reference.named_parameters(remove_duplicate=False)
+        }
+        expected_gradients = as_ours(p, gradients, p.folder / "gradients")
         for name, parameter in p.model.named_parameters():
             value = expected_gradients[name].detach()
-            gradient = torch.zeros_like(value) if parameter.grad is None else parameter.grad
+            gradient = torch.zeros_like(value) if parameter.grad is None else parameter.grad.to(value.dtype)
             assert_close(gradient, value, atol=1e-5 * max(1.0, float(value.abs().max())), what=name)
 
     check()

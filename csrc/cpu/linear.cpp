@@ -15,6 +15,7 @@ namespace minilm::MINILM_ISA {
 namespace {
 
 constexpr std::int64_t kAhead = 2048;
+constexpr std::int64_t kStretch = 256;  // inputs
 
 // x_tile panel for R rows; kAsks: what lies `ahead` bytes further on is asked for in advance.
 template <typename T, int R, bool kAsks>
@@ -88,8 +89,20 @@ void fill(const LinearParams& p, std::int64_t row, int rows, const char* panel, 
   const char* x = static_cast<const char*>(p.x) + row * p.x_stride;
   if (is_quantized(p.format)) {
     quantized_tile(p.format, rows, x, p.x_stride, p.in, panel, ahead, tile);
-  } else {
-    float_tile(p.format, rows, reinterpret_cast<const float*>(x), p.x_stride / 4, p.in, panel, ahead, tile);
+    return;
+  }
+  // Stretches of inputs are added up for themselves: the rounding error of a long sum grows with its length.
+  const std::int64_t bytes = kPanel * (p.format == Format::kFloat32 ? 4 : 2);
+  for (std::int64_t k = 0; k < p.in; k += kStretch) {
+    const std::int64_t inputs = p.in - k < kStretch ? p.in - k : kStretch;
+    Tile part;
+    float_tile(p.format, rows, reinterpret_cast<const float*>(x) + k, p.x_stride / 4, inputs,
+               panel + k * bytes, ahead, k == 0 ? tile : part);
+    if (k == 0) continue;
+    for (int r = 0; r < rows; ++r) {
+      tile.sums[r][0] += part.sums[r][0];
+      tile.sums[r][1] += part.sums[r][1];
+    }
   }
 }
 

@@ -12,8 +12,8 @@
 // packed:  bias, float32 [places]  |  panel 0  |  panel 1  | ...     each part a multiple of 64 bytes
 //
 // A tile is kTileRows rows of x times one panel. Its sums stay in registers over all inputs, and each output
-// adds its products in the order of the inputs: its result depends on its own row and weights alone, not on
-// the rows beside it, on the tile it fell into, or on the thread.
+// adds its products in the order of the inputs, in stretches of fixed length: its result depends on its own
+// row and weights alone, not on the rows beside it, on the tile it fell into, or on the thread.
 #pragma once
 
 #include "cpu/math.h"

@@ -27,8 +27,11 @@ LARGEST_HEAD = 256
 """Head size of the attention kernels."""
 
 
-# torch.compile runs what is marked so while it traces, as it must an import, and takes the answer.
-_untraced: Callable[[F], F] = torch.compiler.assume_constant_result
+def _untraced(function: F) -> F:
+    """torch.compile runs what is marked so while it traces, as it must an import, and takes the answer. (What
+    torch.compiler.assume_constant_result does; that would import half of torch.compile.)"""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class _Launcher:
