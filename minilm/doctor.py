@@ -244,6 +244,7 @@ def _not_run(runnable: list[str]) -> list[str]:
 
 def _ops(devices: list[str]) -> tuple[list[dict[str, Any]], str | None]:
     """For each device, dtype and op: the backend that will run, and why the others will not."""
+    from . import models  # noqa: F401 (registers the op `blocks`)
     from .ops import BackendError, dispatch
 
     rows: list[dict[str, Any]] = []
