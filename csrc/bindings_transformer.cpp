@@ -135,7 +135,7 @@ void read(Reader& r, minilm::TransformerWeights& w, std::vector<minilm::BlockWei
   w.blocks = blocks.data();
 }
 
-// Memory that is kept for the next call of this thread: fresh pages would cost more than many a forward pass.
+// Memory that is kept for the next call of this thread, so that its pages need not be fetched anew.
 char* workspace(size_t bytes) {
   constexpr size_t kKept = size_t{256} << 20;
   thread_local std::unique_ptr<char[]> memory;

@@ -118,8 +118,8 @@ class _Plan:
         return [t._version for t in self.counting], [t.data_ptr() for t in self.tensors]
 
     def is_current(self) -> bool:
-        """Whether every module and tensor is the one that was packed, unchanged. Some 100 microseconds for 30
-        layers: it is asked once a call."""
+        """Whether every module and tensor is the one that was packed, unchanged. It looks at
+        every one of them, and is asked once a call."""
         return (
             all(where.get(key) is thing for where, key, thing in self.watched) and self._stamp() == self.stamp
         )

@@ -9,14 +9,14 @@
 //                                         out = p V / sum p
 //
 // All keys of a row are at hand, so nothing is rescaled. Operations: 4 queries keys D, and an exponential for
-// each score; bytes: q, k, v and out once, from cache. With D = 32 a score costs two loads and about 4 vector
-// multiply-adds of 16 lanes beside 1 exponential of some 20 instructions: exponentials are half of the work.
+// each score; bytes: q, k, v and out once, from cache. For 16 scores that is 2 D vector multiply-adds of 16
+// lanes and one vector exponential, so that small heads feel the exponentials most.
 //
-// One query (decoding, see `decode`). Keys and values are read where they stand, in the pages, by all query
-// heads that share them, a stretch of kChunk keys at a time; stretches are tasks of their own, and their
-// partial results (maximum, sum, weighted values) are put together by `combine`. Bytes: 2 context D b for
-// each key head, and about as many multiply-adds for each query head: memory is the limit from the
-// second-level cache on.
+// One query (decoding, see `decode`). Keys and values are read where they stand, in the pages, all heads of a
+// token together, a stretch of kChunk keys at a time; stretches are tasks of their own, and their partial
+// results (maximum, sum, weighted values) are put together by `combine`. Bytes: 2 context D b for each key
+// head, and 2 context D multiply-adds for each query head: with few query heads a key head, memory is the
+// limit.
 //
 // A query's result depends on its own sequence alone: the order of every sum is given by the places of the
 // keys.

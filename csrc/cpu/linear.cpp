@@ -14,7 +14,7 @@
 namespace minilm::MINILM_ISA {
 namespace {
 
-constexpr std::int64_t kAhead = 2048;
+constexpr std::int64_t kAhead = 2048;   // bytes that a panel is asked for in advance, read from memory
 constexpr std::int64_t kStretch = 256;  // inputs
 
 // x_tile panel for R rows; kAsks: what lies `ahead` bytes further on is asked for in advance.

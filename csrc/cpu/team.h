@@ -31,7 +31,7 @@ class Team {
       __atomic_fetch_add(done, 1, __ATOMIC_RELEASE);
     }
     for (int spins = 0; __atomic_load_n(done, __ATOMIC_ACQUIRE) < tasks; ++spins) {
-      if (spins < 20000) {  // some tens of microseconds; a thread that was put aside takes longer
+      if (spins < 20000) {  // a thread that was put aside takes longer
 #if defined(__x86_64__)
         __builtin_ia32_pause();
 #endif
