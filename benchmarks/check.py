@@ -17,8 +17,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from minilm.ops.quantized import QuantizedWeight
+
 FACTOR = 2.0
 ULPS = 8.0
+DEVIATIONS = 8.0
+"""Of the rounding of activations to 8 bits, that an output may be off by. Rounding errors are even between
+-1/2 and 1/2 of a step and independent, so more than k deviations have a chance below 2 exp(-k^2 / 2): at 8,
+5e-7 for all of 25 million outputs together."""
+SPREAD = 1.25
+"""Times their deviation, that all outputs may be off by in the root mean square. Few, large errors are caught
+by the first bound, and errors everywhere, such as those of one bit less, by this one."""
 
 LEAST_COSINE = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.99, "int8": 0.95, "q4": 0.9}
 """The worst embedding may be that far from the float32 one; an engine below is reported as wrong."""
@@ -66,10 +75,13 @@ def error(result: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
 
 def to_float64(values: Any) -> Any:
-    """The same arguments with every floating-point tensor in float64 on the CPU (integers as they are)."""
+    """The same arguments with every floating-point tensor in float64 on the CPU (integers and quantised
+    weights as they are: what these stand for is exact in float64)."""
     if isinstance(values, Tensor):
         moved = values.detach().cpu()
         return moved.double() if values.is_floating_point() else moved
+    if isinstance(values, QuantizedWeight):
+        return QuantizedWeight(values.format, **{name: p.cpu() for name, p in values.planes.items()})
     if isinstance(values, (tuple, list)):
         return type(values)(to_float64(v) for v in values)
     return values
@@ -79,6 +91,8 @@ def clone(values: Any) -> Any:
     """Independent tensors, for ops that write into their arguments."""
     if isinstance(values, Tensor):
         return values.clone()
+    if isinstance(values, QuantizedWeight):
+        return QuantizedWeight(values.format, **{name: p.clone() for name, p in values.planes.items()})
     return type(values)(clone(v) for v in values) if isinstance(values, (tuple, list)) else values
 
 
@@ -124,6 +138,33 @@ def judge(call: Callable[[Any], Any], against: Sequence[Truth]) -> Verdict:
     ok = worst <= allowed
     detail = "" if ok else f"error {worst:.2e} of the largest value, allowed {allowed:.2e}"
     return Verdict(ok, worst, allowed, detail)
+
+
+def judge_rounded(
+    call: Callable[[Any], Any], against: Sequence[Truth], deviation: Callable[[Any], Tensor]
+) -> Verdict:
+    """Is `call` right, which rounds its activations to 8 bits on the way?
+
+    `deviation` gives, from the float64 arguments, the standard deviation of each output that this rounding
+    causes. An output may be off by `DEVIATIONS` of it, all of them in the root mean square by `SPREAD` times
+    it, and by what `judge` allows anyway."""
+    worst, typical, ok = 0.0, 0.0, True
+    with torch.no_grad():
+        for draw in against:
+            result, (exact,) = tensors(call(clone(draw.values))), draw.exact
+            if error(result, draw.exact) == float("inf"):
+                return Verdict(False, float("inf"), DEVIATIONS, f"NaN, or not {list(exact.shape)}")
+            usual = (FACTOR * draw.baseline + ULPS * torch.finfo(result[0].dtype).eps) * exact.abs().max()
+            expected = deviation(to_float64(draw.values))
+            beyond = ((result[0].double().cpu() - exact).abs() - usual).clamp(min=0)
+            worst = max(worst, float((beyond / expected).nan_to_num(0.0).max()))
+            typical = max(typical, float(beyond.square().mean().sqrt() / expected.square().mean().sqrt()))
+            ok = ok and worst <= DEVIATIONS and typical <= SPREAD
+    words = (
+        f"off by {typical:.2f} of what activations in 8 bits explain, at the worst by {worst:.1f}; "
+        f"allowed {SPREAD:g} and {DEVIATIONS:g}"
+    )
+    return Verdict(ok, worst, DEVIATIONS, words)
 
 
 def cosines(found: Tensor, truth: Tensor, precision: str) -> Verdict:

@@ -144,6 +144,29 @@ def linear(T: int, I: int, O: int, b: int = 4, wb: float = 4, bias: bool = True,
     return Cost(read, T * O * b, 2 * T * I * O + (bias + act) * T * O)
 
 
+WEIGHT_BYTES = {"int8": (1, 0, 4), "q8_0": (1, 2, 0), "q4_0": (0.5, 2, 0), "q4_1": (0.5, 4, 0)}
+"""Format of `minilm.ops.quantized` -> bytes of an element, of a group of 32, of a row."""
+
+
+def weight_bytes(format: str, I: int, O: int) -> float:  # noqa: E741
+    """Bytes of a quantised matrix [O, I], its scales and minima included."""
+    element, group, row = WEIGHT_BYTES[format]
+    return O * (I * element + I // 32 * group + row)
+
+
+def quantized_linear(
+    T: int,
+    I: int,  # noqa: E741
+    O: int,  # noqa: E741
+    format: str,
+    b: int = 4,
+    bias: bool = True,
+    act: bool = False,
+) -> Cost:
+    """`linear` with the weight read as it is stored. Unpacking it is no operation of the product."""
+    return linear(T, I, O, b, weight_bytes(format, I, O) / (I * O), bias, act)
+
+
 def gated(T: int, F: int, b: int = 4) -> Cost:
     """gate and up read, the product written; activation and product."""
     return Cost(2 * T * F * b, T * F * b, 2 * T * F)
@@ -152,6 +175,16 @@ def gated(T: int, F: int, b: int = 4) -> Cost:
 def cross_entropy(T: int, V: int, b: int = 4) -> Cost:
     """Logits and labels read; subtract, exponential and sum for each logit."""
     return Cost(T * V * b + 8 * T, 4, 3 * T * V, T * V)
+
+
+def linear_cross_entropy(T: int, C: int, V: int, b: int = 4, wb: int = 4, backward: bool = False) -> Cost:
+    """hidden [T, C], weight [V, C] and labels read; the logits go through no memory. A product of 2 T V C
+    operations and 3 a logit; with the gradients, which are written, three products and 5 a logit (the
+    softmax is scaled, and one is taken off)."""
+    read, gradients = T * C * b + V * C * wb + 8 * T, T * C * b + V * C * wb
+    if not backward:
+        return Cost(read, 4, 2 * T * V * C + 3 * T * V, T * V)
+    return Cost(read, 4 + gradients, 6 * T * V * C + 5 * T * V, T * V)
 
 
 def embedding(T: int, C: int, tables: int, b: int = 4) -> Cost:
@@ -172,8 +205,10 @@ FORMULAS: dict[str, Callable[..., Cost]] = {
         append_kv,
         rope_append,
         linear,
+        quantized_linear,
         gated,
         cross_entropy,
+        linear_cross_entropy,
         embedding,
     )
 }

@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minilm import ops
 from minilm.ops import dispatch, reference
+from minilm.ops.quantized import FORMATS, GROUP, dequantise, quantise
 
 from . import check, harness, machine
 from .peers import OpPeer, Skipped, op_peers
@@ -85,11 +86,18 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str) -> Callable[[torch.
         bias = normal(g, outer) if dims["bias"] else None
         return (normal(g, rows, inner), normal(g, outer, inner, std=inner**-0.5), bias)
 
+    def quantized(g: torch.Generator) -> Args:
+        x, weight, bias = linear(g)
+        return (x, quantise(weight, dims["format"]), bias)
+
     def gated(g: torch.Generator) -> Args:
         return (normal(g, dims["T"], 2 * dims["F"]),)
 
     def loss(g: torch.Generator) -> Args:
         labels = torch.randint(0, dims["V"], (dims["T"],), generator=g).to(device)
+        if op == "linear_cross_entropy":
+            inner = dims["C"]
+            return (normal(g, dims["T"], inner), normal(g, dims["V"], inner, std=3 * inner**-0.5), labels)
         return (normal(g, dims["T"], dims["V"], std=3.0), labels)
 
     makers = {
@@ -99,8 +107,10 @@ def make_inputs(case: Case, dtype: torch.dtype, device: str) -> Callable[[torch.
         "rope_append": rope,
         "append_kv": append,
         "linear": linear,
+        "quantized_linear": quantized,
         "gated": gated,
         "cross_entropy": loss,
+        "linear_cross_entropy": loss,
     }
     return makers.get(op, norms)
 
@@ -118,12 +128,28 @@ def our_call(case: Case) -> Callable[[Args], Any]:
     if op == "paged_attention":
         new, most = max(dims["lengths"]), max(dims["contexts"])
         return lambda v: run(*v, new, most, scale=spec.scale(0), window=dims["window"])
-    if op == "linear":
+    if op in ("linear", "quantized_linear"):
         activation = spec.activation if dims["act"] else None
         return lambda v: run(*v, activation)
     if op == "gated":
         return lambda v: run(*v, spec.activation)
+    if op == "linear_cross_entropy" and dims["backward"]:
+        return partial(trained, run)
     return lambda v: run(*v)
+
+
+def trained(call: Callable[..., Any], values: Args) -> tuple[Tensor, ...]:
+    """Outputs of ``call(*values)``, and the gradients of all floating-point arguments for the outputs
+    themselves as upstream."""
+    with torch.enable_grad():
+        leaves = tuple(
+            v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
+            for v in values
+        )
+        outputs = check.tensors(call(*leaves))
+        wanted = [v for v in leaves if isinstance(v, Tensor) and v.requires_grad]
+        found = torch.autograd.grad(outputs, wanted, [o.detach() for o in outputs])
+    return (*(o.detach() for o in outputs), *found)
 
 
 def reference_call(case: Case, function: Callable[..., Any] | None = None) -> Callable[[Args], Any]:
@@ -139,11 +165,15 @@ def reference_call(case: Case, function: Callable[..., Any] | None = None) -> Ca
     if op == "paged_attention":
         rest = (max(dims["lengths"]), max(dims["contexts"]), spec.scale(0), dims["window"])
         return lambda v: run(*v, *rest)
-    if op == "linear":
+    if op in ("linear", "quantized_linear"):
         return lambda v: run(*v, spec.activation if dims["act"] else None)
     if op == "gated":
         return lambda v: run(*v, spec.activation)
     if op == "cross_entropy":
+        return lambda v: run(*v, -100)
+    if op == "linear_cross_entropy":
+        if dims["backward"]:
+            return partial(trained, lambda *v: run(*v, -100))
         return lambda v: run(*v, -100)
     return lambda v: run(*v)
 
@@ -160,7 +190,7 @@ def with_written(case: Case, call: Callable[[Args], Any]) -> Callable[[Args], An
 def our_peers(case: Case, device: str, dtype: torch.dtype) -> list[OpPeer | Skipped]:
     """Our implementations of the op, as peers named after their backend."""
     found: list[OpPeer | Skipped] = []
-    probe = make_inputs(case, dtype, device)(torch.Generator().manual_seed(0))
+    probe = as_kept(case, make_inputs(case, dtype, device)(torch.Generator().manual_seed(0)))
     call = our_call(case)
     for backend in dispatch.BACKENDS:
         implementation = dispatch.implementations(case.op).get(backend)
@@ -172,23 +202,63 @@ def our_peers(case: Case, device: str, dtype: torch.dtype) -> list[OpPeer | Skip
             continue
         try:
             with ops.backend(backend), torch.no_grad():
-                call(check.clone(probe))
+                call(probe)
         except ops.BackendError as error:
             found.append(Skipped(name, str(error).split(f"{backend}: ")[-1]))
             continue
-        found.append(OpPeer(name, call, context=partial(ops.backend, backend)))
+        rounds = backend == "native" and case.op == "quantized_linear"
+        prepare = partial(packed, case) if backend == "native" else partial(as_kept, case)
+        found.append(OpPeer(name, call, prepare, context=partial(ops.backend, backend), rounds=rounds))
     return found
 
 
-def judge(peer: OpPeer, case: Case, draws: Sequence[Args]) -> check.Verdict:
+def as_kept(case: Case, values: Args) -> Args:
+    """The weight of a linear layer as the parameter that it is in a model."""
+    if case.op != "linear":
+        return values
+    return (values[0], nn.Parameter(values[1], requires_grad=False), *values[2:])
+
+
+def packed(case: Case, values: Args) -> Args:
+    """`as_kept`, with the weight packed, which the first call does."""
+    values = as_kept(case, values)
+    if case.op in ("linear", "quantized_linear"):
+        with ops.backend("native"), torch.no_grad():
+            our_call(case)(values)
+    return values
+
+
+def truths(case: Case, draws: Sequence[Args]) -> list[check.Truth]:
+    """What the specification gives for each draw of inputs."""
+    exact = with_written(case, reference_call(case))
+    return check.truths(exact, exact, draws)
+
+
+def judge(peer: OpPeer, case: Case, against: Sequence[check.Truth]) -> check.Verdict:
     """Is the peer right at this shape?"""
 
     def call(values: Args) -> Any:
         with peer.context():
             return with_written(case, lambda v: peer.result(peer.call(peer.prepare(v))))(values)
 
-    exact = with_written(case, reference_call(case))
-    return check.compare(call, exact, exact, draws)
+    return check.judge_rounded(call, against, rounding) if peer.rounds else check.judge(call, against)
+
+
+STEEPEST = 1.13
+"""No activation function of a model here has a larger derivative: that of gelu."""
+
+
+def rounding(values: Args) -> Tensor:
+    """Standard deviation [T, O] of each output of a quantised layer when x is rounded to 8 bits: by groups of
+    32 where the weight is in groups, else by rows.
+
+    An element is off by something even between -1/2 and 1/2 of the step, largest / 127, so by a deviation of
+    step / sqrt(12), and the product adds up the squares: sum over groups of step^2 / 12 sum of w^2."""
+    x, weight, _ = values
+    size = GROUP if FORMATS[weight.format].grouped else weight.columns
+    step = x.unflatten(1, (-1, size)).abs().amax(2) / 127  # [T, G]
+    squares = dequantise(weight, torch.float64).unflatten(1, (-1, size)).square().sum(2)  # [O, G]
+    return STEEPEST * (step.square() / 12 @ squares.T).sqrt()
 
 
 def run_case(
@@ -206,7 +276,7 @@ def run_case(
     every = [*our_peers(case, device, dtype), *op_peers(case, device, dtype), *extra]
     every = [peer for peer in every if wanted(peer.name)]
     make = make_inputs(case, dtype, device)
-    draws = [make(torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    against = truths(case, [make(torch.Generator().manual_seed(seed)) for seed in (1, 2)])
     cells: dict[str, dict[str, Any]] = {}
     right: dict[str, OpPeer] = {}
     for peer in every:
@@ -216,7 +286,7 @@ def run_case(
             cell |= {"status": "skipped", "reason": peer.reason}
             continue
         try:
-            verdict = judge(peer, case, draws)
+            verdict = judge(peer, case, against)
         except Exception as error:  # a peer that breaks is a finding about the peer, and is shown as one
             cell |= {
                 "status": "failed",
@@ -227,6 +297,7 @@ def run_case(
         cell["check"] = verdict.to_dict()
         if verdict.ok:
             right[peer.name] = peer
+    del against
     if right:
         inputs = harness.rotated(make, seed=3, cache=cache_bytes(device))
         run = timer or partial(time_on_cpu, settings=settings)

@@ -158,8 +158,8 @@ def _op_cells(plan: Plan, limits: Limits, threads: int) -> Any:
         if not plan.chosen(case.name):
             continue
         plan.say(case.name)
-        cost = case.call.cost
-        floor, binding = limits.floor(cost, plan.dtype, threads if plan.device == "cpu" else None)
+        cost, (precision, arithmetic) = case.call.cost, _numbers(case, plan)
+        floor, binding = limits.floor(cost, arithmetic, threads if plan.device == "cpu" else None)
         load = machine.Load()
         found = ops.run_case(case, plan.device, dtype, plan.settings, plan.wanted, timer=timer)
         noted = load.stop()
@@ -169,9 +169,9 @@ def _op_cells(plan: Plan, limits: Limits, threads: int) -> Any:
                 "op": case.op,
                 "model": case.model,
                 "workload": case.name,
-                "precision": "fp32" if dtype.itemsize == 4 else "fp16",
+                "precision": precision,
                 "dtype": plan.dtype,
-                "arithmetic": plan.dtype,
+                "arithmetic": arithmetic,
                 "device": plan.device,
                 "threads": threads,
                 "unit": "",
@@ -184,3 +184,13 @@ def _op_cells(plan: Plan, limits: Limits, threads: int) -> Any:
                 "load": noted,
                 **cell,
             }
+
+
+def _numbers(case: shapes.Case, plan: Plan) -> tuple[str, str]:
+    """Precision of the weights, and the numbers whose peak is the limit: on a CPU quantised weights may be
+    multiplied as the codes they are."""
+    plain = "fp16" if getattr(torch, plan.dtype).itemsize == 2 else "fp32"
+    if case.op != "quantized_linear":
+        return plain, plan.dtype
+    stored = "q4" if case.call.dims["format"].startswith("q4") else "int8"
+    return stored, "int8" if plan.device == "cpu" else plan.dtype

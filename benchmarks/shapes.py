@@ -83,6 +83,12 @@ HF_CONFIGS: dict[str, dict[str, Any]] = {
 
 ENCODERS = ("MiniLM-L6", "BERT-base")
 
+QUANTIZED = {"MiniLM-L6": ("int8", "q8_0"), "SmolLM2-135M": ("q8_0", "q4_0", "q4_1")}
+"""The formats in which `quantized_linear` is measured: those in which people have these models."""
+TRAINED = ("SmolLM2-135M",)
+"""Models whose loss over the vocabulary is measured from the hidden states on. Logits of a larger vocabulary
+and their gradients in float64, which the check needs, are too much for a CPU."""
+
 
 def hf_config(model: str, layers: int | None = None) -> dict[str, Any]:
     """config.json of a model, with `layers` layers if given; a toy of the same family under
@@ -171,8 +177,12 @@ class Case:
     def label(self) -> str:
         """Shape in words, for tables."""
         dims = self.call.dims
-        if self.op == "linear":
-            return f"{dims['T']} x {dims['I']} -> {dims['O']}"
+        if self.op in ("linear", "quantized_linear"):
+            format = f", {dims['format']}" if "format" in dims else ""
+            return f"{dims['T']} x {dims['I']} -> {dims['O']}{format}"
+        if self.op == "linear_cross_entropy":
+            gradients = ", with gradients" if dims["backward"] else ""
+            return f"{dims['T']} x {dims['C']} -> {dims['V']}{gradients}"
         if self.op in ("attention", "paged_attention"):
             first = self.regime.lengths[0]
             context = f" on {self.regime.contexts[0]}" if self.regime.contexts else ""
@@ -217,9 +227,34 @@ def op_cases(models: Sequence[str] = tuple(HF_CONFIGS), itemsize: int = 4) -> li
                     calls.append(
                         costs.Call("rope", {"T": regime.tokens, **heads, "b": itemsize}, 1, "attention")
                     )
+            calls += _quantized(model, calls) + _trained(model, regime, config, itemsize)
             for call in calls:
                 key = (call.op, repr(call.dims))
                 if call.op != "embedding" and key not in seen:
                     seen.add(key)
                     cases.append(Case(model, regime, call, config))
     return cases
+
+
+def _quantized(model: str, calls: Sequence[costs.Call]) -> list[costs.Call]:
+    """The first layer of the MLP and the output projection in the formats of `QUANTIZED`."""
+    linear = [call for call in calls if call.op == "linear"]
+    chosen = [next(c for c in linear if c.where == "mlp"), *(c for c in linear if c.where == "head")]
+    found = []
+    for call in chosen:
+        dims = {name: value for name, value in call.dims.items() if name != "wb"}
+        for format in QUANTIZED.get(model, ()):
+            found.append(costs.Call("quantized_linear", {**dims, "format": format}, call.count, call.where))
+    return found
+
+
+def _trained(model: str, regime: Regime, config: Any, itemsize: int) -> list[costs.Call]:
+    """The loss of a training step, without and with its gradients."""
+    if model not in TRAINED or regime.decoding:
+        return []
+    # More rows than channels: an implementation in chunks has more than one.
+    dims = {"T": 2 * regime.tokens, "C": config.hidden_size, "V": config.vocab_size, "b": itemsize}
+    return [
+        costs.Call("linear_cross_entropy", {**dims, "wb": itemsize, "backward": backward}, 1, "loss")
+        for backward in (False, True)
+    ]

@@ -18,12 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from minilm import ops
 
 from . import check, harness, machine
-from .ops import Args, cache_bytes, make_inputs, our_call, reference_call, with_written
+from .ops import Args, cache_bytes, make_inputs, our_call, reference_call, trained, with_written
 from .shapes import Case, op_cases
 
 TRAINED = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "attention", "gated", "cross_entropy")
@@ -50,25 +49,15 @@ class Problem:
     def ours(self, values: Args) -> Any:
         """The Triton implementation on one input set."""
         with ops.backend("triton"):
-            return _trained(our_call(self.case), values) if self.backward else our_call(self.case)(values)
+            return _with_gradients(our_call(self.case), values, self.backward)
 
     def reference(self, values: Args) -> Any:
         """The specification on one input set, in any dtype."""
-        call = reference_call(self.case)
-        return _trained(call, values) if self.backward else call(values)
+        return _with_gradients(reference_call(self.case), values, self.backward)
 
 
-def _trained(call: Callable[[Args], Any], values: Args) -> tuple[Tensor, ...]:
-    """Outputs, and the gradients of all floating-point arguments for the outputs themselves as upstream."""
-    with torch.enable_grad():
-        leaves = tuple(
-            v.detach().requires_grad_() if isinstance(v, Tensor) and v.is_floating_point() else v
-            for v in values
-        )
-        outputs = check.tensors(call(leaves))
-        wanted = [v for v in leaves if isinstance(v, Tensor) and v.requires_grad]
-        found = torch.autograd.grad(outputs, wanted, [o.detach() for o in outputs])
-    return (*(o.detach() for o in outputs), *found)
+def _with_gradients(call: Callable[[Args], Any], values: Args, backward: bool) -> Any:
+    return trained(lambda *v: call(v), values) if backward else call(values)
 
 
 def problems(models: Sequence[str], dtype: torch.dtype) -> Iterator[Problem]:

@@ -70,6 +70,14 @@ def cost_of_call(op: str, args: tuple[Any, ...]) -> tuple[Cost, str]:
         stored = weight.nbytes / (outer * inner)
         cost = costs.linear(rows, inner, outer, size, stored, bias is not None, activation is not None)
         return cost, f"{rows} x {inner} -> {outer}" + (f", {activation}" if activation else "")
+    if op == "quantized_linear":
+        weight, bias, activation = args[1:4]
+        dims = (rows, weight.columns, weight.rows, weight.format, size)
+        shape = f"{rows} x {weight.columns} -> {weight.rows}, {weight.format}"
+        cost = costs.quantized_linear(*dims, bias is not None, activation is not None)
+        return cost, shape + (f", {activation}" if activation else "")
+    if op == "linear_cross_entropy":
+        return costs.linear_cross_entropy(rows, channels, len(args[1]), size), f"{rows} x {channels}"
     if op == "gated":
         return costs.gated(rows, channels // 2, size), f"{rows} x 2 x {channels // 2}"
     if op == "cross_entropy":

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from minilm.benchmarks import compare, costs, harness, limits, shapes, stats
 from minilm.benchmarks.results import ResultError, Results, share, times
+from minilm.ops import quantized
 
 
 # Statistics
@@ -310,6 +311,23 @@ def test_costs_by_hand() -> None:
     assert q4.read == 4096 * 4 + 4096 * 4096 * 0.625
     assert q4.operations == 2 * 4096**2
     assert costs.gated(3, 5).bytes == 3 * 15 * 4
+    loss = costs.linear_cross_entropy(10, 4, 100)
+    assert loss.read == 160 + 1600 + 80
+    assert loss.operations == 2 * 10 * 4 * 100 + 3000
+    both = costs.linear_cross_entropy(10, 4, 100, backward=True)
+    assert both.read == loss.read
+    assert both.written == 4 + 160 + 1600
+    assert both.operations == 6 * 10 * 4 * 100 + 5000
+
+
+def test_quantised_weights_cost_the_bytes_that_they_have() -> None:
+    for format in costs.WEIGHT_BYTES:
+        weight = quantized.empty(format, 70, 96)
+        assert costs.weight_bytes(format, 96, 70) == weight.nbytes
+        cost = costs.quantized_linear(3, 96, 70, format)
+        assert cost.read == pytest.approx(3 * 96 * 4 + weight.nbytes + 70 * 4)
+        assert cost.operations == costs.linear(3, 96, 70).operations
+    assert set(costs.WEIGHT_BYTES) == set(quantized.FORMATS)
 
 
 def test_costs_of_whole_models_are_the_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:

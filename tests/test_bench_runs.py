@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from minilm.benchmarks import check, corpus, harness, models, ops, peers, report
 from minilm.benchmarks.limits import Limits
 from minilm.benchmarks.peers.base import OpPeer, Skipped
 from minilm.benchmarks.results import Results, times
+from minilm.ops import native
 
 TINY = harness.Settings(rounds=3, block_seconds=0.0002, budget_seconds=0.2, least_rounds=3, warmup_seconds=0)
 
@@ -132,6 +135,80 @@ def complete(cell: dict[str, Any]) -> dict[str, Any]:
     return {**base, "unit": "", "units_per_call": 1, "bytes": 1e6, "operations": 1e6, **cell}
 
 
+def quantized_case(format: str) -> shapes.Case:
+    """One row of activations: the hardest to judge."""
+    found = (c for c in shapes.op_cases() if c.op == "quantized_linear")
+    return next(c for c in found if c.call.dims["format"] == format)
+
+
+def in_eight_bits(values: Any, steps: int = 127) -> Any:
+    """What a native kernel makes of x: codes up to `steps`, by groups of 32 or (int8) by rows."""
+    x, weight, bias = values
+    groups = x.unflatten(1, (-1, x.shape[1] if weight.format == "int8" else 32))
+    scale = groups.abs().amax(2, keepdim=True) / steps
+    return (groups / scale).round().mul(scale).flatten(1), weight, bias
+
+
+FAULTS: dict[str, Callable[[Any], Any]] = {
+    "none": lambda v: v,
+    "seven bits": lambda v: (in_eight_bits(v, 63)[0], *v[1:]),
+    "a column is forgotten": lambda v: (v[0].index_fill(1, torch.tensor([5]), 0), *v[1:]),
+    "scales of the next row": lambda v: (v[0], v[1]._replace(scale=v[1].scale.roll(1, 0)), v[2]),
+    "codes of the next column": lambda v: (v[0], v[1]._replace(codes=v[1].codes.roll(1, 1)), v[2]),
+    "no bias": lambda v: (v[0], v[1], torch.zeros(v[1].rows)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("format", ["int8", "q8_0", "q4_0", "q4_1"])
+def test_rounded_activations_are_allowed_and_faults_are_not(format: str, fault: str) -> None:
+    case = quantized_case(format)
+    right = ops.reference_call(case)
+    wrong = fault != "none"
+    if fault == "no bias" and not case.call.dims["bias"]:
+        pytest.skip("this layer has none")
+    peer = OpPeer("x", lambda v: right(in_eight_bits(FAULTS[fault](v))), rounds=True)
+    make = ops.make_inputs(case, torch.float32, "cpu")
+    against = ops.truths(case, [make(torch.Generator().manual_seed(s)) for s in (1, 2)])
+    verdict = ops.judge(peer, case, against)
+    assert verdict.ok is not wrong, verdict.detail
+    assert not ops.judge(replace(peer, rounds=False), case, against).ok  # and only to those that say so
+
+
+def test_nan_of_a_kernel_that_rounds_is_wrong() -> None:
+    case = quantized_case("q8_0")
+    right = ops.reference_call(case)
+    make = ops.make_inputs(case, torch.float32, "cpu")
+    against = ops.truths(case, [make(torch.Generator().manual_seed(1))])
+    peer = OpPeer("x", lambda v: right(v).index_fill(1, torch.tensor([7]), float("nan")), rounds=True)
+    assert not ops.judge(peer, case, against).ok
+
+
+def test_gradients_of_the_loss_are_judged() -> None:
+    case = next(c for c in shapes.op_cases() if c.op == "linear_cross_entropy" and c.call.dims["backward"])
+    right = ops.reference_call(case)
+
+    def forgets_the_mean(values: Any) -> Any:
+        loss, of_hidden, of_weight = right(values)
+        return loss, of_hidden, of_weight * len(values[0])
+
+    wanted = only("minilm torch", "minilm reference", "wrong")
+    cells = by_name(
+        ops.run_case(case, "cpu", torch.float32, TINY, wanted, [OpPeer("wrong", forgets_the_mean)])
+    )
+    assert {name: cell["status"] for name, cell in cells.items()} == {
+        "minilm torch": "ok", "minilm reference": "ok", "wrong": "wrong"
+    }  # fmt: skip
+
+
+def test_native_linear_layers_are_measured_with_the_weight_packed() -> None:
+    if native.unavailable is not None:
+        pytest.skip(native.unavailable)
+    for op in ("linear", "quantized_linear"):
+        cells = ops.run_case(case_of(op), "cpu", torch.float32, TINY, only("minilm native"))
+        assert times(complete(cells[0])) is not None, cells
+
+
 # Every op
 @pytest.mark.parametrize("op", sorted({c.op for c in shapes.op_cases()}))
 def test_every_op_has_cases_and_right_implementations(op: str) -> None:
@@ -146,8 +223,7 @@ def test_the_cases_cover_the_op_interface() -> None:
     from minilm.ops import dispatch
 
     elsewhere = {"blocks"}  # the layer and end-to-end levels measure them
-    not_yet = {"quantized_linear", "linear_cross_entropy"}
-    assert {c.op for c in shapes.op_cases()} == set(dispatch.ops()) - elsewhere - not_yet
+    assert {c.op for c in shapes.op_cases()} == set(dispatch.ops()) - elsewhere
     names = [c.name for c in shapes.op_cases()]
     assert len(names) == len(set(names))
 

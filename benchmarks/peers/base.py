@@ -32,6 +32,9 @@ class OpPeer:
     prepare: Callable[[Any], Any] = lambda values: values
     result: Callable[[Any], Any] = lambda values: values
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
+    rounds: bool = False
+    """Whether it rounds its activations to 8 bits, as products with quantised weights may; it is judged by
+    what that explains."""
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from .base import OpPeer, Skipped, require_package
 
 
 def op_peers(case: Any, device: str, dtype: Any) -> list[OpPeer | Skipped]:
-    """For the norms, the gated activation and the cross entropy."""
-    if case.op not in ("layer_norm", "rms_norm", "gated", "cross_entropy"):
+    """For the norms, the gated activation and the cross entropies."""
+    if case.op not in ("layer_norm", "rms_norm", "gated", "cross_entropy", "linear_cross_entropy"):
         return []
     if device != "cuda":
         return [Skipped("Liger", "its kernels are Triton for a GPU")]
@@ -37,6 +37,15 @@ def op_peers(case: Any, device: str, dtype: Any) -> list[OpPeer | Skipped]:
             return values[0][:, :inner].contiguous(), values[0][:, inner:].contiguous()
 
         return [OpPeer("Liger", lambda v: LigerSiLUMulFunction.apply(*v), halves)]
+    if case.op == "linear_cross_entropy":
+        from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+        from ..ops import reference_call
+
+        def fused(hidden: Any, weight: Any, labels: Any, ignore_index: int) -> Any:
+            return liger_fused_linear_cross_entropy(hidden, weight, labels, ignore_index=ignore_index)
+
+        return [OpPeer("Liger", reference_call(case, fused))]
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     return [OpPeer("Liger", lambda v: liger_cross_entropy(v[0], v[1]))]
