@@ -13,7 +13,7 @@
 // lanes and one vector exponential, so that small heads feel the exponentials most.
 //
 // One query (decoding, see `decode`). Keys and values are read where they stand, in the pages, all heads of a
-// token together, a stretch of kChunk keys at a time; stretches are tasks of their own, and their partial
+// token together, a stretch of keys at a time; stretches are tasks of their own, and their partial
 // results (maximum, sum, weighted values) are put together by `combine`. Bytes: 2 context D b for each key
 // head, and 2 context D multiply-adds for each query head: with few query heads a key head, memory is the
 // limit.
@@ -142,27 +142,65 @@ float softmax_row(float* scores, Seen s, std::int64_t from, std::int64_t to) {
 inline std::int64_t statistics_at(const AttentionParams& p) { return round_up(p.head_dim, 16); }
 inline std::int64_t partial_size(const AttentionParams& p) { return statistics_at(p) + 16; }
 
+using Four = VectorOf<float, 4>::type;
+
+// The sums of all lanes of four vectors, each in the order of sum_lanes.
+template <int N = kLanes<float>>
+inline Four sums_of_lanes(const typename VectorOf<float, N>::type (&x)[4]) {
+  if constexpr (N > 4) {
+    using Half = typename VectorOf<float, N / 2>::type;
+    struct Halves {
+      Half low, high;
+    };
+    Half sums[4];
+    for (int i = 0; i < 4; ++i) {
+      const Halves halves = bit_cast<Halves>(x[i]);
+      sums[i] = halves.low + halves.high;
+    }
+    return sums_of_lanes<N / 2>(sums);
+  } else {
+    const Four a =
+        __builtin_shufflevector(x[0], x[1], 0, 1, 4, 5) + __builtin_shufflevector(x[0], x[1], 2, 3, 6, 7);
+    const Four b =
+        __builtin_shufflevector(x[2], x[3], 0, 1, 4, 5) + __builtin_shufflevector(x[2], x[3], 2, 3, 6, 7);
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+  }
+}
+
+// sums[g][j] += q_g k_j, lane by lane, in the `n` channels from `d` on.
+template <typename T, int G, int N>
+inline __attribute__((always_inline)) void add_products(F32 (&sums)[G][N], const float* q,
+                                                        std::int64_t head_dim, const T* k,
+                                                        std::int64_t distance, std::int64_t d, int n) {
+  F32 x[N];
+#pragma GCC unroll 4
+  for (int j = 0; j < N; ++j) x[j] = read(k + j * distance + d, n);
+#pragma GCC unroll 4
+  for (int g = 0; g < G; ++g) {
+    const F32 y = read(q + g * head_dim + d, n);
+#pragma GCC unroll 4
+    for (int j = 0; j < N; ++j) sums[g][j] += x[j] * y;
+  }
+}
+
 // scores[g][j] = scale q_g k_j for G query heads and N keys, whose rows lie `distance` apart.
 template <typename T, int G, int N>
 void dots(const AttentionParams& p, const float* q, const T* k, std::int64_t distance, float* scores) {
   constexpr int L = kLanes<float>;
-  F32 sums[N][G] = {};
-  for (std::int64_t d = 0; d < p.head_dim; d += L) {
-    const int n = lanes_left(p.head_dim - d);
-    F32 x[N];
-#pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) x[j] = read(k + j * distance + d, n);
-#pragma GCC unroll 4
-    for (int g = 0; g < G; ++g) {
-      const F32 y = read(q + g * p.head_dim + d, n);
-#pragma GCC unroll 4
-      for (int j = 0; j < N; ++j) sums[j][g] += x[j] * y;
-    }
+  F32 sums[G][N] = {};
+  std::int64_t d = 0;
+  for (; d + L <= p.head_dim; d += L) add_products<T, G, N>(sums, q, p.head_dim, k, distance, d, L);
+  if (d < p.head_dim) {
+    add_products<T, G, N>(sums, q, p.head_dim, k, distance, d, static_cast<int>(p.head_dim - d));
   }
 #pragma GCC unroll 4
   for (int g = 0; g < G; ++g) {
-#pragma GCC unroll 4
-    for (int j = 0; j < N; ++j) scores[g * kChunk + j] = sum_lanes<float>(sums[j][g]) * p.scale;
+    if constexpr (N == 4) {
+      const Four four = sums_of_lanes(sums[g]) * p.scale;
+      __builtin_memcpy(scores + g * kChunk, &four, sizeof(four));
+    } else {
+      for (int j = 0; j < N; ++j) scores[g * kChunk + j] = sum_lanes<float>(sums[g][j]) * p.scale;
+    }
   }
 }
 
@@ -178,13 +216,16 @@ void weigh(const float* weights, const T* v, std::int64_t distance, float* out, 
 #pragma GCC unroll 4
     for (int w = 0; w < W; ++w) sums[g][w] = read(out + g * out_stride + w * L, W == 1 ? left : L);
   }
-#pragma GCC unroll 8
-  for (int j = 0; j < N; ++j) {
+#pragma GCC unroll 1
+  for (int j = 0; j < N; ++j, v += distance) {  // unrolled, its many pointers would not leave registers
+    F32 x[W];
 #pragma GCC unroll 4
-    for (int w = 0; w < W; ++w) {
-      const F32 x = read(v + j * distance + w * L, W == 1 ? left : L);
+    for (int w = 0; w < W; ++w) x[w] = read(v + w * L, W == 1 ? left : L);
 #pragma GCC unroll 4
-      for (int g = 0; g < G; ++g) sums[g][w] += weights[g * kChunk + j] * x;
+    for (int g = 0; g < G; ++g) {
+      const float weight = weights[g * kChunk + j];
+#pragma GCC unroll 4
+      for (int w = 0; w < W; ++w) sums[g][w] += weight * x[w];
     }
   }
 #pragma GCC unroll 4
@@ -228,24 +269,36 @@ void weigh_of(const AttentionParams& p, std::int64_t group, const float* weights
   if (group == 3) weigh_all<T, 3, N>(p, weights, v, distance, out, stride);
 }
 
+// Asks for the rows of up to `count` keys from `key` on, before `last`, all heads of them. What the heads
+// read of a row is a pattern that processors do not foresee.
+template <typename T>
+inline __attribute__((always_inline)) void ask_for(const AttentionParams& p, const void* base,
+                                                   std::int64_t sequence, std::int64_t key,
+                                                   std::int64_t count, std::int64_t last) {
+  const std::int64_t row_bytes = p.kv_heads * p.head_dim * std::int64_t{sizeof(T)};
+  for (const std::int64_t end = least(last, key + count); key < end;) {
+    const std::int64_t keys = least(end, (key / p.page_size + 1) * p.page_size) - key;
+    const char* rows = reinterpret_cast<const char*>(row_of<T>(p, base, sequence, key, 0));
+    for (std::int64_t byte = 0; byte < keys * row_bytes; byte += 64) __builtin_prefetch(rows + byte, 0, 2);
+    key += keys;
+  }
+}
+
 // Calls f(key, row of the key, Number<how many keys follow each other in memory>), kMost or one, over the
-// keys [first, last). What the heads read of the rows is a pattern that processors do not foresee, so the
-// rows are asked for as a whole, from front to back; pages mostly follow each other. (Measured: 9 GB/s
-// become 17.)
+// keys [first, last), whose rows were asked for as far as kKeysAhead; of `next`, which is read afterwards,
+// the first rows are asked for meanwhile.
+constexpr std::int64_t kKeysAhead = 8;
 template <typename T, int kMost, typename F>
 inline __attribute__((always_inline)) void for_keys(const AttentionParams& p, const void* base,
-                                                    std::int64_t sequence, std::int64_t first,
-                                                    std::int64_t last, F f) {
-  constexpr std::int64_t kKeysAhead = 32;
+                                                    const void* next, std::int64_t sequence,
+                                                    std::int64_t first, std::int64_t last, F f) {
   const std::int64_t size = p.kv_heads * p.head_dim;
   for (std::int64_t key = first; key < last;) {
     const std::int64_t end = least(last, (key / p.page_size + 1) * p.page_size);
     const T* row = row_of<T>(p, base, sequence, key, 0);
     for (; key + kMost <= end; key += kMost, row += kMost * size) {
-      const char* ahead = reinterpret_cast<const char*>(row + kKeysAhead * size);
-      for (std::int64_t byte = 0; byte < kMost * size * std::int64_t{sizeof(T)}; byte += 64) {
-        __builtin_prefetch(ahead + byte, 0, 2);
-      }
+      ask_for<T>(p, base, sequence, key + kKeysAhead, kMost, last);
+      if (next != nullptr) ask_for<T>(p, next, sequence, key, kMost, least(last, first + kKeysAhead));
       f(key, row, Number<kMost>{});
     }
     for (; key < end; ++key, row += size) f(key, row, Number<1>{});
@@ -276,7 +329,8 @@ void stretch(const AttentionParams& p, std::int64_t sequence, std::int64_t first
              float* scores, float* partials, std::int64_t stride) {
   const std::int64_t group = p.heads / p.kv_heads, distance = p.kv_heads * p.head_dim;
   const float* q = p.q + p.cu_q[sequence] * p.q_stride;
-  for_keys<T, 4>(p, p.k, sequence, first, last, [&](std::int64_t key, const T* k, auto count) {
+  ask_for<T>(p, p.k, sequence, first, kKeysAhead, last);
+  for_keys<T, 4>(p, p.k, p.v, sequence, first, last, [&](std::int64_t key, const T* k, auto count) {
     for (std::int64_t head = 0; head < p.kv_heads; ++head) {
       dots_of<T, decltype(count)::value>(p, group, q + head * group * p.head_dim, k + head * p.head_dim,
                                          distance, scores + head * group * kChunk + key - first);
@@ -287,7 +341,7 @@ void stretch(const AttentionParams& p, std::int64_t sequence, std::int64_t first
     exponentials(scores + head * kChunk, last - first, partial + statistics_at(p));
     for (std::int64_t d = 0; d < p.head_dim; ++d) partial[d] = 0;
   }
-  for_keys<T, 8>(p, p.v, sequence, first, last, [&](std::int64_t key, const T* v, auto count) {
+  for_keys<T, 8>(p, p.v, nullptr, sequence, first, last, [&](std::int64_t key, const T* v, auto count) {
     for (std::int64_t head = 0; head < p.kv_heads; ++head) {
       weigh_of<T, decltype(count)::value>(p, group, scores + head * group * kChunk + key - first,
                                           v + head * p.head_dim, distance, partials + head * group * stride,
@@ -355,7 +409,7 @@ void attention(const AttentionParams& p, std::int64_t sequence, std::int64_t hea
 }
 
 std::int64_t decode_partials(const AttentionParams& p, std::int64_t max_keys) {
-  return p.heads * stretches(max_keys) * partial_size(p);
+  return p.heads * most_stretches(max_keys) * partial_size(p);
 }
 
 std::int64_t decode_scratch(const AttentionParams& p) { return p.heads * kChunk; }
@@ -364,7 +418,8 @@ void decode(const AttentionParams& p, std::int64_t sequence, std::int64_t number
             float* scratch) {
   const std::int64_t keys = p.context[sequence], size = partial_size(p), count = stretches(keys);
   const Seen all = seen(p, 0, 1, keys);
-  const std::int64_t first = most(number * kChunk, all.first), last = least((number + 1) * kChunk, all.last);
+  const std::int64_t length = stretch_keys(keys);
+  const std::int64_t first = most(number * length, all.first), last = least((number + 1) * length, all.last);
   float* to = partials + number * size;
   if (first >= last) {  // out of the window
     for (std::int64_t head = 0; head < p.heads; ++head) {
@@ -399,7 +454,7 @@ void combine(const AttentionParams& p, std::int64_t sequence, std::int64_t head,
       const float weight = exp(F32{} + (part[0] - top))[0];
       total += part[1] * weight;
       for (std::int64_t d = 0; d < size_here; d += kLanes<float>) {
-        sums[d / kLanes<float>] += weight * read(from + i * size + start + d, lanes_left(size_here - d));
+        sums[d / kLanes<float>] += weight * load(from + i * size + start + d);  // padded: whole vectors
       }
     }
     for (std::int64_t d = 0; d < size_here; d += kLanes<float>) {

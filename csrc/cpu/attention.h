@@ -6,8 +6,24 @@
 
 namespace minilm::MINILM_ISA {
 
-constexpr std::int64_t kChunk = 128;  // keys in a stretch of decoding
-inline std::int64_t stretches(std::int64_t keys) { return (keys + kChunk - 1) / kChunk; }
+// A decoding step cuts the keys of a sequence into stretches, so that threads share them: a sixteenth each,
+// but no fewer than kShortest keys and no more than kChunk. How many depends on the sequence's own length
+// alone.
+constexpr std::int64_t kShortest = 32, kChunk = 128;
+inline std::int64_t stretch_keys(std::int64_t keys) {
+  const std::int64_t share = (keys + 255) / 256 * 16;
+  return share < kShortest ? kShortest : share < kChunk ? share : kChunk;
+}
+inline std::int64_t stretches(std::int64_t keys) {
+  return (keys + stretch_keys(keys) - 1) / stretch_keys(keys);
+}
+
+// No sequence of up to max_keys has more.
+inline std::int64_t most_stretches(std::int64_t max_keys) {
+  const std::int64_t short_ones = (max_keys + kShortest - 1) / kShortest;
+  const std::int64_t long_ones = (max_keys + kChunk - 1) / kChunk;
+  return short_ones < 16 ? short_ones : long_ones < 16 ? 16 : long_ones;
+}
 
 // Floats of scratch memory that `attention` needs for sequences of up to max_keys keys.
 std::int64_t attention_scratch(const AttentionParams& p, std::int64_t max_keys);

@@ -229,7 +229,7 @@ inline void store_codes(Code* to, I32 codes) {
 
 template <int bytes>
 inline void ask_for(const char* p) {
-  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i);
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(p + i, 0, 2);
 }
 
 // Nothing to the machine; to the compiler, a place where `x` is in a register and has this value: without it,
