@@ -286,6 +286,10 @@ if __name__ == "__main__":
             "minilm.benchmarks.peers",
         ],
         package_dir={"minilm.kernels": "kernels", "minilm.benchmarks": "benchmarks"},
-        package_data={"minilm": ["py.typed"], "minilm.kernels": ["*.json"], "minilm.benchmarks": ["*.cpp"]},
+        package_data={
+            "minilm": ["py.typed"],
+            "minilm.kernels": ["*.json"],
+            "minilm.benchmarks": ["*.cpp", "*.css"],
+        },
         **configuration(),
     )

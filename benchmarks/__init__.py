@@ -10,7 +10,9 @@ Installed as `minilm.benchmarks`; the command is ``minilm bench``. Reading order
     ops, layers, end_to_end    the three levels; run puts them in one frame
     workers, worker, peers/    the other engines, each in a process of its own, each one small file
     corpus, models    the workloads, made without a download
-    results, report, compare, plots, page    JSON, tables, what changed, pictures, the HTML page
+    results, report, compare       JSON, tables, what changed beyond the noise
+    standing          like with like: what was won and lost
+    plots, page, markdown    pictures, the HTML page, tables for a README
     waterfall         ``minilm bench --explain MODEL``
     gpu_check         ``make gpu-check``
 """

@@ -256,9 +256,11 @@ def rounding(values: Args) -> Tensor:
     step / sqrt(12), and the product adds up the squares: sum over groups of step^2 / 12 sum of w^2."""
     x, weight, _ = values
     size = GROUP if FORMATS[weight.format].grouped else weight.columns
-    step = x.unflatten(1, (-1, size)).abs().amax(2) / 127  # [T, G]
-    squares = dequantise(weight, torch.float64).unflatten(1, (-1, size)).square().sum(2)  # [O, G]
-    return STEEPEST * (step.square() / 12 @ squares.T).sqrt()
+    step = x.view(len(x), -1, size).abs().amax(2) / 127  # [T, G]
+    values = dequantise(weight, torch.float64)
+    squares = values.view(weight.rows, -1, size).square().sum(2)  # [O, G]
+    deviation: Tensor = STEEPEST * (step.square() / 12 @ squares.T).sqrt()
+    return deviation
 
 
 def run_case(

@@ -1,37 +1,45 @@
-"""One HTML page from a folder of results: tables, pictures, limits. Self-contained: no script, nothing is
-loaded."""
+"""One HTML page from a folder of results: the machine, bars of every engine, what was lost, and every figure
+below. Self-contained: no script, nothing is loaded."""
 
 from __future__ import annotations
 
 import base64
 import html
 import io
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import report
-from .results import ResultError, Results, rows
+from . import report, standing
+from .results import ResultError, Results, rows, times
 
-CSS = """ :root { color-scheme: light dark; --ink: #1c2126; --soft: #5b6670; --line: #e3e6e9; --ours:
-#0b6e4f; --bad: #b3261e; --paper: #fff; --band: #f5f7f8; } @media (prefers-color-scheme: dark) { :root {
---ink: #e8eaed; --soft: #a3adb6; --line: #363c42; --ours: #6fd3ab; --bad: #ff8a80; --paper: #16191c; --band:
-#1e2327; } img { background: #fff; } } * { box-sizing: border-box; } body { margin: 0 auto; max-width:
-1180px; padding: 24px 20px 80px; color: var(--ink); background: var(--paper); font: 15px/1.5 system-ui,
-"Segoe UI", Roboto, "DejaVu Sans", sans-serif; } h1 { font-size: 26px; margin: 8px 0; } h2 { font-size:
-20px; margin: 40px 0 8px; border-top: 2px solid var(--line); padding-top: 18px; } h3 { font-size: 15px;
-margin: 26px 0 6px; } p, li { max-width: 78ch; } .soft { color: var(--soft); } nav a { margin-right: 14px; }
-a { color: var(--ours); } img { max-width: 100%; border-radius: 4px; } .wide { overflow-x: auto; } table {
-border-collapse: collapse; font-size: 13px; width: 100%; } th, td { padding: 4px 10px; text-align: right;
-white-space: nowrap; border-bottom: 1px solid var(--line); } th { color: var(--soft); font-weight: 600; }
-th:first-child, td:first-child { text-align: left; } th:last-child, td:last-child { text-align: left;
-white-space: normal; color: var(--soft); min-width: 16ch; } tr.ours td { color: var(--ours); font-weight:
-600; background: var(--band); } tr.none td { color: var(--soft); } tr.wrong td { color: var(--bad);
-font-weight: 600; } """
+CSS = Path(__file__).with_name("page.css")
 
 METHOD = """Engines of one table ran in turn, A B C A B C …, each in a process of its own (ops and layers:
-in one process); times are medians, with the range that holds the middle 60 % of the repeats. A ratio is the
-median of the ratios round by round. Where the spread was too wide, the table says so in place of a ratio.
+in one process); figures are medians, with the range that holds the middle 60 % of the repeats. A ratio is
+the median of the ratios round by round; where the spread was too wide, the table says so in place of a ratio.
 An engine whose output was wrong was not timed. The limits were measured in the same run."""
+
+TERMS = (
+    ("like with like", "an engine is compared with minilm's variant whose weights have the same format"),
+    ("faster by 1.25x", "the other takes 1.25 times as long; below 1 minilm is slower"),
+    ("lost, even", "the middle 60 % of the ratios are below 1; on both sides of 1"),
+    ("of limit", "the least time that the measured bandwidth and arithmetic allow, over the time taken"),
+    ("bound by", "the limit that takes longest: reading memory, copying, or arithmetic (fma, int8, gemm)"),
+    ("read, copy", "bandwidth of plain loops over memory, in GB/s"),
+    ("fma, int8", "peaks of multiply-adds in float32 and of 8-bit dot products, two operations each"),
+    ("gemm", "the best matrix product of PyTorch's library"),
+    ("prefill, decode", "reading a prompt; writing new tokens, one step at a time"),
+    ("minilm reference", "minilm on plain PyTorch: what its fast paths are worth"),
+)
+Cells = list[dict[str, Any]]
+SHOWN = 8
+"""Losses that are shown unfolded."""
+
+
+def e(text: object) -> str:
+    """Escaped for HTML."""
+    return html.escape(str(text))
 
 
 def picture(figure: Any) -> str:
@@ -42,20 +50,162 @@ def picture(figure: Any) -> str:
     return f'<img alt="" src="data:image/png;base64,{data}">'
 
 
-def table(cells: list[dict[str, Any]]) -> str:
+# The first screen
+def facts(results: Results) -> str:
+    """Machine and limits as a row of boxes."""
+    machine = results.machine
+    cores = f"{machine['usable_cores']} cores" + (", virtual" if machine.get("virtual") else "")
+    boxes = [("processor", machine["cpu"], cores)]
+    if "gpu" in machine:
+        boxes.append(("GPU", machine["gpu"]["name"], f"capability {machine['gpu']['capability']}"))
+    kernels = machine["native_isa"] or "none"
+    boxes.append(("minilm's kernels", kernels, machine["native_unavailable"] or "C++, chosen at run time"))
+    for limits in results.limits:
+        for name, words in (
+            ("read", "reads memory"),
+            ("fma", "32-bit arithmetic"),
+            ("int8", "8-bit arithmetic"),
+        ):
+            keys = [k for k in limits.table if k.split("@")[0] == name]
+            if keys:
+                most = max(keys, key=lambda k: int(k.partition("@")[2] or 0))
+                threads = most.partition("@")[2]
+                with_threads = (
+                    f"measured, {threads} thread{'s' * (threads != '1')}" if threads else "measured"
+                )
+                boxes.append((words, report.limit_words(name, limits.table[most]), with_threads))
+    cells = "".join(f"<div><b>{e(a)}</b><strong>{e(b)}</strong><i>{e(c)}</i></div>" for a, b, c in boxes)
+    return f'<div class="facts">{cells}</div>'
+
+
+def lost(results: Results) -> str:
+    """What was won and what was not, in figures; then what was lost, the worst first."""
+    found = list(standing.comparisons(results))
+    parts = []
+    if found:
+        outcomes = {name: sum(c.outcome == name for c in found) for name in standing.OUTCOMES}
+        counts = ", ".join(f"{n} {name}" for name, n in outcomes.items() if n)
+        parts.append(
+            f"<p><strong>{len(found)} comparisons of whole models, like with like: {counts}.</strong></p>"
+        )
+    if wrong := [c for c in results.cells if c["ours"] and c["status"] == "wrong"]:
+        names = ", ".join(f"{c['peer']} on {c['workload']}" for c in wrong)
+        parts.append(f'<p class="lost">WRONG, of minilm\'s own: {e(names)}</p>')
+    entries = _losses(found)
+    if entries:
+        parts.append(f"<h3>What was lost</h3>{_loss_table(entries[:SHOWN])}")
+        if entries[SHOWN:]:
+            more = f"<summary>{len(entries[SHOWN:])} more, less far behind</summary>"
+            parts.append(f"<details>{more}{_loss_table(entries[SHOWN:])}</details>")
+    below = list(standing.comparisons(results, ("op", "layer")))
+    if entries := _losses(below):
+        words = f"Ops and layers: {len(entries)} of {len(below)} comparisons lost"
+        parts.append(f"<details><summary>{words}</summary>{_loss_table(entries)}</details>")
+    return "".join(parts)
+
+
+def _losses(found: list[standing.Comparison]) -> list[standing.Comparison]:
+    return sorted((c for c in found if c.outcome == "lost"), key=lambda c: c.ratio.value.median)
+
+
+def _where(device: str, threads: int) -> str:
+    return f"{threads} thread{'s' * (threads != 1)}" if device == "cpu" else device
+
+
+def _loss_table(entries: list[standing.Comparison]) -> str:
+    body = "".join(
+        f'<tr class="lost"><td>{e(f"{c.place[1]} · {_where(*c.place[3:])}")}</td><td>{e(c.cell["peer"])}</td>'
+        f"<td>{e(c.ours['peer'])}</td><td>{c.ratio.value.median:.2f}x</td></tr>"
+        for c in entries
+    )
+    names = ("workload", "faster engine", "minilm's variant", "minilm is faster by")
+    heads = "".join(f"<th>{name}</th>" for name in names)
+    return (
+        f'<div class="wide"><table class="losses"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody>'
+        "</table></div>"
+    )
+
+
+# Bars
+def bars(cells: Cells) -> str:
+    """One workload: every engine as a bar, by the bits of its weights; what was not timed, by name."""
+    timed = [c for c in cells if times(c)]
+    unit = "s" if cells[0]["unit"] == "s" else f"{cells[0]['unit']}/s"
+    most = max((_extent(c)[2] for c in timed), default=1.0)
+    parts = []
+    for name, members in standing.grouped(cells).items():
+        bodies = [_bar(c, cells, most) for c in members if times(c)]
+        none = [c for c in members if not times(c)]
+        columns = (standing.heading(name, cells), "", unit, "minilm faster by")
+        heads = "".join(f"<span>{e(word)}</span>" for word in columns)
+        parts.append(f'<div class="row group">{heads}</div>' + "".join(bodies))
+        parts += [
+            f'<div class="none{" wrong" * (c["status"] == "wrong")}">{e(report.remark_of(c))}</div>'
+            for c in none
+        ]
+    workload = cells[0]["workload"].removeprefix(f"{cells[0].get('model')} ")
+    words = standing.explanation(cells[0]["workload"])
+    head = f'<h4>{e(workload)}</h4><p class="soft">{e(words)}</p>'
+    return f'<div class="card">{head}{"".join(parts)}</div>'
+
+
+def _extent(cell: dict[str, Any]) -> tuple[float, float, float]:
+    """Median, low and high of what the bar shows."""
+    taken = times(cell)
+    assert taken is not None
+    if cell["unit"] == "s":
+        return taken.median, taken.p20, taken.p80
+    units = cell["units_per_call"]
+    return units / taken.median, units / taken.p80, units / taken.p20
+
+
+def _bar(cell: dict[str, Any], cells: Cells, most: float) -> str:
+    middle, low, high = _extent(cell)
+    found = standing.against(cell, cells)
+    ratio, kind = "", ""
+    if found is not None:
+        outcome = standing.outcome(found)
+        ratio = "unclear" if found.reason else f"{found.value.median:.2f}x"
+        kind = " lost" if outcome == "lost" and not cell["ours"] else ""
+        ratio += " slower" if kind else ""
+    ours = (" spec" if "reference" in cell["peer"] else " ours") if cell["ours"] else ""
+    width, left, right = (f"{100 * v / most:.1f}%" for v in (middle, low, max(high - low, 0.0)))
+    value = f"{middle:.2f}" if cell["unit"] == "s" else report.count(middle)
+    return (
+        f'<div class="row{ours}{kind}"><span>{e(cell["peer"])}</span><span class="track">'
+        f'<span class="bar" style="width:{width}"></span>'
+        f'<span class="range" style="left:{left};width:{right}"></span></span>'
+        f'<span class="value">{value}</span><span class="ratio">{e(ratio)}</span></div>'
+    )
+
+
+def workloads(results: Results) -> str:
+    """The bars of every model, those with the most threads open."""
+    found: dict[tuple[Any, ...], list[Cells]] = {}
+    for place, cells in rows(results.cells).items():
+        if place[0] == "end to end" and not standing.SWEEP.search(place[1]):
+            found.setdefault((cells[0]["model"], place[3], place[4]), []).append(cells)
+    most = max((threads for _, _, threads in found), default=0)
+    parts = []
+    for (model, device, threads), group in sorted(found.items(), key=lambda item: -item[0][2]):
+        cards = f'<div class="cards">{"".join(map(bars, group))}</div>'
+        title = f"{e(model)} · {e(_where(device, threads))}"
+        parts.append(
+            f"<h3>{title}</h3>{cards}"
+            if threads == most
+            else f"<details><summary>{title}</summary>{cards}</details>"
+        )
+    return "".join(parts)
+
+
+# Tables
+def table(cells: Cells) -> str:
     """One row of measurements as a table."""
-    head = "".join(f"<th>{html.escape(h)}</th>" for h in report.HEADINGS)
+    head = "".join(f"<th>{e(h)}</th>" for h in report.HEADINGS)
     body = []
     for line in report.lines(cells):
-        kind = (
-            "wrong"
-            if line.status == "wrong"
-            else "ours"
-            if line.ours and line.time
-            else ""
-            if line.time
-            else "none"
-        )
+        kind = "none" if not line.time else "ours" if line.ours else ""
+        kind = "wrong" if line.status == "wrong" else "lost" if line.outcome == "lost" else kind
         values = (
             line.peer,
             line.time,
@@ -66,7 +216,7 @@ def table(cells: list[dict[str, Any]]) -> str:
             line.ratio,
             line.remark,
         )
-        body.append(f'<tr class="{kind}">' + "".join(f"<td>{html.escape(v)}</td>" for v in values) + "</tr>")
+        body.append(f'<tr class="{kind}">' + "".join(f"<td>{e(v)}</td>" for v in values) + "</tr>")
     return (
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
     )
@@ -82,13 +232,26 @@ def limits_table(results: Results) -> str:
         body = []
         for name in names:
             entries = [limits.table.get(name + t) for t in threads]
-            cells = "".join(f"<td>{report.limit_words(name, e) if e else ''}</td>" for e in entries)
-            how = next((e.how for e in entries if e and e.how), "")
-            body.append(f"<tr><td>{html.escape(name)}</td>{cells}<td>{html.escape(how)}</td></tr>")
+            cells = "".join(f"<td>{report.limit_words(name, x) if x else ''}</td>" for x in entries)
+            how = next((x.how for x in entries if x and x.how), "")
+            body.append(f"<tr><td>{e(name)}</td>{cells}<td>{e(how)}</td></tr>")
         title = f"Limits of the {limits.device}, measured in this run ({limits.how})"
-        table = f"<thead><tr><th>limit</th>{head}<th></th></tr></thead><tbody>{''.join(body)}</tbody>"
-        parts.append(f'<h3>{html.escape(title)}</h3><div class="wide"><table>{table}</table></div>')
+        inner = f"<thead><tr><th>limit</th>{head}<th></th></tr></thead><tbody>{''.join(body)}</tbody>"
+        parts.append(
+            f'<details><summary>{e(title)}</summary><div class="wide"><table>{inner}</table></div></details>'
+        )
     return "".join(parts)
+
+
+def _details(results: Results) -> Iterator[str]:
+    """Every table, folded by level and model."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for place, cells in rows(results.cells).items():
+        one = f"<h4>{e(report.headline(place, cells))}</h4>{table(cells)}"
+        found.setdefault((place[0], cells[0].get("model") or ""), []).append(one)
+    for (level, model), tables in found.items():
+        title = f"{level}, {model}: {len(tables)} tables" if model else f"{level}: {len(tables)} tables"
+        yield f"<details><summary>{e(title)}</summary>{''.join(tables)}</details>"
 
 
 def section(name: str, results: Results, identifier: str) -> str:
@@ -97,21 +260,21 @@ def section(name: str, results: Results, identifier: str) -> str:
 
     from .plots import pictures
 
-    parts = [f'<h2 id="{identifier}">{html.escape(name)}</h2>']
-    lines = report.summary_lines(results, limits=False)
-    parts += [f'<p class="soft">{html.escape(line)}</p>' for line in lines]
-    parts.append(limits_table(results))
-    when = f"{results.started} to {results.finished}"
-    parts.append(f'<p class="soft">{html.escape(when)}; settings: {html.escape(_settings(results))}</p>')
-    for figure in pictures(results).values():
+    parts = [f'<h2 id="{identifier}">{e(name)}</h2>', facts(results)]
+    if results.settings.get("tiny"):
+        parts.append('<p class="lost">Toy sizes: this proves that a command works and measures nothing.</p>')
+    parts += [lost(results), workloads(results)]
+    figures = pictures(results, bars_too=False)
+    if figures:
+        parts.append("<h3>Curves and roofs</h3>")
+    for figure in figures.values():
         parts.append(f"<p>{picture(figure)}</p>")
         pyplot.close(figure)
-    level = ""
-    for place, cells in rows(results.cells).items():
-        if place[0] != level:
-            level = place[0]
-            parts.append(f"<h3>Level: {html.escape(level)}</h3>")
-        parts.append(f"<h3>{html.escape(report.headline(place, cells))}</h3>{table(cells)}")
+    parts.append("<h3>Every figure</h3>")
+    parts += _details(results)
+    parts.append(limits_table(results))
+    when = f"{results.started} to {results.finished}; settings: {_settings(results)}"
+    parts += [f'<p class="soft">{e(x)}</p>' for x in (*report.summary_lines(results, limits=False), when)]
     return "\n".join(parts)
 
 
@@ -131,14 +294,18 @@ def build(folder: Path) -> str:
             refused.append(str(error))
     if not runs:
         raise ResultError(f"{folder} holds no result of minilm bench" + "".join(f"; {r}" for r in refused))
-    links = "".join(f'<a href="#run{i}">{html.escape(name)}</a>' for i, (name, _) in enumerate(runs))
+    links = "".join(f'<a href="#run{i}">{e(name)}</a>' for i, (name, _) in enumerate(runs))
+    nav = f"<nav>{links}</nav>" if len(runs) > 1 else ""
     body = "\n".join(section(name, results, f"run{i}") for i, (name, results) in enumerate(runs))
-    left = f"<p>Not shown: {html.escape('; '.join(refused))}</p>" if refused else ""
+    left = f"<p>Not shown: {e('; '.join(refused))}</p>" if refused else ""
+    terms = "".join(f"<dt>{e(a)}</dt><dd>{e(b)}</dd>" for a, b in TERMS)
+    title = "How it was measured, and what the words mean"
+    how = f"<details><summary>{title}</summary><p>{e(METHOD)}</p><dl>{terms}</dl></details>"
     return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>minilm: measurements</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>'
-        f"<body><h1>minilm: measurements</h1><p>{html.escape(METHOD)}</p><nav>{links}</nav>"
-        f"{body}{left}</body></html>\n"
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>minilm: measurements</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<style>{CSS.read_text()}</style></head>"
+        f"<body><h1>minilm: measurements</h1>{nav}{how}{body}{left}</body></html>\n"
     )
 
 

@@ -3,13 +3,14 @@ matplotlib."""
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from . import harness, standing
 from .limits import Limits
+from .report import count
 from .results import Results, rows, times
 
 OURS, SECOND, OTHER = "#0b6e4f", "#7bc8a4", "#9aa5b1"
@@ -47,7 +48,8 @@ def roofline(results: Results, axes: Any) -> bool:
     intensities = [c["operations"] / c["bytes"] for c in cells]
     low, high = min(*intensities, 0.1) / 2, max(*intensities, 10.0) * 3
     if limits is not None:
-        _roofs(limits, threads if device == "cpu" else None, cells[0]["dtype"], low, high, axes)
+        dtypes = sorted({c.get("arithmetic", c["dtype"]) for c in cells})
+        _roofs(limits, threads if device == "cpu" else None, dtypes, low, high, axes)
     marks = {"native": "^", "triton": "s", "torch": "D", "reference": "o"}
     seen: set[str] = set()
     for cell, intensity in zip(cells, intensities, strict=True):
@@ -66,30 +68,30 @@ def roofline(results: Results, axes: Any) -> bool:
             label=label,
         )
     axes.set(xscale="log", yscale="log", xlabel="operations a byte (by formula)", ylabel="Gop/s")
-    axes.set_title(f"Roofline: every op at every shape, {device}", loc="left")
-    axes.legend(fontsize=8, loc="lower right")
+    where = f"{threads} thread{'s' * (threads != 1)}" if device == "cpu" else device
+    axes.set_title(
+        f"Roofline: every op at every shape, {where}; the higher, the nearer to the limit", loc="left"
+    )
+    axes.legend(fontsize=8, loc="lower right", framealpha=0.9)
     return True
 
 
-def _roofs(limits: Limits, threads: int | None, dtype: str, low: float, high: float, axes: Any) -> None:
-    peak, name = limits.peak(dtype, threads)
+def _roofs(
+    limits: Limits, threads: int | None, dtypes: Sequence[str], low: float, high: float, axes: Any
+) -> None:
+    peaks = {name: peak for peak, name in (limits.peak(dtype, threads) for dtype in dtypes) if peak}
+    highest = max(peaks.values(), default=0.0)
     for what, style in (("read", "-"), ("copy", "--")):
         bandwidth = limits.get(what, threads)
-        if bandwidth and peak:
-            bend = peak / bandwidth
-            axes.plot([low, bend], [low * bandwidth / 1e9, peak / 1e9], style, color="#333", linewidth=1)
-            axes.annotate(
-                f"{what} {bandwidth / 1e9:.3g} GB/s",
-                (low * 1.2, low * 1.2 * bandwidth / 1e9),
-                rotation=32,
-                fontsize=7,
-                va="bottom" if what == "copy" else "top",
-            )
-            axes.plot([bend, high], [peak / 1e9] * 2, "-", color="#333", linewidth=1)
-    if peak:
-        axes.annotate(
-            f"{name} peak {peak / 1e9:.4g} Gop/s", (high, peak / 1e9), fontsize=7, ha="right", va="bottom"
-        )
+        if bandwidth and highest:
+            bend = highest / bandwidth
+            label = f"{what} {bandwidth / 1e9:.3g} GB/s"
+            slope = [low * bandwidth / 1e9, highest / 1e9]
+            axes.plot([low, bend], slope, style, color="#333", linewidth=1, label=label)
+    for (name, peak), style in zip(peaks.items(), ("-.", ":"), strict=False):
+        label = f"{name} peak {peak / 1e9:.4g} Gop/s"
+        start = peak / (limits.get("read", threads) or peak)
+        axes.plot([start, high], [peak / 1e9] * 2, style, color="#333", linewidth=1.3, label=label)
 
 
 def _rate(cell: dict[str, Any]) -> tuple[float, float, float]:
@@ -100,36 +102,64 @@ def _rate(cell: dict[str, Any]) -> tuple[float, float, float]:
 
 
 def bars(results: Results, place: tuple[Any, ...], axes: Any) -> bool:
-    """One workload: all engines, fastest on top, with the 20-80 % range; engines that were not timed by
-    name."""
+    """One workload: all engines by the bits of their weights, in each group the fastest on top, with the
+    20-80 % range, and beside each how many times faster minilm is."""
     cells = rows(results.cells)[place]
-    timed = sorted((c for c in cells if times(c)), key=lambda c: _rate(c)[0])
+    timed = [c for c in cells if times(c)]
     if not timed:
         return False
     cold = timed[0]["unit"] == "s"
-    for at, cell in enumerate(timed):
-        taken = times(cell)
-        assert taken is not None
-        middle, low, high = (taken.median, taken.p20, taken.p80) if cold else _rate(cell)
-        axes.barh(at, middle, color=_colour(cell), height=0.7)
-        axes.plot([low, high], [at, at], color="#222", linewidth=1)
-        axes.annotate(f" {middle:.3g}", (high, at), va="center", fontsize=7)
-    axes.set_yticks(range(len(timed)), [c["peer"] for c in timed], fontsize=7)
-    for label, cell in zip(axes.get_yticklabels(), timed, strict=True):
+    at, names, most = 0.0, [], max(_extent(c, cold)[2] for c in timed)
+    for group, members in standing.grouped(timed).items():
+        axes.text(0, at, f" {standing.heading(group, timed)}", fontsize=7, color="#5b6670", va="center")
+        for cell in members:
+            at += 1
+            middle, low, high = _extent(cell, cold)
+            axes.barh(at, middle, color=_colour(cell), height=0.7)
+            axes.plot([low, high], [at, at], color="#222", linewidth=1)
+            found = standing.against(cell, cells)
+            against = "" if found is None else "  unclear" if found.reason else f"  {found.value.median:.2f}x"
+            lost = found is not None and not cell["ours"] and standing.outcome(found) == "lost"
+            words = f" {middle:.2f}" if cold else f" {count(middle)}"
+            colour = "#b3261e" if lost else "#222"
+            axes.text(high + 0.005 * most, at, words + against, va="center", fontsize=7, color=colour)
+            names.append((at, cell))
+        at += 1.2
+    axes.set_yticks([y for y, _ in names], [c["peer"] for _, c in names], fontsize=7)
+    for label, (_, cell) in zip(axes.get_yticklabels(), names, strict=True):
         label.set_fontweight("bold" if cell["ours"] else "normal")
-    axes.set_title(place[1], loc="left", fontsize=9)
+    workload = place[1].removeprefix(f"{cells[0]['model']} ")
+    axes.set_title(f"{cells[0]['model']}: {workload}", loc="left", fontsize=9)
     axes.set_xlabel("seconds (less is better)" if cold else f"{timed[0]['unit']}/s", fontsize=8)
     axes.grid(False, axis="y")
-    axes.set_xlim(0, None)
-    axes.margins(x=0.12)
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(at - 0.6, -0.8)
+    axes.set_xlim(0, 1.22 * most)
     return True
+
+
+def _extent(cell: dict[str, Any], cold: bool) -> tuple[float, float, float]:
+    taken = times(cell)
+    assert taken is not None
+    return (taken.median, taken.p20, taken.p80) if cold else _rate(cell)
+
+
+def _line_style(cell: dict[str, Any]) -> dict[str, Any]:
+    """Ours are thick and green, with a mark for each format; 8 bits are dashed, fewer dotted."""
+    marks = {"int8": "s", "q8_0": "D", "q4_0": "v", "q4_1": "^"}
+    lines = {"int8": "--", "q4": ":", "fp16": "-.", "bf16": "-."}
+    style: dict[str, Any] = {"linestyle": lines.get(cell["precision"], "-"), "linewidth": 1, "marker": "o"}
+    if cell["ours"]:
+        mark = marks.get(cell["peer"].split()[-1], "o")
+        style |= {"color": _colour(cell), "linewidth": 2.2, "marker": mark, "markersize": 6}
+    return style
 
 
 def curves(results: Results, axis: str, axes: Any) -> bool:
     """Milliseconds over the length of one sequence (axis="length"), or sentences a second over the batch
     (axis="batch")."""
     series: dict[str, list[tuple[int, float, float, float]]] = {}
-    colours: dict[str, str] = {}
+    shown: dict[str, dict[str, Any]] = {}
     for cell in _timed(results, "end to end"):
         found = re.search(r"sweep (\d+) x (\d+)$", cell["workload"])
         taken = times(cell)
@@ -143,14 +173,14 @@ def curves(results: Results, axis: str, axes: Any) -> bool:
         else:
             continue
         series.setdefault(f"{cell['peer']} · {cell['model']}", []).append(point)
-        colours[f"{cell['peer']} · {cell['model']}"] = _colour(cell)
-    for name, points in series.items():
-        points.sort()
+        shown[f"{cell['peer']} · {cell['model']}"] = cell
+    best = sorted(series, key=lambda name: min(series[name])[1], reverse=axis == "batch")
+    for name in best:
+        points = sorted(series[name])
         x = [p[0] for p in points]
-        style: dict[str, Any] = {"linewidth": 1}
-        if colours[name] != OTHER:
-            style = {"color": colours[name], "linewidth": 2.2}
-        (line,) = axes.plot(x, [p[1] for p in points], marker="o", markersize=3, label=name, **style)
+        (line,) = axes.plot(
+            x, [p[1] for p in points], label=name, **({"markersize": 4} | _line_style(shown[name]))
+        )
         axes.fill_between(
             x, [p[2] for p in points], [p[3] for p in points], color=line.get_color(), alpha=0.15
         )
@@ -163,13 +193,20 @@ def curves(results: Results, axis: str, axes: Any) -> bool:
     axes.set_xlabel("tokens in the one sequence" if axis == "length" else "sequences in the batch")
     axes.set_ylabel("ms" if axis == "length" else "sentences/s")
     axes.set_title("Latency over length" if axis == "length" else "Throughput over the batch", loc="left")
-    axes.legend(fontsize=6)
+    axes.legend(
+        fontsize=7,
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        title="dashed: 8-bit weights",
+        title_fontsize=7,
+    )
     return True
 
 
 def scaling(results: Results, axes: Any) -> bool:
     """Rate with n threads over the rate with one, for each engine (geometric mean over its workloads)."""
     by_engine: dict[str, dict[int, list[float]]] = {}
+    shown: dict[str, dict[str, Any]] = {}
     one: dict[tuple[str, str], float] = {}
     cells = [c for c in _timed(results, "end to end") if c["unit"] != "s"]
     for cell in cells:
@@ -178,27 +215,29 @@ def scaling(results: Results, axes: Any) -> bool:
     for cell in cells:
         first = one.get((cell["peer"], cell["workload"]))
         if first:
+            shown[cell["peer"]] = cell
             by_engine.setdefault(cell["peer"], {}).setdefault(cell["threads"], []).append(
                 _rate(cell)[0] / first
             )
     if not any(len(points) > 1 for points in by_engine.values()):
         return False
     most = 1
-    for name, points in by_engine.items():
+    for name in sorted(by_engine, key=lambda n: -harness.geometric_mean(by_engine[n][max(by_engine[n])])):
+        points = by_engine[name]
         x = sorted(points)
         most = max(most, x[-1])
-        y = [math.exp(sum(map(math.log, points[n])) / len(points[n])) for n in x]
-        style = {"color": OURS, "linewidth": 2.2} if name.startswith("minilm") else {"linewidth": 1}
-        axes.plot(x, y, marker="o", markersize=3, label=name, **style)
+        y = [harness.geometric_mean(points[n]) for n in x]
+        axes.plot(x, y, label=name, **({"markersize": 4} | _line_style(shown[name])))
     axes.plot([1, most], [1, most], "--", color="#333", linewidth=1, label="as many times as threads")
     axes.set(xlabel="threads", ylabel="rate over that of one thread", xticks=range(1, most + 1))
     axes.set_title("Scaling over threads", loc="left")
-    axes.legend(fontsize=6)
+    axes.legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return True
 
 
-def pictures(results: Results) -> dict[str, Any]:
-    """All pictures that the results have data for: name -> matplotlib figure."""
+def pictures(results: Results, bars_too: bool = True) -> dict[str, Any]:
+    """All pictures that the results have data for: name -> matplotlib figure. `bars_too`: also those that the
+    page draws itself."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -207,7 +246,7 @@ def pictures(results: Results) -> dict[str, Any]:
     found: dict[str, Any] = {}
 
     def single(name: str, draw: Callable[..., bool], *arguments: Any) -> None:
-        figure, axes = pyplot.subplots(figsize=(7.5, 4.8))
+        figure, axes = pyplot.subplots(figsize=(9.5, 4.8))
         if draw(results, *arguments, axes):
             found[name] = figure
         else:
@@ -215,12 +254,15 @@ def pictures(results: Results) -> dict[str, Any]:
 
     with pyplot.rc_context(STYLE):
         single("roofline", roofline)
-        for title, places in _groups(results).items():
+        for title, places in _groups(results).items() if bars_too else ():
             columns = min(2, len(places))
-            height = max(sum(1 for c in rows(results.cells)[p] if times(c)) for p in places)
+            timed = [[c for c in rows(results.cells)[p] if times(c)] for p in places]
+            height = max(len(cells) + 1.2 * len(standing.grouped(cells)) for cells in timed)
             down = -(-len(places) // columns)
-            size = (5.4 * columns, down * (0.9 + 0.22 * height))
+            size = (5.4 * columns, down * (0.8 + 0.18 * height) + 0.3)
             figure, grid = pyplot.subplots(down, columns, figsize=size, squeeze=False)
+            words = "beside each bar: how many times faster minilm is with weights of the same format"
+            figure.suptitle(f"{words}; red: it is slower", fontsize=8, x=0.01, ha="left")
             for place, axes in zip(places, grid.flat, strict=False):
                 bars(results, place, axes)
             for axes in grid.flat[len(places) :]:

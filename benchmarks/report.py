@@ -7,7 +7,8 @@ from typing import Any
 
 from .limits import Limit
 from .results import Results, rows, share, times
-from .stats import MAX_SPREAD, ratio, summary, too_wide
+from .standing import against, counterpart, main, outcome
+from .stats import MAX_SPREAD, summary, too_wide
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,8 @@ class Line:
     arithmetic: str
     share: str
     ratio: str
+    outcome: str
+    """won, lost, even, unclear (see `standing.outcome`); "" where nothing is compared."""
     remark: str
     status: str
 
@@ -39,27 +42,17 @@ def count(value: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def baseline(cells: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Ours that the ratios of a row are about: the fastest of ours in full precision (or of all ours)."""
-    mine = [c for c in cells if c["ours"] and times(c)]
-    exact = [c for c in mine if c["precision"] == "fp32"] or mine
-    return min(exact, key=lambda c: times(c).median, default=None)  # type: ignore[union-attr]
-
-
 def lines(cells: list[dict[str, Any]], max_spread: float = MAX_SPREAD) -> list[Line]:
     """The cells of one row of a table (see `results.rows`), timed ones first, fastest first."""
-    ours = baseline(cells)
     order = sorted(cells, key=lambda c: (times(c) is None, times(c).median if times(c) else 0.0))  # type: ignore[union-attr]
-    return [_line(cell, ours, max_spread) for cell in order]
+    return [_line(cell, cells, max_spread) for cell in order]
 
 
-def _line(cell: dict[str, Any], ours: dict[str, Any] | None, max_spread: float) -> Line:
+def _line(cell: dict[str, Any], cells: list[dict[str, Any]], max_spread: float) -> Line:
     taken = times(cell)
     name, status = cell["peer"], cell["status"]
     if taken is None:
-        word = {"wrong": "WRONG, not timed", "failed": "failed", "skipped": "skipped"}.get(status, status)
-        remark = f"{word}: {cell.get('reason') or 'no reason given'}"
-        return Line(name, cell["ours"], "", "", "", "", "", "", remark, status)
+        return Line(name, cell["ours"], "", "", "", "", "", "", "", _why_not(cell), status)
     wide = too_wide(taken, max_spread)
     unit = cell.get("unit", "")
     rate = ""
@@ -68,9 +61,10 @@ def _line(cell: dict[str, Any], ours: dict[str, Any] | None, max_spread: float) 
     elif cell.get("peak_bytes"):
         rate = f"{cell['peak_bytes'] / 2**20:.0f} MiB"
     moved, computed, fraction = cell.get("bytes"), cell.get("operations"), share(cell)
-    against = ""
-    if ours is not None and ours is not cell:
-        against = str(ratio(ours["samples"], cell["samples"], max_spread))
+    found, ours = against(cell, cells, max_spread), counterpart(cell, cells)
+    compared = "ours" if ours is cell else "" if found is None or ours is None else str(found)
+    if found is not None and ours is not None and not found.reason:
+        compared += f" ({ours['peer']})" if ours is not main(cells) else ""
     remarks = [wide] if wide else []
     detail = (cell.get("check") or {}).get("detail")
     if detail and cell["precision"] != "fp32":
@@ -83,16 +77,36 @@ def _line(cell: dict[str, Any], ours: dict[str, Any] | None, max_spread: float) 
         cell["ours"],
         f"{seconds(taken.median)} [{seconds(taken.p20)} - {seconds(taken.p80)}] x {taken.repeats}",
         rate,
-        f"{moved / taken.median / 1e9:.1f}" if moved else "",
-        f"{computed / taken.median / 1e9:.1f}" if computed else "",
+        count(moved / taken.median / 1e9) if moved else "",
+        count(computed / taken.median / 1e9) if computed else "",
         (f"{fraction:.0%}" if not wide else "-") if fraction is not None else "",
-        "ours" if ours is cell else against,
+        compared,
+        outcome(found) if found is not None else "",
         "; ".join(remarks),
         status,
     )
 
 
-HEADINGS = ("engine", "time [20 - 80 %]", "rate", "GB/s", "Gop/s", "of limit", "ours is faster by", "remarks")
+def _why_not(cell: dict[str, Any]) -> str:
+    word = {"wrong": "WRONG, not timed"}.get(cell["status"], cell["status"])
+    return f"{word}: {cell.get('reason') or 'no reason given'}"
+
+
+def remark_of(cell: dict[str, Any]) -> str:
+    """Why a cell was not timed, with its engine."""
+    return f"{cell['peer']} {_why_not(cell)}"
+
+
+HEADINGS = (
+    "engine",
+    "time [20 - 80 %]",
+    "rate",
+    "GB/s",
+    "Gop/s",
+    "of limit",
+    "minilm is faster by",
+    "remarks",
+)
 
 
 def headline(place: tuple[Any, ...], cells: list[dict[str, Any]]) -> str:
@@ -102,55 +116,6 @@ def headline(place: tuple[Any, ...], cells: list[dict[str, Any]]) -> str:
     timed = [c for c in cells if c.get("binding")]
     bound = f" · bound by {timed[0]['binding']}" if timed else ""
     return f"{workload} · {dtype} · {where}{bound}"
-
-
-def matrix(results: Results, model: str, device: str, threads: int, max_spread: float = MAX_SPREAD) -> str:
-    """All end-to-end cells of one model as a table in Markdown: engines down, workloads across; rate, and
-    how many times ours is faster (below 1: slower). Lost, wrong and skipped cells are shown as such."""
-    found = {}
-    for place, cells in rows(results.cells).items():
-        name = place[1].removeprefix(f"{model} ")
-        here = place[0] == "end to end" and cells[0]["model"] == model and place[3:] == (device, threads)
-        if here and not name.startswith("sweep "):
-            found[name] = cells
-    if not found:
-        return ""
-    names = list(dict.fromkeys(cell["peer"] for cells in found.values() for cell in cells))
-    headings = [
-        f"{model}, {threads} thread{'s' * (threads != 1)}",
-        *(_heading(n, c) for n, c in found.items()),
-    ]
-    table = [f"| {' | '.join(headings)} |", "|---|" + "---|" * len(found)]
-    for name in names:
-        row = []
-        for cells in found.values():
-            cell = next((c for c in cells if c["peer"] == name), None)
-            row.append(_matrix_cell(cell, baseline(cells), max_spread))
-        if any(entry not in ("", "skipped") for entry in row):
-            bold = "**" if name.startswith("minilm") else ""
-            table.append(f"| {bold}{name}{bold} | " + " | ".join(row) + " |")
-    return "\n".join(table) + "\n"
-
-
-def _heading(name: str, cells: list[dict[str, Any]]) -> str:
-    unit = cells[0]["unit"]
-    return f"{name}, {'s, MiB' if unit == 's' else f'{unit}/s'}"
-
-
-def _matrix_cell(cell: dict[str, Any] | None, ours: dict[str, Any] | None, max_spread: float) -> str:
-    if cell is None:
-        return ""
-    taken = times(cell)
-    if taken is None:
-        return {"wrong": "WRONG"}.get(cell["status"], cell["status"])
-    cold = cell["unit"] == "s"
-    value = f"{taken.median:.2f}" if cold else count(cell["units_per_call"] / taken.median)
-    if cold and cell.get("peak_bytes"):
-        value += f", {cell['peak_bytes'] / 2**20:.0f}"
-    if ours is None or ours is cell:
-        return value
-    against = ratio(ours["samples"], cell["samples"], max_spread)
-    return f"{value} ({'spread too wide' if against.reason else f'{against.value.median:.2f}x'})"
 
 
 def print_tables(results: Results, console: Any = None) -> None:
@@ -167,9 +132,8 @@ def print_tables(results: Results, console: Any = None) -> None:
         for at, heading in enumerate(HEADINGS):
             table.add_column(heading, justify="left" if at in (0, 7) else "right", overflow="fold")
         for line in lines(cells):
-            style = (
-                "green" if line.ours else "red" if line.status == "wrong" else "dim" if not line.time else ""
-            )
+            bad = line.status == "wrong" or line.outcome == "lost"
+            style = "red" if bad else "green" if line.ours else "dim" if not line.time else ""
             values = (
                 line.peer,
                 line.time,

@@ -16,10 +16,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from minilm.benchmarks import check, corpus, harness, models, ops, peers, report, shapes, workers
+from minilm.benchmarks import check, corpus, harness, models, ops, peers, report, shapes, standing, workers
 from minilm.benchmarks.limits import Limits
 from minilm.benchmarks.peers.base import OpPeer, Skipped
-from minilm.benchmarks.results import Results, times
+from minilm.benchmarks.results import Results, rows, times
 from minilm.ops import native
 
 TINY = harness.Settings(rounds=3, block_seconds=0.0002, budget_seconds=0.2, least_rounds=3, warmup_seconds=0)
@@ -379,6 +379,122 @@ def test_tables_show_every_engine(capsys: pytest.CaptureFixture[str]) -> None:
     shown = capsys.readouterr().out
     for words in ("minilm native", "bound by read bandwidth", "50%", "spread too wide", "WRONG", "skipped"):
         assert words in shown, words
+
+
+def whole_models() -> Results:
+    """Two models, engines in 32 and 8 bits: seconds a call, noise of 1 %."""
+    cells = []
+    for model, unit in (("MiniLM-L6", "sentences"), ("SmolLM2-135M", "tokens")):
+        for name, kind in (("1 x 16", unit), ("cold start", "s")):
+            for peer, precision, seconds in (
+                ("minilm", "fp32", 1.0),
+                ("minilm reference", "fp32", 2.0),
+                ("minilm int8", "int8", 0.4),
+                ("minilm q8_0", "int8", 0.5),
+                ("slow", "fp32", 1.5),
+                ("quick", "fp32", 0.8),
+                ("alike", "fp32", 1.0),
+                ("half f16", "fp16", 0.5),
+                ("other int8", "int8", 0.45),
+                ("other q8_0", "int8", 0.45),
+            ):
+                noise = (0.99, 1.01, 1.0) if peer == "alike" else (1.0, 1.0, 1.0)
+                cell = {
+                    "peer": peer,
+                    "ours": peer.startswith("minilm"),
+                    "precision": precision,
+                    "model": model,
+                }
+                cell |= {"status": "ok", "samples": [seconds * n for n in noise], "units_per_call": 1}
+                cell |= {"level": "end to end", "workload": f"{model} {name}", "unit": kind, "threads": 2}
+                cells.append(complete({"peak_bytes": 2 << 20, **cell}))
+        wrong = {"peer": "bad q4_1", "ours": False, "status": "wrong", "precision": "q4", "reason": "x"}
+        absent = {"peer": "absent", "ours": False, "status": "skipped", "precision": "fp32", "reason": "y"}
+        rest = {"level": "end to end", "workload": f"{model} 1 x 16", "unit": unit, "threads": 2}
+        cells += [complete({**c, **rest, "model": model}) for c in (wrong, absent)]
+    return Results(made_up().machine, {}, [], cells)
+
+
+def test_like_is_compared_with_like() -> None:
+    cells = next(iter(rows(whole_models().cells).values()))
+    named = by_name(cells)
+    for peer, ours in (
+        ("slow", "minilm"),
+        ("other int8", "minilm int8"),
+        ("other q8_0", "minilm q8_0"),  # not the faster int8
+        ("half f16", "minilm"),  # there is none in 16 bits
+        ("minilm reference", "minilm"),
+        ("minilm q8_0", "minilm q8_0"),
+    ):
+        assert standing.counterpart(named[peer], cells) is named[ours], peer
+    outcomes = {c.cell["peer"]: c.outcome for c in standing.comparisons(whole_models())}
+    assert outcomes == {
+        "slow": "won", "quick": "lost", "alike": "even", "half f16": "lost", "other int8": "won",
+        "other q8_0": "lost",
+    }  # fmt: skip
+    assert list(standing.grouped(cells)) == [
+        "32-bit weights", "16-bit weights", "8-bit weights", "4-bit weights"
+    ]  # fmt: skip
+
+
+def test_an_op_of_ours_that_eager_beats_is_lost() -> None:
+    times_of = {"minilm native": 2.0, "minilm reference": 1.0, "torch.compile": 3.0}
+    cells = [
+        complete({"peer": peer, "ours": peer.startswith("minilm"), "status": "ok", "samples": [s] * 3})
+        for peer, s in times_of.items()
+    ]
+    found = standing.comparisons(Results({}, {}, [], cells), ("op",))
+    assert {c.cell["peer"]: c.outcome for c in found} == {"minilm reference": "lost", "torch.compile": "won"}
+
+
+def test_the_page_shows_losses_first_and_groups_bars(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    from minilm.benchmarks import page
+
+    whole_models().write(tmp_path / "run.json")
+    text = page.build(tmp_path)
+    assert "24 comparisons of whole models, like with like: 8 won, 12 lost, 4 even." in text
+    losses = text[text.index("What was lost") : text.index('class="cards"')]
+    found = re.findall(r"<td>([^<]*)</td><td>([^<]*)</td><td>([^<]*)</td><td>([^<]*)</td>", losses)
+    assert found[0] == ("MiniLM-L6 1 x 16 · 2 threads", "half f16", "minilm", "0.50x")
+    assert len(found) == 12
+    card = text[text.index('class="card"') :]
+    order = [card.index(f"<span>{words}") for words in ("32-bit weights", "8-bit weights", "4-bit weights")]
+    assert order == sorted(order)
+    assert "16-bit weights, beside minilm&#x27;s 32" in card
+    assert re.search(r'<div class="row lost"><span>quick</span>.*?0.80x slower', card)
+    assert '<div class="none wrong">bad q4_1 WRONG, not timed: x</div>' in card
+    assert "1 sentence of 16 tokens at once" in card
+
+
+def test_markdown_tables_fit_a_readme(tmp_path: Path) -> None:
+    path = tmp_path / "run.json"
+    whole_models().write(path)
+    done = invoke("--markdown", str(path))
+    assert done.exit_code == 0, done.output
+    lines = done.output.splitlines()
+    assert [line for line in lines if line.startswith("| ") and "threads" in line] == [
+        "| MiniLM-L6, 2 threads, sentences/s | 1 x 16 |",
+        "| SmolLM2-135M, 2 threads, tokens/s | 1 x 16 |",
+        "| cold start, 2 threads, s (most memory) | MiniLM-L6 | SmolLM2-135M |",
+    ]
+    for line in (
+        "| **minilm** | 1 |",
+        "| quick | **0.80x, slower** |",
+        "| alike | 1.00x |",
+        "| *16-bit weights, beside minilm's 32* | |",
+        "| other q8_0 | **0.90x, slower** |",
+        "| bad q4_1 | **WRONG** |",
+        "| **minilm int8** | 0.40 (2 MiB) | 0.40 (2 MiB) |",
+        "| quick | **0.80x, slower** (2 MiB) | **0.80x, slower** (2 MiB) |",
+    ):
+        assert line in lines, line
+    assert "absent" not in done.output  # nothing to tell of it
+    one = invoke("--markdown", str(path), "--model", "SmolLM2-135M", "--threads", "2")
+    assert "MiniLM" not in one.output
+    assert "tokens/s" in one.output
+    for arguments in (("--model", "GPT-2"), ("--threads", "7")):
+        assert invoke("--markdown", str(path), *arguments).exit_code == 2
 
 
 # The command

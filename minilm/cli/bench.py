@@ -27,6 +27,7 @@ def add_to(app: typer.Typer) -> None:
         minilm bench --compare before.json after.json
         minilm bench --explain MiniLM-L6
         minilm bench --html results
+        minilm bench --markdown results/run.json --threads 2
     """
     command(app, "bench", panel="Machine", examples=examples)(bench)
 
@@ -51,7 +52,7 @@ def bench(
     explain: Annotated[str, typer.Option(help="Where a forward pass of this model goes, op by op.")] = "",
     html: Annotated[Path | None, typer.Option(help="Make the HTML page of a folder of results.")] = None,
     markdown: Annotated[
-        Path | None, typer.Option(help="Print the end-to-end cells of a result as tables in Markdown.")
+        Path | None, typer.Option(help="Print a result as tables for a README (with --model, --threads).")
     ] = None,
     show: Annotated[bool, typer.Option("--list", help="List engines, and why some cannot run.")] = False,
 ) -> None:
@@ -68,7 +69,7 @@ def bench(
 
         typer.echo(str(page.write(html)))
     elif markdown is not None:
-        _markdown(markdown)
+        _markdown(markdown, model, threads)
     elif explain:
         from minilm.benchmarks import waterfall
 
@@ -183,17 +184,16 @@ def _compare(before: Path, after: Path) -> None:
         raise typer.Exit(1)
 
 
-def _markdown(path: Path) -> None:
-    from minilm.benchmarks.report import matrix
+def _markdown(path: Path, models: str, threads: str) -> None:
+    from minilm.benchmarks.markdown import tables
     from minilm.benchmarks.results import Results
 
-    results = Results.read(path)
-    wanted = {
-        (c["model"], c["device"], c["threads"]): None for c in results.cells if c["level"] == "end to end"
-    }
-    for key in wanted:
-        if table := matrix(results, *key):
-            typer.echo(table)
+    chosen = [] if models == "all" else models.split(",")
+    many = None if threads == "all" else _threads(threads)[-1]
+    found = tables(Results.read(path), chosen, many)
+    if not found:
+        raise CommandError(f"{path} has no end-to-end cells with that model and number of threads")
+    typer.echo(found, nl=False)
 
 
 def _list(device: str) -> None:
