@@ -76,6 +76,7 @@ class Check:
             "PYTHONPATH": str(self.site),
             "HF_HUB_OFFLINE": "1",
             "PYTHONDONTWRITEBYTECODE": "1",
+            "COLUMNS": "200",
         }
         self.env.setdefault("MINILM_BENCH_CACHE", str(self.site / "cache"))
         if not self.gpu:

@@ -133,16 +133,17 @@ def bars(cells: Cells) -> str:
     unit = "s" if cells[0]["unit"] == "s" else f"{cells[0]['unit']}/s"
     most = max((_extent(c)[2] for c in timed), default=1.0)
     parts = []
-    for name, members in standing.grouped(cells).items():
-        bodies = [_bar(c, cells, most) for c in members if times(c)]
-        none = [c for c in members if not times(c)]
-        columns = (standing.heading(name, cells), "", unit, "minilm faster by")
+    for name, members in standing.grouped(timed).items():
+        columns = (standing.heading(name, timed), "", unit, "minilm faster by")
         heads = "".join(f"<span>{e(word)}</span>" for word in columns)
-        parts.append(f'<div class="row group">{heads}</div>' + "".join(bodies))
-        parts += [
-            f'<div class="none{" wrong" * (c["status"] == "wrong")}">{e(report.remark_of(c))}</div>'
-            for c in none
-        ]
+        bodies = "".join(_bar(c, cells, most) for c in members)
+        parts.append(f'<div class="row group">{heads}</div>{bodies}')
+    refused: dict[tuple[str, bool], list[str]] = {}
+    for cell in cells:
+        if not times(cell):
+            refused.setdefault((report.why_not(cell), cell["status"] == "wrong"), []).append(cell["peer"])
+    for (reason, wrong), names in refused.items():
+        parts.append(f'<div class="none{" wrong" * wrong}">{e(", ".join(names))} {e(reason)}</div>')
     workload = cells[0]["workload"].removeprefix(f"{cells[0].get('model')} ")
     words = standing.explanation(cells[0]["workload"])
     head = f'<h4>{e(workload)}</h4><p class="soft">{e(words)}</p>'

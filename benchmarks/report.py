@@ -52,7 +52,7 @@ def _line(cell: dict[str, Any], cells: list[dict[str, Any]], max_spread: float) 
     taken = times(cell)
     name, status = cell["peer"], cell["status"]
     if taken is None:
-        return Line(name, cell["ours"], "", "", "", "", "", "", "", _why_not(cell), status)
+        return Line(name, cell["ours"], "", "", "", "", "", "", "", why_not(cell), status)
     wide = too_wide(taken, max_spread)
     unit = cell.get("unit", "")
     rate = ""
@@ -87,14 +87,10 @@ def _line(cell: dict[str, Any], cells: list[dict[str, Any]], max_spread: float) 
     )
 
 
-def _why_not(cell: dict[str, Any]) -> str:
+def why_not(cell: dict[str, Any]) -> str:
+    """Why a cell was not timed."""
     word = {"wrong": "WRONG, not timed"}.get(cell["status"], cell["status"])
     return f"{word}: {cell.get('reason') or 'no reason given'}"
-
-
-def remark_of(cell: dict[str, Any]) -> str:
-    """Why a cell was not timed, with its engine."""
-    return f"{cell['peer']} {_why_not(cell)}"
 
 
 HEADINGS = (

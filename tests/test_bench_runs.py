@@ -459,7 +459,7 @@ def test_the_page_shows_losses_first_and_groups_bars(tmp_path: Path) -> None:
     assert found[0] == ("MiniLM-L6 1 x 16 · 2 threads", "half f16", "minilm", "0.50x")
     assert len(found) == 12
     card = text[text.index('class="card"') :]
-    order = [card.index(f"<span>{words}") for words in ("32-bit weights", "8-bit weights", "4-bit weights")]
+    order = [card.index(f"<span>{words}") for words in ("32-bit weights", "16-bit weights", "8-bit weights")]
     assert order == sorted(order)
     assert "16-bit weights, beside minilm&#x27;s 32" in card
     assert re.search(r'<div class="row lost"><span>quick</span>.*?0.80x slower', card)
