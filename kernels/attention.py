@@ -6,7 +6,7 @@ arXiv:2307.08691), in base 2, where s = log2(e) (score):
     m'  = max(m, max_j s_j)          the running maximum
     p_j = 2^(s_j - m')
     l   = l 2^(m - m') + sum_j p_j   the running sum
-    o   = o 2^(m - m') + p_j v_j     at the end o / l; and lse = ln(2) (m + log2 l)
+    o   = o 2^(m - m') + p_j v_j     at the end o / l; and, on request, lse = ln(2) (m + log2 l)
 
     score = scale q k^T;  cap tanh(score / cap);  + bias[h, i, j];  + slope_h * -|i - j|   (each optional)
 
@@ -18,9 +18,14 @@ Layout: q [Tq, H, D], k and v [Tk, Hkv, D], any strides with contiguous D. A pro
 one head of one sequence; H / Hkv heads read the same keys, which L2 serves. Operations: 4 Sq Sk D a head,
 half of that if causal, and one exponential a score. Bytes: q, k, v, o once, if keys stay in L2: short
 sequences are bound by memory, long ones by the tensor cores or, for D <= 64, by the exponentials.
+
+Offsets are 64 bits wide where they grow with all tokens, 32 within a sequence, to spare registers:
+`laid_out` refuses what does not fit. The grid's third axis, the sequences, ends at 65,535 (`batches`).
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -30,7 +35,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from .devices import device_of
-from .heuristics import attention_block, attention_is_short
+from .heuristics import attention_block, attention_is_short, next_power_of_2
 from .registration import INTERPRETED, kernel_op
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -65,11 +70,12 @@ def dot(a, b, acc):
 
 @triton.jit
 def scores(
-    qk, i, j, q_len, k_len, head, BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window,
+    qk, i, j, q_len, k_len, BIAS, bias_i, bias_j, slope, scale, cap, window,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
     ALIBI: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
-    """log2(e) times the scores of queries i (column) against keys j (row), -inf where j is not seen."""
+    """log2(e) times the scores of queries i (column) against keys j (row), -inf where j is not seen. BIAS is
+    the head's own."""
     if CAP:
         s = qk * (scale / cap)
         s = cap * (2.0 * tl.sigmoid(2.0 * s) - 1.0) * LOG2E
@@ -77,10 +83,7 @@ def scores(
         s = qk * (scale * LOG2E)
     inside = (i < q_len) & (j < k_len)
     if HAS_BIAS:
-        s += (
-            tl.load(BIAS + head * bias_h + i * bias_i + j * bias_j, mask=inside, other=0.0).to(tl.float32)
-            * LOG2E
-        )
+        s += tl.load(BIAS + i * bias_i + j * bias_j, mask=inside, other=0.0).to(tl.float32) * LOG2E
     distance = i + (k_len - q_len) - j
     if ALIBI:
         s -= (slope * LOG2E) * tl.abs(distance).to(tl.float32)
@@ -96,7 +99,9 @@ def scores(
 
 @triton.jit
 def kept(p, i, j, head, seed, q_start, keys, dropout, DROPOUT: tl.constexpr):
-    """The probabilities with a share `dropout` of them zeroed and the others raised, by a counter."""
+    """The probabilities with a share `dropout` of them zeroed and the others raised, by a counter, so that
+    the backward draws the same in another order. It has 32 bits: after 2^32 scores of a head the draws
+    repeat."""
     if DROPOUT:
         random = tl.rand(seed + head, (q_start + i) * keys + j)
         p = tl.where(random >= dropout, p / (1.0 - dropout), 0.0)
@@ -131,7 +136,7 @@ def key_range(
 @triton.jit
 def _attend(
     o, l, m, q, K, V, k_stride, v_stride, i, d, low, high, q_len, k_len, q_start, head,
-    BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
+    BIAS, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
     D: tl.constexpr, PAD: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     CAP: tl.constexpr, HAS_BIAS: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr, MASK: tl.constexpr,
 ):  # fmt: skip
@@ -142,8 +147,8 @@ def _attend(
         k = tl.load(K + j[:, None] * k_stride + d[None, :], mask=here, other=zero)
         qk = dot(q, tl.trans(k), tl.zeros([q.shape[0], BLOCK_N], tl.float32))
         s = scores(
-            qk, i[:, None], j[None, :], q_len, k_len, head, BIAS, bias_h, bias_i, bias_j, slope, scale, cap,
-            window, CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, MASK,
+            qk, i[:, None], j[None, :], q_len, k_len, BIAS, bias_i, bias_j, slope, scale, cap, window,
+            CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, MASK,
         )  # fmt: skip
         new = tl.maximum(m, tl.max(s, axis=1))
         base = tl.where(new == float("-inf"), 0.0, new) if MASK else new
@@ -164,6 +169,7 @@ def _forward(
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     CAP: tl.constexpr, HAS_BIAS: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
+    WITH_LSE: tl.constexpr,
 ):  # fmt: skip
     head = tl.program_id(1)
     sequence = tl.program_id(2)
@@ -183,6 +189,7 @@ def _forward(
     Q += q_start.to(tl.int64) * q_t + head * q_h
     K += k_start.to(tl.int64) * k_t + (head // GROUP) * k_h
     V += k_start.to(tl.int64) * v_t + (head // GROUP) * v_h
+    BIAS += head.to(tl.int64) * bias_h
     q = tl.load(Q + i[:, None] * q_t + d[None, :], mask=real, other=0.0)
     slope = tl.load(SLOPES + head) if ALIBI else 0.0
     o = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -191,66 +198,99 @@ def _forward(
     low, full_low, full_high, high = key_range(m0, q_len, k_len, window, BLOCK_M, BLOCK_N, CAUSAL, WINDOW)
     if WINDOW:
         o, l, m = _attend(
-            o, l, m, q, K, V, k_t, v_t, i, d, low, min(full_low, high), q_len, k_len, q_start, head,
-            BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
+            o, l, m, q, K, V, k_t, v_t, i, d, low, min(full_low, high), q_len, k_len, q_start,
+            head, BIAS, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
             D, PAD, BLOCK_N, CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, DROPOUT, True,
         )  # fmt: skip
     o, l, m = _attend(
-        o, l, m, q, K, V, k_t, v_t, i, d, full_low, full_high, q_len, k_len, q_start, head,
-        BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
+        o, l, m, q, K, V, k_t, v_t, i, d, full_low, full_high, q_len, k_len, q_start,
+        head, BIAS, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
         D, PAD, BLOCK_N, CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, DROPOUT, False,
     )  # fmt: skip
     o, l, m = _attend(
-        o, l, m, q, K, V, k_t, v_t, i, d, full_high, high, q_len, k_len, q_start, head,
-        BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
+        o, l, m, q, K, V, k_t, v_t, i, d, full_high, high, q_len, k_len, q_start,
+        head, BIAS, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
         D, PAD, BLOCK_N, CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, DROPOUT, True,
     )  # fmt: skip
-    lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(l)) * LN2)
-    o = o / tl.where(l == 0.0, 1.0, l)[:, None]
     rows = q_start.to(tl.int64) + i
+    if WITH_LSE:
+        lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(l)) * LN2)
+        tl.store(LSE + head * tokens + rows, lse, mask=i < q_len)
+    o = o / tl.where(l == 0.0, 1.0, l)[:, None]
     tl.store(O + (rows[:, None] * H + head) * D + d[None, :], o.to(O.dtype.element_ty), mask=real)
-    tl.store(LSE + head * tokens + rows, lse, mask=i < q_len)
 
 
 @kernel_op("minilm_triton::attention", mutates_args={})
 def attention_op(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, slopes: Tensor | None, cu_q: Tensor, cu_k: Tensor,
     max_q: int, max_k: int, scale: float, causal: bool, window: int, cap: float, dropout: float, seed: int,
+    with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(o [Tq, H, D], lse float32 [H, Tq]).
+    """(o [Tq, H, D], lse float32 [H, Tq]). Without `with_lse` lse is empty, and nothing is
+    differentiable.
 
-    bias [H, >= max_q, >= max_k] by the position in the sequence, slopes float32 [H] (ALiBi), or None each;
-    window 0, cap 0.0 and dropout 0.0 are none. `seed` numbers the dropout's stream.
+    bias [H, >= max_q, >= max_k] by the position in the sequence, below 2^31 elements a head, slopes float32
+    [H] (ALiBi), or None each; window 0, cap 0.0 and dropout 0.0 are none. `seed` numbers the dropout's
+    stream.
     """
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = laid_out(q, max_q), laid_out(k, max_k), laid_out(v, max_k)
     tokens, heads, head_dim = q.shape
-    o, lse = empty_outputs(q)
+    o, lse = empty_outputs(q, with_lse)
     if tokens == 0:
         return o, lse
     block = attention_block(
         head_dim, q.element_size(), max_q, max_k, bias is not None, dropout > 0, device_of(q.device)
     )
-    wrap_triton(_forward)[(triton.cdiv(max_q, block.queries), heads, len(cu_q) - 1)](
-        q, k, v, o, lse, cu_q, cu_k, q if bias is None else bias, q if slopes is None else slopes,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
-        *((0, 0, 0) if bias is None else bias.stride()), tokens, scale, cap, window, seed, max_k, dropout,
-        H=heads, GROUP=heads // k.shape[1], D=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-        BLOCK_M=block.queries, BLOCK_N=block.keys, CAUSAL=causal, WINDOW=window > 0, CAP=cap > 0,
-        HAS_BIAS=bias is not None, ALIBI=slopes is not None, DROPOUT=dropout > 0,
-        num_warps=block.num_warps, num_stages=block.num_stages,
-    )  # fmt: skip
+    for part_q, part_k in batches(cu_q, cu_k):
+        wrap_triton(_forward)[(triton.cdiv(max_q, block.queries), heads, len(part_q) - 1)](
+            q, k, v, o, lse, part_q, part_k, q if bias is None else bias, q if slopes is None else slopes,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+            *((0, 0, 0) if bias is None else bias.stride()), tokens, scale, cap, window, seed, max_k, dropout,
+            H=heads, GROUP=heads // k.shape[1], D=head_dim, BLOCK_D=max(16, next_power_of_2(head_dim)),
+            BLOCK_M=block.queries, BLOCK_N=block.keys, CAUSAL=causal, WINDOW=window > 0, CAP=cap > 0,
+            HAS_BIAS=bias is not None, ALIBI=slopes is not None, DROPOUT=dropout > 0,
+            WITH_LSE=with_lse, num_warps=block.num_warps, num_stages=block.num_stages,
+        )  # fmt: skip
     return o, lse
 
 
-def empty_outputs(q: Tensor) -> tuple[Tensor, Tensor]:
+FAR = 2**31
+"""Where offsets of 32 bits end."""
+MOST_SEQUENCES = 65520
+"""Of one launch: the second and third axis of a grid end at 65,535. A multiple of 16, for aligned loads."""
+
+
+def laid_out(x: Tensor, longest: int) -> Tensor:
+    """x [T, H, D] with contiguous D, such that offsets between heads, and between the tokens of the longest
+    sequence, fit into 32 bits. Raises ValueError where they cannot."""
+    reach = max(longest * x.stride(0), x.shape[1] * x.stride(1), x.shape[0] * x.shape[1])
+    if x.stride(-1) == 1 and reach < FAR:
+        return x
+    if longest * x.shape[1] * x.shape[2] >= FAR or x.shape[0] * x.shape[1] >= FAR:
+        raise ValueError(
+            f"attention: {list(x.shape)} with a sequence of {longest} tokens is beyond what the Triton "
+            "kernels can address (2^31)"
+        )
+    return x.contiguous()
+
+
+def batches(cu_q: Tensor, cu_k: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """The sequences in as many parts as launches need."""
+    for start in range(0, len(cu_q) - 1, MOST_SEQUENCES):
+        part = slice(start, start + MOST_SEQUENCES + 1)
+        yield cu_q[part], cu_k[part]
+
+
+def empty_outputs(q: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
     """(o, lse) to be filled."""
-    lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
+    shape = (q.shape[1], q.shape[0]) if with_lse else (0,)
+    lse = torch.empty(shape, dtype=torch.float32, device=q.device)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
 
 
 @attention_op.register_fake
-def _(q, k, v, bias, slopes, cu_q, cu_k, max_q, max_k, scale, causal, window, cap, dropout, seed):
-    return empty_outputs(q)
+def _(q, k, v, bias, slopes, cu_q, cu_k, max_q, max_k, scale, causal, window, cap, dropout, seed, with_lse):
+    return empty_outputs(q, with_lse)
 
 
 @kernel_op("minilm_triton::attention_backward", mutates_args={})
@@ -263,7 +303,7 @@ def attention_backward_op(
     """(dq, dk, dv, dbias); dbias is empty without a bias."""
     from . import attention_backward
 
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = laid_out(q, max_q), laid_out(k, max_k), laid_out(v, max_k)
     dq, dk, dv, db = attention_backward.launch(
         do, q, k, v, o, lse, bias, slopes, cu_q, cu_k, max_q, max_k, scale, causal, window, cap, dropout, seed
     )
@@ -277,7 +317,7 @@ def _(do, q, k, v, o, lse, bias, slopes, *rest):
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, bias, slopes, cu_q, cu_k, *ctx.scalars = inputs
+    q, k, v, bias, slopes, cu_q, cu_k, *ctx.scalars, ctx.with_lse = inputs
     o, lse = output
     ctx.save_for_backward(q, k, v, o, lse, bias, slopes, cu_q, cu_k)
     ctx.mark_non_differentiable(lse)
@@ -287,9 +327,16 @@ def _setup(ctx, inputs, output):
 def _gradient(ctx, do, _):
     q, k, v, o, lse, bias, slopes, cu_q, cu_k = ctx.saved_tensors
     if do is None:
-        return (None,) * 15
+        return (None,) * 16
+    needs_lse(ctx.with_lse)
     dq, dk, dv, db = attention_backward_op(do, q, k, v, o, lse, bias, slopes, cu_q, cu_k, *ctx.scalars)
-    return (dq, dk, dv, None if bias is None else db, *(None,) * 11)
+    return (dq, dk, dv, None if bias is None else db, *(None,) * 12)
+
+
+def needs_lse(with_lse: bool) -> None:
+    """The backward has no probabilities but those that it makes from the log-sum-exp."""
+    if not with_lse:
+        raise RuntimeError("attention without the log-sum-exp has no derivative: ask for it (with_lse)")
 
 
 attention_op.register_autograd(_gradient, setup_context=_setup)
@@ -299,18 +346,34 @@ def attention(
     q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor, max_seqlen_q: int,
     max_seqlen_k: int, scale: float, causal: bool, window: int | None, dropout_p: float,
     bias: Tensor | None = None, alibi_slopes: Tensor | None = None, soft_cap: float | None = None,
+    lse: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `minilm.ops.attention_with_lse`, with dropout."""
+    """As `minilm.ops.attention_with_lse`, with dropout. The log-sum-exp is written if `lse` asks for it or a
+    gradient will, and is empty else."""
     from .attention_short import attention_short_op
 
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    differentiated = (x for x in (q, k, v, bias) if x is not None)
+    lse = lse or (torch.is_grad_enabled() and any(x.requires_grad for x in differentiated))
     plain = dropout_p == 0 and bias is None and alibi_slopes is None and soft_cap is None and scale > 0
     sizes = (q.shape[2], q.element_size(), max_seqlen_q, max_seqlen_k)
     if plain and attention_is_short(*sizes, masked=causal or window is not None):
-        short: tuple[Tensor, Tensor] = attention_short_op(q, k, v, *lengths, scale, causal, window or 0)
+        short: tuple[Tensor, Tensor] = attention_short_op(q, k, v, *lengths, scale, causal, window or 0, lse)
         return short
     seed = int(torch.randint(2**31 - 1, ()).item()) if dropout_p > 0 else 0
     result: tuple[Tensor, Tensor] = attention_op(
-        q, k, v, bias, alibi_slopes, *lengths, scale, causal, window or 0, soft_cap or 0.0, dropout_p, seed
+        q,
+        k,
+        v,
+        bias,
+        alibi_slopes,
+        *lengths,
+        scale,
+        causal,
+        window or 0,
+        soft_cap or 0.0,
+        dropout_p,
+        seed,
+        lse,
     )
     return result

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .attention import LOG2E, dot, kept, key_range, scores
+from .attention import LOG2E, batches, dot, kept, key_range, scores
 from .devices import device_of
 from .heuristics import AttentionBlock, attention_dkdv_block, attention_dq_block
 
@@ -51,7 +51,7 @@ def twin(
 @triton.jit
 def _probabilities_and_ds(
     q, k, v, do, lse, delta, i, j, q_len, k_len, q_start, head,
-    BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
+    BIAS, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
     CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr,
     HAS_BIAS: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
@@ -59,7 +59,7 @@ def _probabilities_and_ds(
     nothing = tl.zeros([q.shape[0], k.shape[0]], tl.float32)
     qk = dot(q, tl.trans(k), nothing)
     s = scores(
-        qk, i, j, q_len, k_len, head, BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window,
+        qk, i, j, q_len, k_len, BIAS, bias_i, bias_j, slope, scale, cap, window,
         CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, True,
     )  # fmt: skip
     base = tl.where(lse == float("-inf"), 0.0, lse * LOG2E)
@@ -97,6 +97,7 @@ def _dq(
     d = tl.arange(0, BLOCK_D)
     real = (i[:, None] < q_len) & (d[None, :] < D)
     rows = q_start.to(tl.int64) + i
+    BIAS += head.to(tl.int64) * bias_h
     q = tl.load(Q + rows[:, None] * q_t + head * q_h + d[None, :], mask=real, other=0.0)
     do = tl.load(DO + (rows[:, None] * H + head) * D + d[None, :], mask=real, other=0.0)
     lse = tl.load(LSE + head * tokens + rows, mask=i < q_len, other=0.0)
@@ -112,7 +113,7 @@ def _dq(
         v = tl.load(V + at[:, None] * v_t + (head // GROUP) * v_h + d[None, :], mask=here, other=0.0)
         _p, ds, qk = _probabilities_and_ds(
             q, k, v, do, lse[:, None], delta[:, None], i[:, None], j[None, :], q_len, k_len, q_start, head,
-            BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
+            BIAS, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
             CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, DROPOUT,
         )  # fmt: skip
         ds = _through_cap(ds, qk, scale, cap, CAP)
@@ -157,6 +158,7 @@ def _dkdv(
             low = max(low, n0 - offset - window + 1)
     low = low // BLOCK_M * BLOCK_M
     for head in range(kv_head * GROUP, kv_head * GROUP + GROUP):
+        BIAS_H = BIAS + tl.cast(head, tl.int64) * bias_h
         slope = tl.load(SLOPES + head) if ALIBI else 0.0
         for m0 in range(low, high, BLOCK_M):
             i = m0 + tl.arange(0, BLOCK_M)
@@ -168,7 +170,7 @@ def _dkdv(
             delta = tl.load(DELTA + head * tokens + rows, mask=i < q_len, other=0.0)
             p, ds, qk = _probabilities_and_ds(
                 q, k, v, do, lse[:, None], delta[:, None], i[:, None], j[None, :], q_len, k_len, q_start,
-                head, BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
+                head, BIAS_H, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
                 CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, DROPOUT,
             )  # fmt: skip
             ds = _through_cap(ds, qk, scale, cap, CAP)
@@ -188,11 +190,12 @@ def _dbias(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
     CAP: tl.constexpr, HAS_BIAS: tl.constexpr, ALIBI: tl.constexpr, DROPOUT: tl.constexpr,
 ):  # fmt: skip
-    head = tl.program_id(2)
+    head = tl.program_id(2).to(tl.int64)
     i = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     j = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)
     slope = tl.load(SLOPES + head) if ALIBI else 0.0
+    BIAS += head * bias_h
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     for sequence in range(sequences):
         q_start = tl.load(CU_Q + sequence)
@@ -211,12 +214,12 @@ def _dbias(
         v = tl.load(V + at[:, None] * v_t + (head // GROUP) * v_h + d[None, :], mask=here, other=0.0)
         _p, ds, _qk = _probabilities_and_ds(
             q, k, v, do, lse[:, None], delta[:, None], i[:, None], j[None, :], q_len, k_len, q_start, head,
-            BIAS, bias_h, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
+            BIAS, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
             CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, DROPOUT,
         )  # fmt: skip
         total += ds
     inside = (i[:, None] < rows_of_bias) & (j[None, :] < columns_of_bias)
-    out = (head.to(tl.int64) * rows_of_bias + i[:, None]) * columns_of_bias + j[None, :]
+    out = (head * rows_of_bias + i[:, None]) * columns_of_bias + j[None, :]
     tl.store(DB + out, total.to(DB.dtype.element_ty), mask=inside)
 
 
@@ -228,7 +231,7 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:  # fmt: skip
     """(dq, dk, dv, dbias) from the gradient `do` [Tq, H, D] of the forward's o. Arguments as there."""
     tokens, heads, head_dim = q.shape
-    kv_heads, sequences = k.shape[1], len(cu_q) - 1
+    kv_heads = k.shape[1]
     do = do.contiguous()
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     db = None if bias is None else torch.empty(bias.shape, dtype=bias.dtype, device=bias.device)
@@ -238,7 +241,7 @@ def launch(
     sizes = (head_dim, q.element_size(), max_q, max_k, device_of(q.device))
     by_queries, by_keys = attention_dq_block(*sizes), attention_dkdv_block(*sizes)
     strides = (q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1))
-    tensors = (cu_q, cu_k, q if bias is None else bias, q if slopes is None else slopes)
+    tensors = (q if bias is None else bias, q if slopes is None else slopes)
     scalars = (
         *strides, *((0, 0, 0) if bias is None else bias.stride()),
         tokens, scale, cap, window, seed, max_k, dropout,
@@ -256,17 +259,19 @@ def launch(
             "num_warps": block.num_warps, "num_stages": block.num_stages,
         }  # fmt: skip
 
-    wrap_triton(_dq)[(triton.cdiv(max_q, by_queries.queries), heads, sequences)](
-        q, k, v, do, lse, delta, dq, *tensors, *scalars, **constants, **tiles(by_queries)
-    )
-    wrap_triton(_dkdv)[(triton.cdiv(max_k, by_keys.keys), kv_heads, sequences)](
-        q, k, v, do, lse, delta, dk, dv, *tensors, *scalars, **constants, **tiles(by_keys)
-    )
+    for part in batches(cu_q, cu_k):
+        sequences = len(part[0]) - 1
+        wrap_triton(_dq)[(triton.cdiv(max_q, by_queries.queries), heads, sequences)](
+            q, k, v, do, lse, delta, dq, *part, *tensors, *scalars, **constants, **tiles(by_queries)
+        )
+        wrap_triton(_dkdv)[(triton.cdiv(max_k, by_keys.keys), kv_heads, sequences)](
+            q, k, v, do, lse, delta, dk, dv, *part, *tensors, *scalars, **constants, **tiles(by_keys)
+        )
     if db is not None:
         rows, columns = db.shape[1:]
         grid = (triton.cdiv(rows, by_queries.queries), triton.cdiv(columns, by_queries.keys), heads)
         wrap_triton(_dbias)[grid](
-            q, k, v, do, lse, delta, db, *tensors, *scalars, sequences, rows, columns, **constants,
-            **tiles(by_queries),
+            q, k, v, do, lse, delta, db, cu_q, cu_k, *tensors, *scalars, len(cu_q) - 1, rows, columns,
+            **constants, **tiles(by_queries),
         )  # fmt: skip
     return dq, dk, dv, db

@@ -3,7 +3,7 @@
     s = q k^T                               [BLOCK_M, BLOCK_N], -inf where a query does not see a key
     m = max_j s_j                           one maximum a row, and no rescaling: there is no second block
     p = 2^(c s - c m),  c = log2(e) scale   one multiply-add and one exponential a score
-    o = p v / sum_j p_j,  lse = scale m + ln sum_j p_j
+    o = p v / sum_j p_j,  lse = scale m + ln sum_j p_j (on request)
 
 With one block of keys the loop over blocks is gone, and the loop over heads takes its place: a program owns
 BLOCK_M queries of HEADS neighbouring heads of one sequence, and the loads of the next head are in flight
@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .attention import LN2, LOG2E, attention_backward_op, dot, empty_outputs
+from .attention import LN2, LOG2E, attention_backward_op, batches, dot, empty_outputs, laid_out, needs_lse
 from .devices import device_of
 from .heuristics import attention_short_block
 from .registration import kernel_op
@@ -49,6 +49,7 @@ def _forward(
     Q, K, V, O, LSE, CU_Q, CU_K, q_t, q_h, k_t, k_h, v_t, v_h, tokens, scale, window,
     H: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr, HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
+    WITH_LSE: tl.constexpr,
 ):  # fmt: skip
     sequence = tl.program_id(2)
     q_start = tl.load(CU_Q + sequence)
@@ -90,44 +91,46 @@ def _forward(
         l = tl.sum(p, axis=1)
         o = dot(p.to(v.dtype), v, tl.zeros([BLOCK_M, D], tl.float32))
         o = o / tl.where(l == 0.0, 1.0, l)[:, None]
-        lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(l)) * LN2)
         tl.store(O + head * D, o.to(O.dtype.element_ty), mask=i[:, None] < q_len)
-        tl.store(LSE + head * tokens + rows, lse, mask=i < q_len)
+        if WITH_LSE:
+            lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(l)) * LN2)
+            tl.store(LSE + head * tokens + rows, lse, mask=i < q_len)
 
 
 @kernel_op("minilm_triton::attention_short", mutates_args={})
 def attention_short_op(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float,
-    causal: bool, window: int,
+    causal: bool, window: int, with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(o [Tq, H, D], lse float32 [H, Tq]); arguments as in `attention_op`, where
+    """(o [Tq, H, D], lse float32 [H, Tq] or empty); arguments as in `attention_op`, where
     `heuristics.attention_is_short`."""
-    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
+    q, k, v = laid_out(q, max_q), laid_out(k, max_k), laid_out(v, max_k)
     tokens, heads, head_dim = q.shape
-    o, lse = empty_outputs(q)
+    o, lse = empty_outputs(q, with_lse)
     if tokens == 0:
         return o, lse
     sequences = len(cu_q) - 1
     sizes = (head_dim, q.element_size(), heads, sequences, max_q, max_k)
     block = attention_short_block(*sizes, device_of(q.device))
-    grid = (triton.cdiv(max_q, block.queries), heads // block.heads, sequences)
-    wrap_triton(_forward)[grid](
-        q, k, v, o, lse, cu_q, cu_k,
-        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), tokens, scale, window,
-        H=heads, GROUP=heads // k.shape[1], D=head_dim, HEADS=block.heads,
-        BLOCK_M=block.queries, BLOCK_N=block.keys, CAUSAL=causal, WINDOW=window > 0,
-        num_warps=block.num_warps, num_stages=block.num_stages,
-    )  # fmt: skip
+    for part_q, part_k in batches(cu_q, cu_k):
+        grid = (triton.cdiv(max_q, block.queries), heads // block.heads, len(part_q) - 1)
+        wrap_triton(_forward)[grid](
+            q, k, v, o, lse, part_q, part_k,
+            q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1), tokens, scale,
+            window, H=heads, GROUP=heads // k.shape[1], D=head_dim, HEADS=block.heads,
+            BLOCK_M=block.queries, BLOCK_N=block.keys, CAUSAL=causal, WINDOW=window > 0, WITH_LSE=with_lse,
+            num_warps=block.num_warps, num_stages=block.num_stages,
+        )  # fmt: skip
     return o, lse
 
 
 @attention_short_op.register_fake
-def _(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, window):
-    return empty_outputs(q)
+def _(q, k, v, cu_q, cu_k, max_q, max_k, scale, causal, window, with_lse):
+    return empty_outputs(q, with_lse)
 
 
 def _setup(ctx, inputs, output):
-    q, k, v, cu_q, cu_k, *ctx.scalars = inputs
+    q, k, v, cu_q, cu_k, *ctx.scalars, ctx.with_lse = inputs
     ctx.save_for_backward(q, k, v, *output, cu_q, cu_k)
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
@@ -135,12 +138,13 @@ def _setup(ctx, inputs, output):
 
 def _gradient(ctx, do, _):
     if do is None:
-        return (None,) * 10
+        return (None,) * 11
+    needs_lse(ctx.with_lse)
     q, k, v, o, lse, cu_q, cu_k = ctx.saved_tensors
     dq, dk, dv, _ = attention_backward_op(
         do, q, k, v, o, lse, None, None, cu_q, cu_k, *ctx.scalars, 0.0, 0.0, 0
     )
-    return (dq, dk, dv, *(None,) * 7)
+    return (dq, dk, dv, *(None,) * 8)
 
 
 attention_short_op.register_autograd(_gradient, setup_context=_setup)

@@ -146,33 +146,37 @@ def _norm(name: str, channels: int, dtype: torch.dtype, *, add: bool = True, rms
 def _attention(
     name: str, length: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, *,
     causal: bool = False, window: int = 0, cap: float = 0.0, bias: bool = False, alibi: bool = False,
-    dropout: float = 0.0,
+    dropout: float = 0.0, lse: bool = True,
     **expected: Expected,
 ) -> Case:  # fmt: skip
-    """Two sequences of `length`, q, k and v side by side as one product leaves them; forward and backward."""
+    """Two sequences of `length`, q, k and v side by side as one product leaves them; forward and backward, or
+    without the log-sum-exp the forward alone."""
 
     def call() -> None:
-        packed = torch.empty(2 * length, heads + 2 * kv_heads, head_dim, dtype=dtype, requires_grad=True)
+        packed = torch.empty(2 * length, heads + 2 * kv_heads, head_dim, dtype=dtype, requires_grad=lse)
         q, k, v = torch.split(packed, [heads, kv_heads, kv_heads], dim=1)
         cu = _cumulative(length, length)
         b = torch.empty(heads, length, length, dtype=dtype, requires_grad=True) if bias else None
         slopes = torch.empty(heads) if alibi else None
         o, _ = attention.attention_op(
-            q, k, v, b, slopes, cu, cu, length, length, head_dim**-0.5, causal, window, cap, dropout, 1
+            q, k, v, b, slopes, cu, cu, length, length, head_dim**-0.5, causal, window, cap, dropout, 1, lse
         )
-        o.backward(o)
+        if lse:
+            o.backward(o)
 
     dots = Expected("full" if dtype != FP32 else "")
     options = {"causal": causal, f"window {window}": window, "soft-cap": cap, "ALiBi": alibi}
-    options |= {"bias": bias, "dropout": dropout}
+    options |= {"bias": bias, "dropout": dropout, "inference": not lse}
     title = ", ".join([name, f"D={head_dim}", f"S={length}", *(n for n, on in options.items() if on)])
-    functions = {"_forward": dots, "_dq": dots, "_dkdv": dots} | ({"_dbias": dots} if bias else {})
+    functions = {"_forward": dots}
+    if lse:
+        functions |= {"_dq": dots, "_dkdv": dots} | ({"_dbias": dots} if bias else {})
     return Case("attention", f"{title}, {_short(dtype)}", call, functions | expected)
 
 
 def _attention_short(
     name: str, length: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, *,
-    sequences: int = 64, causal: bool = False, window: int = 0,
+    sequences: int = 64, causal: bool = False, window: int = 0, lse: bool = False,
 ) -> Case:  # fmt: skip
     """The forward of sequences of `length`, from q, k and v side by side."""
 
@@ -180,9 +184,11 @@ def _attention_short(
         packed = torch.empty(sequences * length, heads + 2 * kv_heads, head_dim, dtype=dtype)
         q, k, v = packed.split_with_sizes([heads, kv_heads, kv_heads], dim=1)
         cu = _cumulative(*[length] * sequences)
-        attention_short.attention_short_op(q, k, v, cu, cu, length, length, head_dim**-0.5, causal, window)
+        scale = head_dim**-0.5
+        attention_short.attention_short_op(q, k, v, cu, cu, length, length, scale, causal, window, lse)
 
-    kind = [n for n, on in {"causal": causal, f"window {window}": window}.items() if on]
+    options = {"causal": causal, f"window {window}": window, "training": lse}
+    kind = [n for n, on in options.items() if on]
     title = ", ".join([name, f"D={head_dim}", f"{sequences} x S={length}", *kind])
     expected = {"_forward": Expected("full" if dtype != FP32 else "")}
     return Case("attention_short", f"{title}, {_short(dtype)}", call, expected)
@@ -304,23 +310,31 @@ CASES = (
     _attention_short("MiniLM", 64, 12, 12, 32, FP16),
     _attention_short("MiniLM", 128, 12, 12, 32, BF16),
     _attention_short("MiniLM", 256, 12, 12, 32, BF16),
+    _attention_short("MiniLM", 256, 12, 12, 32, BF16, lse=True),
     _attention_short("MiniLM", 256, 12, 12, 32, FP16, sequences=1),
     _attention_short("MiniLM", 64, 12, 12, 32, FP32),
     _attention_short("BERT-base", 128, 12, 12, 64, BF16),
+    _attention_short("BERT-base", 128, 12, 12, 64, BF16, lse=True),
     _attention_short("SmolLM2", 128, 9, 3, 64, BF16, causal=True),
+    _attention_short("SmolLM2", 128, 9, 3, 64, BF16, causal=True, lse=True),
     _attention_short("ModernBERT", 128, 12, 12, 64, BF16, window=65),
     _attention_short("tiny", 128, 8, 8, 16, FP16, causal=True, window=33),
     _attention("MiniLM", 128, 12, 12, 32, BF16),
     _attention("MiniLM", 512, 12, 12, 32, FP16),
+    _attention("MiniLM", 512, 12, 12, 32, FP16, lse=False),
     _attention("MiniLM", 512, 12, 12, 32, FP32),
     _attention("BERT-base", 512, 12, 12, 64, BF16, dropout=0.1),
     _attention("GPT-2", 1024, 12, 12, 64, FP16, causal=True),
     _attention("SmolLM2", 2048, 9, 3, 64, BF16, causal=True),
+    _attention("SmolLM2", 2048, 9, 3, 64, BF16, causal=True, lse=False),
     _attention("SmolLM2", 2048, 9, 3, 64, FP32, causal=True),
     _attention("Llama-8B", 4096, 32, 8, 128, BF16, causal=True),
+    _attention("Llama-8B", 4096, 32, 8, 128, BF16, causal=True, lse=False),
     _attention("Llama-8B", 4096, 32, 8, 128, FP32, causal=True),
     _attention("Mistral", 4096, 32, 8, 128, BF16, causal=True, window=1024),
+    _attention("Mistral", 4096, 32, 8, 128, BF16, causal=True, window=1024, lse=False),
     _attention("T5", 512, 12, 12, 64, BF16, bias=True),
+    _attention("T5", 512, 12, 12, 64, BF16, bias=True, lse=False),
     _attention("T5-3B", 512, 32, 32, 128, BF16, bias=True, _dkdv=Expected("full", spills=BIASED)),
     _attention("MPT", 2048, 32, 32, 128, BF16, causal=True, alibi=True),
     _attention("Gemma-2", 2048, 8, 4, 256, BF16, causal=True, cap=50.0, _dkdv=Expected("small")),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .attention_maps import attention_probs as attention_probs
     from .auto import AutoConfig as AutoConfig
     from .cache import KVCache as KVCache
     from .config import ConfigError as ConfigError
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from .weights import WeightError as WeightError
 
 _HOME = {
+    "attention_maps": ("attention_probs",),
     "auto": ("AutoConfig",),
     "cache": ("KVCache",),
     "cross_encoder": ("CrossEncoder",),

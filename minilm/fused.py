@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from .models import Transformer
 
 ALIGNMENT = 64
+HEADER = 14
+"""Numbers of the layout before those of the blocks; the last two are the places of the final norm."""
 
 
 class BlocksTraits(NamedTuple):
@@ -81,7 +83,7 @@ def run_blocks(body: Transformer, x: Tensor, run: Pass, hidden_states: list[Tens
     y: Tensor = torch.ops.minilm.transformer(
         x.float().contiguous(),
         plan.arena,
-        plan.layout,
+        plan.layout if run.stop is None else _first(plan.layout, run.stop, len(body.layers)),
         run.packed.cu_seqlens,
         cos,
         sin,
@@ -89,6 +91,13 @@ def run_blocks(body: Transformer, x: Tensor, run: Pass, hidden_states: list[Tens
         step is None or step.fresh,
     )
     return y.to(x.dtype)
+
+
+def _first(layout: Tensor, blocks: int, of: int) -> Tensor:
+    """The layout of the first blocks, without a final norm."""
+    part = layout[: HEADER + (len(layout) - HEADER) // of * blocks].clone()
+    part[0], part[HEADER - 2 : HEADER] = blocks, -1
+    return part
 
 
 class _Plan:

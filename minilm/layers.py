@@ -31,6 +31,8 @@ class Pass:
     step: CacheStep | None = None
     unchanged: bool = False
     """The weights are those of the pass before: what was made of them then need not be looked at again."""
+    stop: int | None = None
+    """Only so many blocks are run, and no final norm; None: all."""
     attentions: list[Tensor] | None = None
     """Filled with one [B, H, S, context] a layer when the caller wants to see the attention maps."""
 
@@ -130,14 +132,20 @@ class Attention(nn.Module):
         self.q_norm = Norm(config, config.head_dim) if config.qk_norm else None
         self.k_norm = Norm(config, config.head_dim) if config.qk_norm else None
 
-    def forward(self, x: Tensor, run: Pass) -> Tensor:
-        """x [T, C] -> [T, C]."""
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q [T, H, D] and k, v [T, Hkv, D] of x [T, C], before the rotary embedding."""
         c = self.config
         heads = c.num_heads + 2 * c.num_kv_heads
         qkv: Tensor = self.qkv(x).view(len(x), heads, c.head_dim)  # [T, H + 2 Hkv, D]
         q, k, v = torch.split(qkv, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm.norm(q), self.k_norm.norm(k)
+        return q, k, v
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        """x [T, C] -> [T, C]."""
+        c = self.config
+        q, k, v = self.heads(x)
         q, k = self._rope_and_append(q, k, v, run)
         if run.attentions is not None:
             run.attentions.append(self._maps(q, k, run))

@@ -69,13 +69,16 @@ def run_modules(body: Transformer, x: Tensor, run: Pass, hidden_states: list[Ten
     """All blocks, module by module, and the final norm: embedded tokens [T, C] -> hidden states [T, C].
 
     What the blocks are, and the way of every backend but the native one, which has all of them in one call
-    (`minilm.fused`). Each op in it is chosen for itself.
+    (`minilm.fused`). Each op in it is chosen for itself. With `run.stop`, the residual stream before that
+    block.
     """
     delta: Tensor | None = None
-    for block in body.layers:
+    for block in body.layers if run.stop is None else body.layers[: run.stop]:
         if hidden_states is not None:
             hidden_states.append(x if delta is None else x + delta)
         x, delta = block(x, delta, run)
+    if run.stop is not None:
+        return x if delta is None else x + delta
     if body.norm is not None:
         x, _ = body.norm(x, delta)
     if hidden_states is not None:
@@ -102,6 +105,8 @@ class BodyResult:
     """Padded, [B, S, C] each."""
     attentions: tuple[Tensor, ...] | None
     """[B, H, S, context] each."""
+    rope: tuple[Tensor, Tensor] | None = None
+    """cos and sin of the packed tokens, [T, D/2]."""
 
 
 class PreTrainedModel(nn.Module):
@@ -180,12 +185,13 @@ class PreTrainedModel(nn.Module):
         use_cache: bool = False,
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
+        stop: int | None = None,
     ) -> BodyResult:
         """Pack a padded batch, run the body, and keep the result packed for the head.
 
         input_ids int64 [B, S] or inputs_embeds [B, S, C]; attention_mask [B, S], or [B, past + S] with a
-        cache; the other ids [B, S] (position_ids also [1, S]). Raises ValueError for shapes or ids that do
-        not fit.
+        cache; the other ids [B, S] (position_ids also [1, S]). `stop`: the hidden states are the residual
+        stream before this layer. Raises ValueError for shapes or ids that do not fit.
         """
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
@@ -198,7 +204,7 @@ class PreTrainedModel(nn.Module):
         packed = pack(batch, columns, attention_mask, given.device)
         positions = self._positions(packed, input_ids, position_ids, cache)
         types = None if token_type_ids is None else self._types(packed, token_type_ids)
-        run = Pass(packed, None, cache)
+        run = Pass(packed, None, cache, stop=stop)
         if cache is not None:
             run.rows = cache.rows
             run.step = cache.extend(run.rows, packed.lengths)
@@ -217,6 +223,7 @@ class PreTrainedModel(nn.Module):
             cache,
             None if hidden_states is None else tuple(packed.pad(h) for h in hidden_states),
             None if run.attentions is None else tuple(run.attentions),
+            run.rope,
         )
 
     def run_packed(

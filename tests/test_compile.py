@@ -81,7 +81,8 @@ def test_opcheck(name: str, window: int | None) -> None:
     arguments = (q, k, v, ends(case.queries), ends(case.keys), 3, 4, 0.7, True, window)
     for bias in (None, torch.randn(4, 3, 4, dtype=torch.float64, requires_grad=True)):
         options = (bias, *((None, None) if name == "torch" else (torch.rand(4), 2.0)))
-        torch.library.opcheck(torch.ops.minilm.eager_attention.default, (*arguments, *options, name))
+        lse = name == "reference" and bias is not None
+        torch.library.opcheck(torch.ops.minilm.eager_attention.default, (*arguments, *options, lse, name))
 
 
 @pytest.mark.parametrize("causal", [True, False])

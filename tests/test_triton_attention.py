@@ -101,7 +101,7 @@ def test_forward_and_backward_err_no_more_than_twice_eager(problem: dict) -> Non
         bias = leaves[3] if problem["bias"] else None
         if ours:
             lengths = (cumulative(q_lens), cumulative(k_lens), max(q_lens), max(k_lens))
-            out, _ = attention_op(*leaves[:3], bias, slopes, *lengths, scale, *options, 0.0, 0)
+            out, _ = attention_op(*leaves[:3], bias, slopes, *lengths, scale, *options, 0.0, 0, True)
         else:
             s = None if slopes is None else slopes.to(dtype)
             out = formula(*leaves[:3], bias, s, q_lens, k_lens, scale, *options)
@@ -122,7 +122,7 @@ def test_forward_and_backward_err_no_more_than_twice_eager(problem: dict) -> Non
 def test_the_numpy_twin_says_the_same(causal: bool) -> None:
     q, k, v = (torch.randn(n, 1, 16) for n in (37, 50, 50))
     lengths = (cumulative([37]), cumulative([50]), 37, 50)
-    ours, _ = attention_op(q, k, v, None, None, *lengths, 0.25, causal, 0, 0.0, 0.0, 0)
+    ours, _ = attention_op(q, k, v, None, None, *lengths, 0.25, causal, 0, 0.0, 0.0, 0, True)
     theirs = twin(*(t[:, 0].double().numpy() for t in (q, k, v)), 0.25, causal, 16)
     np.testing.assert_allclose(ours[:, 0].numpy(), theirs, atol=2e-6)
 
@@ -133,7 +133,7 @@ def test_the_numpy_twin_of_the_backward_says_the_same(causal: bool) -> None:
     bias = torch.randn(1, 37, 50)
     leaves = [x.requires_grad_() for x in (q, k, v, bias)]
     lengths = (cumulative([37]), cumulative([50]), 37, 50)
-    o, lse = attention_op(*leaves, None, *lengths, 0.25, causal, 0, 0.0, 0.0, 0)
+    o, lse = attention_op(*leaves, None, *lengths, 0.25, causal, 0, 0.0, 0.0, 0, True)
     o.backward(upstream)
     arrays = [x.detach()[:, 0].double().numpy() for x in (q, k, v, upstream, o)]
     exact = backward_twin(
@@ -182,7 +182,7 @@ def test_dropout_drops_the_share_asked_for_and_its_gradient_uses_the_same_mask()
     lengths = (cumulative([n]), cumulative([n]), n, n)
 
     def run(values: Tensor, seed: int) -> Tensor:
-        return attention_op(q, k, values, None, None, *lengths, 1.0, False, 0, 0.0, p, seed)[0]
+        return attention_op(q, k, values, None, None, *lengths, 1.0, False, 0, 0.0, p, seed, True)[0]
 
     mask = run(torch.eye(n)[:, None, :16].contiguous(), 5)[:, 0] * n  # what query i takes of key j < 16
     dropped = (mask == 0).float().mean().item()
@@ -200,7 +200,7 @@ def test_a_sequence_does_not_depend_on_its_batch() -> None:
 
     def run(tensors: list[Tensor], lengths: list[int]) -> Tensor:
         cu = cumulative(lengths)
-        return attention_op(*tensors, None, None, cu, cu, 30, 30, 0.2, True, 0, 0.0, 0.0, 0)[0]
+        return attention_op(*tensors, None, None, cu, cu, 30, 30, 0.2, True, 0, 0.0, 0.0, 0, False)[0]
 
     assert torch.equal(run([q, k, v], [20, 30])[20:], run([q[20:], k[20:], v[20:]], [30]))
 
@@ -210,4 +210,4 @@ def test_opcheck(with_bias: bool) -> None:
     q, k, v = (torch.randn(9, h, 16, requires_grad=True) for h in (2, 1, 1))
     bias = torch.randn(2, 6, 6, requires_grad=True) if with_bias else None
     cu = cumulative([3, 6])
-    torch.library.opcheck(attention_op, (q, k, v, bias, None, cu, cu, 6, 6, 0.25, True, 0, 0.0, 0.0, 0))
+    torch.library.opcheck(attention_op, (q, k, v, bias, None, cu, cu, 6, 6, 0.25, True, 0, 0.0, 0.0, 0, True))

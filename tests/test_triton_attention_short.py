@@ -57,7 +57,7 @@ def test_forward_and_backward_err_no_more_than_twice_eager(problem: dict) -> Non
         leaf = fused.to(dtype, copy=True).requires_grad_()
         q, k, v = leaf.split([heads, kv_heads, kv_heads], dim=1)
         if ours:
-            out, _ = attention_short_op(q[: sum(q_lens)], k, v, *lengths, scale, *kind)
+            out, _ = attention_short_op(q[: sum(q_lens)], k, v, *lengths, scale, *kind, True)
         else:
             out = formula(q[: sum(q_lens)], k, v, None, None, q_lens, k_lens, scale, *kind, 0.0)
         out.backward(upstream.to(dtype))
@@ -76,7 +76,7 @@ def test_forward_and_backward_err_no_more_than_twice_eager(problem: dict) -> Non
 def test_the_numpy_twin_says_the_same(causal: bool) -> None:
     q, k, v = (torch.randn(n, h, 32) for n, h in ((37, 4), (50, 2), (50, 2)))
     lengths = (cumulative([37]), cumulative([50]), 37, 50)
-    ours, _ = attention_short_op(q, k, v, *lengths, 0.25, causal, 0)
+    ours, _ = attention_short_op(q, k, v, *lengths, 0.25, causal, 0, False)
     theirs = twin(*(t.double().numpy() for t in (q, k, v)), 0.25, causal)
     np.testing.assert_allclose(ours.numpy(), theirs, atol=2e-6)
 
@@ -85,8 +85,8 @@ def test_the_numpy_twin_says_the_same(causal: bool) -> None:
 def test_the_same_as_the_kernel_for_any_length(window: int) -> None:
     q, k, v = (torch.randn(90, h, 32) for h in (4, 2, 2))
     lengths = (cumulative([40, 0, 50]), cumulative([40, 0, 50]), 50, 50)
-    short = attention_short_op(q, k, v, *lengths, 0.25, True, window)
-    other = attention_op(q, k, v, None, None, *lengths, 0.25, True, window, 0.0, 0.0, 0)
+    short = attention_short_op(q, k, v, *lengths, 0.25, True, window, True)
+    other = attention_op(q, k, v, None, None, *lengths, 0.25, True, window, 0.0, 0.0, 0, True)
     for a, b in zip(short, other, strict=True):
         torch.testing.assert_close(a, b, atol=3e-6, rtol=1e-5)
 
@@ -96,7 +96,9 @@ def test_values_of_other_sequences_do_not_reach_across() -> None:
     q, k, v = (torch.randn(24, 2, 32) for _ in range(3))
     for x in (k, v):
         x[10:] = float("nan")
-    out, lse = attention_short_op(q, k, v, cumulative([10, 14]), cumulative([10, 14]), 14, 14, 0.2, False, 0)
+    out, lse = attention_short_op(
+        q, k, v, cumulative([10, 14]), cumulative([10, 14]), 14, 14, 0.2, False, 0, True
+    )
     assert out[:10].isfinite().all()
     assert lse[:, :10].isfinite().all()
 
@@ -155,4 +157,4 @@ def test_heuristics() -> None:
 def test_opcheck() -> None:
     q, k, v = (torch.randn(9, h, 16, requires_grad=True) for h in (2, 1, 1))
     cu = cumulative([3, 6])
-    torch.library.opcheck(attention_short_op, (q, k, v, cu, cu, 6, 6, 0.25, True, 0))
+    torch.library.opcheck(attention_short_op, (q, k, v, cu, cu, 6, 6, 0.25, True, 0, True))

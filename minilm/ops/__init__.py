@@ -48,6 +48,7 @@ __all__ = [
     "rms_norm",
     "rope",
     "rope_append",
+    "writes_lse",
 ]
 
 
@@ -238,7 +239,19 @@ def attention_with_lse(
     """`attention`, and the log-sum-exp of the scores of each query, float32 [H, Tq] (not differentiable)."""
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = _score_options(q, max_seqlen_q, max_seqlen_k, bias, alibi_slopes, soft_cap)
-    return _attention(q, k, v, *lengths, scale, causal, window, 0.0, options, lse=True)
+    out, lse = _attention(q, k, v, *lengths, scale, causal, window, 0.0, options, lse=True)
+    assert lse is not None
+    return out, lse
+
+
+def writes_lse(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None = None) -> bool:
+    """Whether a kernel would run `attention_with_lse` of these: the reference, which can, holds whole
+    maps."""
+    traits = _attention_traits(q, k, v, causal, window, 0.0, {}, lse=True)
+    try:
+        return dispatch.decide("attention", traits).chosen.backend != "reference"
+    except BackendError:
+        return False
 
 
 def _score_options(
@@ -271,7 +284,7 @@ def _attention(
     options: dict[str, Any],
     *,
     lse: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     checks.heads("attention", q, k, v)
     checks.window("attention", window)
     q_ends = checks.lengths("attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
@@ -282,7 +295,27 @@ def _attention(
         )
     if q_ends and k_ends and (causal or window is not None):
         checks.queries_stand_at_keys("attention", q_ends, k_ends)
-    traits = AttentionTraits(
+    traits = _attention_traits(q, k, v, causal, window, dropout_p, options, lse=lse)
+    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    wanted = {"lse": True} if lse else {}
+    result: tuple[Tensor, Tensor | None] = select("attention", traits)(
+        q, k, v, *lengths, scale, causal, window, dropout_p, **options, **wanted
+    )
+    return result
+
+
+def _attention_traits(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    causal: bool,
+    window: int | None,
+    dropout_p: float,
+    options: dict[str, Any],
+    *,
+    lse: bool,
+) -> AttentionTraits:
+    return AttentionTraits(
         q.device.type,
         q.dtype,
         q.shape[2],
@@ -296,11 +329,6 @@ def _attention(
         "alibi_slopes" in options,
         "soft_cap" in options,
     )
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
-    result: tuple[Tensor, Tensor] = select("attention", traits)(
-        q, k, v, *lengths, scale, causal, window, dropout_p, **options
-    )
-    return result
 
 
 def attention_probs(

@@ -33,7 +33,8 @@ def compilable(name: str, attention: Attention) -> Attention:
     def call(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:
         *problem, dropout_p = arguments
         if torch.compiler.is_compiling() and dropout_p == 0:
-            out, lse = torch.ops.minilm.eager_attention(*problem, *map(options.get, _OPTIONS), name)
+            given = (*map(options.get, _OPTIONS), options.get("lse", False))
+            out, lse = torch.ops.minilm.eager_attention(*problem, *given, name)
             return out, lse
         return attention(*arguments, **options)
 
@@ -44,21 +45,21 @@ def compilable(name: str, attention: Attention) -> Attention:
     "minilm::eager_attention",
     mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, {_LENGTHS}, SymInt max_seqlen_q, SymInt max_seqlen_k, {_KIND}, "
-    "str name) -> (Tensor, Tensor)",
+    "bool lse, str name) -> (Tensor, Tensor)",
 )
 def _attention(*arguments: Any) -> tuple[Tensor, Tensor]:
-    *problem, bias, alibi_slopes, soft_cap, name = arguments
+    *problem, bias, alibi_slopes, soft_cap, wanted, name = arguments
     options = dict(zip(_OPTIONS, (bias, alibi_slopes, soft_cap), strict=True))
     given = {option: value for option, value in options.items() if value is not None}
-    out, lse = _implementations[name](*problem, 0.0, **given)
+    out, lse = _implementations[name](*problem, 0.0, **given, **({"lse": True} if wanted else {}))
     return out.clone(), out.new_empty(0) if lse is None else lse  # results may not share memory with q
 
 
 @_attention.register_fake
 def _(*arguments: Any) -> tuple[Tensor, Tensor]:
-    q, name = arguments[0], arguments[-1]
+    q, wanted = arguments[0], arguments[-2]
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    lse = q.new_empty(0) if name == "torch" else q.new_empty((q.shape[1], q.shape[0]), dtype=wide)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=wide) if wanted else q.new_empty(0)
     return q.new_empty(q.shape), lse
 
 
@@ -81,7 +82,7 @@ def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, *problem: Any) -> tuple[Ten
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    *_, scale, causal, window, bias, alibi_slopes, soft_cap, _name = inputs
+    *_, scale, causal, window, bias, alibi_slopes, soft_cap, _wanted, _name = inputs
     ctx.save_for_backward(*inputs[:5], bias, alibi_slopes)
     ctx.kind = scale, causal, window, soft_cap
     ctx.mark_non_differentiable(output[1])
@@ -90,13 +91,13 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> 
 
 def _backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 14
+        return (None,) * 15
     *tensors, bias, alibi_slopes = ctx.saved_tensors
     scale, causal, window, soft_cap = ctx.kind
     dq, dk, dv, dbias = torch.ops.minilm.eager_attention_backward(
         grad, *tensors, scale, causal, window, bias, alibi_slopes, soft_cap
     )
-    return dq, dk, dv, *(None,) * 7, None if bias is None else dbias, *(None,) * 3
+    return dq, dk, dv, *(None,) * 7, None if bias is None else dbias, *(None,) * 4
 
 
 _attention.register_autograd(_backward, setup_context=_setup)

@@ -150,8 +150,10 @@ def attention(
     causal: bool,
     window: int | None,
     dropout_p: float,
+    *,
+    lse: bool = False,
     **options: Any,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     outputs, lses = [q.new_empty(0, *q.shape[1:])], [q.new_empty(q.shape[1], 0, dtype=_wide(q[:0]).dtype)]
     q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for q0, q1, k0, k1 in zip(q_ends, q_ends[1:], k_ends, k_ends[1:], strict=False):
@@ -161,8 +163,9 @@ def attention(
         values = v[k0:k1].transpose(0, 1).repeat_interleave(q.shape[1] // v.shape[1], dim=0)  # [H, Sk, D]
         out = F.dropout(s.softmax(-1), dropout_p, training=dropout_p > 0).to(v.dtype) @ values
         outputs.append(out.transpose(0, 1))  # [Sq, H, D]
-        lses.append(s.logsumexp(-1))
-    return torch.cat(outputs), torch.cat(lses, dim=1)
+        if lse:
+            lses.append(s.logsumexp(-1))
+    return torch.cat(outputs), torch.cat(lses, dim=1) if lse else None
 
 
 def attention_probs(

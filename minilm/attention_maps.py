@@ -1,0 +1,107 @@
+"""Attention maps out of the fast path: which token looks at which, for the heads and tokens that are asked
+about.
+
+`output_attentions=True` makes every map of every layer, B H S^2 numbers each. Here the model runs as it
+always does (the fused blocks, Triton, whatever is chosen) up to the layer in question, of which q and k are
+made and the rows in question alone: memory grows with their number, not with S^2. Where the attention in
+force writes its log-sum-exp (Triton), the rows are those that it summed with, exp(score - lse).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .layers import Attention, Block
+from .packing import Packed
+
+if TYPE_CHECKING:
+    from .models import PreTrainedModel
+
+Places: TypeAlias = int | Sequence[int] | slice
+
+
+@torch.no_grad()
+def attention_probs(
+    model: PreTrainedModel,
+    input_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    token_type_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    *,
+    layer: int,
+    head: Places = slice(None),
+    rows: Places = slice(None),
+) -> list[Tensor]:
+    """The attention probabilities of a layer, one tensor [heads, rows, S] for each sequence of the batch, in
+    the model's dtype; S counts the sequence's own tokens, padding is left out.
+
+    The model is called with the same batch as ever (no cache). `head` and `rows`, the querying tokens by
+    their places in their own sequence, are numbers, lists of numbers or slices; a single number drops its
+    axis, and negative numbers count from the end. Raises IndexError for what is out of range. Not
+    differentiable.
+
+    >>> batch = tokenizer(["The cat sat on the mat"], return_tensors="pt")        # doctest: +SKIP
+    >>> (seen,) = minilm.attention_probs(model, **batch, layer=2, head=5, rows=-1)  # by the last token, [S]
+    >>> (maps,) = minilm.attention_probs(model, **batch, layer=-1)                # a whole layer, [H, S, S]
+    """
+    layers = model.body.layers
+    stop = _place("layer", layer, len(layers), "the model", "layers")
+    block = layers[stop]
+    assert isinstance(block, Block)
+    heads = _places("head", head, model.spec.num_heads, "each layer", "heads")
+    result = model.run(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, stop=stop)
+    packed = result.packed
+    queries = [
+        _places("rows", rows, length, f"sequence {row}", "tokens")
+        for row, length in enumerate(packed.lengths)
+    ]
+    x = block.attention_norm.norm(result.hidden) if block.pre_norm else result.hidden
+    q, k, v = block.attention.heads(x)
+    if result.rope is not None:
+        q, k = ops.rope(q, k, *result.rope)
+    maps = _maps(block.attention, q, k, v, packed, heads, queries)
+    found = [p[:, 0] if isinstance(rows, int) else p for p in maps]
+    return [p[0] if isinstance(head, int) else p for p in found]
+
+
+def _maps(
+    attention: Attention, q: Tensor, k: Tensor, v: Tensor, packed: Packed, heads: list[int],
+    queries: list[list[int]],
+) -> list[Tensor]:  # fmt: skip
+    """The chosen rows of each sequence's maps, [heads, rows, S]."""
+    seen: dict[str, Any] = {"causal": attention.config.causal, "window": attention.window}
+    kind = {"scale": attention.scale, **seen}
+    lengths = (packed.cu_seqlens, packed.cu_seqlens, packed.max_seqlen, packed.max_seqlen)
+    lse = None
+    if ops.writes_lse(q, k, v, **seen):
+        lse = ops.attention_with_lse(q, k, v, *lengths, **kind)[1]
+    maps, start = [], 0
+    for length, rows in zip(packed.lengths, queries, strict=True):
+        part = slice(start, start + length)
+        ends = torch.tensor([0, length], dtype=torch.int32, device=q.device)
+        own = None if lse is None else lse[:, part]
+        maps += ops.attention_probs(q[part], k[part], ends, ends, **kind, heads=heads, queries=rows, lse=own)
+        start += length
+    return maps
+
+
+def _place(what: str, place: int, count: int, whose: str, things: str) -> int:
+    if not -count <= place < count:
+        raise IndexError(
+            f"attention_probs: {what} {place} is out of range: {whose} has {count} {things}, counted from 0 "
+            "or, from the end, from -1"
+        )
+    return place % count
+
+
+def _places(what: str, places: Places, count: int, whose: str, things: str) -> list[int]:
+    if isinstance(places, slice):
+        return list(range(count))[places]
+    numbers = [places] if isinstance(places, int) else places
+    return [_place(what, int(place), count, whose, things) for place in numbers]
