@@ -74,7 +74,8 @@ def test_wheel_with_the_extension(source: Path) -> None:
             f"{package}/{file.relative_to(source / folder)}" for file in (source / folder).rglob("*.py")
         }
         assert expected <= names
-    assert {"minilm/_C.abi3.so", "minilm/py.typed", "minilm/kernels/tuned.json"} <= names
+    data = {"py.typed", "kernels/tuned.json", "benchmarks/limits.cpp", "benchmarks/page.css"}
+    assert {"minilm/_C.abi3.so", *(f"minilm/{name}" for name in data)} <= names
     assert any(name.endswith("/LICENSE") for name in names)
     assert {name.split("/")[0] for name in names} == {"minilm", f"minilm-{__version__}.dist-info"}
     assert not [name for name in names if name.endswith((".h", ".pyc")) or "csrc" in name]
