@@ -74,11 +74,24 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield chunk
 
 
+class _NoBar:
+    def __enter__(self) -> _NoBar:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def update(self) -> None:
+        """One batch is done."""
+
+
 def progress_bar(total: int, shown: bool) -> Any:
-    """A bar over batches, as a context manager with `update()`."""
+    """A bar over batches, as a context manager with `update()`; nothing, if it is not to be shown."""
+    if not shown:
+        return _NoBar()
     from tqdm import tqdm
 
-    return tqdm(total=total, desc="Batches", disable=not shown)
+    return tqdm(total=total, desc="Batches")
 
 
 def check_batch_size(batch_size: object) -> int:

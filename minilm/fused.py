@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from operator import attrgetter, is_
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from .models import Transformer
 
 ALIGNMENT = 64
+CACHES = (torch.float32, torch.bfloat16, torch.float16)
+"""Dtypes of keys and values that the extension reads."""
 HEADER = 14
 """Numbers of the layout before those of the blocks; the last two are the places of the final norm."""
 
@@ -49,18 +52,41 @@ def supports(traits: BlocksTraits) -> str | None:
 
 def obstacle(body: Transformer, x: Tensor, run: Pass, hidden_states: object) -> str | None:
     """What in this call, on the embedded tokens x, only the modules can do."""
-    cache = run.cache
-    if cache is not None and cache.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the extension has no kernel for a cache in {cache.dtype}"
-    plan: _Plan | None = body.__dict__.get("_fused_plan")
-    if run.unchanged and plan is not None and not torch.compiler.is_compiling():
-        return plan.refusal
     if torch.compiler.is_compiling():
         return "torch.compile traces the modules"
+    if not run.unchanged:
+        body.__dict__.pop("_fused_obstacle", None)
     if native.unavailable is not None:
         return native.unavailable
     if hidden_states is not None or run.attentions is not None:
         return "the results of each layer are asked for"
+    cache = run.cache
+    if cache is not None and cache.dtype not in CACHES:
+        return f"the extension has no kernel for a cache in {cache.dtype}"
+    if "_fused_obstacle" not in body.__dict__:
+        body.__dict__["_fused_obstacle"] = _look(body, x)
+    reason: str | None = body.__dict__["_fused_obstacle"]
+    return reason
+
+
+def standing_obstacle(body: Transformer, cache: torch.dtype) -> str | None:
+    """What `obstacle` found when the body was last looked at, for a call with a cache of this dtype."""
+    if cache not in CACHES:
+        return f"the extension has no kernel for a cache in {cache}"
+    reason: str | None = body.__dict__.get("_fused_obstacle", "the blocks have not run yet")
+    return reason
+
+
+def arena(body: Transformer) -> tuple[Tensor, Tensor]:
+    """The packed blocks of a body that has no obstacle, and the layout that says where they are."""
+    plan: _Plan = body.__dict__["_fused_plan"]
+    assert plan.arena is not None
+    assert plan.layout is not None
+    return plan.arena, plan.layout
+
+
+def _look(body: Transformer, x: Tensor) -> str | None:
+    """What the state of the body leaves to the modules."""
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in body.parameters())):
         return "gradients are wanted (torch.inference_mode() or torch.no_grad() says that they are not)"
     if body.training and any((body.config.hidden_dropout, body.config.attention_dropout)):
@@ -72,9 +98,7 @@ def obstacle(body: Transformer, x: Tensor, run: Pass, hidden_states: object) -> 
 
 def run_blocks(body: Transformer, x: Tensor, run: Pass, hidden_states: list[Tensor] | None) -> Tensor:
     """Embedded tokens [T, C] -> hidden states after the final norm [T, C]."""
-    plan: _Plan = body.__dict__["_fused_plan"]  # as `obstacle` found it a moment ago
-    assert plan.arena is not None
-    assert plan.layout is not None
+    weights, layout = arena(body)  # as `obstacle` found them a moment ago
     cos, sin = run.rope if run.rope is not None else (None, None)
     cache, step = run.cache, run.step
     stored: tuple[Tensor | None, ...] = (None,) * 5
@@ -82,8 +106,8 @@ def run_blocks(body: Transformer, x: Tensor, run: Pass, hidden_states: list[Tens
         stored = (*cache.stores(), step.slots, step.block_table, step.context_lens)
     y: Tensor = torch.ops.minilm.transformer(
         x.float().contiguous(),
-        plan.arena,
-        plan.layout if run.stop is None else _first(plan.layout, run.stop, len(body.layers)),
+        weights,
+        layout if run.stop is None else _first(layout, run.stop, len(body.layers)),
         run.packed.cu_seqlens,
         cos,
         sin,
@@ -100,15 +124,21 @@ def _first(layout: Tensor, blocks: int, of: int) -> Tensor:
     return part
 
 
+_VERSION = attrgetter("_version")
+
+
 class _Plan:
     """The packed blocks of one body, and what they were packed from."""
 
     def __init__(self, body: Transformer) -> None:
-        self.watched = list(_watched(body))
-        self.tensors = [thing for _, _, thing in self.watched if isinstance(thing, Tensor)]
+        owners, keys, things = zip(*_watched(body), strict=True)
+        self.owners: tuple[dict[str, object], ...] = owners
+        self.keys: tuple[str, ...] = keys
+        self.things: tuple[object, ...] = things
+        self.tensors = [thing for thing in things if isinstance(thing, Tensor)]
         self.counting = [tensor for tensor in self.tensors if not tensor.is_inference()]
         self.stamp = self._stamp()
-        self.modules = list(body.modules())
+        self.hooks = [hooks for m in body.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
         self.arena: Tensor | None = None
         self.layout: Tensor | None = None
         self.refusal = _refusal(body)
@@ -118,20 +148,19 @@ class _Plan:
     @property
     def obstacle(self) -> str | None:
         """Why this body cannot run fused."""
-        if self.refusal is None and any(m._forward_hooks or m._forward_pre_hooks for m in self.modules):
+        if self.refusal is None and any(self.hooks):
             return "a module has forward hooks"
         return self.refusal
 
     def _stamp(self) -> tuple[list[int], list[int]]:
         """What changes when a tensor is written to, or given other memory."""
-        return [t._version for t in self.counting], [t.data_ptr() for t in self.tensors]
+        return list(map(_VERSION, self.counting)), list(map(Tensor.data_ptr, self.tensors))
 
     def is_current(self) -> bool:
         """Whether every module and tensor is the one that was packed, unchanged. It looks at
-        every one of them, and is asked once a call."""
-        return (
-            all(where.get(key) is thing for where, key, thing in self.watched) and self._stamp() == self.stamp
-        )
+        every one of them, and is asked once a call: loops that stay in C make it a tenth of the time."""
+        present = map(dict.get, self.owners, self.keys)
+        return all(map(is_, present, self.things)) and self._stamp() == self.stamp
 
 
 def _watched(body: nn.Module) -> Iterator[tuple[dict[str, object], str, object]]:

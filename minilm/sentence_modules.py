@@ -130,14 +130,14 @@ class Pooling(Module):
         """token embeddings [T, C] -> sentence embeddings [B, C * number of modes]."""
         packed, x = features.packed, features.tokens
         skip = 0 if self.include_prompt else features.prompt_length
-        counts = (packed.cu_seqlens.diff().long() - skip).clamp(min=0)  # [B]
         rows = torch.arange(len(x), device=x.device)  # packed indices of the tokens that count
-        rows = rows[packed.positions >= skip] if skip else rows
-        ends = counts.cumsum(0)
-        offsets = F.pad(ends, (1, 0))
+        offsets = packed.cu_seqlens.long()
+        counts = offsets.diff()  # [B]
+        if skip:
+            rows = rows[packed.positions >= skip]
+            counts = (counts - skip).clamp(min=0)
+            offsets = F.pad(counts.cumsum(0), (1, 0))
         wide = x if x.dtype == torch.float64 else x.float()
-        positions = packed.positions[rows] + 1
-        total = F.pad(positions.cumsum(0), (1, 0))[offsets].diff()[:, None]
         count = counts[:, None].to(wide.dtype)
 
         def bags(mode: str, weights: Tensor | None = None) -> Tensor:
@@ -155,14 +155,16 @@ class Pooling(Module):
             if mode == "cls":
                 pooled.append(token(offsets[:-1]))
             elif mode == "lasttoken":
-                pooled.append(token(ends - 1))
+                pooled.append(token(offsets[1:] - 1))
             elif mode == "max":
                 pooled.append(bags("max"))
             elif mode == "weightedmean":
+                positions = packed.positions[rows] + 1
+                total = F.pad(positions.cumsum(0), (1, 0))[offsets].diff()[:, None]
                 pooled.append(bags("sum", positions.to(wide.dtype)) / total.clamp(min=1))
             else:
                 pooled.append(bags("sum") / count.clamp(min=1) ** (1.0 if mode == "mean" else 0.5))
-        features.sentence = torch.cat(pooled, dim=-1).to(x.dtype)
+        features.sentence = (pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=-1)).to(x.dtype)
         return features
 
     def dimension(self, size: int) -> int:
