@@ -30,8 +30,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from .devices import device_of
-from .heuristics import column_programs, pointwise_block
-from .registration import kernel_op, processors
+from .heuristics import column_sum_block, pointwise_block, sharing_programs
+from .registration import kernel_op
 
 KINDS: dict[str, str] = {
     **dict.fromkeys(("gelu", "gelu_python"), "gelu"),
@@ -246,12 +246,13 @@ def bias_activation_backward(dy: Tensor, x: Tensor, bias: Tensor | None, kind: s
         return dx, x.new_empty(0) if bias is None else torch.zeros_like(bias)
     x2, dy2 = _rows(x), _rows(dy)
     rows, columns = x2.shape
-    block = pointwise_block(columns, device_of(x.device))
-    programs = triton.cdiv(rows, block.rows)
+    device = device_of(x.device)
+    block = column_sum_block(columns, device)
+    programs, column_blocks = triton.cdiv(rows, block.rows), triton.cdiv(columns, block.columns)
     if bias is not None:
-        programs = column_programs(programs, triton.cdiv(columns, block.columns), processors(x.device))
+        programs = sharing_programs(programs, block.programs, column_blocks, device)
     parts = torch.empty(0 if bias is None else programs, columns, dtype=torch.float32, device=x.device)
-    wrap_triton(_backward)[(programs, triton.cdiv(columns, block.columns))](
+    wrap_triton(_backward)[(programs, column_blocks)](
         dy2, x2, x2 if bias is None else bias, dx, parts, rows, columns, dy2.stride(0), x2.stride(0),
         KIND=kind, HAS_B=bias is not None, ROWS=block.rows, COLUMNS=block.columns,
         num_warps=block.num_warps,

@@ -212,12 +212,13 @@ def _forward(
         head, BIAS, bias_i, bias_j, slope, scale, cap, window, seed, keys, dropout,
         D, PAD, BLOCK_N, CAUSAL, WINDOW, CAP, HAS_BIAS, ALIBI, DROPOUT, True,
     )  # fmt: skip
-    rows = q_start.to(tl.int64) + i
     if WITH_LSE:
         lse = tl.where(l == 0.0, float("-inf"), (m + tl.log2(l)) * LN2)
-        tl.store(LSE + head * tokens + rows, lse, mask=i < q_len)
     o = o / tl.where(l == 0.0, 1.0, l)[:, None]
+    rows = q_start.to(tl.int64) + i
     tl.store(O + (rows[:, None] * H + head) * D + d[None, :], o.to(O.dtype.element_ty), mask=real)
+    if WITH_LSE:
+        tl.store(LSE + head * tokens + rows, lse, mask=i < q_len)
 
 
 @kernel_op("minilm_triton::attention", mutates_args={})
@@ -239,8 +240,9 @@ def attention_op(
     if tokens == 0:
         return o, lse
     block = attention_block(
-        head_dim, q.element_size(), max_q, max_k, bias is not None, dropout > 0, device_of(q.device)
-    )
+        head_dim, q.element_size(), max_q, max_k, bias is not None, dropout > 0, window > 0,
+        device_of(q.device),
+    )  # fmt: skip
     for part_q, part_k in batches(cu_q, cu_k):
         wrap_triton(_forward)[(triton.cdiv(max_q, block.queries), heads, len(part_q) - 1)](
             q, k, v, o, lse, part_q, part_k, q if bias is None else bias, q if slopes is None else slopes,

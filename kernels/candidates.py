@@ -13,6 +13,12 @@ WARPS, STAGES = (1, 2, 4, 8, 16), (1, 2, 3, 4)
 ATTENTION = {"queries": (16, 32, 64, 128), "keys": (16, 32, 64, 128, 256), "num_warps": (4, 8)}
 VARIED: dict[str, dict[str, tuple[int, ...]]] = {
     "norm": {"rows": (1, 2, 4, 8), "num_warps": WARPS},
+    "norm_backward": {"rows": (1, 2, 4, 8), "num_warps": WARPS, "programs": (1, 2, 4)},
+    "activation_backward": {"num_warps": WARPS, "programs": (2, 4, 8, 16)},
+    "rope": {"heads": (1, 2, 4, 8, 16, 32), "num_warps": (1, 2, 4, 8)},
+    "decode_parts": {"parts": (1, 2, 4, 8, 16, 32, 64, 128), "keys": (64, 128, 256, 512)},
+    "decode_combine": {"parts": (8, 16, 32, 64), "num_warps": (1, 2, 4, 8)},
+    "linear_cross_entropy": {"rows": (128, 256, 512, 1024, 2048, 4096)},
     "attention": {**ATTENTION, "num_stages": STAGES},
     "attention_dq": {**ATTENTION, "num_stages": (1, 2, 3)},
     "attention_dkdv": {**ATTENTION, "num_stages": (1, 2, 3)},
@@ -58,7 +64,9 @@ def candidates(kernel: str, sizes: Mapping[str, int], answer: Any, device: Devic
     for values in product(*varied.values()):
         block = answer._replace(**dict(zip(varied, values, strict=True)))
         too_long = any(
-            field in varied and getattr(block, field) > max(16, next_power_of_2(sizes[length]))
+            field in varied
+            and length in sizes
+            and getattr(block, field) > max(16, next_power_of_2(sizes[length]))
             for field, length in LENGTHS.items()
         )
         too_large = needed is not None and needed(sizes, block, device) > device.shared_memory

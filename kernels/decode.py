@@ -10,6 +10,13 @@ has the recurrence for m, l, o):
 With one part o_0 is the result and is written as such. The heads of a group read the same keys, so they and
 the new tokens of the sequence are the rows of one product: row r is token r // G of head r % G.
 
+A part has as many keys as the sequence's own context says, max(KEYS, context / PARTS) in whole blocks, and
+the combine adds parts in a fixed order: a sequence's result is bit by bit the same alone and in any batch of
+as many new tokens at most (a step of decoding is one). What it costs: a batch that fills the chip without any
+splitting is split all the same, and writes and reads partial results, 2 G / keys of a part of its reading: 6
+% of a 16-bit cache with G = 4 and 128 keys. The grid is as long as the longest context needs; a program
+beyond its sequence's own parts writes one -inf a row and ends.
+
 Layout: q [T, H, D]; pages [pages, page size, Hkv, D], any strides; token t of sequence b lies in slot
 t % page size of page block_table[b, t // page size]. int8 pages stand for pages * scales, one float32 a slot
 and head: k's go to the scores, and v is widened to q's type in registers.
@@ -17,7 +24,7 @@ and head: k's go to the scores, and v is widened to q's type in registers.
 Bytes: each visible key and value once, 2 S Hkv D (D + 4 in int8) a sequence, q and o; with parts also their
 results, 4 (D + 1) for each row and part, written and read. Operations: 4 S D a head. A step of one token has
 2 G operations a byte of a 16-bit cache, far below what a GPU can do, so memory is the limit: what counts is
-that enough loads are in flight on every multiprocessor (`heuristics.context_splits`).
+that enough loads are in flight on every multiprocessor (`heuristics.context_parts`).
 """
 
 from __future__ import annotations
@@ -31,20 +38,21 @@ from torch.library import wrap_triton
 
 from .attention import LOG2E, dot
 from .devices import device_of
-from .heuristics import combine_warps, context_splits, next_power_of_2, paged_block
+from .heuristics import ContextParts, combine_block, context_parts, next_power_of_2, paged_block
 from .registration import kernel_op
 
 
 def twin(
-    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, window: int | None, splits: int, block: int
-) -> np.ndarray:
+    q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, window: int | None, parts: int, keys: int,
+    block: int,
+) -> np.ndarray:  # fmt: skip
     """The algorithm for one sequence and the heads of one group, in NumPy: q [new tokens, G, D], k and v
-    [S, D] -> [new tokens, G, D]."""
+    [S, D] -> [new tokens, G, D]; at most `parts` parts, of `keys` keys at least."""
     new, group, size = q.shape
     at = len(k) - new + np.arange(new * group) // group  # the key at which row r stands
     low = 0 if window is None else max(0, at[0] - window + 1)
-    blocks = -(-(len(k) - low) // block)
-    part = -(-blocks // splits) * block
+    part = -(-max(keys, -(-(len(k) - low) // parts)) // block) * block
+    splits = -(-(len(k) - low) // part)
     o, e = np.zeros((splits, new * group, size)), np.full((splits, new * group), -np.inf)
     for split in range(splits):
         j = np.arange(low + split * part, min(low + (split + 1) * part, len(k)))
@@ -83,6 +91,7 @@ def _attend(
         if INT8:
             scale_k = tl.load(K_SCALES + slot * HKV, mask=real, other=0.0 if MASK else None)
             scale_v = tl.load(V_SCALES + slot * HKV, mask=real, other=0.0 if MASK else None)
+            k = k.to(tl.float32)  # straight to bfloat16 the interpreter gets it wrong
         # For the next round already: loads that wait for this one would wait for each other in every round.
         slot = _slots(TABLE, j + BLOCK_N, stop, PAGE)
         s = dot(q, tl.trans(k.to(q.dtype)), tl.zeros([q.shape[0], BLOCK_N], tl.float32)) * (scale * LOG2E)
@@ -108,9 +117,9 @@ def _attend(
 @triton.jit
 def _decode(
     Q, K, V, K_SCALES, V_SCALES, O, LSE, TABLE, CU_Q, CONTEXT,
-    q_t, q_h, q_d, k_s, k_h, k_d, v_s, v_h, v_d, table_b, tokens, row_tiles, scale, window,
-    H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, INT8: tl.constexpr, SPLITS: tl.constexpr,
+    q_t, q_h, q_d, k_s, k_h, k_d, v_s, v_h, v_d, table_b, tokens, row_tiles, parts, keys, scale,
+    window, H: tl.constexpr, HKV: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr, INT8: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0) % HKV  # heads of one page run side by side
     tile = tl.program_id(0) // HKV
@@ -134,9 +143,16 @@ def _decode(
     last = offset + min((m0 + BLOCK_M - 1) // GROUP, q_len - 1)
     high = last + 1
     low = max(first - window + 1, 0) if WINDOW else 0
-    part = tl.cdiv(tl.cdiv(max(high - low, 0), BLOCK_N), SPLITS) * BLOCK_N
-    start = low + tl.program_id(1) * part
-    stop = min(start + part, high)
+    if SPLIT:
+        part = tl.cdiv(max(keys, tl.cdiv(high - low, parts)), BLOCK_N) * BLOCK_N
+        start = low + tl.program_id(1) * part
+        stop = min(start + part, high)
+        if start >= stop:
+            place = (tl.program_id(1).to(tl.int64) * tokens + token) * H + head
+            tl.store(LSE + place, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=row < q_len * GROUP)
+            return
+    else:
+        start, stop = low, high
 
     K += kv_head * k_h
     V += kv_head * v_h
@@ -168,7 +184,7 @@ def _decode(
     nothing = l == 0.0
     o = o / tl.where(nothing, 1.0, l)[:, None]
     place = token * H + head
-    if SPLITS > 1:
+    if SPLIT:
         place += tl.program_id(1).to(tl.int64) * tokens * H
         lse = tl.where(nothing, float("-inf"), m + tl.log2(tl.where(nothing, 1.0, l)))
         tl.store(LSE + place, lse, mask=row < q_len * GROUP)
@@ -176,19 +192,30 @@ def _decode(
 
 
 @triton.jit
-def _combine(PARTS, LSE, O, rows, D: tl.constexpr, BLOCK_D: tl.constexpr,
-             SPLITS: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
+def _combine(
+    PARTS, LSE, O, rows, parts, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_S: tl.constexpr
+):  # fmt: skip
+    """The parts of a row, BLOCK_S at a time. How many there are is the batch's affair, so it must not change
+    a bit: parts without keys add zeros to sums, in an order that does not depend on them."""
     row = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, BLOCK_S)
     d = tl.arange(0, BLOCK_D)
-    lse = tl.load(LSE + s * rows + row, mask=s < SPLITS, other=float("-inf"))
-    top = tl.max(lse, axis=0)
-    weight = tl.exp2(lse - tl.where(top == float("-inf"), 0.0, top))
-    # A part without keys has weight 0, and 0 times what it holds need not be 0: it is not read.
-    here = (lse > float("-inf"))[:, None] & (d < D)[None, :]
-    parts = tl.load(PARTS + (s[:, None] * rows + row) * D + d[None, :], mask=here, other=0.0)
-    total = tl.sum(weight, axis=0)
-    o = tl.sum(parts * weight[:, None], axis=0) / tl.where(total == 0.0, 1.0, total)
+    m = float("-inf")
+    total = 0.0
+    o = tl.zeros([BLOCK_D], tl.float32)
+    for first in range(0, parts, BLOCK_S):
+        s = first + tl.arange(0, BLOCK_S).to(tl.int64)
+        lse = tl.load(LSE + s * rows + row, mask=s < parts, other=float("-inf"))
+        new = tl.maximum(m, tl.max(lse, axis=0))
+        base = tl.where(new == float("-inf"), 0.0, new)
+        shrink = tl.exp2(m - base)
+        weight = tl.exp2(lse - base)
+        # A part without keys has weight 0, and 0 times what its memory holds need not be 0: it is not read.
+        here = (lse > float("-inf"))[:, None] & (d < D)[None, :]
+        part = tl.load(PARTS + (s[:, None] * rows + row) * D + d[None, :], mask=here, other=0.0)
+        o = o * shrink + tl.sum(part * weight[:, None], axis=0)
+        total = total * shrink + tl.sum(weight, axis=0)
+        m = new
+    o = o / tl.where(total == 0.0, 1.0, total)
     tl.store(O + row * D + d, o.to(O.dtype.element_ty), mask=d < D)
 
 
@@ -198,8 +225,8 @@ def paged_attention_op(
     block_table: Tensor, cu_q: Tensor, context_lens: Tensor, max_q: int, max_context: int, scale: float,
     window: int, splits: int,
 ) -> Tensor:  # fmt: skip
-    """[T, H, D] in q's dtype. Scales, of int8 pages, are contiguous; window 0 is none; splits 0 lets
-    `heuristics.context_splits` choose."""
+    """[T, H, D] in q's dtype. Scales, of int8 pages, are contiguous; window 0 is none. `splits`: at most so
+    many parts, however few keys they have; 0 lets `heuristics.context_parts` choose both."""
     block_table = block_table.contiguous()
     tokens, heads, size = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
@@ -208,30 +235,32 @@ def paged_attention_op(
         return out
     group = heads // kv_heads
     device = device_of(q.device)
-    block = paged_block(size, max(q.element_size(), k_pages.element_size()), max_q * group, device)
+    itemsize = max(q.element_size(), k_pages.element_size())
+    block = paged_block(size, itemsize, k_scales is not None, max_q * group, device)
     row_tiles = triton.cdiv(max_q * group, block.queries)
     programs = len(context_lens) * row_tiles * kv_heads
-    if splits == 0:
-        visible = min(max_context, window + max_q - 1) if window else max_context
-        splits = context_splits(programs, triton.cdiv(visible, block.keys), device.processors)
-    parts, lse = out, out
-    if splits > 1:
-        parts = torch.empty(splits, *q.shape, dtype=torch.float32, device=q.device)
-        lse = torch.empty(splits, tokens, heads, dtype=torch.float32, device=q.device)
+    parts = ContextParts(splits, 1) if splits else context_parts(size, row_tiles * kv_heads, device)
+    visible = min(max_context, window + max_q - 1) if window else max_context
+    most = max(1, min(parts.parts, triton.cdiv(visible, max(parts.keys, block.keys))))
+    results, lse = out, out
+    if most > 1:
+        results = torch.empty(most, *q.shape, dtype=torch.float32, device=q.device)
+        lse = torch.empty(most, tokens, heads, dtype=torch.float32, device=q.device)
     k, v = k_pages.view(-1, kv_heads, size), v_pages.view(-1, kv_heads, size)
     block_d = max(16, next_power_of_2(size))
-    wrap_triton(_decode)[(programs, splits)](
-        q, k, v, k if k_scales is None else k_scales, v if v_scales is None else v_scales, parts, lse,
+    wrap_triton(_decode)[(programs, most)](
+        q, k, v, k if k_scales is None else k_scales, v if v_scales is None else v_scales, results, lse,
         block_table, cu_q, context_lens, *q.stride(), *k.stride(), *v.stride(), block_table.stride(0), tokens,
-        row_tiles, scale, window, H=heads, HKV=kv_heads, D=size, BLOCK_D=block_d,
+        row_tiles, *parts, scale, window, H=heads, HKV=kv_heads, D=size, BLOCK_D=block_d,
         BLOCK_M=block.queries, BLOCK_N=block.keys, PAGE=page_size,
-        WINDOW=window > 0, INT8=k_scales is not None, SPLITS=splits,
+        WINDOW=window > 0, INT8=k_scales is not None, SPLIT=most > 1,
         num_warps=block.num_warps, num_stages=block.num_stages,
     )  # fmt: skip
-    if splits > 1:
+    if most > 1:
+        combine = combine_block(size, device)
         wrap_triton(_combine)[(tokens * heads,)](
-            parts, lse, out, tokens * heads, D=size, BLOCK_D=block_d,
-            SPLITS=splits, BLOCK_S=next_power_of_2(splits), num_warps=combine_warps(splits, block_d),
+            results, lse, out, tokens * heads, most, D=size, BLOCK_D=block_d, BLOCK_S=combine.parts,
+            num_warps=combine.num_warps,
         )  # fmt: skip
     return out
 

@@ -7,7 +7,6 @@ written here is the answer for everything that nobody has measured.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 from .devices import Device
@@ -58,14 +57,31 @@ def norm_block(columns: int, rows: int, device: Device) -> NormBlock:
     return NormBlock(first, second, per_program, next_power_of_2(warps))
 
 
-def norm_backward_programs(rows: int, block_rows: int, processors: int) -> int:
-    """Programs of the backward grid: two for each multiprocessor, or one a block of rows if those are fewer.
+class NormBackwardBlock(NamedTuple):
+    """How the backward of a normalisation cuts its rows."""
+
+    first: int
+    second: int
+    rows: int
+    num_warps: int
+    programs: int
+    """For each multiprocessor, if there are as many blocks of rows."""
+
+
+@tunable("norm_backward", "rows")
+def norm_backward_block(columns: int, rows: int, device: Device) -> NormBackwardBlock:
+    """The forward's tiles, by two programs for each multiprocessor.
 
     Each keeps its share of the weight's gradient in registers and writes one partial row at the end, so their
     number bounds the extra traffic: 2 x 132 x C x 4 bytes on an H100.
     """
-    blocks = -(-rows // block_rows)
-    return max(1, min(blocks, 2 * processors))
+    return NormBackwardBlock(*norm_block.heuristic(columns, rows, device), 2)
+
+
+def sharing_programs(blocks: int, each: int, others: int, device: Device) -> int:
+    """Programs that share `blocks` blocks of rows, whose sums they make: `each` for each multiprocessor, less
+    by the `others` that do the same for other columns, or one a block if those are fewer."""
+    return max(1, min(blocks, each * device.processors // max(others, 1)))
 
 
 class AttentionBlock(NamedTuple):
@@ -123,12 +139,14 @@ def _within(
 
 @tunable("attention", "max_queries", "max_keys")
 def attention_block(
-    head_dim: int, itemsize: int, max_queries: int, max_keys: int, biased: bool, dropout: bool, device: Device
-) -> AttentionBlock:
+    head_dim: int, itemsize: int, max_queries: int, max_keys: int, biased: bool, dropout: bool,
+    windowed: bool, device: Device,
+) -> AttentionBlock:  # fmt: skip
     """Tiles of the forward: 128 queries keep wgmma fed; keys as many as registers and shared memory hold.
 
     At D = 64 in 16 bits, k and v of 128 keys are 32 KB a stage; at D = 128, 64 keys are. A bias, or the
-    random numbers of the dropout, take the registers of half the keys, at D = 128 a bias those of more. In
+    random numbers of the dropout, take the registers of half the keys, at D = 128 a bias those of more, and
+    so do the three loops of a window below sm_90. In
     float32 (ieee, no tensor cores) the operands lie in registers too. What is chosen here is the largest of
     those tried that spills on no chip (see the compile report).
     """
@@ -142,6 +160,8 @@ def attention_block(
         block = AttentionBlock(128, 64 if biased or dropout else 128, 8, 3)
     elif head_dim <= 128:
         block = AttentionBlock(64, 32, 8, 2) if biased else AttentionBlock(128, 64, 8, 3)
+        if windowed and not biased and device.capability < (9, 0):
+            block = AttentionBlock(128, 32, 8, 4)
     else:
         block = AttentionBlock(64, 64, 8, 2)
     return _within(head_dim, itemsize, max_queries, max_keys, block, device, biased)
@@ -260,72 +280,93 @@ def attention_dkdv_block(
 
 
 @tunable("decode", "rows")
-def paged_block(head_dim: int, itemsize: int, rows: int, device: Device) -> AttentionBlock:
-    """Tiles of attention over the paged cache; `rows`: new tokens of a sequence x heads of a group.
+def paged_block(head_dim: int, itemsize: int, int8: bool, rows: int, device: Device) -> AttentionBlock:
+    """Tiles of attention over the paged cache; `rows`: new tokens of a sequence x heads of a group, `int8`:
+    whether the cache is in 8 bits.
 
     A decode step has 1 to 16 rows, and 16 are the fewest that a tensor core takes; what counts is to have
     loads in flight: k and v of 64 keys at D = 128 in 16 bits are 32 KB, three of them 96 KB (the fourth stage
     is being multiplied), and two programs fit a multiprocessor of 227 KB. A chunk of a prompt has hundreds of
-    rows: tiles of 64, as wgmma wants them. The number of keys does not depend on the contexts, so that a
+    rows: tiles of 64, as wgmma wants them; from an int8 cache half of the keys at most, where what is widened
+    beside the accumulators would spill. The number of keys does not depend on the contexts, so that a
     sequence is summed in the same order alone and beside longer ones.
     """
     if itemsize == 4:
-        # Without tensor cores, keys of 128 numbers and more spill from fewer registers than those of 8 warps.
-        block = AttentionBlock(16, 64, 4, 3) if head_dim <= 64 else AttentionBlock(16, 16, 8, 3)
+        # Without tensor cores keys and values lie in registers, those of 8 warps.
+        block = AttentionBlock(16, 64 if head_dim <= 64 else 16, 8, 3)
     else:
         keys = 128 if head_dim <= 64 else 64 if head_dim <= 128 else 32
-        # Below sm_90 accumulators of 64 rows and 128 columns need the registers of 8 warps.
-        warps = 8 if rows > 16 and head_dim > 64 and device.capability < (9, 0) else 4
+        if int8 and rows > 16:
+            keys = min(keys // 2, 64 if device.capability >= (9, 0) else 32)
+        # But on sm_90 accumulators of 64 rows and 128 columns, or what is widened, need the registers of 8
+        # warps.
+        wide = head_dim > 64 and device.capability < (9, 0)
+        warps = 8 if rows > 16 and (wide or (int8 and device.capability[0] != 9)) else 4
         block = AttentionBlock(64, keys, warps, 4 if rows <= 16 else 3)
     return _within(head_dim, itemsize, rows, block.keys, block, device)
 
 
-MOST_SPLITS = 128
-"""Parts of a context that the combine holds at once."""
+class ContextParts(NamedTuple):
+    """How a context is cut: into at most `parts` parts of at least `keys` keys."""
+
+    parts: int
+    keys: int
 
 
-def context_splits(tiles: int, blocks: int, processors: int) -> int:
-    """Parts into which each context is cut, so that `tiles` programs over `blocks` blocks of keys each fill
-    the chip.
+MOST_PARTS = 128
+"""Of a context: beyond them they only become longer."""
 
-    None are cut if tiles fill four fifths of the processors, or if there are at most four blocks (reading
-    them again is then no more than the partial results are). Else it is the smallest number whose last wave
-    is filled nearly as well as the best number's: within 85 % of its efficiency, waves / ceil(waves). Numbers
-    that leave the longest part as long as one part fewer did are passed over.
 
-    On 132 processors, 8 tiles (one sequence, 8 key/value heads) of 128 blocks: the best is 16 parts, 128
-    programs that fill 0.97 of a wave. 15 parts fill 0.91 of it, which is enough; 14 would have 10 blocks in
-    the longest part, as 13 have, and these fill 0.79: so 15. With 64 tiles 2 parts are 128 programs: 2. With
-    106 tiles 1 part fills 0.803: 1.
+@tunable("decode_parts", "tiles")
+def context_parts(head_dim: int, tiles: int, device: Device) -> ContextParts:
+    """As many parts as give every multiprocessor a program when one sequence is decoded alone; `tiles`: the
+    programs of a sequence that is not cut (key/value heads x tiles of rows).
+
+    8 heads on 132 processors: 16 parts, 128 programs. The batch has no say in it, so that a sequence is
+    summed the same way alone and in a batch (kernels/decode.py tells the price), nor has the context, which
+    changes at every step. Parts of fewer than 128 keys would write and read more than a sixteenth of what
+    they sum, with 4 heads a group; those of small heads are not worth a program.
     """
-    if tiles >= 0.8 * processors or blocks <= 4:
-        return 1
-
-    def efficiency(splits: int) -> float:
-        waves = tiles * splits / processors
-        return waves / math.ceil(waves)
-
-    most = min(MOST_SPLITS, processors, blocks)
-    shorter = [n for n in range(1, most + 1) if n == 1 or -(-blocks // n) < -(-blocks // (n - 1))]
-    best = max(map(efficiency, shorter))
-    return next(n for n in shorter if efficiency(n) >= 0.85 * best)
+    return ContextParts(max(1, min(MOST_PARTS, device.processors // tiles)), 128 if head_dim >= 64 else 256)
 
 
-def combine_warps(splits: int, block_d: int) -> int:
-    """Warps that hold [splits, block_d] in float32, 32 numbers a lane at most (16 warps: 64)."""
-    return max(1, min(16, next_power_of_2(splits) * block_d // 1024))
+class CombineBlock(NamedTuple):
+    """How the partial results of a row are added up."""
+
+    parts: int
+    """So many at a time."""
+    num_warps: int
 
 
-def rope_heads(heads: int, block_d: int) -> int:
-    """Heads of one token that one program turns: 2,048 elements, 16 a lane of four warps, if there are so
-    many. More programs of less are what a decode step of few tokens wants, fewer what a prompt does not
-    mind."""
-    return min(next_power_of_2(max(heads, 1)), max(1, 2048 // block_d))
+@tunable("decode_combine")
+def combine_block(head_dim: int, device: Device) -> CombineBlock:
+    """16 parts at a time, whose loads are in flight together, with 16 numbers a lane: [16, 128] in float32 by
+    4 warps. How many parts there are has no say in it: it is the batch's."""
+    block_d = max(16, next_power_of_2(head_dim))
+    return CombineBlock(16, max(1, min(8, block_d // 32)))
 
 
-def rope_warps(heads: int, block_d: int) -> int:
-    """Warps for a tile of `rope_heads`: at least 8 elements a lane, 16 bytes in 16 bits, if it has them."""
-    return max(1, min(4, heads * block_d // 512))
+class RopeBlock(NamedTuple):
+    """The tile of the rotary embedding: some heads of one token."""
+
+    heads: int
+    num_warps: int
+
+
+@tunable("rope", "tokens")
+def rope_block(heads: int, head_dim: int, tokens: int, device: Device) -> RopeBlock:
+    """2,048 elements, 16 a lane of four warps, if a token has so many; a warp has 8 elements a lane at least,
+    16 bytes in 16 bits.
+
+    A step of decoding has few tokens: as long as there are not two programs a multiprocessor, half of the
+    heads. 32 heads of 128 are 2 programs of 16 heads for each token of a prompt, and in a step of 8 sequences
+    on 132 processors 32 programs of one head.
+    """
+    block_d = next_power_of_2(head_dim)
+    tile = min(next_power_of_2(max(heads, 1)), max(1, 2048 // block_d))
+    while tile > 1 and tokens * -(-heads // tile) < 2 * device.processors:
+        tile //= 2
+    return RopeBlock(tile, max(1, min(4, tile * block_d // 512)))
 
 
 class PointwiseBlock(NamedTuple):
@@ -347,14 +388,24 @@ def pointwise_block(columns: int, device: Device) -> PointwiseBlock:
     return PointwiseBlock(2048 // width, width, 4)
 
 
-def column_programs(row_blocks: int, column_blocks: int, processors: int) -> int:
-    """Programs that share the rows of a block of columns whose sum they make: eight for each multiprocessor,
-    in all, or one a block of rows if those are fewer.
+class ColumnSumBlock(NamedTuple):
+    """The tile of a kernel that adds up the columns of what it computes, too."""
+
+    rows: int
+    columns: int
+    num_warps: int
+    programs: int
+    """For each multiprocessor, all blocks of columns together, if there are as many blocks of rows."""
+
+
+@tunable("activation_backward")
+def column_sum_block(columns: int, device: Device) -> ColumnSumBlock:
+    """The tiles of `pointwise_block`, by eight programs for each multiprocessor.
 
     Each writes one partial row, so 8 x 132 / 3 = 352 rows of 1536 columns in float32 are 2 MB on an H100,
     where x of 16,384 rows is 50 MB in 16 bits.
     """
-    return max(1, min(row_blocks, 8 * processors // max(column_blocks, 1)))
+    return ColumnSumBlock(*pointwise_block.heuristic(columns, device), 8)
 
 
 class VocabularyBlock(NamedTuple):
@@ -372,16 +423,21 @@ def vocabulary_block(columns: int, device: Device) -> VocabularyBlock:
     return VocabularyBlock(width, max(1, width // 512))
 
 
-def loss_rows(tokens: int, vocabulary: int, channels: int) -> int:
-    """Rows of hidden states whose logits exist at once.
+class LossChunk(NamedTuple):
+    """Rows of hidden states whose logits exist at once."""
 
-    As many as there are channels: then the logits of a chunk are as large as the gradient of the weight,
+    rows: int
+
+
+@tunable("linear_cross_entropy", "tokens")
+def loss_chunk(tokens: int, vocabulary: int, channels: int, itemsize: int, device: Device) -> LossChunk:
+    """As many as there are channels: then the logits of a chunk are as large as the gradient of the weight,
     which has to be held anyway, and adding a chunk's part to that gradient (12 bytes an element of it) is
-    paid by 6 x rows operations. At most 2^26 logits, 128 MB in 16 bits: of a vocabulary of 128,256 that is
-    512 rows. Multiples of 16, what a tensor core takes.
+    paid by 6 x rows operations. At most 128 MB of logits: of a vocabulary of 128,256 in 16 bits that is 512
+    rows. Multiples of 16, what a tensor core takes.
     """
-    rows = min(channels, 2**26 // max(vocabulary, 1)) // 16 * 16
-    return max(1, min(max(16, rows), tokens))
+    rows = min(channels, 2**27 // (itemsize * max(vocabulary, 1))) // 16 * 16
+    return LossChunk(max(1, min(max(16, rows), tokens)))
 
 
 class QuantizedBlock(NamedTuple):

@@ -12,7 +12,7 @@ recomputing them in the backward would be a fourth matrix product. What has to b
 what the backward would return anyway. They are scaled by dloss / n at the end only: in float16 a probability
 over n underflows, and a gradient scaler's factor comes with dloss.
 
-A chunk has as many rows as keep its logits below dW in size (`heuristics.loss_rows`). Operations: 2 T V C
+A chunk has as many rows as keep its logits below dW in size (`heuristics.loss_chunk`). Operations: 2 T V C
 forward, 6 with gradients, by the library's matrix products. Bytes beyond those of the products: the logits
 five times (written, read for the loss, read and written for the gradient, read by the two products), from
 L2 where a chunk fits it.
@@ -27,7 +27,8 @@ import torch
 from torch import Tensor
 
 from .cross_entropy import row_losses, write_gradient
-from .heuristics import loss_rows
+from .devices import device_of
+from .heuristics import loss_chunk
 
 
 def twin(h: np.ndarray, w: np.ndarray, labels: np.ndarray, ignore_index: int, rows: int) -> tuple[Any, ...]:
@@ -62,13 +63,17 @@ def linear_cross_entropy_op(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, rows: int, need_h: bool, need_w: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, count, dh [T, C], dW float32 [V, C]), the gradients not yet multiplied by dloss / count, and
-    empty where they are not needed. `rows` is the size of a chunk."""
+    empty where they are not needed. `rows` is the size of a chunk; 0: as
+    `heuristics.loss_chunk` says."""
+    if rows == 0 and len(hidden):
+        sizes = len(hidden), len(weight), weight.shape[1], hidden.element_size()
+        rows = loss_chunk(*sizes, device_of(hidden.device)).rows
     loss, count, dh, dw = _outputs(hidden, weight, need_h, need_w)
     losses, one = hidden.new_empty(len(hidden), dtype=torch.float32), torch.ones_like(loss)
     labels = labels.contiguous()
     buffer = hidden.new_empty(min(rows, len(hidden)), len(weight))
     dw.zero_()
-    for start in range(0, len(hidden), rows):
+    for start in range(0, len(hidden), max(rows, 1)):
         part = slice(start, start + rows)
         h, targets = hidden[part], labels[part]
         logits = torch.mm(h, weight.t(), out=buffer[: len(h)])
@@ -122,5 +127,4 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_
         hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
     grad = torch.is_grad_enabled()
     need_h, need_w = grad and hidden.requires_grad, grad and weight.requires_grad
-    rows = loss_rows(hidden.shape[0], weight.shape[0], weight.shape[1])
-    return linear_cross_entropy_op(hidden, weight, labels, ignore_index, rows, need_h, need_w)[0]
+    return linear_cross_entropy_op(hidden, weight, labels, ignore_index, 0, need_h, need_w)[0]

@@ -27,8 +27,8 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from .devices import device_of
-from .heuristics import norm_backward_programs, norm_block
-from .registration import kernel_op, processors
+from .heuristics import norm_backward_block, norm_block, sharing_programs
+from .registration import kernel_op
 
 
 def twin(
@@ -242,8 +242,9 @@ def norm_backward(
     ds = total.new_empty(total.shape)
     if not rows:
         return ds, torch.zeros_like(weight), torch.zeros_like(weight)
-    block = norm_block(channels, rows, device_of(total.device))
-    programs = norm_backward_programs(rows, block.rows, processors(total.device))
+    device = device_of(total.device)
+    block = norm_backward_block(channels, rows, device)
+    programs = sharing_programs(triton.cdiv(rows, block.rows), block.programs, 1, device)
     dw = torch.empty(programs, channels, dtype=torch.float32, device=total.device)
     db = torch.empty_like(dw) if bias else dw
     dy2, dsum2 = _rows(dy), _rows(dy if dsum is None else dsum)

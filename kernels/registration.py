@@ -11,15 +11,8 @@ import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpretedFunction
 
-from .devices import device_of
-
 INTERPRETED: bool = isinstance(tl.cdiv, InterpretedFunction)
 """Whether the kernels of this process run in Triton's interpreter (decided when triton was imported)."""
 
 kernel_op = torch.library.custom_op if INTERPRETED else torch.library.triton_op
 """Decorator: ``@kernel_op("minilm_triton::name", mutates_args={})``."""
-
-
-def processors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; two stand in for them in the interpreter."""
-    return device_of(device).processors

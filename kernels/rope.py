@@ -25,7 +25,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .heuristics import next_power_of_2, rope_heads, rope_warps
+from .devices import device_of
+from .heuristics import next_power_of_2, rope_block
 from .registration import kernel_op
 
 
@@ -146,11 +147,12 @@ def rope_op(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple
     tokens, heads, size = q.shape
     if tokens:
         block_d = next_power_of_2(size)
-        tile = rope_heads(heads, block_d)
+        block = rope_block(heads, size, tokens, device_of(q.device))
+        tile = block.heads
         wrap_triton(_rope)[(tokens, triton.cdiv(heads, tile) + triton.cdiv(k.shape[1], tile))](
             q, k, cos.contiguous(), sin.contiguous(), q_out, k_out, *q.stride(), *k.stride(),
             H=heads, HKV=k.shape[1], D=size, BLOCK_D=block_d, HEADS=tile, BACK=back,
-            num_warps=rope_warps(tile, block_d),
+            num_warps=block.num_warps,
         )  # fmt: skip
     return q_out, k_out
 
@@ -182,14 +184,15 @@ def _launch_append(
         return
     k_slots, v_slots = k_pages.view(-1, kv_heads, size), v_pages.view(-1, kv_heads, size)
     block_d = next_power_of_2(size)
-    tile = rope_heads(q.shape[1], block_d)
+    block = rope_block(q.shape[1], size, tokens, device_of(k.device))
+    tile = block.heads
     blocks = 2 * triton.cdiv(kv_heads, tile) + rope * triton.cdiv(q.shape[1], tile)
     wrap_triton(_append)[(tokens, blocks)](
         q, k, v, *angles, q_out, k_out, k_slots, v_slots, k_slots if k_scales is None else k_scales,
         v_slots if v_scales is None else v_scales, slots,
         *q.stride(), *k.stride(), *v.stride(), *k_slots.stride(), *v_slots.stride(),
         H=q.shape[1], HKV=kv_heads, D=size, BLOCK_D=block_d, HEADS=tile,
-        ROPE=rope, INT8=k_scales is not None, num_warps=rope_warps(tile, block_d),
+        ROPE=rope, INT8=k_scales is not None, num_warps=block.num_warps,
     )  # fmt: skip
 
 

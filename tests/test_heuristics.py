@@ -54,10 +54,16 @@ def power_of_2(n: int) -> bool:
 @given(
     name=st.sampled_from(ATTENTION), head_dim=st.sampled_from([16, 32, 64, 80, 96, 128, 256]),
     itemsize=st.sampled_from([2, 4]), queries=st.integers(0, 5000), keys=st.integers(0, 5000),
-    options=st.tuples(st.booleans(), st.booleans()), chip=st.sampled_from(sorted(CHIPS)),
+    options=st.tuples(st.booleans(), st.booleans(), st.booleans()), chip=st.sampled_from(sorted(CHIPS)),
 )  # fmt: skip
 def test_attention_tiles_fit_every_chip(
-    name: str, head_dim: int, itemsize: int, queries: int, keys: int, options: tuple[bool, bool], chip: str
+    name: str,
+    head_dim: int,
+    itemsize: int,
+    queries: int,
+    keys: int,
+    options: tuple[bool, bool, bool],
+    chip: str,
 ) -> None:
     device = CHIPS[chip]
     options = options if name == "attention_block" else ()  # type: ignore[assignment]
@@ -90,8 +96,8 @@ def test_the_formula_for_shared_memory_does_not_promise_too_much() -> None:
 
 
 def test_a_smaller_chip_gets_smaller_tiles() -> None:
-    large = heuristics.attention_block(256, 2, 4096, 4096, False, False, H100)
-    small = heuristics.attention_block(256, 2, 4096, 4096, False, False, A10)
+    large = heuristics.attention_block(256, 2, 4096, 4096, False, False, False, H100)
+    small = heuristics.attention_block(256, 2, 4096, 4096, False, False, False, A10)
     assert (large.queries, large.keys, large.num_stages) == (64, 64, 2)
     assert small.keys * small.num_stages < large.keys * large.num_stages
     assert heuristics.attention_shared_memory(256, 2, large, A10) > A10.shared_memory
@@ -173,8 +179,16 @@ def test_what_is_asked_can_be_watched_and_forced() -> None:
 
 
 def test_candidates_begin_with_the_heuristic_and_fit() -> None:
-    sizes = {"head_dim": 64, "itemsize": 2, "max_queries": 40, "max_keys": 4096, "biased": 0, "dropout": 0}
-    answer = heuristics.attention_block(64, 2, 40, 4096, False, False, A10)
+    sizes = {
+        "head_dim": 64,
+        "itemsize": 2,
+        "max_queries": 40,
+        "max_keys": 4096,
+        "biased": 0,
+        "dropout": 0,
+        "windowed": 0,
+    }
+    answer = heuristics.attention_block(64, 2, 40, 4096, False, False, False, A10)
     found = candidates("attention", sizes, answer, A10)
     assert found[0] == answer
     assert len(found) == len(set(found)) > 10
@@ -183,6 +197,48 @@ def test_candidates_begin_with_the_heuristic_and_fit() -> None:
         assert block.queries <= 64
     roomy = candidates("attention", sizes, answer, H100)
     assert set(found) < set(roomy)
+
+
+SIZES: dict[str, dict[str, int]] = {
+    "norm": {"columns": 384, "rows": 4096},
+    "norm_backward": {"columns": 384, "rows": 4096},
+    "attention": {
+        "head_dim": 64, "itemsize": 2, "max_queries": 512, "max_keys": 512, "biased": 0, "dropout": 0,
+        "windowed": 0,
+    },
+    "attention_short": {
+        "head_dim": 32, "itemsize": 2, "heads": 12, "sequences": 64, "max_queries": 128, "max_keys": 128,
+    },
+    "attention_dq": {"head_dim": 64, "itemsize": 2, "max_queries": 512, "max_keys": 512},
+    "attention_dkdv": {"head_dim": 64, "itemsize": 2, "max_queries": 512, "max_keys": 512},
+    "decode": {"head_dim": 128, "itemsize": 2, "int8": 0, "rows": 4},
+    "decode_parts": {"head_dim": 128, "tiles": 8},
+    "decode_combine": {"head_dim": 128},
+    "rope": {"heads": 32, "head_dim": 128, "tokens": 512},
+    "activation": {"columns": 1536},
+    "activation_backward": {"columns": 1536},
+    "cross_entropy": {"columns": 49152},
+    "linear_cross_entropy": {"tokens": 4096, "vocabulary": 49152, "channels": 576, "itemsize": 2},
+    "quantized_matmul": {"rows": 1, "outs": 4096, "ins": 4096, "itemsize": 2},
+}  # fmt: skip
+"""A call of every heuristic."""
+
+
+@pytest.mark.parametrize("kernel", sorted(tuned.ALL))
+def test_every_heuristic_has_candidates_and_yields_to_the_table(kernel: str, own_table: Path) -> None:
+    heuristic, sizes = tuned.ALL[kernel], SIZES[kernel]
+    own = heuristic(**sizes, device=H100)
+    assert isinstance(own, tuple)
+    first, *others = candidates(kernel, sizes, own, H100)
+    assert first == own
+    assert others, "nothing that `minilm tune` could try"
+    assert own not in others
+    with tuned.observed() as asked:
+        heuristic(**sizes, device=H100)
+    (question,) = asked
+    write(own_table, entry(kernel, dict(question.shape), others[0]._asdict()))
+    assert heuristic(**sizes, device=H100) == others[0]
+    assert heuristic(**sizes, device=A10) == heuristic.heuristic(**sizes, device=A10)
 
 
 def test_devices() -> None:

@@ -226,8 +226,8 @@ def test_an_mlp_compiles_as_one_graph() -> None:
 
 
 def test_tiles_cover_the_columns_without_waste() -> None:
-    from minilm.kernels.devices import INTERPRETER
-    from minilm.kernels.heuristics import column_programs, pointwise_block
+    from minilm.kernels.devices import CHIPS, INTERPRETER
+    from minilm.kernels.heuristics import column_sum_block, pointwise_block, sharing_programs
 
     for columns in range(1, 6000, 7):
         block = pointwise_block(columns, INTERPRETER)
@@ -235,6 +235,8 @@ def test_tiles_cover_the_columns_without_waste() -> None:
         assert -(-columns // block.columns) * block.columns < columns + max(columns, 512)
         assert 32 * block.num_warps <= 2048 // 8
     assert pointwise_block(1536, INTERPRETER).columns == 512
-    assert column_programs(5, 3, 132) == 5
-    assert column_programs(10**6, 3, 132) == 352
-    assert column_programs(10**6, 10**4, 132) == 1
+    h100 = CHIPS["sm_90"]
+    assert column_sum_block(1536, h100).programs == 8
+    assert sharing_programs(5, 8, 3, h100) == 5
+    assert sharing_programs(10**6, 8, 3, h100) == 352
+    assert sharing_programs(10**6, 8, 10**4, h100) == 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import accumulate
 
 import numpy as np
 import pytest
 import torch
-from close import assert_as_good_as_eager
+from close import assert_as_good_as_eager, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -16,8 +17,11 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from minilm import ops
+from minilm.kernels import attention
 from minilm.kernels.attention import attention_op, twin
 from minilm.kernels.attention_backward import twin as backward_twin
+from minilm.kernels.attention_short import attention_short_op
+from minilm.kernels.heuristics import attention_is_short
 
 LENGTHS = [0, 1, 15, 16, 17, 33]
 
@@ -153,6 +157,95 @@ def test_lse_through_the_op_interface() -> None:
         with ops.backend(backend):
             outs.append(ops.attention_with_lse(q, k, v, *lengths, scale=0.2, causal=True, window=3))
     torch.testing.assert_close(outs[0], outs[1], atol=2e-6, rtol=1e-5)
+
+
+@settings(max_examples=12)
+@given(problem=problems())
+def test_the_lse_is_written_on_request_only(problem: dict) -> None:  # type: ignore[type-arg]
+    """The same output bit by bit, and the log-sum-exp of the scores in float64; the short kernel's too."""
+    g = torch.Generator().manual_seed(problem["seed"])
+    q_lens, k_lens, d, dtype = (problem[name] for name in ("q_lens", "k_lens", "head_dim", "dtype"))
+    q = torch.randn(sum(q_lens), problem["heads"], d, generator=g).to(dtype)
+    k, v = (torch.randn(sum(k_lens), problem["kv_heads"], d, generator=g).to(dtype) + 0.5 for _ in range(2))
+    bias = torch.randn(problem["heads"], max(q_lens), max(k_lens), generator=g) if problem["bias"] else None
+    slopes = torch.rand(problem["heads"], generator=g) if problem["alibi"] else None
+    lengths = (cumulative(q_lens), cumulative(k_lens), max(q_lens), max(k_lens))
+    scale, kind = d**-0.5, (problem["causal"], problem["window"])
+    exact = ops.reference.attention(
+        q.double(), k.double(), v.double(), *lengths, scale, *(x or None for x in kind), 0.0, lse=True,
+        bias=None if bias is None else bias.double(), alibi_slopes=slopes, soft_cap=problem["cap"] or None,
+    )[1]  # fmt: skip
+    calls = [partial(attention_op, q, k, v, bias, slopes, *lengths, scale, *kind, problem["cap"], 0.0, 0)]
+    if attention_is_short(d, q.element_size(), *lengths[2:], masked=any(kind)):
+        calls.append(partial(attention_short_op, q, k, v, *lengths, scale, *kind))
+    plain = bias is None and slopes is None and not problem["cap"]
+    for call in calls if plain else calls[:1]:
+        out, lse = call(True)
+        again, nothing = call(False)
+        assert torch.equal(out, again)
+        assert nothing.numel() == 0
+        size = 1 + float(exact.nan_to_num(neginf=0).abs().max())
+        assert_close(lse, exact, atol=16 * torch.finfo(torch.float32).eps * size, what="log-sum-exp")
+
+
+def test_the_lse_is_written_for_gradients() -> None:
+    """Through the op: none for inference, though parameters may want gradients; one for training."""
+    wrote = []
+    names = ("minilm_triton::attention", "minilm_triton::attention_short")
+
+    class Seen(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if op.name() in names:
+                wrote.append(args[-1])
+            return op(*args, **(kwargs or {}))
+
+    cu = cumulative([20])
+    for size in (32, 24):  # the short kernel, and the one for any length
+        x = torch.randn(20, 2, size, requires_grad=True)
+        for grad in (False, True):
+            wrote.clear()
+            with ops.backend("triton"), Seen(), torch.set_grad_enabled(grad):
+                out = ops.attention(x, x, x, cu, cu, 20, 20, scale=0.3, causal=True)
+            assert wrote == [grad]
+            assert out.requires_grad == grad
+        rest = (cu, cu, 20, 20, 0.3, True, 0)
+        if size == 32:
+            out, _ = attention_short_op(x, x, x, *rest, False)
+        else:
+            out, _ = attention_op(x, x, x, None, None, *rest, 0.0, 0.0, 0, False)
+        with pytest.raises(RuntimeError, match="without the log-sum-exp has no derivative"):
+            out.sum().backward()
+
+
+def test_more_sequences_than_a_grid_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cut into launches of three, forward and backward are what they were in one."""
+
+    def run(size: int) -> list[Tensor]:
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(30, 2, size, generator=g, requires_grad=True)
+        cu = cumulative([4, 0, 9, 1, 6, 2, 8])
+        with ops.backend("triton"):
+            out = ops.attention(x, x, x, cu, cu, 9, 9, scale=0.3, causal=False)
+        out.sum().backward()
+        assert x.grad is not None
+        return [out.detach(), x.grad]
+
+    whole = run(24), run(32)
+    monkeypatch.setattr(attention, "MOST_SEQUENCES", 3)
+    for one, parts in zip(whole, (run(24), run(32)), strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, parts, strict=True))
+
+
+def test_offsets_stay_in_32_bits() -> None:
+    """Strides that a kernel cannot step by are copied away; sizes that it cannot reach are refused."""
+    x = torch.empty(1 << 24, dtype=torch.float16, device="meta").as_strided((4, 3, 16), (16, 1 << 30, 1))
+    assert attention.laid_out(x, 4).is_contiguous()
+    near = torch.empty(4, 3, 16, device="meta")
+    assert attention.laid_out(near, 4) is near
+    flat = torch.empty(1 << 20, 128, 128, device="meta")
+    assert attention.laid_out(flat, 1 << 10) is flat
+    with pytest.raises(ValueError, match=r"\[1048576, 128, 128\] with a sequence of 131072 tokens is beyond"):
+        attention.laid_out(flat, 1 << 17)
 
 
 def test_scores_through_the_op_interface() -> None:

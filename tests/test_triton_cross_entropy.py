@@ -21,7 +21,7 @@ from minilm import ops
 from minilm.kernels import cross_entropy as kernel
 from minilm.kernels import linear_cross_entropy as chunked
 from minilm.kernels.devices import INTERPRETER
-from minilm.kernels.heuristics import loss_rows, vocabulary_block
+from minilm.kernels.heuristics import loss_chunk, vocabulary_block
 from minilm.ops import reference
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -279,9 +279,10 @@ def test_blocks_and_chunks() -> None:
         assert block.columns == 4096 or V <= block.columns < max(2 * V, 32)
         assert 32 * block.num_warps <= block.columns or block.columns < 32
         for T, C in ((1, 64), (100, 384), (8192, 384), (8192, 4096)):
-            rows = loss_rows(T, V, C)
+            (rows,) = loss_chunk(T, V, C, 2, INTERPRETER)
             assert 1 <= rows <= T
             assert rows <= 16 or rows * V <= min(V * C, 2**26)
             assert rows == T or rows % 16 == 0
-    assert loss_rows(8192, 30522, 384) == 384
-    assert loss_rows(8192, 128256, 4096) == 512
+    assert loss_chunk(8192, 30522, 384, 2, INTERPRETER).rows == 384
+    assert loss_chunk(8192, 128256, 4096, 2, INTERPRETER).rows == 512
+    assert loss_chunk(8192, 128256, 4096, 4, INTERPRETER).rows == 256

@@ -23,10 +23,10 @@ from minilm import ops
 from minilm.kernels.decode import paged_attention_op, twin
 from minilm.kernels.devices import CHIPS, assume
 from minilm.kernels.heuristics import (
-    MOST_SPLITS,
+    MOST_PARTS,
     attention_shared_memory,
-    combine_warps,
-    context_splits,
+    combine_block,
+    context_parts,
     paged_block,
 )
 
@@ -180,17 +180,38 @@ def test_chunk_of_a_prompt(splits: int, cache_dtype: torch.dtype | None) -> None
         case = batch(
             [40, 3, 70], [290, 3, 71], 1, 3, 64, torch.float16, cache_dtype, window=window, seed=window
         )
-        assert paged_block(64, 2, 210, CHIPS["sm_90"]).queries == 64
+        assert paged_block(64, 2, False, 210, CHIPS["sm_90"]).queries == 64
         judge(case, case.ours(splits))
 
 
-@pytest.mark.parametrize("splits", [1, 4])
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_a_sequence_does_not_depend_on_its_batch(splits: int, dtype: torch.dtype) -> None:
-    case = batch([1, 1, 1], [260, 5, 97], dtype=dtype, window=100)
-    together = case.ours(splits)
-    for index in range(3):
-        assert torch.equal(case.row(index).ours(splits), together[index : index + 1])
+@st.composite
+def steps(draw: st.DrawFn) -> Batch:
+    """Steps of decoding, or chunks of two or three tokens, of contexts in one part and in many."""
+    new = draw(st.sampled_from([1, 1, 1, 2, 3]))
+    contexts = draw(st.lists(st.sampled_from([3, 64, 127, 129, 300, 700, 1500]), min_size=2, max_size=3))
+    return batch(
+        [new] * len(contexts),
+        contexts,
+        group=draw(st.integers(1, 5)),
+        size=draw(st.sampled_from([24, 32, 64])),
+        dtype=draw(st.sampled_from(FLOATS)),
+        cache_dtype=draw(st.sampled_from([None, torch.int8])),
+        window=draw(st.sampled_from([0, 0, 200])),
+        seed=draw(seeds()),
+    )
+
+
+@examples(12)
+@given(case=steps(), splits=st.sampled_from([0, 0, 0, 1, 4]), chip=st.sampled_from(sorted(CHIPS)))
+def test_a_sequence_does_not_depend_on_its_batch(case: Batch, splits: int, chip: str) -> None:
+    """Bit by bit, in parts that the heuristics choose for a chip, beside shorter and longer contexts."""
+    with assume(CHIPS[chip]):
+        together = case.ours(splits)
+        start = 0
+        for index, new in enumerate(case.new):
+            assert torch.equal(case.row(index).ours(splits), together[start : start + new])
+            start += new
+    judge(case, together)
 
 
 def test_splits_without_keys_count_for_nothing() -> None:
@@ -206,24 +227,23 @@ def test_no_tokens() -> None:
 
 def test_a_gpu_would_split_a_long_context() -> None:
     case = batch([1], [600], 1, 4, 64, torch.float16)
-    blocks = -(-600 // paged_block(64, 2, 4, CHIPS["sm_90"]).keys)
-    assert context_splits(1, blocks, 132) == blocks == 5
+    assert context_parts(64, 1, CHIPS["sm_90"]).keys == paged_block(64, 2, False, 4, CHIPS["sm_90"]).keys
     with assume(CHIPS["sm_90"]):
         chosen = case.ours()
-    assert torch.equal(chosen, case.ours(blocks))
+    assert torch.equal(chosen, case.ours(5)), "600 keys are 5 parts of 128"
     assert not torch.equal(chosen, case.ours(1)), "as if it had not been split"
     judge(case, chosen)
-    with assume(CHIPS["sm_90"]):  # a window of 200 keys is two blocks
-        assert torch.equal(replace(case, window=200).ours(), replace(case, window=200).ours(1))
+    with assume(CHIPS["sm_90"]):  # a window of 100 keys is one
+        assert torch.equal(replace(case, window=100).ours(), replace(case, window=100).ours(1))
 
 
 @pytest.mark.parametrize("splits", [1, 3, 7])
 @pytest.mark.parametrize("window", [0, 30])
 def test_the_numpy_twin_says_the_same(splits: int, window: int) -> None:
     case = batch([4], [103], 1, 3, 16, window=window)
-    block = paged_block(16, 4, 12, CHIPS["sm_90"]).keys
+    block = paged_block(16, 4, False, 12, CHIPS["sm_90"]).keys
     q, k, v = (x.double().numpy() for x in (case.q, *case.stored))
-    theirs = twin(q, k[:, 0], v[:, 0], case.scale, window or None, splits, block)
+    theirs = twin(q, k[:, 0], v[:, 0], case.scale, window or None, splits, 1, block)
     np.testing.assert_allclose(case.ours(splits).numpy(), theirs, atol=2e-6)
     np.testing.assert_allclose(case.formula(torch.float64).numpy(), theirs, atol=1e-12)
 
@@ -268,49 +288,37 @@ def test_what_the_kernels_refuse() -> None:
             assert ops.dispatch.decide("paged_attention", call).chosen.backend == "triton"
 
 
-def test_context_splits_by_the_numbers() -> None:
-    assert context_splits(8, 128, 132) == 15
-    assert context_splits(64, 128, 132) == 2
-    assert context_splits(106, 128, 132) == 1
-    assert context_splits(1, 4, 132) == 1
-    assert context_splits(1, 5, 132) == 5
-    assert context_splits(1, 10_000, 148) == 108
+def test_the_twin_cuts_by_the_least_number_of_keys_too() -> None:
+    case = batch([1], [103], 1, 3, 16)
+    q, k, v = (x.double().numpy() for x in (case.q, *case.stored))
+    for keys in (1, 32, 1000):
+        theirs = twin(q, k[:, 0], v[:, 0], case.scale, None, 4, keys, 16)
+        np.testing.assert_allclose(case.formula(torch.float64).numpy(), theirs, atol=1e-12)
 
 
-@examples(300)
-@given(
-    tiles=st.integers(1, 300), blocks=st.integers(1, 5000), processors=st.sampled_from([2, 72, 108, 132, 148])
-)
-def test_context_splits_fill_the_chip(tiles: int, blocks: int, processors: int) -> None:
-    splits = context_splits(tiles, blocks, processors)
-    assert 1 <= splits <= min(blocks, processors, MOST_SPLITS)
-    if tiles >= 0.8 * processors or blocks <= 4:
-        assert splits == 1
-        return
-
-    def efficiency(n: int) -> float:
-        return tiles * n / processors / math.ceil(tiles * n / processors)
-
-    longest = -(-blocks // splits)
-    assert splits == 1 or longest < -(-blocks // (splits - 1)), "one part fewer would take no longer"
-    useful = [
-        n for n in range(1, min(blocks, processors, MOST_SPLITS) + 1) if n == -(-blocks // -(-blocks // n))
-    ]
-    assert efficiency(splits) >= 0.85 * max(map(efficiency, useful))
-    assert all(efficiency(n) < 0.85 * max(map(efficiency, useful)) for n in useful if n < splits)
+def test_context_parts() -> None:
+    """One sequence alone gives every multiprocessor a program, as far as whole parts can."""
+    assert context_parts(128, 8, CHIPS["sm_90"]) == (16, 128)
+    assert context_parts(64, 3, CHIPS["sm_90"]) == (44, 128)
+    assert context_parts(32, 12, CHIPS["sm_80"]) == (9, 256)
+    for device in CHIPS.values():
+        for tiles in (1, 2, 8, 60, 107, 500):
+            parts, keys = context_parts(128, tiles, device)
+            assert 1 <= parts <= MOST_PARTS
+            assert parts * tiles <= max(device.processors, tiles)
+            assert keys >= 64
 
 
 def test_tiles_fit_every_chip() -> None:
     for device in CHIPS.values():
         for size in range(16, 257, 8):
-            for itemsize in (2, 4):
+            for itemsize, int8 in ((2, False), (2, True), (4, False), (4, True)):
                 for rows in (1, 16, 17, 64, 5000):
-                    block = paged_block(size, itemsize, rows, device)
+                    block = paged_block(size, itemsize, int8, rows, device)
                     assert attention_shared_memory(size, itemsize, block, device) <= device.shared_memory
                     assert block.queries in (16, 32, 64)
                     assert block.keys >= 16
-    for splits in range(1, MOST_SPLITS + 1):
-        for block_d in (16, 32, 64, 128, 256):
-            warps = combine_warps(splits, block_d)
-            assert warps & (warps - 1) == 0
-            assert splits * block_d <= 64 * 32 * warps, "more than 64 numbers a lane"
+            combine = combine_block(size, device)
+            for n in combine:
+                assert n & (n - 1) == 0
+            assert combine.parts * size <= 16 * 32 * combine.num_warps, "more than 16 numbers a lane"

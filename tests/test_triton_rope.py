@@ -18,7 +18,8 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from minilm import ops
-from minilm.kernels.heuristics import rope_heads, rope_warps
+from minilm.kernels.devices import CHIPS
+from minilm.kernels.heuristics import next_power_of_2, rope_block
 from minilm.kernels.rope import append_kv_op, quantise_twin, rope_append_op, rope_op, twin
 from minilm.ops import reference
 
@@ -273,17 +274,21 @@ def test_a_model_on_an_int8_cache_is_near(backend: str) -> None:
 
 
 def test_heads_of_a_program() -> None:
-    for heads in range(1, 130):
-        for block_d in (1, 16, 64, 128, 256):
-            tile = rope_heads(heads, block_d)
-            assert tile & (tile - 1) == 0
-            assert tile * block_d <= 2048
-            assert tile < 2 * heads
-            warps = rope_warps(tile, block_d)
-            assert warps in (1, 2, 4)
-            assert warps == 1 or tile * block_d >= 8 * 32 * warps
-    assert rope_heads(32, 128) == 16
-    assert rope_heads(9, 64) == 16
+    device = CHIPS["sm_90"]
+    for heads in range(1, 130, 3):
+        for size in (1, 16, 64, 80, 128, 256):
+            for tokens in (1, 8, 100, 5000):
+                tile, warps = rope_block(heads, size, tokens, device)
+                width = next_power_of_2(size)
+                assert tile & (tile - 1) == 0
+                assert tile * width <= 2048
+                assert tile < 2 * heads
+                assert warps in (1, 2, 4)
+                assert warps == 1 or tile * width >= 8 * 32 * warps
+                assert tile == 1 or tokens * -(-heads // tile) >= 2 * device.processors
+    assert rope_block(32, 128, 512, device) == (16, 4)
+    assert rope_block(9, 64, 512, device) == (16, 2)
+    assert rope_block(32, 128, 8, device) == (1, 1), "256 programs of one head"
 
 
 def test_int8_pages_want_scales() -> None:
