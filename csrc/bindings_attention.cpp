@@ -66,7 +66,7 @@ void run(const AttentionParams& p, int64_t sequences, int64_t max_keys) {
 void run_decode(const AttentionParams& p, int64_t sequences, int64_t max_keys) {
   const auto& kernels = cpu_kernels();
   const int64_t of_one = kernels.decode_partials(p, max_keys), size = kernels.decode_scratch(p);
-  const int64_t most = kernels.stretches(max_keys);
+  const int64_t most = kernels.most_stretches(max_keys);
   const std::unique_ptr<float[]> partials(new float[sequences * of_one]);
   share_out(sequences * most, [&] {
     std::shared_ptr<float[]> scratch(new float[size]);

@@ -186,9 +186,12 @@ struct TransformerParams {
   std::int64_t max_keys;
   std::int64_t threads;
   DType cache_dtype;
-  bool fresh;       // no sequence had a past: attention looks at the new tokens only
-  bool one_each;    // not fresh, and one new token for each sequence: a decode step
-  char* workspace;  // transformer_workspace bytes, the first transformer_counters of them zero
+  bool fresh;                // no sequence had a past: attention looks at the new tokens only
+  bool one_each;             // not fresh, and one new token for each sequence: a decode step
+  const PackedWeight* head;  // [V, C], applied to the result; null: nothing is
+  float* logits;             // [T, V]
+  std::int64_t* best;        // [T]: the first of the highest logits; the first NaN, if there is one
+  char* workspace;           // transformer_workspace bytes, the first transformer_counters of them zero
 };
 
 }  // namespace minilm

@@ -244,7 +244,7 @@ def _not_run(runnable: list[str]) -> list[str]:
 
 def _ops(devices: list[str]) -> tuple[list[dict[str, Any]], str | None]:
     """For each device, dtype and op: the backend that will run, and why the others will not."""
-    from . import models  # noqa: F401 (registers the op `blocks`)
+    from . import heads  # noqa: F401 (registers the ops of whole models)
     from .ops import BackendError, dispatch
 
     rows: list[dict[str, Any]] = []
@@ -277,6 +277,7 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
     """
     from . import ops
     from .cache import KVCache
+    from .decode_step import StepTraits
     from .fused import BlocksTraits
 
     page_size = inspect.signature(KVCache).parameters["page_size"].default
@@ -286,6 +287,7 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
         ops.PagedTraits: ("paged_attention", "append_kv", "rope_append"),
         ops.LinearTraits: ("linear",),
         BlocksTraits: ("blocks",),
+        StepTraits: ("decode_step",),
         ops.PointwiseTraits: ("rope", "gated", "cross_entropy", "linear_cross_entropy"),
         ops.QuantizedTraits: ("quantized_linear",),
     }
@@ -304,6 +306,8 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
         return ops.LinearTraits(device, dtype, kept=True)
     if kind is BlocksTraits:
         return BlocksTraits(device, dtype)
+    if kind is StepTraits:
+        return StepTraits(device, dtype)
     if kind is ops.QuantizedTraits:
         return ops.QuantizedTraits(device, dtype, "q8_0", None, few_rows=True, grad=False)
     raise ValueError(f"minilm.doctor does not know what a typical call of the op {op!r} is")

@@ -145,9 +145,6 @@ class Engine:
         self._record = recorder
         self._stepping = False
         self._given_up: list[Request] = []
-        self._counting = torch.arange(
-            2, dtype=torch.int32, device=model.device
-        )  # 0, 1, 2, ... as far as was needed
 
     def add(self, request: Request) -> None:
         """Put a request in the queue. The caller has checked that it fits the model's window
@@ -210,7 +207,7 @@ class Engine:
             if begun:
                 self._choose(begun, first[0] if len(first) == 1 else torch.cat(first))
             if growing:
-                self._choose(growing, self._decode(growing))
+                self._choose(growing, *self._decode(growing))
             grown = [*growing, *begun]
             self.running = [sample for sample in grown if sample.finish_reason is None]
             if not self._keep_rows:
@@ -257,9 +254,20 @@ class Engine:
             if start + count == len(request.prompt):
                 samples += request.samples
                 last += [len(tokens) - 1] * request.n
-        cu_seqlens = torch.tensor(ends, dtype=torch.int32, device=self.model.device)
-        lengths, rows = [count for _, count in chunks], [request.row for request, _ in chunks]
-        hidden = self._forward(tokens, positions, lengths, cu_seqlens, rows)
+        device = self.model.device
+        lengths = [count for _, count in chunks]
+        packed = Packed(
+            len(lengths),
+            max(lengths),
+            None,
+            lengths,
+            torch.tensor(ends, dtype=torch.int32, device=device),
+            torch.tensor(positions, device=device),
+        )
+        rows = [request.row for request, _ in chunks]
+        hidden = self.model.run_packed(
+            torch.tensor(tokens, device=device), packed, cache=self.cache, rows=rows
+        )
         for sample in samples:
             request = sample.request
             if sample.index == 0:
@@ -270,41 +278,16 @@ class Engine:
         return samples, self.model.logits(hidden[torch.tensor(last, dtype=torch.int64, device=hidden.device)])
 
     # Writing
-    def _decode(self, samples: list[Sample]) -> Tensor:
-        """Feed the last token of each sample; the next logits, [B, V]."""
-        batch, rows = len(samples), [sample.row for sample in samples]
-        if len(self._counting) <= batch:
-            self._counting = torch.arange(2 * batch + 1, dtype=torch.int32, device=self.model.device)
-        tokens = [sample.tokens[-1] for sample in samples]
-        positions = [self.cache.lengths[row] for row in rows]
-        return self.model.logits(
-            self._forward(tokens, positions, [1] * batch, self._counting[: batch + 1], rows, unchanged=True)
-        )
+    def _decode(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
+        """Feed the last token of each sample; the next logits, [B, V], and the likeliest tokens [B]."""
+        tokens = torch.tensor([sample.tokens[-1] for sample in samples], device=self.model.device)
+        return self.model.step(tokens, [sample.row for sample in samples], self.cache)
 
-    def _forward(
-        self,
-        tokens: list[int],
-        positions: list[int],
-        lengths: list[int],
-        cu_seqlens: Tensor,
-        rows: list[int],
-        *,
-        unchanged: bool = False,
-    ) -> Tensor:
-        device = self.model.device
-        packed = Packed(
-            len(lengths), max(lengths), None, lengths, cu_seqlens, torch.tensor(positions, device=device)
-        )
-        return self.model.run_packed(
-            torch.tensor(tokens, device=device), packed, cache=self.cache, rows=rows, unchanged=unchanged
-        )
-
-    def _choose(self, samples: list[Sample], logits: Tensor) -> None:
-        """Append the next token to each sample; logits [B, V]."""
-        rules = [sample.request.sampling for sample in samples]
-        if self._record is None and not any(rule.do_sample or not rule.untouched for rule in rules):
-            tokens = logits.argmax(-1).tolist()
-        else:
+    def _choose(self, samples: list[Sample], logits: Tensor, best: Tensor | None = None) -> None:
+        """Append the next token to each sample; logits [B, V], of which `best` [B] are the likeliest."""
+        tokens = self._likeliest(samples, logits, best)
+        if tokens is None:
+            rules = [sample.request.sampling for sample in samples]
             logits = logits.float()
             prompts = [sample.request.prompt for sample in samples]
             scores = process(logits, rules, prompts, [sample.tokens for sample in samples])
@@ -315,6 +298,17 @@ class Engine:
             if sample.request.logprobs is not None:
                 sample.logprobs.append(best_logprobs(logits[row], sample.request.logprobs, token))
             sample.take(token)
+
+    def _likeliest(self, samples: list[Sample], logits: Tensor, best: Tensor | None) -> list[int] | None:
+        """The likeliest tokens, if they are what every sample's rules come to; else None."""
+        rules = [sample.request.sampling for sample in samples]
+        if self._record is not None or any(rule.do_sample or rule.counts for rule in rules):
+            return None
+        tokens: list[int] = (logits.argmax(-1) if best is None else best).tolist()
+        for sample, rule, token in zip(samples, rules, tokens, strict=True):
+            if token in rule.ends and len(sample.tokens) < rule.min_new_tokens:
+                return None
+        return tokens
 
     def _pick(self, samples: list[Sample], scores: Tensor, drawn: list[bool]) -> list[int]:
         if all(drawn):

@@ -7,14 +7,16 @@ computed in float32, by the rules of transformers: -100 is ignored, classificati
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import decode_step, ops
 from .archs.family import Head
+from .cache import KVCache
 from .layers import Embedding, Linear, Norm
 from .models import BodyResult, PreTrainedModel
 from .outputs import (
@@ -355,6 +357,11 @@ class AutoModelForCausalLM(PreTrainedModel):
         """hidden [T, C] -> [T, V]."""
         scores: Tensor = self.head(hidden, self.body.embeddings.tokens)
         return scores
+
+    def step(self, tokens: Tensor, rows: Sequence[int], cache: KVCache) -> tuple[Tensor, Tensor]:
+        """One step of decoding, tokens int64 [B] -> logits [B, V] and the likeliest tokens int64 [B]; see
+        `minilm.decode_step.run`."""
+        return decode_step.run(self, tokens, rows, cache)
 
     def generate(self, *args: Any, **options: Any) -> Any:
         """Write on from prompts; see `minilm.generate.generate`."""

@@ -99,13 +99,19 @@ def test_only_so_many_texts_grow_at_a_time_and_the_next_begins_when_one_ends() -
 def test_each_prompt_is_read_once_and_in_chunks_of_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
     model = decoder("llama").ours
     read: list[tuple[int, list[int]]] = []
-    original = model.run_packed
+    run_packed, step = model.run_packed, model.step
 
-    def run_packed(tokens: Any, packed: Any, **options: Any) -> Any:
-        read.append((len(tokens), packed.lengths))
-        return original(tokens, packed, **options)
+    def read_prompts(tokens: Any, packed: Any, **options: Any) -> Any:
+        if "unchanged" not in options:  # else a step of decoding goes through the modules
+            read.append((len(tokens), packed.lengths))
+        return run_packed(tokens, packed, **options)
 
-    monkeypatch.setattr(model, "run_packed", run_packed)
+    def read_newest(tokens: Any, rows: Any, cache: Any) -> Any:
+        read.append((len(tokens), [1] * len(rows)))
+        return step(tokens, rows, cache)
+
+    monkeypatch.setattr(model, "run_packed", read_prompts)
+    monkeypatch.setattr(model, "step", read_newest)
     engine = Engine(model, max_num_batched_tokens=10)
     requests = [
         request(prompt, 3, n, ends=frozenset())

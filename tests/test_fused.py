@@ -9,6 +9,16 @@ from typing import Any
 import pytest
 import torch
 from close import assert_as_good_as_eager
+from fused_models import (
+    DECODERS,
+    QUANTISED_ERROR,
+    SIZES,
+    WIDE,
+    batch,
+    ints,
+    model_of,
+    quantise_blocks,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from native_runs import (
@@ -20,32 +30,12 @@ from native_runs import (
     require_extension,
     with_threads,
 )
-from pairs import randomise
-from strategies import ENCODERS, small
 from torch import Tensor, nn
 
 import minilm
 from minilm import fused, ops
-from minilm.heads import MODELS
-from minilm.ops.quantized import quantise
-from minilm.packing import Packed, pack
-from minilm.quantized_layers import QuantizedLinear
+from minilm.packing import pack
 
-ODD = {"hidden_size": 40, "num_attention_heads": 2, "intermediate_size": 77, "num_hidden_layers": 2}
-SIZES: dict[str, dict[str, Any]] = {
-    "bert": ODD,
-    "roberta": ODD,
-    "distilbert": {"dim": 40, "n_heads": 2, "n_layers": 2, "hidden_dim": 77},
-    "gpt2": {"n_embd": 40, "n_head": 2, "n_layer": 2, "n_inner": 77},
-    "llama": {**ODD, "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 20},
-    "mistral": {**ODD, "num_key_value_heads": 1, "head_dim": 20, "sliding_window": 5},
-    "qwen2": {**ODD, "num_key_value_heads": 1, "head_dim": 20},
-    "qwen3": {**ODD, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10},
-    "phi3": {**ODD, "num_key_value_heads": 1, "head_dim": 20},
-}
-"""Heads of 20 and 10, 77 inner channels: nothing fills whole panels."""
-
-DECODERS = [family for family in SIZES if family not in ENCODERS]
 FEW = [5, 1, 0, 3]
 MANY = [33, 1, 250, 0, 16, 101]
 """Lengths of the sequences of two batches: fewer rows than a block has, and more for each of four threads."""
@@ -54,24 +44,6 @@ MANY = [33, 1, 250, 0, 16, 101]
 @pytest.fixture(autouse=True)
 def _extension_is_there() -> None:
     require_extension()
-
-
-def model_of(family: str, **options: Any) -> Any:
-    """A random model, with norms and biases that can be seen, for sequences as long as those below."""
-    config = small(family, **{**SIZES[family], **options})
-    config |= {"n_positions": 400} if family == "gpt2" else {"max_position_embeddings": 400}
-    head: Any = "masked-lm" if family in ENCODERS else "causal-lm"
-    model = MODELS[head].from_config(minilm.PretrainedConfig.from_dict(config))
-    randomise(model, 0)
-    return model.eval().requires_grad_(False)
-
-
-def batch(lengths: list[int], seed: int = 0) -> tuple[Tensor, Packed]:
-    """Random tokens, int64 [T], end to end."""
-    columns = torch.arange(max(lengths))
-    found = pack(len(lengths), max(lengths), columns < torch.tensor(lengths)[:, None], torch.device("cpu"))
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(2, 41, (sum(lengths),), generator=generator), found
 
 
 def run(model: Any, lengths: list[int], backend: str = "native", **options: Any) -> Tensor:
@@ -172,9 +144,20 @@ def test_a_prompt_in_parts_is_the_whole_prompt(family: str) -> None:
 
 def test_a_context_of_several_stretches_is_close() -> None:
     model = model_of("llama", num_hidden_layers=1, max_position_embeddings=700)
-    lengths = [640, 300]
-    actual = in_parts(model, lengths, shared_out(lengths, [630, 295], 1))
+    lengths = [640, 512, 300]  # the middle one is cut into more stretches than the longest
+    actual = in_parts(model, lengths, shared_out(lengths, [630, 502, 295], 1))
     assert_close(model, actual, lengths)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_step_of_a_large_batch_is_close(family: str) -> None:
+    """More rows than 48 a thread are cut into blocks, and each of them is a sequence."""
+    model = model_of(family)
+    lengths = [2 + 7 * i % 40 for i in range(120)]
+    parts = shared_out(lengths, [n - 1 for n in lengths], 1)
+    first, *others = with_threads(lambda: in_parts(model, lengths, parts), (1, 2, 4))
+    assert all(torch.equal(first, other) for other in others)
+    assert_close(model, first, lengths)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -428,26 +411,13 @@ def test_nothing_is_packed_twice() -> None:
 
 # Quantised layers
 
-QUANTISED_ERROR = {"int8": 0.03, "q8_0": 0.03, "q4_0": 0.03, "q4_1": 0.03}
-"""Of hidden states against the reference, which dequantises, relative to their size: rows of x are in 8
-bits."""
-
 
 @pytest.mark.parametrize("lengths", [FEW, MANY], ids=["few", "many"])
 @pytest.mark.parametrize("format", QUANTISED_ERROR)
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_quantised_layers_are_close(family: str, format: str, lengths: list[int]) -> None:
-    wide = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
-    model = model_of(family, **{k: v for k, v in wide.items() if family == "llama" or k != "head_dim"})
-    for block in model.body.layers:
-        for owner, name in (
-            (block.attention, "qkv"),
-            (block.attention, "out"),
-            (block.mlp, "up"),
-            (block.mlp, "down"),
-        ):
-            old = getattr(owner, name)
-            setattr(owner, name, QuantizedLinear(quantise(old.weight, format), old.bias))
+    model = model_of(family, **{k: v for k, v in WIDE.items() if family == "llama" or k != "head_dim"})
+    quantise_blocks(model, format)
     expected = run(model, lengths, "reference")
     actual = run(model, lengths)
     error = (actual - expected).norm() / expected.norm()
@@ -486,10 +456,6 @@ def raw(family: str = "llama", layers: int = 1) -> dict[str, Any]:
 def call(arguments: dict[str, Any]) -> Tensor:
     result: Tensor = torch.ops.minilm.transformer(*arguments.values())
     return result
-
-
-def ints(*values: int, dtype: torch.dtype = torch.int32) -> Tensor:
-    return torch.tensor(values, dtype=dtype)
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

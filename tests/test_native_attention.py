@@ -188,7 +188,7 @@ def test_a_sequence_does_not_depend_on_batch_or_threads(size: int, window: int |
 
 @pytest.mark.parametrize("dtype", CACHES, ids=str)
 def test_a_step_of_decoding_does_not_depend_on_batch_threads_or_pages(dtype: torch.dtype) -> None:
-    contexts = [5, 700, 256, 1, 300]
+    contexts = [5, 700, 512, 1, 300]  # 512 is cut into more stretches than 700
     k_pages, v_pages, table, context = paged(contexts, 2, 20, 16, dtype, 0)
     q = random(5, 10, 20, seed=1)
     at = ends([1] * 5)

@@ -2,10 +2,10 @@
 
     python tools/sanitize.py [arguments of pytest]
 
-First csrc/tests/driver.cpp, then tests/test_native*.py on a package that is built with the sanitizers into
-build/sanitize, apart from what is installed. Both with the instruction sets up to AVX2: with AVX-512 a
-compiler works for many minutes on attention's checks, and the sources are the same. Whatever a
-sanitizer finds ends the run with an error.
+First csrc/tests/driver.cpp, then tests/test_native*.py and tests/test_decode_step.py on a package that is
+built with the sanitizers into build/sanitize, apart from what is installed. Both with the instruction sets up
+to AVX2: with AVX-512 a compiler works for many minutes on attention's checks, and the sources are the same.
+Whatever a sanitizer finds ends the run with an error.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def main() -> int:
     compiler = os.environ.get("CXX", "g++")
     library = build_package(compiler, run_driver(compiler))
     environment = os.environ | preloaded(compiler) | {"PYTHONPATH": str(library)}
-    tests = sorted(str(file) for file in (ROOT / "tests").glob("test_native*.py"))
+    folder = ROOT / "tests"
+    tests = [str(file) for file in (*sorted(folder.glob("test_native*.py")), folder / "test_decode_step.py")]
     # The driver saw to the other instruction sets; what starts compilers would sanitize these.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-k", "not instruction_set and not driver and not compile", *tests, *sys.argv[1:]]

@@ -32,6 +32,7 @@ struct CpuKernels {
   // Decoding: every stretch of keys of a sequence, then every head. The sequence's partial results take
   // decode_partials floats, a thread's scratch decode_scratch.
   std::int64_t (*stretches)(std::int64_t keys);
+  std::int64_t (*most_stretches)(std::int64_t max_keys);  // of any sequence of up to max_keys
   std::int64_t (*decode_partials)(const AttentionParams& params, std::int64_t max_keys);
   std::int64_t (*decode_scratch)(const AttentionParams& params);
   void (*decode)(const AttentionParams& params, std::int64_t sequence, std::int64_t number, float* partials,

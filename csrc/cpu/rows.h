@@ -34,4 +34,31 @@ inline void write(T* p, Raw<T> raw, int n) {
   n == kLanes<Accumulator<T>> ? store(p, raw) : store(p, raw, n);
 }
 
+// Where the highest of x[0, count) stands first; if there is a NaN, where the first one does.
+inline std::int64_t first_of_highest(const float* x, std::int64_t count) {
+  constexpr int L = kLanes<float>;
+  Vec<float> high = Vec<float>{} - __builtin_inff();
+  auto unordered = high != high;
+  std::int64_t i = 0;
+  for (; i + L <= count; i += L) {
+    const Vec<float> values = load(x + i);
+    unordered |= values != values;
+    high = values > high ? values : high;
+  }
+  float top = -__builtin_inff();
+  bool nan = false;
+  for (int lane = 0; lane < L; ++lane) {
+    nan = nan || unordered[lane];
+    top = high[lane] > top ? high[lane] : top;
+  }
+  for (; i < count; ++i) {
+    nan = nan || x[i] != x[i];
+    top = x[i] > top ? x[i] : top;
+  }
+  for (i = 0; i + 1 < count; ++i) {
+    if (nan ? x[i] != x[i] : x[i] == top) break;
+  }
+  return i;
+}
+
 }  // namespace minilm::MINILM_ISA

@@ -27,6 +27,7 @@ const CpuKernels kKernels = {
     attention_scratch,
     attention,
     stretches,
+    most_stretches,
     decode_partials,
     decode_scratch,
     decode,

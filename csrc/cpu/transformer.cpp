@@ -14,7 +14,8 @@
 //       [qkv of layer 0] -> [attention] -> [out, MLP, qkv of layer 1] -> [attention] -> ...
 //
 //   Few rows (decoding): the weights are what costs time. A phase is one step of the layer, and its tasks are
-//   stretches of a weight's panels, so that all threads together read each weight once.
+//   stretches of a weight's panels, so that all threads together read each weight once. After the last layer
+//   comes, if there is one, the head that makes logits.
 //
 // Memory traffic, few rows: all weights once, the cache once. Many rows: all weights once a block of rows,
 // from memory or the third-level cache: 4 bytes for about 2 x 96 operations, far from binding.
@@ -24,6 +25,7 @@
 #include "cpu/attention.h"
 #include "cpu/linear.h"
 #include "cpu/norms.h"
+#include "cpu/rows.h"
 #include "cpu/team.h"
 
 namespace minilm::MINILM_ISA {
@@ -117,7 +119,8 @@ struct Workspace {
   std::int64_t parts;
 };
 
-std::int64_t prepared_bytes(const TransformerWeights& w) {
+std::int64_t prepared_bytes(const TransformerParams& p) {
+  const TransformerWeights& w = *p.weights;
   std::int64_t most = 0;
   for (std::int64_t layer = 0; layer < w.layers; ++layer) {
     const BlockWeights& block = w.blocks[layer];
@@ -127,6 +130,10 @@ std::int64_t prepared_bytes(const TransformerWeights& w) {
       const std::int64_t bytes = quantized_row_bytes(weight->format, weight->in);
       most = bytes > most ? bytes : most;
     }
+  }
+  if (p.head != nullptr && is_quantized(p.head->format)) {
+    const std::int64_t bytes = quantized_row_bytes(p.head->format, p.head->in);
+    most = bytes > most ? bytes : most;
   }
   return most;
 }
@@ -156,7 +163,7 @@ AttentionParams attention_params(const TransformerParams& p) {
 Workspace workspace_of(const TransformerParams& p) {
   const TransformerWeights& w = *p.weights;
   Workspace s = {};
-  if (p.tokens >= kFewRows * p.threads) {
+  if (p.tokens >= kFewRows * p.threads && p.head == nullptr) {
     s.blocks = round_up(ceil_div(p.tokens, kBlockRows), p.threads);
     s.block_rows = ceil_div(p.tokens, s.blocks);
     s.blocks = ceil_div(p.tokens, s.block_rows);
@@ -167,7 +174,7 @@ Workspace workspace_of(const TransformerParams& p) {
   s.counters = (w.layers * kPhasesALayer + 8) * Team::kBytesAPhase + 64;
   s.qkv = round_up(p.tokens * qkv_columns(w) * 4, 64);
   s.attended = round_up(p.tokens * w.heads * w.head_dim * 4, 64);
-  s.part = round_up(s.block_rows * part_floats(w) * 4, 64) + round_up(s.block_rows * prepared_bytes(w), 64);
+  s.part = round_up(s.block_rows * part_floats(w) * 4, 64) + round_up(s.block_rows * prepared_bytes(p), 64);
   const AttentionParams a = attention_params(p);
   s.scratch = round_up((p.one_each ? decode_scratch(a) : attention_scratch(a, p.max_keys)) * 4, 64);
   s.partials = p.one_each ? round_up(p.sequences * decode_partials(a, p.max_keys) * 4, 64) : 0;
@@ -294,6 +301,16 @@ struct Steps {
     if (!w.pre_norm) norm(block.mlp_norm, x());
     if (layer + 1 == w.layers && w.final_norm[0] != nullptr) norm(w.final_norm, x());
   }
+
+  void score() {
+    const std::int64_t vocabulary = p.head->columns;
+    apply(*p.head, x(), p.logits, Activation::kNone, false, false);
+    crew.shared_rows(part.rows, [&](std::int64_t begin, std::int64_t end) {
+      for (std::int64_t row = begin; row < end; ++row) {
+        p.best[row] = first_of_highest(p.logits + row * vocabulary, vocabulary);
+      }
+    });
+  }
 };
 
 // Attention of one layer. A decode step leaves partial results; `put_together` makes the rest of them.
@@ -331,7 +348,7 @@ struct Attention {
                [&](std::int64_t i) { attention(a, i / w.heads, i % w.heads, scratch); });
       return;
     }
-    const std::int64_t most = stretches(p.max_keys);
+    const std::int64_t most = most_stretches(p.max_keys);
     team.run(p.sequences * most, [&](std::int64_t i) {
       const std::int64_t sequence = i / most, number = i % most;
       if (number >= stretches(p.context_lens[sequence])) return;
@@ -364,6 +381,7 @@ void few_rows(const TransformerParams& p, const Attention& attention, Steps<Crew
     }
     steps.finish(layer);
   }
+  if (p.head != nullptr) steps.score();
 }
 
 }  // namespace
@@ -418,6 +436,8 @@ void transformer(const TransformerParams& p) {
     attention.run(layer);
     team.run(s.blocks, [&](std::int64_t i) {
       Steps<Alone> steps = block(i);
+      const Part& part = steps.part;
+      if (p.one_each) attention.put_together(layer, attended, part.first, part.first + part.rows);
       steps.finish(layer);
       if (layer + 1 < w.layers) steps.project(layer + 1);
     });

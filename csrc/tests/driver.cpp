@@ -484,11 +484,13 @@ struct Model {
   bool decoder;  // before-norms, RMSNorm, rope, a gated MLP, causal; else as BERT
   std::int64_t channels = 24, heads = 4, kv_heads, size = 6, inner = 40, layers = 2;
   std::vector<Weight> linear;  // qkv, out, up, down of each layer
+  Weight head;                 // logits of 37 tokens
   std::vector<Floats> norms;   // weight and bias of both norms of each layer
   std::vector<BlockWeights> blocks;
   TransformerWeights weights = {};
 
-  explicit Model(bool decoder) : decoder(decoder), kv_heads(decoder ? 2 : 4) {
+  Model(bool decoder, Format head_format)
+      : decoder(decoder), kv_heads(decoder ? 2 : 4), head(head_format, 37, channels, false, false) {
     const std::int64_t all = (heads + 2 * kv_heads) * size;
     for (std::int64_t layer = 0; layer < layers; ++layer) {
       linear.emplace_back(Format::kFloat32, all, channels, false, !decoder);
@@ -636,11 +638,24 @@ void check_transformer(const Model& m, const std::vector<std::int64_t>& lengths,
       p.slots = slots.data(), p.block_table = table.data(), p.context_lens = context.data();
       p.layer_bytes = layer_size * 4, p.table_width = width, p.page_size = page_size;
     }
+    const PackedWeight head = {m.head.packed.data(), m.head.format, m.head.in, m.head.places, m.head.columns};
+    Floats logits(p.one_each ? p.tokens * m.head.columns : 0);
+    std::vector<std::int64_t> best(p.one_each ? p.tokens : 0);
+    if (p.one_each && sequences < 48) p.head = &head, p.logits = logits.data(), p.best = best.data();
     std::vector<char> workspace(cpu_kernels().transformer_workspace(p) + 64);
     p.workspace = workspace.data() + (64 - reinterpret_cast<std::uintptr_t>(workspace.data()) % 64) % 64;
     std::vector<std::thread> team;
     for (int i = 0; i < threads; ++i) team.emplace_back([&] { cpu_kernels().transformer(p); });
     for (std::thread& thread : team) thread.join();
+    if (p.head != nullptr) {
+      const Doubles scores = m.head.times(rows, Activation::kNone);
+      for (std::size_t i = 0; i < logits.size(); ++i) expect("logits", logits[i], scores[i], 1e-4);
+      for (std::size_t row = 0; row < best.size(); ++row) {
+        const auto first = logits.begin() + row * m.head.columns;
+        const auto highest = std::max_element(first, first + m.head.columns);  // the first of them
+        expect("best", static_cast<double>(best[row]), static_cast<double>(highest - first), 0);
+      }
+    }
     for (std::int64_t s = 0; s < sequences; ++s) {
       for (std::int64_t i = 0; i < (ends[s + 1] - ends[s]) * m.channels; ++i) {
         const double expected = want[s][done[s] * m.channels + i];
@@ -684,12 +699,16 @@ void check_all() {
       }
     }
   }
-  const Model decoder(true), encoder(false);
+  const Model encoder(false, Format::kFloat32), decoder(true, Format::kFloat32),
+      quantised_head(true, Format::kInt8);
   for (const int threads : {1, 2, 3}) {
     check_transformer(encoder, {5, 1, 9}, false, threads);
     check_transformer(encoder, {60, 3, 90, 8}, false, threads);
     check_transformer(decoder, {9, 6, 20}, true, threads);
     check_transformer(decoder, {300, 7}, true, threads);
+    check_transformer(quantised_head, {9, 6, 20, 11, 7}, true, threads);
+    check_transformer(quantised_head, {9, 6}, true, threads);
+    check_transformer(decoder, std::vector<std::int64_t>(50 * threads, 7), true, threads);
   }
 }
 

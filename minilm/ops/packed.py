@@ -103,8 +103,9 @@ _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 def kept(weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Packed:
     """The packed weight, made at the first call and again when weight or bias have changed."""
-    key = weight.codes if isinstance(weight, QuantizedWeight) else weight
-    stamp = (key.data_ptr(), version(key), None if bias is None else (bias.data_ptr(), version(bias)))
+    planes = tuple(weight.planes.values()) if isinstance(weight, QuantizedWeight) else (weight,)
+    key = planes[0]
+    stamp = tuple(None if t is None else (t.data_ptr(), version(t)) for t in (*planes, bias))
     entry = _kept.get(key, None)  # type: ignore[no-untyped-call]
     if entry is None or entry[0] != stamp:
         entry = _kept[key] = (stamp, pack(weight, bias))
@@ -191,8 +192,14 @@ def _transformer_fake(embedded: Tensor, *arguments: Any) -> Tensor:
     return embedded.new_empty(embedded.shape)
 
 
+def _decode_step_fake(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    vocabulary = arguments[11]
+    return tokens.new_empty(tokens.shape[0], vocabulary, dtype=torch.float32), tokens.new_empty(tokens.shape)
+
+
 def register_fakes() -> None:
     """Tell PyTorch what the results of the ops on packed weights look like."""
     torch.library.register_fake("minilm::pack_linear", _pack_fake)
     torch.library.register_fake("minilm::packed_linear", _packed_linear_fake)
     torch.library.register_fake("minilm::transformer", _transformer_fake)
+    torch.library.register_fake("minilm::decode_step", _decode_step_fake)

@@ -1,0 +1,238 @@
+"""One step of decoding: the newest token of each sequence in, a score for each possible next one out.
+
+`by_modules` says what that is: the tokens' embeddings, all blocks with the cache, the head. A small model
+does it in a few milliseconds, of which the calls between Python and the kernels are a good part. So
+`run_native` hands the whole step to the native extension as one call (csrc/cpu/transformer.cpp). It is one
+more implementation behind the dispatch table, of the op `decode_step`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import fused, rope
+from .cache import KVCache
+from .config import RopeConfig
+from .layers import Embedding, Embeddings, Linear
+from .ops import dispatch, packed
+from .packing import Packed
+from .quantized_layers import QuantizedEmbedding, QuantizedLinear
+
+if TYPE_CHECKING:
+    from .heads import AutoModelForCausalLM
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class StepTraits(NamedTuple):
+    """One token for each sequence."""
+
+    device: str
+    dtype: torch.dtype
+    obstacle: str | None = None
+    """Why the step needs the modules one by one; None: it does not."""
+
+
+def run(
+    model: AutoModelForCausalLM, tokens: Tensor, rows: Sequence[int], cache: KVCache
+) -> tuple[Tensor, Tensor]:
+    """Sequence b, in the cache's row ``rows[b]``, goes on with ``tokens[b]``, int64 [B].
+
+    Returns the logits of the token after it, [B, V], and the likeliest one of each, int64 [B]. Nobody may
+    have written to the weights since the model was last run.
+    """
+    traits = StepTraits(tokens.device.type, model.dtype, _obstacle(model, cache))
+    result: tuple[Tensor, Tensor] = dispatch.select("decode_step", traits)(model, tokens, rows, cache)
+    return result
+
+
+def by_modules(
+    model: AutoModelForCausalLM, tokens: Tensor, rows: Sequence[int], cache: KVCache
+) -> tuple[Tensor, Tensor]:
+    """The step as the embeddings, the blocks and the head make it, one after the other."""
+    device, batch = tokens.device, len(rows)
+    positions = torch.tensor([cache.lengths[row] for row in rows], device=device)
+    ends = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    hidden = model.run_packed(
+        tokens,
+        Packed(batch, 1, None, [1] * batch, ends, positions),
+        cache=cache,
+        rows=rows,
+        unchanged=not torch.is_grad_enabled(),  # what was found of the blocks may hold without gradients only
+    )
+    logits = model.logits(hidden)
+    return logits, logits.argmax(-1)
+
+
+def run_native(
+    model: AutoModelForCausalLM, tokens: Tensor, rows: Sequence[int], cache: KVCache
+) -> tuple[Tensor, Tensor]:
+    """The step in one call."""
+    ends: _Ends = model.__dict__["_step_ends"]  # as `_obstacle` found it a moment ago
+    assert ends.head is not None
+    arena, layout = fused.arena(model.body)
+    spec = model.spec
+    step = cache.extend(rows, [1] * len(rows))
+    cos = sin = None
+    if spec.rope is not None:
+        cos, sin = _angles(spec.rope, spec.head_dim, max(512, 1 << (step.max_context - 1).bit_length()))
+    logits, best = torch.ops.minilm.decode_step(
+        tokens.contiguous(),
+        *ends.table,
+        ends.positions,
+        spec.position_offset,
+        cos,
+        sin,
+        arena,
+        layout,
+        ends.head.data,
+        ends.head.format,
+        ends.head.columns,
+        *cache.stores(),
+        step.slots,
+        step.block_table,
+        step.context_lens,
+    )
+    if model.dtype != torch.float32:
+        logits = logits.to(model.dtype)
+        best = logits.argmax(-1)
+    return logits, best
+
+
+@lru_cache(maxsize=8)
+def _angles(config: RopeConfig, head_dim: int, positions: int) -> tuple[Tensor, Tensor]:
+    """cos and sin of the first positions, float32 [positions, D/2]."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        return rope.angles(config, head_dim, torch.arange(positions))
+
+
+def supports(traits: StepTraits) -> str | None:
+    """None, or why the native step cannot run this call."""
+    if traits.device != "cpu":
+        return f"the extension has no kernel for {traits.device}"
+    if traits.dtype not in _FLOATS:
+        return f"the extension has no kernel for {traits.dtype}"
+    return traits.obstacle
+
+
+@dataclass
+class _Ends:
+    """What a step needs beside the blocks, and the tensors that it was made from."""
+
+    refusal: str | None
+    """Why this model cannot step natively."""
+    modules: tuple[nn.Module | None, ...] = ()
+    sources: tuple[Tensor | None, ...] = ()
+    stamp: tuple[tuple[int, int], ...] = ()
+    """What changes when a source is written to, or given other memory."""
+    table: tuple[Tensor, Tensor | None, Tensor | None] = (torch.empty(0), None, None)
+    """Vectors of the tokens, [V, C]: floats, or codes with their scale and minimum."""
+    positions: Tensor | None = None
+    """Vectors of the positions, where they are learned."""
+    head: packed.Packed | None = None
+
+
+def _obstacle(model: AutoModelForCausalLM, cache: KVCache) -> str | None:
+    """What in this step only the modules can do."""
+    if torch.compiler.is_compiling():
+        return "torch.compile traces the modules"
+    if torch.is_grad_enabled():
+        return "gradients may be wanted (torch.inference_mode() or torch.no_grad() says that they are not)"
+    reason = fused.standing_obstacle(model.body, cache.dtype)
+    if reason is not None:
+        return reason
+    if model.training and model.spec.embedding_dropout:
+        return "dropout is on (model.eval() turns it off)"
+    ends: _Ends | None = model.__dict__.get("_step_ends")
+    if ends is None or ends.refusal is not None or not _is_current(model, ends):
+        ends = model.__dict__["_step_ends"] = _look(model)
+    if ends.refusal is None and any(
+        m._forward_hooks or m._forward_pre_hooks for m in (model, *ends.modules) if m is not None
+    ):
+        return "a module has forward hooks"
+    return ends.refusal
+
+
+def _is_current(model: AutoModelForCausalLM, ends: _Ends) -> bool:
+    modules = _modules(model)
+    if any(a is not b for a, b in zip(modules, ends.modules, strict=True)):
+        return False
+    sources = _sources(modules)
+    return (
+        len(sources) == len(ends.sources)
+        and all(a is b for a, b in zip(sources, ends.sources, strict=True))
+        and _stamp(sources) == ends.stamp
+    )
+
+
+def _stamp(sources: tuple[Tensor | None, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple((packed.version(t), t.data_ptr()) for t in sources if t is not None)
+
+
+def _modules(model: AutoModelForCausalLM) -> tuple[nn.Module | None, ...]:
+    """Embeddings and head, and the modules in them."""
+    embeddings, head = model.body.embeddings, model.head
+    inner = embeddings._modules
+    return embeddings, head, inner.get("tokens"), inner.get("positions"), head._modules.get("decoder")
+
+
+def _sources(modules: tuple[nn.Module | None, ...]) -> tuple[Tensor | None, ...]:
+    """The tensors of these modules."""
+    held: list[Tensor | None] = []
+    for module in modules:
+        if module is not None:
+            held += (*module._parameters.values(), *module._buffers.values())
+    return tuple(held)
+
+
+def _look(model: AutoModelForCausalLM) -> _Ends:
+    from .heads import CausalLMHead
+
+    embeddings, head = model.body.embeddings, model.head
+    if type(embeddings) is not Embeddings or type(head) is not CausalLMHead:
+        return _Ends("the embeddings or the head were replaced")
+    tokens, positions, decoder = embeddings.tokens, embeddings.positions, head.decoder
+    expected: tuple[tuple[Any, tuple[type, ...]], ...] = (
+        (tokens, (Embedding, QuantizedEmbedding)),
+        (positions, (Embedding, type(None))),
+        (decoder, (Linear, QuantizedLinear, type(None))),
+    )
+    for module, kinds in expected:
+        if type(module) not in kinds:
+            return _Ends(f"an embedding or the head was replaced by a {type(module).__name__}")
+    if embeddings.types is not None or embeddings.norm is not None:
+        return _Ends("the embeddings are more than a token's and a position's vector")
+    if model.spec.rope is not None and model.spec.rope.type == "dynamic":
+        return _Ends("dynamic rope changes with the length of the sequence")
+    weight: Any = tokens if decoder is None else decoder
+    matrix = weight.quantized if isinstance(weight, QuantizedEmbedding | QuantizedLinear) else weight.weight
+    for held in (matrix, getattr(tokens, "weight", None), getattr(positions, "weight", None)):
+        if isinstance(held, Tensor) and held.dtype not in _FLOATS:
+            return _Ends(f"the extension has no kernel for weights in {held.dtype}")
+    modules = _modules(model)
+    sources = _sources(modules)
+    table: tuple[Tensor, Tensor | None, Tensor | None]
+    if isinstance(tokens, QuantizedEmbedding):
+        table = tokens.codes, tokens.scale, tokens.minimum
+    else:
+        table = tokens.weight.detach(), None, None
+    return _Ends(
+        None,
+        modules,
+        sources,
+        _stamp(sources),
+        tuple(None if t is None else t.contiguous() for t in table),  # type: ignore[arg-type]
+        None if positions is None else positions.weight.detach().contiguous(),
+        packed.kept(matrix, getattr(decoder, "bias", None)),
+    )
+
+
+dispatch.register(dispatch.Implementation("decode_step", "native", run_native, supports))
+for _backend in ("triton", "torch", "reference"):
+    dispatch.register(dispatch.Implementation("decode_step", _backend, by_modules))
