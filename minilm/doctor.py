@@ -278,6 +278,7 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
     from . import ops
     from .cache import KVCache
     from .decode_step import StepTraits
+    from .embed import EmbedTraits
     from .fused import BlocksTraits
 
     page_size = inspect.signature(KVCache).parameters["page_size"].default
@@ -288,6 +289,7 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
         ops.LinearTraits: ("linear",),
         BlocksTraits: ("blocks",),
         StepTraits: ("decode_step",),
+        EmbedTraits: ("embed",),
         ops.PointwiseTraits: ("rope", "gated", "cross_entropy", "linear_cross_entropy"),
         ops.QuantizedTraits: ("quantized_linear",),
     }
@@ -308,6 +310,8 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
         return BlocksTraits(device, dtype)
     if kind is StepTraits:
         return StepTraits(device, dtype)
+    if kind is EmbedTraits:
+        return EmbedTraits(device, dtype)
     if kind is ops.QuantizedTraits:
         return ops.QuantizedTraits(device, dtype, "q8_0", None, few_rows=True, grad=False)
     raise ValueError(f"minilm.doctor does not know what a typical call of the op {op!r} is")

@@ -12,9 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
+from . import embed, ops
 from .cache import CacheStep, KVCache
 from .config import ModelConfig
+from .ops import dispatch
 from .packing import Packed
 
 
@@ -105,6 +106,12 @@ class Embeddings(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
         """tokens int64 [T], or float [T, C] already embedded; positions, types int64 [T]. Returns [T, C]."""
+        traits = embed.traits_of(self, tokens, types)
+        x: Tensor = dispatch.select("embed", traits)(self, tokens, positions, types)
+        return x
+
+    def by_modules(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+        """What the embeddings are, module by module, and the way of every backend but the native one."""
         x: Tensor = tokens if tokens.is_floating_point() else self.tokens(tokens)
         if self.types is not None:
             x = x + (self.types.weight[0] if types is None else self.types(types))
@@ -115,6 +122,11 @@ class Embeddings(nn.Module):
         if self.norm is not None:
             x = self.norm.norm(x)
         return F.dropout(x, self.config.embedding_dropout, self.training)
+
+
+dispatch.register(dispatch.Implementation("embed", "native", embed.run_native, embed.supports))
+for _backend in ("triton", "torch", "reference"):
+    dispatch.register(dispatch.Implementation("embed", _backend, Embeddings.by_modules))
 
 
 class Attention(nn.Module):

@@ -22,7 +22,7 @@ AREAS: dict[str, str] = {
     "files": "hub",
     "weights": "checkpoint weights weight_plan gguf gguf_config gguf_file quantized_[cw]*",
     "tokenizer": "tokenizer tokenizer_* sentencepiece_file chat_template tool_schema detokenizer",
-    "model": "pretrained_config packing cache rope layers *_layers fused decode_step outputs models "
+    "model": "pretrained_config packing cache rope layers *_layers embed fused decode_step outputs models "
     "heads quantization",
     "loading": "auto batching",
     "generation": "engine generate generation_config sampling sampling_* stopping streamers llm llm_output",

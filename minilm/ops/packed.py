@@ -197,9 +197,15 @@ def _decode_step_fake(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return tokens.new_empty(tokens.shape[0], vocabulary, dtype=torch.float32), tokens.new_empty(tokens.shape)
 
 
+def _embed_fake(tokens: Tensor, table: Tensor, *arguments: Any) -> Tensor:
+    channels = table.shape[1] * (2 if table.dtype == torch.uint8 else 1)
+    return tokens.new_empty(tokens.shape[0], channels, dtype=torch.float32)
+
+
 def register_fakes() -> None:
     """Tell PyTorch what the results of the ops on packed weights look like."""
     torch.library.register_fake("minilm::pack_linear", _pack_fake)
     torch.library.register_fake("minilm::packed_linear", _packed_linear_fake)
     torch.library.register_fake("minilm::transformer", _transformer_fake)
     torch.library.register_fake("minilm::decode_step", _decode_step_fake)
+    torch.library.register_fake("minilm::embed", _embed_fake)

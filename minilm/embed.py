@@ -1,0 +1,104 @@
+"""The vectors of tokens, positions and types, added and normalised, in one call of the native extension.
+
+`layers.Embeddings` says what is computed; this is one more implementation of it behind the dispatch table, of
+the op `embed`: of a short text, half a dozen calls of Python take as long as a layer.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .ops import native
+from .quantized_layers import QuantizedEmbedding
+
+if TYPE_CHECKING:
+    from .layers import Embeddings
+
+
+class EmbedTraits(NamedTuple):
+    """Packed tokens on their way to the first block."""
+
+    device: str
+    dtype: torch.dtype
+    obstacle: str | None = None
+    """Why the call needs the modules; None: it does not."""
+
+
+def supports(traits: EmbedTraits) -> str | None:
+    """None, or why the native embeddings cannot run this call."""
+    if traits.device != "cpu":
+        return f"the extension has no kernel for {traits.device}"
+    if traits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the extension has no kernel for {traits.dtype}"
+    return traits.obstacle
+
+
+def traits_of(embeddings: Embeddings, tokens: Tensor, types: Tensor | None) -> EmbedTraits:
+    """What the choice of an implementation depends on."""
+    table = embeddings.tokens
+    like = table.like if isinstance(table, QuantizedEmbedding) else table.weight
+    return EmbedTraits(like.device.type, like.dtype, _obstacle(embeddings, tokens, types))
+
+
+def _obstacle(embeddings: Embeddings, tokens: Tensor, types: Tensor | None) -> str | None:
+    if torch.compiler.is_compiling():
+        return "torch.compile traces the modules"
+    if native.unavailable is not None:
+        return native.unavailable
+    if tokens.is_floating_point():
+        return "the tokens are embedded already"
+    if types is not None and embeddings.config.types_are_tokens:
+        return "the types are tokens"
+    if embeddings.training and embeddings.config.embedding_dropout:
+        return "dropout is on (model.eval() turns it off)"
+    if torch.is_grad_enabled() and any(p.requires_grad for p in embeddings.parameters()):
+        return "gradients are wanted (torch.inference_mode() or torch.no_grad() says that they are not)"
+    modules = embeddings._modules
+    if any(m is not None and (m._forward_hooks or m._forward_pre_hooks) for m in modules.values()):
+        return "a module has forward hooks"
+    for name, module in modules.items():
+        if module is not None and type(module) not in _kinds()[name]:
+            return f"a part was replaced by a {type(module).__name__}"
+    return None
+
+
+@cache
+def _kinds() -> dict[str, tuple[type, ...]]:
+    from .layers import Embedding, Norm
+
+    return {
+        "tokens": (Embedding, QuantizedEmbedding),
+        "positions": (Embedding,),
+        "types": (Embedding,),
+        "norm": (Norm,),
+    }
+
+
+def run_native(embeddings: Embeddings, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+    """As `layers.Embeddings`."""
+    table, norm = embeddings.tokens, embeddings.norm
+    scale = minimum = None
+    if isinstance(table, QuantizedEmbedding):
+        vectors, scale, minimum, dtype = table.codes, table.scale, table.minimum, table.like.dtype
+    else:
+        vectors, dtype = table.weight.contiguous(), table.weight.dtype
+    learned = None if embeddings.positions is None else embeddings.positions.weight.contiguous()
+    y: Tensor = torch.ops.minilm.embed(
+        tokens.long().contiguous(),
+        vectors,
+        scale,
+        minimum,
+        None if types is None else types.long().contiguous(),
+        None if embeddings.types is None else embeddings.types.weight.contiguous(),
+        None if learned is None else positions.contiguous(),
+        learned,
+        None if norm is None else norm.weight.float(),
+        None if norm is None or norm.bias is None else norm.bias.float(),
+        0.0 if norm is None else norm.eps,
+        norm is not None and norm.rms,
+    )
+    return y.to(dtype)
