@@ -27,7 +27,7 @@ from minilm.ops import native
 
 INT8, Q8, Q4 = 3, 4, 5
 GROUP = 32
-ROW_GROUP = 128
+ROW_GROUP = 192
 """Inputs that share a scale in a row of x, in int8."""
 
 

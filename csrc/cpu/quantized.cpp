@@ -1,6 +1,6 @@
 // x W^T with weights of 8 and 4 bits: packing, the rows of x as codes, and the tiles of sums.
 //
-//   kInt8    y[o] = v[o] sum_g s[g] sum_{k in g} w[o, k] d[k]             g: 128 inputs
+//   kInt8    y[o] = v[o] sum_g s[g] sum_{k in g} w[o, k] d[k]             g: 192 inputs
 //   kQ8      y[o] = sum_g v[o, g] s[g] sum_{k in g} w[o, k] c[k]          g: 32 inputs
 //   kQ4      as kQ8, and in each group + m[o, g] s[g] sum_{k in g} c[k]
 //
@@ -14,8 +14,8 @@
 //              least d, or 127 more), and in the panel sum_{k in g} w: the sums start at d0 sum w.
 //
 // Sums of codes are integers and exact, the same in every instruction set. Groups are added in float32, in
-// order. Groups of 128 and not whole rows in kInt8: a few channels of MiniLM are ten times as large as the
-// others, and only their own group pays for it.
+// order. Groups of 192 and not whole rows in kInt8: a channel that is larger than all others makes the steps
+// of its own group larger and no more.
 //
 // A 32-bit lane is an output. It takes a word of inputs at a time: 4 bytes of x, broadcast to all lanes, that
 // hold 4 codes, or 2 or 1 where the instruction set multiplies wider numbers. Words come in pairs:
@@ -31,9 +31,9 @@
 // The panel's scales and minimums are float16, as files have them; kInt8's, one for the whole row, float32;
 // its sums of codes int16.
 //
-// Bytes a weight: 1.02 + 4 / in, 1.06, 0.625; with few rows of x they are the limit. With many, multiply-adds
+// Bytes a weight: 1.01 + 4 / in, 1.06, 0.625; with few rows of x they are the limit. With many, multiply-adds
 // are: 128 integer operations an instruction in 64-byte vectors with VNNI. For 8 of these in kQ8 and kQ4 and
-// 32 in kInt8, the end of a group costs 2 float operations (kQ4: 3).
+// 48 in kInt8, the end of a group costs 2 float operations (kQ4: 3).
 
 #include "cpu/linear.h"
 
@@ -46,7 +46,7 @@
 namespace minilm::MINILM_ISA {
 namespace {
 
-constexpr int kRowGroup = 128;  // inputs of a row of x that share a scale in kInt8
+constexpr int kRowGroup = 192;  // inputs of a row of x that share a scale in kInt8
 
 template <typename T>
 inline T read(const void* p) {
@@ -323,7 +323,7 @@ struct Places {
     last_pairs = (in - (groups - 1) * kSize + kPairInputs - 1) / kPairInputs;
     panel_scales_at = groups * kGroupBytes - (kPairs - last_pairs) * kPairBytes;
     panel_bytes = round_up(panel_scales_at + (kSkewed ? 4 * kPanel : 0), 64);
-    scales_at = round_up(((groups - 1) * kPairs + last_pairs) * 8, 64);
+    scales_at = groups * kPairs * 8;
     sums_at = scales_at + round_up(groups * 4, 64);
     row_bytes = sums_at + (kSums || kZeros ? round_up(groups * 4, 64) : 0);
   }
@@ -373,33 +373,29 @@ inline F32 load_some(const float* x, std::int64_t i, std::int64_t count) {
 // as good as zero both are 0; where something is infinite or not a number, scale is NaN.
 struct Steps {
   float inverse, scale;
-  std::int32_t keep;  // bits of x to look at: none where they would give infinity or NaN
+  bool usable;
 };
-inline Steps steps(I32 magnitudes, float extent, float count) {
+inline Steps steps(bool finite, float extent, float count) {
   constexpr float kSmallest = 0x1p-119f;  // its scale is the smallest normal number
-  const bool finite = bit_cast<float>(max_lanes(magnitudes)) <= __FLT_MAX__;
-  if (!finite) return {0.0f, __builtin_nanf(""), 0};
-  if (!(extent >= kSmallest)) return {0.0f, 0.0f, 0};
-  return {count / extent, extent / count, -1};
-}
-inline I32 round_to_steps(F32 x, Steps by) {
-  return round_to_integer(bit_cast<F32>(bit_cast<I32>(x) & by.keep) * by.inverse);
-}
-// As integers, floats order like their values, infinity above all and NaN above it.
-inline I32 larger(I32 magnitudes, F32 x) {
-  const I32 magnitude = bit_cast<I32>(x) & 0x7FFFFFFF;
-  return magnitude > magnitudes ? magnitude : magnitudes;
+  if (!finite) return {0.0f, __builtin_nanf(""), false};
+  if (extent < kSmallest) return {0.0f, 0.0f, false};
+  return {count / extent, extent / count, true};
 }
 
 // The codes of a group of kGroup from -127 to 127, and their sum; returns their scale.
 template <typename Code>
 inline float quantize(const float* x, Code* codes, std::int32_t* sum) {
-  I32 magnitudes = {};
-  for (int i = 0; i < kGroup; i += kLanes<float>) magnitudes = larger(magnitudes, load(x + i));
-  const Steps by = steps(magnitudes, bit_cast<float>(max_lanes(magnitudes)), 127.0f);
+  I32 magnitudes = {};  // as integers, floats order like their values, infinity above all and NaN above it
+  for (int i = 0; i < kGroup; i += kLanes<float>) {
+    const I32 magnitude = bit_cast<I32>(load(x + i)) & 0x7FFFFFFF;
+    magnitudes = magnitude > magnitudes ? magnitude : magnitudes;
+  }
+  const float largest = bit_cast<float>(max_lanes(magnitudes));
+  const Steps by = steps(largest <= __FLT_MAX__, largest, 127.0f);
+  const std::int32_t keep = by.usable ? -1 : 0;  // 0 times infinity is not a number
   I32 sums = {};
   for (int i = 0; i < kGroup; i += kLanes<float>) {
-    const I32 rounded = round_to_steps(load(x + i), by);
+    const I32 rounded = round_to_integer(bit_cast<F32>(bit_cast<I32>(load(x + i)) & keep) * by.inverse);
     sums += rounded;
     store_codes(codes + i, rounded);
   }
@@ -407,26 +403,36 @@ inline float quantize(const float* x, Code* codes, std::int32_t* sum) {
   return by.scale;
 }
 
-// The codes of x[0, count), with others up to `padded`, and the integer that the lowest of them stands for;
-// returns their scale. From the least to the largest, zero between them, there are at most 254 steps: a
+// The codes of x[0, count), count <= N, with others up to N, and the integer that the lowest of them stands
+// for; returns their scale. From the least to the largest, zero between them, there are at most 254 steps: a
 // little more than half a step is left over for the rounding of both ends.
-template <typename Dot>
-inline float quantize_skewed(const float* x, std::int64_t count, std::int64_t padded,
-                             typename Dot::Code* codes, std::int32_t* lowest) {
+template <typename Dot, int N>
+inline __attribute__((always_inline)) float quantize_skewed(const float* x, std::int64_t count,
+                                                            typename Dot::Code* codes, std::int32_t* lowest) {
+  constexpr int kVectors = N / kLanes<float>;
   constexpr float kHalfOfSteps = 126.99f;
-  I32 magnitudes = {};
-  F32 low = {}, high = {};
-  for (std::int64_t i = 0; i < count; i += kLanes<float>) {
-    const F32 some = load_some(x, i, count);
-    magnitudes = larger(magnitudes, some);
-    low = min(some, low);
-    high = max(some, high);
+  F32 some[kVectors], low = {}, high = {}, nothing = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; ++i) {
+    const std::int64_t left = count - i * kLanes<float>;
+    some[i] = left >= kLanes<float> ? load(x + i * kLanes<float>)
+                                    : load(x + i * kLanes<float>, left > 0 ? static_cast<int>(left) : 0);
+    low = min(some[i], low);
+    high = max(some[i], high);
+    nothing += some[i] * 0.0f;  // NaN, where something is not finite
   }
   const float least = -max_lanes(-low), extent = 0.5f * max_lanes(high) - 0.5f * least;
-  const Steps by = steps(magnitudes, extent, kHalfOfSteps);
-  const std::int32_t first = Dot::kFromZero ? 0 : round_to_steps(F32{} + least, by)[0] - Dot::kLowest;
-  for (std::int64_t i = 0; i < padded; i += kLanes<float>) {
-    store_codes(codes + i, round_to_steps(load_some(x, i, count), by) - first);
+  const Steps by = steps(sum_lanes<float>(nothing) == 0, extent, kHalfOfSteps);
+  if (!by.usable) {
+    for (int i = 0; i < N; ++i) codes[i] = 0;
+    *lowest = 0;
+    return by.scale;
+  }
+  const std::int32_t first =
+      Dot::kFromZero ? 0 : round_to_integer(F32{} + least * by.inverse)[0] - Dot::kLowest;
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; ++i) {
+    store_codes(codes + i * kLanes<float>, round_to_integer(some[i] * by.inverse) - first);
   }
   *lowest = first;
   return by.scale;
@@ -440,9 +446,11 @@ void quantize_row(const Places<F>& at, const float* x, std::int64_t in, char* to
     float scale;
     auto* codes = reinterpret_cast<typename P::Code*>(to) + g * P::kSize;
     if constexpr (P::kSkewed) {
-      const std::int64_t left = in - g * P::kSize, padded = at.pairs(g) * P::kPairInputs;
-      scale = quantize_skewed<typename P::Dot>(x + g * P::kSize, left < P::kSize ? left : P::kSize, padded,
-                                               codes, &number);
+      using Dot = typename P::Dot;
+      const std::int64_t left = in - g * P::kSize;
+      // A whole group apart, so that its loops have no conditions.
+      scale = left >= P::kSize ? quantize_skewed<Dot, P::kSize>(x + g * P::kSize, P::kSize, codes, &number)
+                               : quantize_skewed<Dot, P::kSize>(x + g * P::kSize, left, codes, &number);
       if (P::kZeros) write(to + at.sums_at + 4 * g, number);
     } else {
       scale = quantize(x + g * P::kSize, codes, &number);

@@ -129,7 +129,7 @@ def quantized_linear(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str | None
 ) -> Tensor:
     """As `minilm.ops.quantized_linear`, with x quantised too, to 8 bits: in groups of 32 from minus to plus
-    the largest magnitude, and where the weight is int8, of 128 from the least to the largest."""
+    the largest magnitude, and where the weight is int8, of 192 from the least to the largest."""
     return _apply(x, kept(weight, bias), activation)
 
 
