@@ -145,8 +145,10 @@ def from_pretrained(
     `weights`: int8, q8_0 (q8), q4_0 or q4_1 (q4) quantises the linear layers, and a decoder's token table,
     as they are read; "gguf" keeps the Q8_0, Q4_0 and Q4_1 matrices of a GGUF file as they are, which are
     dequantised otherwise; a folder that minilm quantised needs neither, and "float" dequantises it. `dtype`
-    is then that of activations and of what stays floating. A quantised model is for inference: its
-    parameters take no gradients. `load_report` says what was quantised, and what could not be.
+    is then that of activations and of what stays floating. On a CPU, layers round what they read to 8 bits
+    as well, with a scale for each 192 numbers of a token, from the least to the largest of them (int8), or
+    for each 32, from minus to plus the largest magnitude. A quantised model is for inference: its parameters
+    take no gradients. `load_report` says what was quantised, and what could not be.
 
     Raises HubError (no such model), ConfigError (an option that is not supported), WeightError (tensors that
     do not fit).

@@ -4,6 +4,7 @@ and what the ops refuse. The functions of csrc/cpu/math.h are measured through t
 from __future__ import annotations
 
 import gc
+import math
 from typing import Any
 
 import pytest
@@ -193,22 +194,23 @@ def exactly(activation: int, x: Tensor) -> Tensor:
     return reference.ACTIVATIONS[NAMES[activation]](x)
 
 
-def test_exp_keeps_its_error_bound() -> None:
-    """Attention to two keys whose scores are 0 and -d gives exp(-d) itself where 1 + exp(-d) rounds to 1."""
-    d = torch.linspace(17.4, 120.0, 1 << 19)
+def test_exp2_keeps_its_error_bound() -> None:
+    """Attention to two keys whose scores are 0 and -d log(2) gives 2^-d itself where 1 + 2^-d rounds to 1."""
+    d = torch.linspace(25.0, 140.0, 1 << 19)
     q, k, v = (
         d[:, None, None],
         torch.tensor([0.0, -1.0])[:, None, None],
         torch.tensor([0.0, 1.0])[:, None, None],
     )
     q_ends, k_ends = (torch.tensor([0, n], dtype=torch.int32) for n in (len(d), 2))
-    y = torch.ops.minilm.attention(q, k, v, q_ends, k_ends, 1.0, False, None).flatten()
-    exact = (-d.double()).exp()
-    normal = d < 87.2
+    y = torch.ops.minilm.attention(q, k, v, q_ends, k_ends, math.log(2), False, None).flatten()
+    exact = (-d.double()).exp2()
+    normal = d < 124.9
     error = ((y.double() - exact) / exact).abs()[normal]
-    print(f"exp: {error.max():.3g} at {-d[normal][error.argmax()]}")
-    assert error.max() < 2e-7
-    assert (y[d > 87.4] == 0).all()
+    print(f"exp2: {error.max():.3g} at {-d[normal][error.argmax()]}")
+    assert error.max() < 1.5e-7
+    assert (y[d > 125.1] <= 2.0**-124).all()
+    assert (y[d > 125.1] >= 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,16 +1,18 @@
 // Attention on packed sequences: softmax(scale q k^T) v, one head of one sequence at a time.
 //
-// Many queries (encoders, prompts). The head's keys and values are copied once into panels (see linear.h), so
-// that both products are the tiles of a linear layer, with keys or head channels in the lanes:
+// Many queries (encoders, prompts). Queries are in the lanes, a block of kPanel of them at a time:
 //
-//   for each tile of kTileRows queries:   s = scale q K^T     [rows, keys], stays in the first or second
-//   cache
-//                                         p = exp(s - max s)  zero where a query does not see
-//                                         out = p V / sum p
+//   panel = scale q^T                 [D, queries]
+//   for each tile of kTileRows keys:  s = K panel                 [keys, queries]: numbers of K, broadcast
+//   highest score of each query, lane by lane; then for each key  p = exp(s - highest), sum += p
+//   for each tile of queries:         out = p^T V / sum           [queries, channels]: numbers of p,
+//   broadcast
 //
-// All keys of a row are at hand, so nothing is rescaled. Operations: 4 queries keys D, and an exponential for
-// each score; bytes: q, k, v and out once, from cache. For 16 scores that is 2 D vector multiply-adds of 16
-// lanes and one vector exponential, so that small heads feel the exponentials most.
+// Keys and values are read where they are, nothing is added up across lanes, and all keys of a query are at
+// hand, so nothing is rescaled. (Rows of 16 bits, of pages, or of sizes that leave lanes empty are copied
+// first.) Operations: 4 queries keys D, and an exponential for each score: for 16 scores 2 D vector
+// multiply-adds and about 12 for the exponential, so that small heads feel the exponentials. Bytes: q, k, v
+// and out once, from cache; the scores of a block, 4 kPanel bytes a key, stay in the first or second.
 //
 // One query (decoding, see `decode`). Keys and values are read where they stand, in the pages, all heads of a
 // token together, a stretch of keys at a time; stretches are tasks of their own, and their partial
@@ -75,66 +77,248 @@ inline const T* row_of(const AttentionParams& p, const void* base, std::int64_t 
   return rows + ((page * p.page_size + key % p.page_size) * p.kv_heads + kv_head) * p.head_dim;
 }
 
-// Keys to panels of kPanel keys, [panel][D][kPanel]; values to panels of kPanel channels,
-// [panel][keys][kPanel]. Zeros fill them up.
+// Rows of keys or values, `stride` elements apart.
+struct Rows {
+  const float* first;
+  std::int64_t stride;
+};
+
+// The keys or values of one head where they are, or copied to `memory` in float32, zeros up to whole vectors.
 template <typename T>
-void to_panels(const AttentionParams& p, std::int64_t sequence, std::int64_t kv_head, std::int64_t keys,
-               float* key_panels, float* value_panels) {
-  const std::int64_t size = p.head_dim;
-  const std::int64_t value_panel = keys * kPanel;
-  for (std::int64_t key = 0; key < round_up(keys, kPanel); ++key) {
-    float* to = key_panels + key / kPanel * size * kPanel + key % kPanel;
-    if (key >= keys) {
-      for (std::int64_t d = 0; d < size; ++d) to[d * kPanel] = 0;
-      continue;
+Rows copied(const AttentionParams& p, const void* base, std::int64_t sequence, std::int64_t kv_head,
+            std::int64_t keys, float* memory) {
+  const std::int64_t stride = round_up(p.head_dim, kLanes<float>);
+  for (std::int64_t key = 0; key < keys; ++key) {
+    const T* row = row_of<T>(p, base, sequence, key, kv_head);
+    for (std::int64_t d = 0; d < p.head_dim; d += kLanes<float>) {
+      store(memory + key * stride + d, read(row + d, lanes_left(p.head_dim - d)));
     }
-    float row[kPanel] = {};
-    const T* k = row_of<T>(p, p.k, sequence, key, kv_head);
-    const T* v = row_of<T>(p, p.v, sequence, key, kv_head);
-    for (std::int64_t d = 0; d < size; d += kLanes<float>) {
-      const int n = static_cast<int>(least(size - d, kLanes<float>));
-      store(row, read(k + d, n));
-      for (int i = 0; i < n; ++i) to[(d + i) * kPanel] = row[i];
-      store(value_panels + d / kPanel * value_panel + key * kPanel + d % kPanel, read(v + d, n));
+  }
+  return {memory, stride};
+}
+Rows rows_of(const AttentionParams& p, const void* base, std::int64_t sequence, std::int64_t kv_head,
+             std::int64_t keys, float* memory) {
+  if (p.block_table == nullptr && p.head_dim % kLanes<float> == 0) {
+    return {row_of<float>(p, base, sequence, 0, kv_head), p.kv_stride};
+  }
+  if (p.block_table == nullptr || p.cache_dtype == DType::kFloat32) {
+    return copied<float>(p, base, sequence, kv_head, keys, memory);
+  }
+  if (p.cache_dtype == DType::kBFloat16) return copied<BFloat16>(p, base, sequence, kv_head, keys, memory);
+  return copied<Float16>(p, base, sequence, kv_head, keys, memory);
+}
+
+// Lanes 0, 1, ... as template arguments.
+template <int... I>
+struct Lanes {};
+template <int N, int... I>
+struct LanesUpTo : LanesUpTo<N - 1, N - 1, I...> {};
+template <int... I>
+struct LanesUpTo<0, I...> {
+  using Type = Lanes<I...>;
+};
+
+// Of two rows of a matrix that are S apart, the halves of 2 x 2 blocks of S x S elements change places.
+template <int S, int... I>
+inline void exchange(F32& a, F32& b, Lanes<I...>) {
+  constexpr int L = kLanes<float>;
+#if defined(__clang__)
+  const F32 low = __builtin_shufflevector(a, b, ((I & S) ? I - S + L : I)...);
+  const F32 high = __builtin_shufflevector(a, b, ((I & S) ? I + L : I + S)...);
+#else
+  const F32 low = __builtin_shuffle(a, b, I32{((I & S) ? I - S + L : I)...});
+  const F32 high = __builtin_shuffle(a, b, I32{((I & S) ? I + L : I + S)...});
+#endif
+  a = low;
+  b = high;
+}
+template <int S = 1>
+inline void transpose(F32 (&rows)[kLanes<float>]) {
+  if constexpr (S < kLanes<float>) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes<float>; ++i) {
+      if ((i & S) == 0) exchange<S>(rows[i], rows[i + S], typename LanesUpTo<kLanes<float>>::Type{});
     }
-    if (size % kPanel != 0 && size % kPanel <= kLanes<float>) {
-      store(value_panels + size / kPanel * value_panel + key * kPanel + kLanes<float>, F32{});
+    transpose<2 * S>(rows);
+  }
+}
+
+// `count` queries to panel [D][W vectors], times `scale`; lanes beyond `count` are zero.
+template <int W>
+void to_panel(const float* q, std::int64_t stride, int count, std::int64_t size, float scale, float* panel) {
+  constexpr int L = kLanes<float>;
+  for (int w = 0; w < W; ++w) {
+    for (std::int64_t d = 0; d < size; d += L) {
+      const int n = lanes_left(size - d);
+      F32 rows[L];
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) {
+        rows[i] = w * L + i < count ? read(q + (w * L + i) * stride + d, n) * scale : F32{};
+      }
+      transpose(rows);
+      for (int i = 0; i < n; ++i) store(panel + ((d + i) * W + w) * L, rows[i]);
     }
   }
 }
 
-// scores[r][key] = scale q_r k for the panels that hold the keys [first, last).
-void score_tile(const AttentionParams& p, const float* q, int rows, const float* key_panels,
-                std::int64_t first, std::int64_t last, float* scores, std::int64_t width) {
-  for (std::int64_t panel = first / kPanel; panel * kPanel < last; ++panel) {
-    Tile tile;
-    float_tile(Format::kFloat32, rows, q, p.q_stride, p.head_dim, key_panels + panel * p.head_dim * kPanel, 0,
-               tile);
-    for (int r = 0; r < rows; ++r) {
-      float* to = scores + r * width + panel * kPanel;
-      store(to, tile.sums[r][0] * p.scale);
-      store(to + kLanes<float>, tile.sums[r][1] * p.scale);
+// scores [R][W vectors] = R keys times the panel. Keys are reached from three pointers, as in linear.cpp.
+template <int W, int R>
+void score_tile(Rows k, const float* panel, std::int64_t size, float* scores) {
+  constexpr int L = kLanes<float>;
+  const std::int64_t stride = k.stride * 4, three = 3 * stride;
+  const char* first = reinterpret_cast<const char*>(k.first);
+  const char* base[3] = {first, first + 4 * stride, first + 8 * stride};
+  F32 sums[R][W] = {};
+  for (std::int64_t d = 0; d < size; ++d) {
+    F32 q[W];
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) q[w] = load(panel + (d * W + w) * L);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      float value;
+      __builtin_memcpy(&value, base[r / 4] + (r % 4 == 3 ? three : r % 4 * stride), 4);
+#pragma GCC unroll 2
+      for (int w = 0; w < W; ++w) sums[r][w] += value * q[w];
     }
+#pragma GCC unroll 3
+    for (int i = 0; i < 3; ++i) base[i] += 4;
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int w = 0; w < W; ++w) store(scores + (r * W + w) * L, sums[r][w]);
   }
 }
+template <int W, int R = 1>
+void score(int keys, Rows k, const float* panel, std::int64_t size, float* scores) {
+  if (keys == R) return score_tile<W, R>(k, panel, size, scores);
+  if constexpr (R < kTileRows) score<W, R + 1>(keys, k, panel, size, scores);
+}
 
-// One row of scores to exp(score - maximum), zero outside of `s`; returns their sum. [from, to): whole
-// panels.
-float softmax_row(float* scores, Seen s, std::int64_t from, std::int64_t to) {
-  for (std::int64_t key = from; key < s.first; ++key) scores[key] = kLowest;
-  for (std::int64_t key = s.last; key < to; ++key) scores[key] = kLowest;
-  F32 high = F32{} + kLowest;
-  for (std::int64_t key = from; key < to; key += kLanes<float>) high = max(load(scores + key), high);
-  const float top = max_lanes(high);
-  F32 total[2] = {};
-  for (std::int64_t key = from; key < to; key += kPanel) {
-    const F32 a = exp(load(scores + key) - top), b = exp(load(scores + key + kLanes<float>) - top);
-    store(scores + key, a);
-    store(scores + key + kLanes<float>, b);
-    total[0] += a;
-    total[1] += b;
+// sums [R queries][V vectors of channels] = sum_key weights[key][query] v[key], key after key.
+template <int V, int R>
+void value_tile(const float* weights, std::int64_t step, std::int64_t keys, const float* v,
+                std::int64_t stride, Tile& tile) {
+  F32 sums[R][V] = {};
+  for (std::int64_t key = 0; key < keys; ++key) {
+    F32 x[V];
+#pragma GCC unroll 2
+    for (int i = 0; i < V; ++i) x[i] = load(v + i * kLanes<float>);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+      for (int i = 0; i < V; ++i) sums[r][i] += weights[r] * x[i];
+    }
+    weights += step;
+    v += stride;
   }
-  return sum_lanes<float>(total[0] + total[1]);
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int i = 0; i < V; ++i) tile.sums[r][i] = sums[r][i];
+  }
+}
+template <int V, int R = 1>
+void values(int queries, const float* weights, std::int64_t step, std::int64_t keys, const float* v,
+            std::int64_t stride, Tile& tile) {
+  if (queries == R) return value_tile<V, R>(weights, step, keys, v, stride, tile);
+  if constexpr (R < kTileRows) values<V, R + 1>(queries, weights, step, keys, v, stride, tile);
+}
+
+// What one head of one sequence is computed from, and memory for a block of queries.
+struct Head {
+  const float* q;
+  Rows k, v;
+  float* out;
+  std::int64_t queries, keys;
+  float* panel;   // [D][kPanel]
+  float* scores;  // [keys][kPanel]
+};
+
+// Up to W vectors of queries from number `query` on.
+template <int W>
+void block(const AttentionParams& p, const Head& h, std::int64_t query, int count) {
+  constexpr int L = kLanes<float>, kStep = W * L;
+  constexpr float kLog2E = 1.44269504088896341f;
+  to_panel<W>(h.q + query * p.q_stride, p.q_stride, count, p.head_dim, p.scale * kLog2E, h.panel);
+
+  // Together the queries see the keys [from, last): both ends grow with the query. Tiles begin at multiples
+  // of their height, so that sums over keys do not depend on what else is in the block.
+  const Seen first_sees = seen(p, query, h.queries, h.keys);
+  const Seen last_sees = seen(p, query + count - 1, h.queries, h.keys);
+  const std::int64_t from = first_sees.first / kTileRows * kTileRows, last = last_sees.last;
+  const bool masked = p.causal || p.window > 0;
+  I32 firsts[W] = {}, lasts[W] = {};
+  if (masked) {
+    for (int lane = 0; lane < kStep; ++lane) {
+      const Seen s = seen(p, query + least(lane, count - 1), h.queries, h.keys);
+      firsts[lane / L][lane % L] = static_cast<std::int32_t>(s.first);
+      lasts[lane / L][lane % L] = static_cast<std::int32_t>(s.last);
+    }
+  }
+  F32 top[W];
+  for (int w = 0; w < W; ++w) top[w] = F32{} + kLowest;
+  for (std::int64_t key = from; key < last; key += kTileRows) {
+    const int n = static_cast<int>(least(kTileRows, last - key));
+    float* scores = h.scores + (key - from) * kStep;
+    score<W>(n, {h.k.first + key * h.k.stride, h.k.stride}, h.panel, p.head_dim, scores);
+    for (int i = 0; i < n; ++i) {
+#pragma GCC unroll 2
+      for (int w = 0; w < W; ++w) {
+        F32 s = load(scores + i * kStep + w * L);
+        if (masked) {
+          const std::int32_t here = static_cast<std::int32_t>(key + i);
+          s = (firsts[w] <= here) & (lasts[w] > here) ? s : F32{} + kLowest;
+          store(scores + i * kStep + w * L, s);
+        }
+        top[w] = max(s, top[w]);
+      }
+    }
+  }
+
+  F32 total[W] = {};
+  for (std::int64_t key = from; key < last; key += kTileRows) {
+    const int n = static_cast<int>(least(kTileRows, last - key));
+    float* scores = h.scores + (key - from) * kStep;
+    F32 part[W] = {};
+    for (int i = 0; i < n; ++i) {
+#pragma GCC unroll 2
+      for (int w = 0; w < W; ++w) {
+        const F32 s = load(scores + i * kStep + w * L);
+        F32 e = exp2_of_negative(s - top[w]);
+        if (masked) e = s == kLowest ? F32{} : e;
+        store(scores + i * kStep + w * L, e);
+        part[w] += e;
+      }
+    }
+    for (int w = 0; w < W; ++w) total[w] += part[w];
+  }
+  float inverse[kStep];
+  for (int w = 0; w < W; ++w) store(inverse + w * L, total[w] == 0 ? F32{} : 1.0f / total[w]);  // 0: no keys
+
+  for (int q = 0, tiles = (count + kTileRows - 1) / kTileRows; q < count; --tiles) {
+    const int rows = (count - q + tiles - 1) / tiles;  // of nearly equal height
+    const std::int64_t begin = seen(p, query + q, h.queries, h.keys).first;
+    const std::int64_t end = seen(p, query + q + rows - 1, h.queries, h.keys).last;
+    const float* weights = h.scores + (begin - from) * kStep + q;
+    for (std::int64_t d = 0; d < p.head_dim; d += kPanel) {
+      Tile tile;
+      const float* v = h.v.first + begin * h.v.stride + d;
+      if (p.head_dim - d > L) {
+        values<2>(rows, weights, kStep, end - begin, v, h.v.stride, tile);
+      } else {
+        values<1>(rows, weights, kStep, end - begin, v, h.v.stride, tile);
+      }
+      for (int r = 0; r < rows; ++r) {
+        float* out = h.out + (query + q + r) * p.heads * p.head_dim + d;
+        for (int i = 0; i < 2; ++i) {
+          const std::int64_t left = p.head_dim - d - i * L;
+          if (left > 0) write(out + i * L, tile.sums[r][i] * inverse[q + r], lanes_left(left));
+        }
+      }
+    }
+    q += rows;
+  }
 }
 
 // Partial results of a stretch, for one head: its weighted values, then the highest score and the sum of the
@@ -357,54 +541,26 @@ inline std::int64_t key_count(const AttentionParams& p, std::int64_t sequence) {
 }  // namespace
 
 std::int64_t attention_scratch(const AttentionParams& p, std::int64_t max_keys) {
-  const std::int64_t keys = round_up(max_keys, kPanel);
-  return keys * p.head_dim + keys * round_up(p.head_dim, kPanel) + kTileRows * keys;
+  const std::int64_t copies = 2 * max_keys * round_up(p.head_dim, kLanes<float>);
+  return kPanel * p.head_dim + (max_keys + kTileRows) * kPanel + copies;
 }
 
 void attention(const AttentionParams& p, std::int64_t sequence, std::int64_t head, float* scratch) {
-  const std::int64_t start = p.cu_q[sequence], queries = p.cu_q[sequence + 1] - start;
-  const std::int64_t keys = key_count(p, sequence);
-  const std::int64_t size = p.head_dim, kv_head = head / (p.heads / p.kv_heads);
-  if (queries == 0) return;
-  const std::int64_t width = round_up(keys, kPanel);
-  float* key_panels = scratch;
-  float* value_panels = key_panels + width * size;
-  float* scores = value_panels + keys * round_up(size, kPanel);
-  if (p.block_table == nullptr || p.cache_dtype == DType::kFloat32) {
-    to_panels<float>(p, sequence, kv_head, keys, key_panels, value_panels);
-  } else if (p.cache_dtype == DType::kBFloat16) {
-    to_panels<BFloat16>(p, sequence, kv_head, keys, key_panels, value_panels);
-  } else {
-    to_panels<Float16>(p, sequence, kv_head, keys, key_panels, value_panels);
-  }
-
-  for (std::int64_t query = 0; query < queries; query += kTileRows) {
-    const int rows = static_cast<int>(least(kTileRows, queries - query));
-    // Together the rows see the keys [first, last): both ends grow with the row.
-    const std::int64_t first = seen(p, query, queries, keys).first;
-    const std::int64_t last = seen(p, query + rows - 1, queries, keys).last;
-    const std::int64_t from = first / kPanel * kPanel, to = round_up(last, kPanel);
-    const float* q = p.q + (start + query) * p.q_stride + head * size;
-    score_tile(p, q, rows, key_panels, from, to, scores, width);
-    float inverse[kTileRows];
-    for (int r = 0; r < rows; ++r) {
-      const float total = softmax_row(scores + r * width, seen(p, query + r, queries, keys), from, to);
-      inverse[r] = total == 0 ? 0 : 1.0f / total;  // 0: there are no keys
-    }
-    for (std::int64_t d = 0; d < size; d += kPanel) {
-      Tile tile;
-      const float* panel = value_panels + d * keys + from * kPanel;
-      float_tile(Format::kFloat32, rows, scores + from, width, last - from, panel, 0, tile);
-      for (int r = 0; r < rows; ++r) {
-        float* out = p.out + ((start + query + r) * p.heads + head) * size + d;
-        for (int half = 0; half < 2; ++half) {
-          const std::int64_t left = size - d - half * kLanes<float>;
-          if (left > 0) {
-            write(out + half * kLanes<float>, tile.sums[r][half] * inverse[r], lanes_left(left));
-          }
-        }
-      }
-    }
+  const std::int64_t start = p.cu_q[sequence], size = p.head_dim, kv_head = head / (p.heads / p.kv_heads);
+  Head h = {};
+  h.queries = p.cu_q[sequence + 1] - start;
+  h.keys = key_count(p, sequence);
+  if (h.queries == 0) return;
+  h.q = p.q + start * p.q_stride + head * size;
+  h.out = p.out + (start * p.heads + head) * size;
+  h.panel = scratch;
+  h.scores = h.panel + kPanel * size;
+  float* copies = h.scores + (h.keys + kTileRows) * kPanel;
+  h.k = rows_of(p, p.k, sequence, kv_head, h.keys, copies);
+  h.v = rows_of(p, p.v, sequence, kv_head, h.keys, copies + h.keys * round_up(size, kLanes<float>));
+  for (std::int64_t query = 0; query < h.queries; query += kPanel) {
+    const int count = static_cast<int>(least(kPanel, h.queries - query));
+    count > kLanes<float> ? block<2>(p, h, query, count) : block<1>(p, h, query, count);
   }
 }
 

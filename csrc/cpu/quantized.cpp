@@ -1,13 +1,21 @@
 // x W^T with weights of 8 and 4 bits: packing, the rows of x as codes, and the tiles of sums.
 //
-//   kInt8    y[o] = v[o] s sum_k w[o, k] c[k]
-//   kQ8      y[o] = sum_g v[o, g] s[g] sum_{k in g} w[o, k] c[k]
+//   kInt8    y[o] = v[o] sum_g s[g] sum_{k in g} w[o, k] d[k]             g: 192 inputs
+//   kQ8      y[o] = sum_g v[o, g] s[g] sum_{k in g} w[o, k] c[k]          g: 32 inputs
 //   kQ4      as kQ8, and in each group + m[o, g] s[g] sum_{k in g} c[k]
 //
-// w, v, m: codes, scales and minimums of the weight. A row of x becomes codes c of -127..127 and a scale s,
-// the largest magnitude / 127: one for a row (kInt8), or one for each group g of 32. Sums of codes are
-// integers and exact, the same in every instruction set (kInt8: up to 2^17 inputs). Groups are added in
-// float32, in order.
+// w, v, m: codes, scales and minimums of the weight. A row of x becomes integers and a scale s for each
+// group:
+//
+//   kQ8, kQ4   c = -127..127, s = the largest magnitude / 127
+//   kInt8      d = round(x / s), of which the largest is at most 254 above the least: s = (largest - least) /
+//              253.98, zero among them. What a norm or GELU gives is skewed, so this step is up to half of
+//              the other. Kept in a row are d, or where codes are bytes, d - d0 and d0 of each group (the
+//              least d, or 127 more), and in the panel sum_{k in g} w: the sums start at d0 sum w.
+//
+// Sums of codes are integers and exact, the same in every instruction set. Groups are added in float32, in
+// order. Groups of 192 and not whole rows in kInt8: a channel that is larger than all others makes the steps
+// of its own group larger and no more.
 //
 // A 32-bit lane is an output. It takes a word of inputs at a time: 4 bytes of x, broadcast to all lanes, that
 // hold 4 codes, or 2 or 1 where the instruction set multiplies wider numbers. Words come in pairs:
@@ -16,14 +24,16 @@
 //            output 0 [k+4 ... k+7]    ...                               the second
 //   4 bits   one such line; the low halves of its bytes are the first word, the high halves the second
 //
-//   panel    pairs of group 0 | scales [kPanel] | kQ4: minimums [kPanel] | pairs of group 1 | ...
-//   row      codes | scales | sums of codes                each part a multiple of 64 bytes
+//   panel    kQ8, kQ4   pairs of group 0 | scales [kPanel] | kQ4: minimums [kPanel] | pairs of group 1 | ...
+//            kInt8      sums of codes [kPanel] | pairs of group 0 | sums of codes | ... | scales [kPanel]
+//   row      codes | scales | sums of codes, or d0          each part a multiple of 64 bytes
 //
-// The panel's scales and minimums are float16, as files have them; kInt8's, one for the whole row, float32.
+// The panel's scales and minimums are float16, as files have them; kInt8's, one for the whole row, float32;
+// its sums of codes int16.
 //
-// Bytes a weight: 1 + 4 / in, 1.06, 0.625; with few rows of x they are the limit. With many, multiply-adds
-// are: 128 integer operations an instruction in 64-byte vectors with VNNI. For 8 of these, the end of a group
-// costs 2 float operations (kQ4: 3).
+// Bytes a weight: 1.01 + 4 / in, 1.06, 0.625; with few rows of x they are the limit. With many, multiply-adds
+// are: 128 integer operations an instruction in 64-byte vectors with VNNI. For 8 of these in kQ8 and kQ4 and
+// 48 in kInt8, the end of a group costs 2 float operations (kQ4: 3).
 
 #include "cpu/linear.h"
 
@@ -35,6 +45,8 @@
 
 namespace minilm::MINILM_ISA {
 namespace {
+
+constexpr int kRowGroup = 192;  // inputs of a row of x that share a scale in kInt8
 
 template <typename T>
 inline T read(const void* p) {
@@ -52,11 +64,12 @@ inline void write(void* p, T value) {
   return (read<U32>(p) >> (4 * word)) & 0x0F0F0F0F;
 }
 
-// What an instruction set does with 8-bit codes (Eight) and 4-bit codes (Four):
-//   Code     a code of x in a prepared row
-//   Weights  one word of kLanes outputs
-//   Sum      sums of products, an output a lane
-//   kOffset  is added to the weight's codes in the panel; the sums start at what takes it off again
+// What an instruction set does in kQ8 (Eight), kQ4 (Four) and kInt8 (Skewed):
+//   Code       a code of x in a prepared row
+//   Weights    one word of kLanes outputs
+//   Sum        sums of products, an output a lane
+//   kOffset    is added to the weight's codes in the panel; the sums start at what takes it off again
+//   kFromZero  codes of Skewed are d itself; else the least is kLowest
 #if defined(__AVX512VNNI__)
 
 // Unsigned bytes times signed ones.
@@ -74,6 +87,15 @@ struct Eight {
 struct Four : Eight {
   static constexpr int kOffset = 0;
   static Weights load(const char* p, int word) { return reinterpret_cast<Weights>(halves_of_bytes(p, word)); }
+};
+struct Skewed : Eight {
+  using Code = std::uint8_t;
+  static constexpr int kOffset = 0;
+  static constexpr bool kFromZero = false;
+  static constexpr int kLowest = 0;
+  static Sum dot(Sum sum, Weights w, const char* word) {
+    return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(read<std::int32_t>(word)), w);
+  }
 };
 
 #elif defined(__AVX2__)
@@ -108,6 +130,11 @@ struct Eight {
     return add32(sum, madd(w, broadcast(read<std::int32_t>(word))));
   }
   static I32 total(Sum sum) { return reinterpret_cast<I32>(sum); }
+};
+
+struct Skewed : Eight {
+  static constexpr bool kFromZero = true;
+  static constexpr int kLowest = 0;
 };
 
 // Products of bytes, added in 16 bits over a group: at most 16 * 15 * 127 = 30,480.
@@ -146,6 +173,10 @@ struct Eight {
 struct Four : Eight {
   static Weights load(const char* p, int word) { return reinterpret_cast<Weights>(halves_of_bytes(p, word)); }
 };
+struct Skewed : Eight {
+  static constexpr bool kFromZero = false;
+  static constexpr int kLowest = -127;
+};
 
 #else
 
@@ -167,6 +198,10 @@ struct Four : Eight {
     const Bytes bytes = read<Bytes>(p);
     return __builtin_convertvector(word == 0 ? bytes & 15 : (bytes >> 4) & 15, F32);
   }
+};
+struct Skewed : Eight {
+  static constexpr bool kFromZero = true;
+  static constexpr int kLowest = 0;
 };
 
 #endif
@@ -202,18 +237,20 @@ inline F32 load_float16(const char* p) {
 inline std::uint16_t float16_of(float x) { return round_float16(F32{} + x)[0]; }
 
 // The largest of all lanes, halving the vector as sum_lanes does.
-template <int N = kLanes<float>>
-inline std::int32_t max_lanes(typename VectorOf<std::int32_t, N>::type x) {
+template <typename T, int N = kLanes<T>>
+inline T max_of(typename VectorOf<T, N>::type x) {
   if constexpr (N == 2) {
     return x[0] > x[1] ? x[0] : x[1];
   } else {
     struct Halves {
-      typename VectorOf<std::int32_t, N / 2>::type low, high;
+      typename VectorOf<T, N / 2>::type low, high;
     };
     const Halves halves = bit_cast<Halves>(x);
-    return max_lanes<N / 2>(halves.low > halves.high ? halves.low : halves.high);
+    return max_of<T, N / 2>(halves.low > halves.high ? halves.low : halves.high);
   }
 }
+inline std::int32_t max_lanes(I32 x) { return max_of<std::int32_t>(x); }
+inline float max_lanes(F32 x) { return max_of<float>(x); }
 
 template <typename Code>
 inline void store_codes(Code* to, I32 codes) {
@@ -254,32 +291,44 @@ template <>
 struct DotOf<Format::kQ4> {
   using Type = Four;
 };
+template <>
+struct DotOf<Format::kInt8> {
+  using Type = Skewed;
+};
 
 // Where things stand in a panel and in a row, for `in` inputs.
 template <Format F>
 struct Places {
   using Dot = typename DotOf<F>::Type;
   using Code = typename Dot::Code;
-  static constexpr bool kGrouped = F != Format::kInt8;
+  static constexpr bool kSkewed = F == Format::kInt8;
   static constexpr bool kFour = F == Format::kQ4;
-  static constexpr bool kSums = kFour || Dot::kOffset != 0;
+  static constexpr bool kZeros = kSkewed && !Skewed::kFromZero;  // a row has its zeros, a panel sums of codes
+  static constexpr bool kSums = !kSkewed && (kFour || Dot::kOffset != 0);  // a row has sums of codes
+  static constexpr int kSize = kSkewed ? kRowGroup : kGroup;
   static constexpr int kWord = 4 / static_cast<int>(sizeof(Code));
   static constexpr int kPairInputs = 2 * kWord;
   static constexpr int kPairBytes = (kFour ? 1 : 2) * kPanel * kWord;
-  static constexpr int kScaleBytes = (kGrouped ? 2 : 4) * kPanel;
+  static constexpr int kPairs = kSize / kPairInputs;  // of words in a group, but for the last one of kInt8
+  static constexpr int kBefore = kZeros ? 2 * kPanel : 0;                    // bytes of a group before ...
+  static constexpr int kAfter = kSkewed ? 0 : (kFour ? 2 : 1) * 2 * kPanel;  // ... and after the pairs
+  static constexpr int kGroupBytes = kBefore + kPairs * kPairBytes + kAfter;
 
-  std::int64_t groups, pairs;  // pairs: of words in a group
-  std::int64_t group_bytes, panel_bytes;
+  std::int64_t groups, last_pairs;  // last_pairs: in the last group
+  std::int64_t panel_scales_at, panel_bytes;
   std::int64_t scales_at, sums_at, row_bytes;
 
   explicit Places(std::int64_t in) {
-    groups = kGrouped ? in / kGroup : 1;
-    pairs = kGrouped ? kGroup / kPairInputs : (in + kPairInputs - 1) / kPairInputs;
-    group_bytes = pairs * kPairBytes + (kFour ? 2 : 1) * kScaleBytes;
-    panel_bytes = round_up(groups * group_bytes, 64);
-    scales_at = round_up(groups * pairs * 8, 64);
+    groups = (in + kSize - 1) / kSize;
+    last_pairs = (in - (groups - 1) * kSize + kPairInputs - 1) / kPairInputs;
+    panel_scales_at = groups * kGroupBytes - (kPairs - last_pairs) * kPairBytes;
+    panel_bytes = round_up(panel_scales_at + (kSkewed ? 4 * kPanel : 0), 64);
+    scales_at = groups * kPairs * 8;
     sums_at = scales_at + round_up(groups * 4, 64);
-    row_bytes = sums_at + (kSums ? round_up(groups * 4, 64) : 0);
+    row_bytes = sums_at + (kSums || kZeros ? round_up(groups * 4, 64) : 0);
+  }
+  std::int64_t pairs(std::int64_t group) const {
+    return !kSkewed || group + 1 < groups ? std::int64_t{kPairs} : last_pairs;
   }
 };
 
@@ -307,53 +356,108 @@ inline auto weights(const char* pair, int word, int half) {
   }
 }
 
-template <typename P>
-inline F32 scales(const char* p, int half) {
-  return P::kGrouped ? load_float16(p + half * kLanes<float> * 2) : read<F32>(p + half * kLanes<float> * 4);
+// Vectors of a group's values, one an output.
+inline F32 scales(const char* p, int half) { return load_float16(p + half * kLanes<float> * 2); }
+inline I32 code_sums(const char* p, int half) {
+  using I16 = VectorOf<std::int16_t, kLanes<float>>::type;
+  return __builtin_convertvector(read<I16>(p + half * kLanes<float> * 2), I32);
 }
 
-// The codes of x[0, count), as many as `padded` with zeros, and their sum; returns their scale: 0 if all are
-// as good as zero, NaN if one is infinite or not a number.
-template <typename Code>
-inline float quantize(const float* x, std::int64_t count, std::int64_t padded, Code* codes,
-                      std::int32_t* sum) {
+// Some of x[0, count) from `i` on, zeros beyond.
+inline F32 load_some(const float* x, std::int64_t i, std::int64_t count) {
+  const std::int64_t left = count - i;
+  return left >= kLanes<float> ? load(x + i) : load(x + i, left > 0 ? static_cast<int>(left) : 0);
+}
+
+// How a group of x becomes integers: round(inverse * x), which scale makes numbers again. Of a group that is
+// as good as zero both are 0; where something is infinite or not a number, scale is NaN.
+struct Steps {
+  float inverse, scale;
+  bool usable;
+};
+inline Steps steps(bool finite, float extent, float count) {
   constexpr float kSmallest = 0x1p-119f;  // its scale is the smallest normal number
-  const auto load_some = [=](std::int64_t i) {
-    const std::int64_t left = count - i;
-    return left >= kLanes<float> ? load(x + i) : load(x + i, left > 0 ? static_cast<int>(left) : 0);
-  };
+  if (!finite) return {0.0f, __builtin_nanf(""), false};
+  if (extent < kSmallest) return {0.0f, 0.0f, false};
+  return {count / extent, extent / count, true};
+}
+
+// The codes of a group of kGroup from -127 to 127, and their sum; returns their scale.
+template <typename Code>
+inline float quantize(const float* x, Code* codes, std::int32_t* sum) {
   I32 magnitudes = {};  // as integers, floats order like their values, infinity above all and NaN above it
-  for (std::int64_t i = 0; i < count; i += kLanes<float>) {
-    const I32 magnitude = bit_cast<I32>(load_some(i)) & 0x7FFFFFFF;
+  for (int i = 0; i < kGroup; i += kLanes<float>) {
+    const I32 magnitude = bit_cast<I32>(load(x + i)) & 0x7FFFFFFF;
     magnitudes = magnitude > magnitudes ? magnitude : magnitudes;
   }
   const float largest = bit_cast<float>(max_lanes(magnitudes));
-  const bool finite = largest <= __FLT_MAX__;
-  const bool usable = finite && largest >= kSmallest;
-  const float inverse = usable ? 127.0f / largest : 0.0f;
-  const std::int32_t keep = usable ? -1 : 0;
+  const Steps by = steps(largest <= __FLT_MAX__, largest, 127.0f);
+  const std::int32_t keep = by.usable ? -1 : 0;  // 0 times infinity is not a number
   I32 sums = {};
-  for (std::int64_t i = 0; i < padded; i += kLanes<float>) {
-    const I32 rounded = round_to_integer(bit_cast<F32>(bit_cast<I32>(load_some(i)) & keep) * inverse);
+  for (int i = 0; i < kGroup; i += kLanes<float>) {
+    const I32 rounded = round_to_integer(bit_cast<F32>(bit_cast<I32>(load(x + i)) & keep) * by.inverse);
     sums += rounded;
     store_codes(codes + i, rounded);
   }
   *sum = sum_lanes<std::int32_t>(sums);
-  return usable ? largest / 127.0f : finite ? 0.0f : __builtin_nanf("");
+  return by.scale;
+}
+
+// The codes of x[0, count), count <= N, with others up to N, and the integer that the lowest of them stands
+// for; returns their scale. From the least to the largest, zero between them, there are at most 254 steps: a
+// little more than half a step is left over for the rounding of both ends.
+template <typename Dot, int N>
+inline __attribute__((always_inline)) float quantize_skewed(const float* x, std::int64_t count,
+                                                            typename Dot::Code* codes, std::int32_t* lowest) {
+  constexpr int kVectors = N / kLanes<float>;
+  constexpr float kHalfOfSteps = 126.99f;
+  F32 some[kVectors], low = {}, high = {}, nothing = {};
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; ++i) {
+    const std::int64_t left = count - i * kLanes<float>;
+    some[i] = left >= kLanes<float> ? load(x + i * kLanes<float>)
+                                    : load(x + i * kLanes<float>, left > 0 ? static_cast<int>(left) : 0);
+    low = min(some[i], low);
+    high = max(some[i], high);
+    nothing += some[i] * 0.0f;  // NaN, where something is not finite
+  }
+  const float least = -max_lanes(-low), extent = 0.5f * max_lanes(high) - 0.5f * least;
+  const Steps by = steps(sum_lanes<float>(nothing) == 0, extent, kHalfOfSteps);
+  if (!by.usable) {
+    for (int i = 0; i < N; ++i) codes[i] = 0;
+    *lowest = 0;
+    return by.scale;
+  }
+  const std::int32_t first =
+      Dot::kFromZero ? 0 : round_to_integer(F32{} + least * by.inverse)[0] - Dot::kLowest;
+#pragma GCC unroll 16
+  for (int i = 0; i < kVectors; ++i) {
+    store_codes(codes + i * kLanes<float>, round_to_integer(some[i] * by.inverse) - first);
+  }
+  *lowest = first;
+  return by.scale;
 }
 
 template <Format F>
 void quantize_row(const Places<F>& at, const float* x, std::int64_t in, char* to) {
   using P = Places<F>;
-  const std::int64_t padded = at.pairs * P::kPairInputs;
   for (std::int64_t g = 0; g < at.groups; ++g) {
-    std::int32_t sum;
-    auto* codes = reinterpret_cast<typename P::Code*>(to) + g * padded;
-    const float scale =
-        quantize(x + g * padded, P::kGrouped ? kGroup : in, P::kGrouped ? kGroup : padded, codes, &sum);
+    std::int32_t number;
+    float scale;
+    auto* codes = reinterpret_cast<typename P::Code*>(to) + g * P::kSize;
+    if constexpr (P::kSkewed) {
+      using Dot = typename P::Dot;
+      const std::int64_t left = in - g * P::kSize;
+      // A whole group apart, so that its loops have no conditions.
+      scale = left >= P::kSize ? quantize_skewed<Dot, P::kSize>(x + g * P::kSize, P::kSize, codes, &number)
+                               : quantize_skewed<Dot, P::kSize>(x + g * P::kSize, left, codes, &number);
+      if (P::kZeros) write(to + at.sums_at + 4 * g, number);
+    } else {
+      scale = quantize(x + g * P::kSize, codes, &number);
+      if (P::kFour) write(to + at.sums_at + 4 * g, scale * static_cast<float>(number));
+      if (!P::kFour && P::kSums) write(to + at.sums_at + 4 * g, -P::Dot::kOffset * number);
+    }
     write(to + at.scales_at + 4 * g, scale);
-    if (P::kFour) write(to + at.sums_at + 4 * g, scale * static_cast<float>(sum));
-    if (!P::kFour && P::kSums) write(to + at.sums_at + 4 * g, -P::Dot::kOffset * sum);
   }
 }
 
@@ -372,22 +476,27 @@ void pack_panel(const Places<F>& at, const PackParams& p, std::int64_t panel, ch
   for (int place = 0; place < kPanel; ++place) {
     const std::int64_t row = p.order[panel * kPanel + place];
     for (std::int64_t g = 0; g < at.groups; ++g) {
-      char* scales = to + g * at.group_bytes + at.pairs * P::kPairBytes;
-      char* code = scales - at.pairs * P::kPairBytes + place * P::kWord;
-      for (std::int64_t k = g * kGroup; code < scales; k += P::kPairInputs, code += P::kPairBytes) {
+      char* before = to + g * P::kGroupBytes;
+      char* code = before + P::kBefore + place * P::kWord;
+      const std::int64_t start = g * P::kSize, end = start + at.pairs(g) * P::kPairInputs;
+      std::int16_t sum = 0;
+      for (std::int64_t k = start; k < end; k += P::kPairInputs, code += P::kPairBytes) {
         for (int i = 0; i < P::kWord; ++i) {
-          const int first = code_of<F>(p, row, k + i) + P::Dot::kOffset;
-          const int second = code_of<F>(p, row, k + P::kWord + i) + P::Dot::kOffset;
-          code[i] = static_cast<char>(P::kFour ? first | second << 4 : first);
-          if (!P::kFour) code[kPanel * P::kWord + i] = static_cast<char>(second);
+          const int first = code_of<F>(p, row, k + i), second = code_of<F>(p, row, k + P::kWord + i);
+          sum = static_cast<std::int16_t>(sum + first + second);
+          constexpr int kOffset = P::Dot::kOffset;
+          code[i] = static_cast<char>(P::kFour ? first | second << 4 : first + kOffset);
+          if (!P::kFour) code[kPanel * P::kWord + i] = static_cast<char>(second + kOffset);
         }
       }
-      const float scale = row < 0 ? 0.0f : p.scales[row * at.groups + g];
-      const float minimum = row < 0 || !P::kFour ? 0.0f : p.minimums[row * at.groups + g];
-      if (P::kGrouped) write(scales + 2 * place, float16_of(scale));
-      if (P::kFour) write(scales + P::kScaleBytes + 2 * place, float16_of(minimum));
-      if (!P::kGrouped) write(scales + 4 * place, scale);
+      if (P::kZeros) write(before + 2 * place, sum);
+      if (P::kSkewed) continue;
+      char* scales = before + P::kBefore + P::kPairs * P::kPairBytes;
+      const std::int64_t group = row * at.groups + g;
+      write(scales + 2 * place, float16_of(row < 0 ? 0.0f : p.scales[group]));
+      if (P::kFour) write(scales + 2 * (kPanel + place), float16_of(row < 0 ? 0.0f : p.minimums[group]));
     }
+    if (P::kSkewed) write(to + at.panel_scales_at + 4 * place, row < 0 ? 0.0f : p.scales[row]);
   }
 }
 
@@ -398,19 +507,26 @@ inline __attribute__((always_inline)) void sums_of(const Places<F>& at, const ch
   using P = Places<F>;
   using Dot = typename P::Dot;
   using Sum = typename Dot::Sum;
-  const std::int64_t groups = P::kGrouped ? at.groups : 1;
-  const std::int64_t pairs = P::kGrouped ? kGroup / P::kPairInputs : at.pairs;
   for (int r = 0; r < R; ++r) tile.sums[r][0] = tile.sums[r][1] = F32{};
-  for (std::int64_t g = 0; g < groups; ++g) {
+  for (std::int64_t g = 0; g < at.groups; ++g) {
     Sum dots[R][2];
+    I32 sums[2] = {};
+    if (P::kZeros) {
+      sums[0] = code_sums(panel, 0);
+      sums[1] = code_sums(panel, 1);
+      ask_for<P::kBefore>(panel + ahead);
+    }
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const std::int32_t start =
-          Dot::kOffset != 0 ? read<std::int32_t>(x + r * x_stride + at.sums_at + 4 * g) : 0;
-      dots[r][0] = in_register(bit_cast<Sum>(I32{} + start));
-      dots[r][1] = in_register(bit_cast<Sum>(I32{} + start));
+      std::int32_t start = 0;
+      if ((P::kSums && !P::kFour) || P::kZeros)
+        start = read<std::int32_t>(x + r * x_stride + at.sums_at + 4 * g);
+      dots[r][0] = in_register(bit_cast<Sum>(P::kZeros ? start * sums[0] : I32{} + start));
+      dots[r][1] = in_register(bit_cast<Sum>(P::kZeros ? start * sums[1] : I32{} + start));
     }
-    const char* words = x + g * pairs * 8;
+    panel += P::kBefore;
+    const char* words = x + g * P::kPairs * 8;
+    const std::int64_t pairs = at.pairs(g);
     for (std::int64_t pair = 0; pair < pairs; ++pair) {
       ask_for<P::kPairBytes>(panel + ahead);
 #pragma GCC unroll 2
@@ -426,23 +542,30 @@ inline __attribute__((always_inline)) void sums_of(const Places<F>& at, const ch
       panel += P::kPairBytes;
       words += 8;
     }
-    ask_for<P::kScaleBytes>(panel + ahead);
+    if (!P::kSkewed) ask_for<P::kAfter>(panel + ahead);
     asm("" : "+m"(tile));  // the compiler is not to keep a copy
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      const F32 scale = scales<P>(panel, half);
-      const F32 minimum = P::kFour ? scales<P>(panel + P::kScaleBytes, half) : F32{};
+      const F32 scale = P::kSkewed ? F32{} : scales(panel, half);
+      const F32 minimum = P::kFour ? scales(panel + 2 * kPanel, half) : F32{};
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         const char* row = x + r * x_stride + 4 * g;
+        const float own = read<float>(row + at.scales_at);
         F32 sum = tile.sums[r][half];
-        sum += (scale * read<float>(row + at.scales_at)) *
-               __builtin_convertvector(Dot::total(dots[r][half]), F32);
+        const F32 dot = __builtin_convertvector(Dot::total(dots[r][half]), F32);
+        sum += (P::kSkewed ? F32{} + own : scale * own) * dot;
         if (P::kFour) sum += minimum * read<float>(row + at.sums_at);
         tile.sums[r][half] = sum;
       }
     }
-    panel += (P::kFour ? 2 : 1) * P::kScaleBytes;
+    panel += P::kAfter;
+  }
+  if (!P::kSkewed) return;
+#pragma GCC unroll 2
+  for (int half = 0; half < 2; ++half) {
+    const F32 scale = read<F32>(panel + half * kLanes<float> * 4);
+    for (int r = 0; r < R; ++r) tile.sums[r][half] *= scale;
   }
 }
 

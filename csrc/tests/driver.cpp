@@ -262,14 +262,19 @@ struct Weight {
   Doubles seen(const Floats& x) const {
     Doubles out(x.begin(), x.end());
     if (format < Format::kInt8) return out;
-    const std::int64_t length = format == Format::kInt8 ? in : kGroup;
-    for (std::size_t first = 0; first < out.size(); first += length) {
-      float largest = 0;
-      for (std::int64_t i = 0; i < length; ++i) largest = std::max(largest, std::abs(x[first + i]));
-      const float inverse = largest > 0 ? 127.0f / largest : 0.0f;
-      for (std::int64_t i = 0; i < length; ++i) {
-        const float scaled = x[first + i] * inverse;
-        out[first + i] = std::nearbyint(scaled) * static_cast<double>(largest / 127.0f);
+    const bool skewed = format == Format::kInt8;
+    const std::int64_t length = skewed ? 192 : kGroup;
+    for (std::int64_t row = 0; row < static_cast<std::int64_t>(x.size()); row += in) {
+      for (std::int64_t first = row; first < row + in; first += length) {
+        const std::int64_t last = std::min(first + length, row + in);
+        float low = 0, high = 0;
+        for (std::int64_t i = first; i < last; ++i) low = std::min(low, x[i]), high = std::max(high, x[i]);
+        const float extent = skewed ? 0.5f * high - 0.5f * low : std::max(high, -low);
+        const float count = skewed ? 126.99f : 127.0f, inverse = extent > 0 ? count / extent : 0.0f;
+        for (std::int64_t i = first; i < last; ++i) {
+          const float scaled = x[i] * inverse;
+          out[i] = std::nearbyint(scaled) * static_cast<double>(extent / count);
+        }
       }
     }
     return out;

@@ -129,7 +129,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
 def quantized_linear(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str | None
 ) -> Tensor:
-    """As `minilm.ops.quantized_linear`, with x quantised too: to int8, by row or group as the weight is."""
+    """As `minilm.ops.quantized_linear`, with x quantised too, to 8 bits: in groups of 32 from minus to plus
+    the largest magnitude, and where the weight is int8, of 192 from the least to the largest."""
     return _apply(x, kept(weight, bias), activation)
 
 
