@@ -37,22 +37,18 @@ def supports(traits: EmbedTraits) -> str | None:
     return traits.obstacle
 
 
-def traits_of(embeddings: Embeddings, tokens: Tensor, types: Tensor | None) -> EmbedTraits:
+def traits_of(embeddings: Embeddings) -> EmbedTraits:
     """What the choice of an implementation depends on."""
     table = embeddings.tokens
     like = table.like if isinstance(table, QuantizedEmbedding) else table.weight
-    return EmbedTraits(like.device.type, like.dtype, _obstacle(embeddings, tokens, types))
+    return EmbedTraits(like.device.type, like.dtype, _obstacle(embeddings))
 
 
-def _obstacle(embeddings: Embeddings, tokens: Tensor, types: Tensor | None) -> str | None:
+def _obstacle(embeddings: Embeddings) -> str | None:
     if torch.compiler.is_compiling():
         return "torch.compile traces the modules"
     if native.unavailable is not None:
         return native.unavailable
-    if tokens.is_floating_point():
-        return "the tokens are embedded already"
-    if types is not None and embeddings.config.types_are_tokens:
-        return "the types are tokens"
     if embeddings.training and embeddings.config.embedding_dropout:
         return "dropout is on (model.eval() turns it off)"
     if torch.is_grad_enabled() and any(p.requires_grad for p in embeddings.parameters()):

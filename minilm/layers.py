@@ -106,8 +106,9 @@ class Embeddings(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
         """tokens int64 [T], or float [T, C] already embedded; positions, types int64 [T]. Returns [T, C]."""
-        traits = embed.traits_of(self, tokens, types)
-        x: Tensor = dispatch.select("embed", traits)(self, tokens, positions, types)
+        if tokens.is_floating_point() or (self.config.types_are_tokens and types is not None):
+            return self.by_modules(tokens, positions, types)
+        x: Tensor = dispatch.select("embed", embed.traits_of(self))(self, tokens, positions, types)
         return x
 
     def by_modules(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
