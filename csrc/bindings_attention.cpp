@@ -130,13 +130,19 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 
 Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
                        const Tensor& block_table, const Tensor& cu_seqlens_q, const Tensor& context_lens,
-                       double scale, std::optional<int64_t> window) {
+                       double scale, std::optional<int64_t> window, std::optional<Tensor> k_scales,
+                       std::optional<Tensor> v_scales) {
   const char* op = "paged_attention";
   check_tensor(op, "q", q, ScalarType::Float, {-1, -1, -1});
   STD_TORCH_CHECK(k_pages.dim() == 4, op, ": k_pages must be [pages, page size, Hkv, D], and is ",
                   text(shape_of(k_pages)));
   AttentionParams p = {};
   p.cache_dtype = check_pages(op, k_pages, v_pages, k_pages.size(2), q.size(2));
+  check_scales(op, k_pages, k_scales, v_scales);
+  if (k_scales.has_value()) {
+    p.k_scales = data<float>(*k_scales);
+    p.v_scales = data<float>(*v_scales);
+  }
   set_heads(op, p, q, k_pages.size(2));
   p.window = check_window(op, window);
   p.causal = true;
@@ -190,7 +196,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minilm, m) {
       " bool causal, int? window) -> Tensor");
   m.def(
       "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor cu_seqlens_q,"
-      " Tensor context_lens, float scale, int? window) -> Tensor");
+      " Tensor context_lens, float scale, int? window, Tensor? k_scales=None, Tensor? v_scales=None) -> "
+      "Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minilm, CPU, m) {

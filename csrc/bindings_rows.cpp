@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <tuple>
 
 #include "cpu/dispatch.h"
@@ -66,18 +67,22 @@ class Turned {
 // Heads that go to their slots of the pages.
 class Appended {
  public:
-  Appended(const Tensor& x, Tensor& pages, DType dtype, const int64_t* slots)
-      : from_(as_heads(x)), pages_(pages.mutable_data_ptr()), dtype_(dtype), slots_(slots) {}
-  void rows(int64_t begin, int64_t end) const {
-    cpu_kernels().append_rows(dtype_, data<float>(from_), from_.stride(0), from_.size(1) * from_.size(2),
-                              pages_, slots_, begin, end);
+  Appended(const Tensor& x, Tensor& pages, std::optional<Tensor>& scales, DType dtype, const int64_t* slots)
+      : from_(as_heads(x)) {
+    p_.dtype = dtype;
+    p_.x = data<float>(from_);
+    p_.x_stride = from_.stride(0);
+    p_.heads = from_.size(1);
+    p_.head_dim = from_.size(2);
+    p_.pages = pages.mutable_data_ptr();
+    p_.scales = scales.has_value() ? static_cast<float*>(scales->mutable_data_ptr()) : nullptr;
+    p_.slots = slots;
   }
+  void rows(int64_t begin, int64_t end) const { cpu_kernels().append_rows(p_, begin, end); }
 
  private:
   Tensor from_;
-  void* pages_;
-  DType dtype_;
-  const int64_t* slots_;
+  AppendParams p_ = {};
 };
 
 // The slots, int64 [T], contiguous, each within the pages.
@@ -112,12 +117,14 @@ std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& 
   return {turned_q.to, turned_k.to};
 }
 
-void append_kv(const Tensor& k, const Tensor& v, Tensor k_pages, Tensor v_pages, const Tensor& slots) {
+void append_kv(const Tensor& k, const Tensor& v, Tensor k_pages, Tensor v_pages, const Tensor& slots,
+               std::optional<Tensor> k_scales, std::optional<Tensor> v_scales) {
   const char* op = "append_kv";
   const DType dtype = check_values(op, k, v, k_pages, v_pages);
   const Tensor places = check_slots(op, slots, k.size(0), k_pages);
-  const Appended keys(k, k_pages, dtype, data<int64_t>(places));
-  const Appended values(v, v_pages, dtype, data<int64_t>(places));
+  check_scales(op, k_pages, k_scales, v_scales);
+  const Appended keys(k, k_pages, k_scales, dtype, data<int64_t>(places));
+  const Appended values(v, v_pages, v_scales, dtype, data<int64_t>(places));
   torch::stable::parallel_for(0, k.size(0), rows_a_task(2 * k.size(1) * k.size(2)),
                               [&](int64_t begin, int64_t end) {
                                 keys.rows(begin, end);
@@ -126,15 +133,16 @@ void append_kv(const Tensor& k, const Tensor& v, Tensor k_pages, Tensor v_pages,
 }
 
 std::tuple<Tensor, Tensor> rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos,
-                                       const Tensor& sin, Tensor k_pages, Tensor v_pages,
-                                       const Tensor& slots) {
+                                       const Tensor& sin, Tensor k_pages, Tensor v_pages, const Tensor& slots,
+                                       std::optional<Tensor> k_scales, std::optional<Tensor> v_scales) {
   const char* op = "rope_append";
   const Angles angles = check_angles(op, q, k, cos, sin);
   const DType dtype = check_values(op, k, v, k_pages, v_pages);
   const Tensor places = check_slots(op, slots, k.size(0), k_pages);
   const Turned turned_q(q, angles), turned_k(k, angles);
-  const Appended keys(turned_k.to, k_pages, dtype, data<int64_t>(places));
-  const Appended values(v, v_pages, dtype, data<int64_t>(places));
+  check_scales(op, k_pages, k_scales, v_scales);
+  const Appended keys(turned_k.to, k_pages, k_scales, dtype, data<int64_t>(places));
+  const Appended values(v, v_pages, v_scales, dtype, data<int64_t>(places));
   torch::stable::parallel_for(0, q.size(0), rows_a_task((q.size(1) + 2 * k.size(1)) * q.size(2)),
                               [&](int64_t begin, int64_t end) {
                                 turned_q.rows(begin, end);
@@ -149,10 +157,13 @@ std::tuple<Tensor, Tensor> rope_append(const Tensor& q, const Tensor& k, const T
 
 STABLE_TORCH_LIBRARY_FRAGMENT(minilm, m) {
   m.def("rope(Tensor q, Tensor k, Tensor cos, Tensor sin) -> (Tensor q, Tensor k)");
-  m.def("append_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots) -> ()");
+  m.def(
+      "append_kv(Tensor k, Tensor v, Tensor(a!) k_pages, Tensor(b!) v_pages, Tensor slots,"
+      " Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> ()");
   m.def(
       "rope_append(Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor(a!) k_pages,"
-      " Tensor(b!) v_pages, Tensor slots) -> (Tensor q, Tensor k)");
+      " Tensor(b!) v_pages, Tensor slots, Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None)"
+      " -> (Tensor q, Tensor k)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minilm, CPU, m) {

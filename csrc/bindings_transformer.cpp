@@ -93,13 +93,26 @@ class Call {
   }
 
   void set_cache(const Tensor& keys, const Tensor& values, const Tensor& slots, const Tensor& block_table,
-                 const Tensor& context_lens, bool fresh) {
+                 const Tensor& context_lens, bool fresh, std::optional<Tensor>& k_scales,
+                 std::optional<Tensor>& v_scales) {
     const ScalarType type = keys.scalar_type();
-    check(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Half,
-          "the cache must be float32, bfloat16 or float16");
-    p.cache_dtype = type == ScalarType::Float      ? DType::kFloat32
-                    : type == ScalarType::BFloat16 ? DType::kBFloat16
-                                                   : DType::kFloat16;
+    int64_t bytes = 2;
+    switch (type) {
+      case ScalarType::Float:
+        p.cache_dtype = DType::kFloat32;
+        bytes = 4;
+        break;
+      case ScalarType::BFloat16:
+        p.cache_dtype = DType::kBFloat16;
+        break;
+      case ScalarType::Half:
+        p.cache_dtype = DType::kFloat16;
+        break;
+      default:
+        check(type == ScalarType::Char, "the cache must be float32, bfloat16, float16 or int8");
+        p.cache_dtype = DType::kInt8;
+        bytes = 1;
+    }
     for (const Tensor* cache : {&keys, &values}) {
       check(plain(*cache, type, 5) && cache->size(0) == w.layers && cache->size(1) == keys.size(1) &&
                 cache->size(2) == keys.size(2) && cache->size(3) == w.kv_heads &&
@@ -108,7 +121,18 @@ class Call {
     }
     const int64_t pages = keys.size(1);
     p.page_size = keys.size(2);
-    p.layer_bytes = pages * p.page_size * w.kv_heads * w.head_dim * (type == ScalarType::Float ? 4 : 2);
+    p.layer_bytes = pages * p.page_size * w.kv_heads * w.head_dim * bytes;
+    p.layer_scales = pages * p.page_size * w.kv_heads;
+    for (auto* scales : {&k_scales, &v_scales}) {
+      check(scales->has_value() == (type == ScalarType::Char),
+            "an int8 cache comes with scales, and others without");
+      if (!scales->has_value()) continue;
+      check(plain(**scales, ScalarType::Float, 4) && (*scales)->size(0) == w.layers &&
+                (*scales)->size(1) == pages && (*scales)->size(2) == p.page_size &&
+                (*scales)->size(3) == w.kv_heads,
+            "scales must be float32 [layers, pages, page size, Hkv]");
+      (scales == &k_scales ? p.k_scales : p.v_scales) = static_cast<float*>((*scales)->mutable_data_ptr());
+    }
     check(plain(slots, ScalarType::Long, 1) && slots.size(0) == p.tokens, "slots must be int64 [T]");
     p.slots = data<int64_t>(slots);
     check(std::all_of(p.slots, p.slots + p.tokens,
@@ -156,7 +180,8 @@ class Call {
 Tensor transformer(const Tensor& embedded, const Tensor& arena, const Tensor& layout,
                    const Tensor& cu_seqlens, std::optional<Tensor> cos, std::optional<Tensor> sin,
                    std::optional<Tensor> k_cache, std::optional<Tensor> v_cache, std::optional<Tensor> slots,
-                   std::optional<Tensor> block_table, std::optional<Tensor> context_lens, bool fresh) {
+                   std::optional<Tensor> block_table, std::optional<Tensor> context_lens, bool fresh,
+                   std::optional<Tensor> k_scales, std::optional<Tensor> v_scales) {
   Call call(arena, layout);
   check(plain(embedded, ScalarType::Float, 2) && embedded.size(1) == call.w.channels,
         "x must be float32 [T, C]");
@@ -172,7 +197,7 @@ Tensor transformer(const Tensor& embedded, const Tensor& arena, const Tensor& la
   if (k_cache.has_value()) {
     check(v_cache.has_value() && slots.has_value() && block_table.has_value() && context_lens.has_value(),
           "the tensors of the cache come together");
-    call.set_cache(*k_cache, *v_cache, *slots, *block_table, *context_lens, fresh);
+    call.set_cache(*k_cache, *v_cache, *slots, *block_table, *context_lens, fresh, k_scales, v_scales);
   }
   Tensor x = torch::stable::clone(embedded);
   if (tokens > 0 && call.w.layers > 0) call.run(static_cast<float*>(x.mutable_data_ptr()));
@@ -187,7 +212,8 @@ std::tuple<Tensor, Tensor> decode_step(const Tensor& tokens, const Tensor& table
                                        std::optional<Tensor> sin, const Tensor& arena, const Tensor& layout,
                                        const Tensor& head, int64_t head_format, int64_t vocabulary,
                                        const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots,
-                                       const Tensor& block_table, const Tensor& context_lens) {
+                                       const Tensor& block_table, const Tensor& context_lens,
+                                       std::optional<Tensor> k_scales, std::optional<Tensor> v_scales) {
   Call call(arena, layout);
   const int64_t channels = call.w.channels;
   check(plain(tokens, ScalarType::Long, 1), "tokens must be int64 [B]");
@@ -195,7 +221,7 @@ std::tuple<Tensor, Tensor> decode_step(const Tensor& tokens, const Tensor& table
   std::vector<int32_t> ends(batch + 1);
   for (int64_t b = 0; b <= batch; ++b) ends[b] = static_cast<int32_t>(b);
   call.set_sequences(ends.data(), batch, batch);
-  call.set_cache(k_cache, v_cache, slots, block_table, context_lens, false);
+  call.set_cache(k_cache, v_cache, slots, block_table, context_lens, false, k_scales, v_scales);
 
   const VectorTable vectors(table, scale, minimum, channels);
   std::optional<VectorTable> places;
@@ -262,12 +288,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minilm, m) {
   m.def(
       "transformer(Tensor embedded, Tensor arena, Tensor layout, Tensor cu_seqlens, Tensor? cos, Tensor? sin,"
       " Tensor(a!)? k_cache, Tensor(b!)? v_cache, Tensor? slots, Tensor? block_table, Tensor? context_lens,"
-      " bool fresh) -> Tensor");
+      " bool fresh, Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> Tensor");
   m.def(
       "decode_step(Tensor tokens, Tensor table, Tensor? scale, Tensor? minimum, Tensor? position_table,"
       " int position_offset, Tensor? cos, Tensor? sin, Tensor arena, Tensor layout, Tensor head,"
       " int head_format, int vocabulary, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots,"
-      " Tensor block_table, Tensor context_lens) -> (Tensor, Tensor)");
+      " Tensor block_table, Tensor context_lens, Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None)"
+      " -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minilm, CPU, m) {

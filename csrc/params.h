@@ -5,7 +5,7 @@
 
 namespace minilm {
 
-enum class DType : std::uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class DType : std::uint8_t { kFloat32, kFloat64, kBFloat16, kFloat16, kInt8 };  // kInt8: of pages only
 
 // Rows of C channels. A row is contiguous; row i of x starts x_stride elements after row i - 1. Results are
 // contiguous. Statistics are in float64 for float64 data, in float32 for all other.
@@ -43,6 +43,18 @@ struct RmsNormParams {
   DType parameter_dtype;
 };
 
+// Rows of heads to their slots of the pages.
+struct AppendParams {
+  DType dtype;     // of the pages
+  const float* x;  // [T, heads, head_dim]: row t at x + t * x_stride
+  std::int64_t x_stride;
+  std::int64_t heads;
+  std::int64_t head_dim;
+  void* pages;                // [slots, heads, head_dim]
+  float* scales;              // [slots, heads], beside pages of kInt8; else null
+  const std::int64_t* slots;  // [T]
+};
+
 // Rotary embedding in place, and the append to the cache, of the rows of one fused projection q | k | v.
 struct RopeParams {
   float* q;          // [T, H, D]: row t at q + t * stride
@@ -54,6 +66,8 @@ struct RopeParams {
   const float* k_norm;
   void* k_pages;  // [slots, Hkv, D], cache_dtype; null: nothing is appended
   void* v_pages;
+  float* k_scales;  // [slots, Hkv], beside pages of kInt8; else null
+  float* v_scales;
   const std::int64_t* slots;  // [T]
   std::int64_t stride;
   std::int64_t heads;
@@ -69,6 +83,8 @@ struct AttentionParams {
   const float* q;  // [Tq, H, D]: row t at q + t * q_stride
   const void* k;   // rows: float32, row t at k + t * kv_stride; pages: [pages, page_size, Hkv, D]
   const void* v;
+  const float* k_scales;  // [pages, page_size, Hkv], beside pages of kInt8; else null
+  const float* v_scales;
   float* out;                       // [Tq, H, D] contiguous
   const std::int32_t* cu_q;         // [B + 1]
   const std::int32_t* cu_k;         // [B + 1]; null with pages
@@ -176,10 +192,13 @@ struct TransformerParams {
   const float* sin;
   char* k_pages;  // [layers, pages, page_size, Hkv, D] or null: no cache
   char* v_pages;
+  float* k_scales;  // [layers, pages, page_size, Hkv], of a cache of kInt8; else null
+  float* v_scales;
   const std::int64_t* slots;         // [T]
   const std::int32_t* block_table;   // [B, table_width]
   const std::int32_t* context_lens;  // [B]
   std::int64_t layer_bytes;          // from one layer's pages to the next
+  std::int64_t layer_scales;         // the same, of scales, in numbers
   std::int64_t table_width;
   std::int64_t page_size;
   std::int64_t tokens, sequences;

@@ -7,6 +7,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -98,9 +99,9 @@ inline Tensor as_heads(const Tensor& t) {
 inline DType check_pages(const char* op, const Tensor& k_pages, const Tensor& v_pages, int64_t kv_heads,
                          int64_t head_dim) {
   const ScalarType type = k_pages.scalar_type();
-  const DType dtype = dtype_of(op, "k_pages", k_pages);
+  const DType dtype = type == ScalarType::Char ? DType::kInt8 : dtype_of(op, "k_pages", k_pages);
   STD_TORCH_CHECK(dtype != DType::kFloat64, op,
-                  ": k_pages must be float32, bfloat16 or float16, and is float64");
+                  ": k_pages must be float32, bfloat16, float16 or int8, and is float64");
   check_tensor(op, "k_pages", k_pages, type, {-1, -1, kv_heads, head_dim});
   check_tensor(op, "v_pages", v_pages, type, shape_of(k_pages));
   STD_TORCH_CHECK(k_pages.is_contiguous() && v_pages.is_contiguous(), op,
@@ -108,6 +109,19 @@ inline DType check_pages(const char* op, const Tensor& k_pages, const Tensor& v_
   STD_TORCH_CHECK(k_pages.size(1) >= 1, op, ": a page must have room for a token, and k_pages is ",
                   text(shape_of(k_pages)));
   return dtype;
+}
+
+// The scales beside int8 pages [pages, page size, Hkv, D]: float32 [pages, page size, Hkv]; others have none.
+inline void check_scales(const char* op, const Tensor& pages, const std::optional<Tensor>& k_scales,
+                         const std::optional<Tensor>& v_scales) {
+  for (const auto* scales : {&k_scales, &v_scales}) {
+    const char* name = scales == &k_scales ? "k_scales" : "v_scales";
+    STD_TORCH_CHECK(scales->has_value() == (pages.scalar_type() == ScalarType::Char), op,
+                    ": int8 pages come with ", name, ", and others without");
+    if (!scales->has_value()) continue;
+    check_tensor(op, name, **scales, ScalarType::Float, {pages.size(0), pages.size(1), pages.size(2)});
+    STD_TORCH_CHECK((*scales)->is_contiguous(), op, ": ", name, " must be contiguous");
+  }
 }
 
 }  // namespace minilm

@@ -73,9 +73,11 @@ class KVCache:
         """Of each layer, [pages, page size, Hkv, D]."""
         self.v_pages = _layers(self._values)
         layers = config.num_layers if dtype == torch.int8 else 0
-        self.k_scales = _layers(torch.empty(layers, *shape[1:4], device=self.device))
+        self._key_scales = torch.empty(layers, *shape[1:4], device=self.device)
+        self._value_scales = torch.empty(layers, *shape[1:4], device=self.device)
+        self.k_scales = _layers(self._key_scales)
         """Of each layer, [pages, page size, Hkv]; without int8 there are none."""
-        self.v_scales = _layers(torch.empty(layers, *shape[1:4], device=self.device))
+        self.v_scales = _layers(self._value_scales)
         self._next_row = 0
         self.add_rows(rows)
 
@@ -125,20 +127,24 @@ class KVCache:
         """Keys and values of all layers, [layers, pages, page size, Hkv, D] each."""
         return self._keys, self._values
 
+    def scale_stores(self) -> tuple[Tensor, Tensor] | tuple[()]:
+        """Scales of int8 keys and values of all layers, [layers, pages, page size, Hkv] each."""
+        return (self._key_scales, self._value_scales) if self.k_scales else ()
+
     def scales(self, layer: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """The scales of int8 keys and values in one layer."""
         return (self.k_scales[layer], self.v_scales[layer]) if self.k_scales else (None, None)
 
     def _grow(self, pages: int) -> None:
-        def grown(old: Tensor, axis: int = 1) -> Tensor:
-            new = old.new_empty(*old.shape[:axis], self._pages + pages, *old.shape[axis + 1 :])
+        def grown(old: Tensor) -> Tensor:
+            new = old.new_empty(len(old), self._pages + pages, *old.shape[2:])
             prefer_large_pages(new)
-            new.narrow(axis, 0, self._pages).copy_(old)
+            new.narrow(1, 0, self._pages).copy_(old)
             return new
 
         self._keys, self._values = grown(self._keys), grown(self._values)
-        self.k_scales = [grown(scales, 0) for scales in self.k_scales]
-        self.v_scales = [grown(scales, 0) for scales in self.v_scales]
+        self._key_scales, self._value_scales = grown(self._key_scales), grown(self._value_scales)
+        self.k_scales, self.v_scales = _layers(self._key_scales), _layers(self._value_scales)
         self.k_pages, self.v_pages = _layers(self._keys), _layers(self._values)
         self._free = [*range(self._pages + pages - 1, self._pages - 1, -1), *self._free]
         self._pages += pages

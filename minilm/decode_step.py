@@ -98,6 +98,7 @@ def run_native(
         step.slots,
         step.block_table,
         step.context_lens,
+        *cache.scale_stores(),
     )
     if model.dtype != torch.float32:
         logits = logits.to(model.dtype)

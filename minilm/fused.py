@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from .models import Transformer
 
 ALIGNMENT = 64
-CACHES = (torch.float32, torch.bfloat16, torch.float16)
+CACHES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 """Dtypes of keys and values that the extension reads."""
 HEADER = 14
 """Numbers of the layout before those of the blocks; the last two are the places of the final norm."""
@@ -113,6 +113,7 @@ def run_blocks(body: Transformer, x: Tensor, run: Pass, hidden_states: list[Tens
         sin,
         *stored,
         step is None or step.fresh,
+        *(() if cache is None else cache.scale_stores()),
     )
     return y.to(x.dtype)
 

@@ -39,13 +39,20 @@ NO_EFFECT = frozenset(
         "enable_prefix_caching",
         "enforce_eager",
         "gpu_memory_utilization",
-        "kv_cache_dtype",
         "swap_space",
         "tokenizer_mode",
         "trust_remote_code",
     }
 )
 """Options of vLLM's `LLM` that programs pass, and that ask for nothing here."""
+CACHE_DTYPES: dict[str, torch.dtype | None] = {
+    "auto": None,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int8": torch.int8,
+}
+"""What keys and values are kept in; "auto": in the model's dtype."""
 
 
 @dataclass(eq=False)
@@ -66,8 +73,9 @@ class LLM:
     `dtype`: of the weights, by default the checkpoint's. `weights`: quantises them, as "q4" or "q8", or takes
     those of a GGUF file as they are ("gguf"); see `minilm.auto.from_pretrained`. `device`: by default a GPU
     if there is one. `seed`: with it, a program draws the same texts each time it runs (else they hang on
-    torch's global generator). `max_model_len`: a smaller window. `max_num_seqs`, `max_num_batched_tokens`:
-    see `Engine`. Further options go to `from_pretrained`.
+    torch's global generator). `max_model_len`: a smaller window. `kv_cache_dtype`: what keys and values are
+    kept in, one of `CACHE_DTYPES`; "int8", with a scale for each head of a token, is a quarter of float32.
+    `max_num_seqs`, `max_num_batched_tokens`: see `Engine`. Further options go to `from_pretrained`.
     """
 
     def __init__(
@@ -80,6 +88,7 @@ class LLM:
         device: torch.device | str | int | None = None,
         seed: int | None = None,
         max_model_len: int | None = None,
+        kv_cache_dtype: str = "auto",
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 8192,
         tensor_parallel_size: int = 1,
@@ -87,6 +96,10 @@ class LLM:
     ) -> None:
         if tensor_parallel_size != 1:
             raise ValueError(f"tensor_parallel_size must be 1, and is {tensor_parallel_size}")
+        if kv_cache_dtype not in CACHE_DTYPES:
+            raise ValueError(
+                f"kv_cache_dtype must be one of {', '.join(CACHE_DTYPES)}, and is {kv_cache_dtype!r}"
+            )
         options = {name: value for name, value in options.items() if name not in NO_EFFECT}
         if isinstance(model, AutoModelForCausalLM):
             if weights is not None:
@@ -109,7 +122,10 @@ class LLM:
         self.max_model_len: int = max_model_len or window or dynamic
         """The longest sequence, prompt and text together."""
         self._engine = Engine(
-            self.model, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
+            self.model,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            cache=self.model.new_cache(dtype=CACHE_DTYPES[kv_cache_dtype]),
         )
         self._lock = threading.RLock()
         self._generator = None if seed is None else torch.Generator().manual_seed(seed)

@@ -155,6 +155,25 @@ def test_16_bit_weights_and_caches_are_close(dtype: torch.dtype, cache: torch.dt
         assert_close(model, [31, 5, 40], cache)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral", "qwen3"])
+def test_a_cache_of_int8_is_that_of_the_modules(family: str) -> None:
+    """Bit by bit, prompt and steps; close to what a cache of floats gives, and not the same."""
+    model = model_of(family)
+    for lengths in ([31, 5, 40], [300], [60] * 13):
+        eight = begun(model, lengths, torch.int8)
+        assert_same(model, eight)
+        for ours, theirs in zip(
+            (*eight.stores(), *eight.scale_stores()),
+            (*(other := begun(model, lengths, torch.int8, MODULES)).stores(), *other.scale_stores()),
+            strict=True,
+        ):
+            used = sorted({page for pages in eight._pages_of.values() for page in pages[:-1]})
+            assert torch.equal(ours[:, used], theirs[:, used])
+        expected = go_on(model, begun(model, lengths))
+        error = (go_on(model, eight) - expected).norm() / expected.norm()
+        assert 0 < error < 0.03
+
+
 def test_scaled_rope_is_that_of_the_modules() -> None:
     for scaling in (
         {"rope_type": "linear", "factor": 4.0},
@@ -442,7 +461,6 @@ def go_with(model: Any, cache: KVCache) -> Tensor:
 
 def test_dtypes_that_the_extension_does_not_have_are_left_to_the_modules() -> None:
     model = model_of("llama")
-    assert "no kernel for a cache in torch.int8" in refusal(model, begun_by_any(model, torch.int8))
     assert "no kernel for a cache in torch.float64" in refusal(model, begun_by_any(model, torch.float64))
     assert "no kernel for torch.float64" in refusal(model_of("llama").double())
     mixed = model_of("llama", tie_word_embeddings=False)
@@ -797,7 +815,13 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"vocabulary": 2**31 - 1}, "was not packed"),
     ("llama", {"vocabulary": 141}, "was not packed"),
     ("llama", {"k_cache": torch.zeros(PAGES).double()}, "the cache must be float32"),
-    ("llama", {"k_cache": torch.zeros(PAGES, dtype=torch.int8)}, "the cache must be float32"),
+    ("llama", {"k_cache": torch.zeros(PAGES, dtype=torch.int8)}, "the cache must be \\[layers"),
+    (
+        "llama",
+        {name: torch.zeros(PAGES, dtype=torch.int8) for name in ("k_cache", "v_cache")},
+        "comes with scales",
+    ),
+    ("llama", {"k_cache": torch.zeros(PAGES, dtype=torch.int16)}, "the cache must be float32"),
     ("llama", {"v_cache": torch.zeros(PAGES).half()}, "keys and values alike"),
     ("llama", {"k_cache": torch.zeros(3, *PAGES[1:])}, "keys and values alike"),
     ("llama", {"v_cache": torch.zeros(2, 3, 32, 2, 16)}, "keys and values alike"),

@@ -484,7 +484,11 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"block_table": None}, "come together"),
     ({"context_lens": None}, "come together"),
     ({"k_cache": torch.zeros(1, 3, 4, 2, 20).double()}, "the cache must be float32"),
-    ({"k_cache": torch.zeros(1, 3, 4, 2, 20, dtype=torch.int8)}, "the cache must be float32"),
+    ({"k_cache": torch.zeros(1, 3, 4, 2, 20, dtype=torch.int16)}, "the cache must be float32"),
+    (
+        {name: torch.zeros(1, 3, 4, 2, 20, dtype=torch.int8) for name in ("k_cache", "v_cache")},
+        "comes with scales",
+    ),
     ({"k_cache": torch.zeros(1, 3, 4, 2, 20).half()}, "keys and values alike"),
     ({"v_cache": torch.zeros(1, 2, 4, 2, 20)}, "keys and values alike"),
     ({"v_cache": torch.zeros(1, 3, 3, 2, 20)}, "keys and values alike"),

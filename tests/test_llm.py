@@ -66,6 +66,20 @@ def test_greedy_texts_are_those_of_generate(family: str) -> None:
     assert len({output.request_id for output in outputs}) == len(TEXTS)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16", "int8"])
+def test_the_dtype_of_the_cache(dtype: str) -> None:
+    d = decoder("qwen2")
+    expected = ids_of(generated(llm("qwen2"), TEXTS, GREEDY))
+    model = LLM(d.ours, tokenizer=d.tokenizer, kv_cache_dtype=dtype)
+    found = ids_of(generated(model, TEXTS, GREEDY))
+    assert str(model._engine.cache.dtype) == f"torch.{dtype}"
+    assert [row[0][:1] for row in found] == [row[0][:1] for row in expected], "the first token sees no cache"
+    if dtype == "float32":
+        assert found == expected
+    with pytest.raises(ValueError, match=r"kv_cache_dtype must be one of auto, float32, .*'fp8'"):
+        LLM(d.ours, tokenizer=d.tokenizer, kv_cache_dtype="fp8")
+
+
 def test_a_model_is_loaded_by_folder_or_by_name() -> None:
     d = decoder("qwen2")
     expected = ids_of(generated(llm("qwen2"), TEXTS, GREEDY))

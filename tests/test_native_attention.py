@@ -270,6 +270,105 @@ def test_nothing_beyond_the_last_element_is_read(size: int) -> None:
                     assert torch.equal(torch.ops.minilm.paged_attention(q[:queries], *moved, *rest), out)
 
 
+# Pages of int8
+
+
+def codes_and_scales(
+    contexts: list[int], kv_heads: int, size: int, page_size: int, seed: int
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Pages of codes, their scales, block_table, context_lens; what nobody may look at has a scale of NaN."""
+    *pages, table, context = paged(contexts, kv_heads, size, page_size, torch.float32, seed)
+    quantised = [reference.quantise(p) for p in pages]
+    return [codes for codes, _ in quantised], [scale.contiguous() for _, scale in quantised], table, context
+
+
+@examples(60)
+@given(
+    contexts=st.lists(CONTEXTS, min_size=1, max_size=3),
+    new=st.lists(st.sampled_from([0, 1, 2, 33]), min_size=3, max_size=3),
+    decoding=st.booleans(),
+    kv_heads=st.integers(1, 3),
+    group=st.integers(1, 9),
+    size=st.sampled_from(HEAD_SIZES),
+    page_size=st.sampled_from([1, 3, 16]),
+    window=st.none() | st.sampled_from([1, 7, 300]),
+    seed=st.integers(0, 2**20),
+)
+def test_attention_over_codes_is_close(
+    contexts: list[int],
+    new: list[int],
+    decoding: bool,
+    kv_heads: int,
+    group: int,
+    size: int,
+    page_size: int,
+    window: int | None,
+    seed: int,
+) -> None:
+    lengths = [1 if decoding else min(n, c) for n, c in zip(new, contexts, strict=False)]
+    pages, scales, table, context = codes_and_scales(contexts, kv_heads, size, page_size, seed)
+    q = projection(sum(lengths), kv_heads * group, kv_heads, size, seed + 3, "fused")[0]
+    rest = ends(lengths), context, max(lengths), max(contexts)
+    with ops.backend("native"):
+        out = ops.paged_attention(
+            q, *pages, table, *rest, scale=0.3, window=window, k_scales=scales[0], v_scales=scales[1]
+        )
+    eager = reference.paged_attention(q, *pages, table, *rest, 0.3, window, *scales)
+    wide = [p.double() * s.double()[..., None] for p, s in zip(pages, scales, strict=True)]
+    exact = reference.paged_attention(q.double(), *wide, table, *rest, 0.3, window)
+    floor = 4 * torch.finfo(torch.float32).eps * float(wide[1].nan_to_num().abs().max())
+    assert_as_good_as_eager(out, eager, exact, floor=floor)
+
+
+@pytest.mark.parametrize("size", [1, 5, 16, 33, 64, 80])
+def test_codes_and_scales_are_those_of_the_reference(size: int) -> None:
+    """Bit by bit; heads of zeros, large and tiny ones among them."""
+    k, v = (random(7, 3, size, seed=s) * 10.0 ** torch.arange(-18, 17, 5)[:7, None, None] for s in (0, 1))
+    k[3, 1] = 0
+    k[4] = k[4].round()  # with ties
+    slots = torch.tensor([11, 0, 5, 4, 9, 2, 1])
+    found = {}
+    for backend in ("native", "reference"):
+        pages = [torch.full((3, 4, 3, size), 9, dtype=torch.int8) for _ in range(2)]
+        scales = [torch.full((3, 4, 3), 9.0) for _ in range(2)]
+        with ops.backend(backend):
+            ops.append_kv(k, v, *pages, slots, *scales)
+        found[backend] = [*pages, *scales]
+    for ours, theirs in zip(found["native"], found["reference"], strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_what_is_not_finite_stays_that_in_its_head() -> None:
+    k = random(2, 2, 20, seed=0)
+    k[0, 1, 3], k[1, 0, 7] = torch.nan, torch.inf
+    pages = [torch.zeros(1, 2, 2, 20, dtype=torch.int8) for _ in range(2)]
+    scales = [torch.zeros(1, 2, 2) for _ in range(2)]
+    with ops.backend("native"):
+        ops.append_kv(k, k, *pages, torch.tensor([0, 1]), *scales)
+    assert scales[0].isfinite().tolist() == [[[True, False], [False, True]]]
+
+
+@pytest.mark.parametrize("queries", [1, 2])
+def test_nothing_beyond_codes_or_scales_is_read(queries: int) -> None:
+    pages, scales, table, context = codes_and_scales([12], 1, 33, 4, 0)
+    pages, scales = [p[table[0, :3].long()] for p in pages], [s[table[0, :3].long()] for s in scales]
+    table = torch.tensor([[0, 1, 2]], dtype=torch.int32)
+    q = random(queries, 3, 33, seed=1)
+
+    def run(given: list[Tensor]) -> Tensor:
+        rest = table, ends([queries]), context, 0.2, None
+        out: Tensor = torch.ops.minilm.paged_attention(q, *given[:2], *rest, *given[2:])
+        return out
+
+    expected = run([*pages, *scales])
+    assert expected.isfinite().all()
+    for position in range(4):
+        moved = [*pages, *scales]
+        with guarded(moved[position].nbytes) as memory:
+            moved[position] = at_the_end(memory, moved[position])
+            assert torch.equal(run(moved), expected)
+
+
 # Rotary embedding and the cache
 
 
@@ -473,15 +572,12 @@ def test_the_cache_and_rope_say_why_they_cannot_be_native() -> None:
     q, k, v = projection(2, 2, 1, 8, 0, "apart")
     cos, slots = torch.ones(2, 4), torch.arange(2)
     pages = [torch.zeros(1, 4, 1, 8) for _ in range(2)]
-    eight = [p.to(torch.int8) for p in pages]
-    scales = [torch.ones(1, 4, 1) for _ in range(2)]
     needs = q.clone().requires_grad_()
     cases = [
         ("no derivative", lambda: ops.rope(needs, k, cos, cos)),
         ("no kernel for torch.float64", lambda: ops.rope(q.double(), k.double(), cos, cos)),
         ("no derivative", lambda: ops.rope_append(needs, k, v, cos, cos, *pages, slots)),
         ("no derivative", lambda: ops.append_kv(k, needs[:, :1], *pages, slots)),
-        ("a cache in torch.int8", lambda: ops.append_kv(k, v, *eight, slots, *scales)),
         ("a cache in torch.float64", lambda: ops.append_kv(k, v, *(p.double() for p in pages), slots)),
     ]
     for reason, call in cases:
@@ -557,11 +653,16 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("paged_attention", {"v_pages": random(5, 2, 2, 6, seed=0)}, "v_pages must be"),
     ("paged_attention", {"v_pages": random(6, 2, 2, 6, seed=0).half()}, "v_pages must be float32"),
     ("paged_attention", {"v_pages": random(2, 6, 2, 6, seed=0).transpose(0, 1)}, "must be contiguous"),
-    ("paged_attention", {"k_pages": torch.ones(6, 2, 2, 6, dtype=torch.int8)}, "k_pages must be float32"),
+    ("paged_attention", {"k_pages": torch.ones(6, 2, 2, 6, dtype=torch.int8)}, "v_pages must be int8"),
+    (
+        "paged_attention",
+        {name: torch.ones(6, 2, 2, 6, dtype=torch.int8) for name in ("k_pages", "v_pages")},
+        "int8 pages come with k_scales",
+    ),
     (
         "paged_attention",
         {"k_pages": torch.ones(6, 2, 2, 6).double(), "v_pages": torch.ones(6, 2, 2, 6).double()},
-        "k_pages must be float32, bfloat16 or float16",
+        "k_pages must be float32, bfloat16, float16 or int8",
     ),
     ("paged_attention", {"block_table": table([5, 1])}, r"block_table must be int32 \[2, \*\]"),
     ("paged_attention", {"block_table": table([5, 1], [0, 6])}, "names the page 6, and there are 6"),

@@ -77,6 +77,13 @@ inline const T* row_of(const AttentionParams& p, const void* base, std::int64_t 
   return rows + ((page * p.page_size + key % p.page_size) * p.kv_heads + kv_head) * p.head_dim;
 }
 
+// The scale of that row, where keys and values are codes.
+inline float scale_of(const AttentionParams& p, const float* scales, std::int64_t sequence, std::int64_t key,
+                      std::int64_t kv_head) {
+  const std::int64_t page = p.block_table[sequence * p.table_width + key / p.page_size];
+  return scales[(page * p.page_size + key % p.page_size) * p.kv_heads + kv_head];
+}
+
 // Rows of keys or values, `stride` elements apart.
 struct Rows {
   const float* first;
@@ -85,27 +92,34 @@ struct Rows {
 
 // The keys or values of one head where they are, or copied to `memory` in float32, zeros up to whole vectors.
 template <typename T>
-Rows copied(const AttentionParams& p, const void* base, std::int64_t sequence, std::int64_t kv_head,
-            std::int64_t keys, float* memory) {
+Rows copied(const AttentionParams& p, const void* base, const float* scales, std::int64_t sequence,
+            std::int64_t kv_head, std::int64_t keys, float* memory) {
   const std::int64_t stride = round_up(p.head_dim, kLanes<float>);
   for (std::int64_t key = 0; key < keys; ++key) {
     const T* row = row_of<T>(p, base, sequence, key, kv_head);
+    const float scale = scales == nullptr ? 1.0f : scale_of(p, scales, sequence, key, kv_head);
     for (std::int64_t d = 0; d < p.head_dim; d += kLanes<float>) {
-      store(memory + key * stride + d, read(row + d, lanes_left(p.head_dim - d)));
+      store(memory + key * stride + d, read(row + d, lanes_left(p.head_dim - d)) * scale);
     }
   }
   return {memory, stride};
 }
-Rows rows_of(const AttentionParams& p, const void* base, std::int64_t sequence, std::int64_t kv_head,
-             std::int64_t keys, float* memory) {
+Rows rows_of(const AttentionParams& p, const void* base, const float* scales, std::int64_t sequence,
+             std::int64_t kv_head, std::int64_t keys, float* memory) {
   if (p.block_table == nullptr && p.head_dim % kLanes<float> == 0) {
     return {row_of<float>(p, base, sequence, 0, kv_head), p.kv_stride};
   }
   if (p.block_table == nullptr || p.cache_dtype == DType::kFloat32) {
-    return copied<float>(p, base, sequence, kv_head, keys, memory);
+    return copied<float>(p, base, nullptr, sequence, kv_head, keys, memory);
   }
-  if (p.cache_dtype == DType::kBFloat16) return copied<BFloat16>(p, base, sequence, kv_head, keys, memory);
-  return copied<Float16>(p, base, sequence, kv_head, keys, memory);
+  switch (p.cache_dtype) {
+    case DType::kBFloat16:
+      return copied<BFloat16>(p, base, nullptr, sequence, kv_head, keys, memory);
+    case DType::kInt8:
+      return copied<Int8>(p, base, scales, sequence, kv_head, keys, memory);
+    default:
+      return copied<Float16>(p, base, nullptr, sequence, kv_head, keys, memory);
+  }
 }
 
 // Lanes 0, 1, ... as template arguments.
@@ -328,6 +342,16 @@ inline std::int64_t partial_size(const AttentionParams& p) { return statistics_a
 
 using Four = VectorOf<float, 4>::type;
 
+// Four of the eight elements of a and b.
+template <int... I>
+inline Four pick(Four a, Four b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, I...);
+#else
+  return __builtin_shuffle(a, b, VectorOf<std::int32_t, 4>::type{I...});
+#endif
+}
+
 // The sums of all lanes of four vectors, each in the order of sum_lanes.
 template <int N = kLanes<float>>
 inline Four sums_of_lanes(const typename VectorOf<float, N>::type (&x)[4]) {
@@ -343,11 +367,9 @@ inline Four sums_of_lanes(const typename VectorOf<float, N>::type (&x)[4]) {
     }
     return sums_of_lanes<N / 2>(sums);
   } else {
-    const Four a =
-        __builtin_shufflevector(x[0], x[1], 0, 1, 4, 5) + __builtin_shufflevector(x[0], x[1], 2, 3, 6, 7);
-    const Four b =
-        __builtin_shufflevector(x[2], x[3], 0, 1, 4, 5) + __builtin_shufflevector(x[2], x[3], 2, 3, 6, 7);
-    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+    const Four a = pick<0, 1, 4, 5>(x[0], x[1]) + pick<2, 3, 6, 7>(x[0], x[1]);
+    const Four b = pick<0, 1, 4, 5>(x[2], x[3]) + pick<2, 3, 6, 7>(x[2], x[3]);
+    return pick<0, 2, 4, 6>(a, b) + pick<1, 3, 5, 7>(a, b);
   }
 }
 
@@ -506,6 +528,20 @@ void exponentials(float* scores, std::int64_t keys, float* partial) {
   partial[1] = sum_lanes<float>(total);
 }
 
+// Of codes, scores and weights take the scales of their keys or values: scores[head][key] *=
+// scales[key][head].
+void scale_rows(const AttentionParams& p, const float* scales, std::int64_t sequence, std::int64_t first,
+                std::int64_t last, float* scores) {
+  const std::int64_t group = p.heads / p.kv_heads;
+  for (std::int64_t key = first; key < last; ++key) {
+    for (std::int64_t head = 0; head < p.kv_heads; ++head) {
+      const float scale = scale_of(p, scales, sequence, key, head);
+      float* row = scores + head * group * kChunk + key - first;
+      for (std::int64_t i = 0; i < group; ++i) row[i * kChunk] *= scale;
+    }
+  }
+}
+
 // All heads over the keys [first, last), so that the cache is read from front to back. partials: of head 0;
 // `stride` from one head's to the next.
 template <typename T>
@@ -520,11 +556,14 @@ void stretch(const AttentionParams& p, std::int64_t sequence, std::int64_t first
                                          distance, scores + head * group * kChunk + key - first);
     }
   });
+  constexpr bool kCodes = std::int64_t{sizeof(T)} == 1;
+  if (kCodes) scale_rows(p, p.k_scales, sequence, first, last, scores);
   for (std::int64_t head = 0; head < p.heads; ++head) {
     float* partial = partials + head * stride;
     exponentials(scores + head * kChunk, last - first, partial + statistics_at(p));
     for (std::int64_t d = 0; d < p.head_dim; ++d) partial[d] = 0;
   }
+  if (kCodes) scale_rows(p, p.v_scales, sequence, first, last, scores);
   for_keys<T, 8>(p, p.v, nullptr, sequence, first, last, [&](std::int64_t key, const T* v, auto count) {
     for (std::int64_t head = 0; head < p.kv_heads; ++head) {
       weigh_of<T, decltype(count)::value>(p, group, scores + head * group * kChunk + key - first,
@@ -556,8 +595,9 @@ void attention(const AttentionParams& p, std::int64_t sequence, std::int64_t hea
   h.panel = scratch;
   h.scores = h.panel + kPanel * size;
   float* copies = h.scores + (h.keys + kTileRows) * kPanel;
-  h.k = rows_of(p, p.k, sequence, kv_head, h.keys, copies);
-  h.v = rows_of(p, p.v, sequence, kv_head, h.keys, copies + h.keys * round_up(size, kLanes<float>));
+  h.k = rows_of(p, p.k, p.k_scales, sequence, kv_head, h.keys, copies);
+  h.v =
+      rows_of(p, p.v, p.v_scales, sequence, kv_head, h.keys, copies + h.keys * round_up(size, kLanes<float>));
   for (std::int64_t query = 0; query < h.queries; query += kPanel) {
     const int count = static_cast<int>(least(kPanel, h.queries - query));
     count > kLanes<float> ? block<2>(p, h, query, count) : block<1>(p, h, query, count);
@@ -586,6 +626,8 @@ void decode(const AttentionParams& p, std::int64_t sequence, std::int64_t number
     stretch<float>(p, sequence, first, last, scratch, to, count * size);
   } else if (p.cache_dtype == DType::kBFloat16) {
     stretch<BFloat16>(p, sequence, first, last, scratch, to, count * size);
+  } else if (p.cache_dtype == DType::kInt8) {
+    stretch<Int8>(p, sequence, first, last, scratch, to, count * size);
   } else {
     stretch<Float16>(p, sequence, first, last, scratch, to, count * size);
   }

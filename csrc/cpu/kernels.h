@@ -21,9 +21,7 @@ struct CpuKernels {
   void (*linear)(const LinearParams& params, std::int64_t begin, std::int64_t end);
   void (*rms_norm)(const RmsNormParams& params, std::int64_t begin, std::int64_t end);
   void (*rope)(const RopeParams& params, std::int64_t begin, std::int64_t end);
-  // Rows of x, `size` numbers each, to their slots of the pages.
-  void (*append_rows)(DType dtype, const float* x, std::int64_t x_stride, std::int64_t size, void* pages,
-                      const std::int64_t* slots, std::int64_t begin, std::int64_t end);
+  void (*append_rows)(const AppendParams& params, std::int64_t begin, std::int64_t end);
 
   // One head of one sequence; scratch: attention_scratch floats.
   std::int64_t (*attention_scratch)(const AttentionParams& params, std::int64_t max_keys);

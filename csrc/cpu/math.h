@@ -6,6 +6,8 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace minilm::MINILM_ISA {
@@ -33,6 +35,24 @@ inline F32 min(F32 a, F32 b) {
   return _mm_min_ps(a, b);
 #else
   return a < b ? a : b;
+#endif
+}
+
+// To the nearest, ties to even. Adding 1.5 * 2^23 would do it too, unless it is contracted with what comes
+// before, and that differs between instruction sets.
+inline I32 round_to_integer(F32 x) {
+#if defined(__AVX512F__)
+  return reinterpret_cast<I32>(_mm512_maskz_cvtps_epi32(0xFFFF, x));
+#elif defined(__AVX2__)
+  return reinterpret_cast<I32>(_mm256_cvtps_epi32(x));
+#elif defined(__x86_64__)
+  return reinterpret_cast<I32>(_mm_cvtps_epi32(x));
+#elif defined(__aarch64__)
+  return reinterpret_cast<I32>(vcvtnq_s32_f32(reinterpret_cast<float32x4_t>(x)));
+#else
+  I32 out;
+  for (int i = 0; i < kLanes<float>; ++i) out[i] = static_cast<std::int32_t>(__builtin_rintf(x[i]));
+  return out;
 #endif
 }
 

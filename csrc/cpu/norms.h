@@ -10,7 +10,6 @@ namespace minilm::MINILM_ISA {
 void layer_norm(const LayerNormParams& p, std::int64_t begin, std::int64_t end);
 void rms_norm(const RmsNormParams& p, std::int64_t begin, std::int64_t end);
 void rope(const RopeParams& p, std::int64_t begin, std::int64_t end);
-void append_rows(DType dtype, const float* x, std::int64_t x_stride, std::int64_t size, void* pages,
-                 const std::int64_t* slots, std::int64_t begin, std::int64_t end);
+void append_rows(const AppendParams& p, std::int64_t begin, std::int64_t end);
 
 }  // namespace minilm::MINILM_ISA

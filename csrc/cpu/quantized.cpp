@@ -206,33 +206,7 @@ struct Skewed : Eight {
 
 #endif
 
-// To the nearest, ties to even. Adding 1.5 * 2^23 would do it too, unless it is contracted with what comes
-// before, and that differs between instruction sets.
-inline I32 round_to_integer(F32 x) {
-#if defined(__AVX512F__)
-  return reinterpret_cast<I32>(_mm512_maskz_cvtps_epi32(0xFFFF, x));
-#elif defined(__AVX2__)
-  return reinterpret_cast<I32>(_mm256_cvtps_epi32(x));
-#elif defined(__x86_64__)
-  return reinterpret_cast<I32>(_mm_cvtps_epi32(x));
-#elif defined(__aarch64__)
-  return reinterpret_cast<I32>(vcvtnq_s32_f32(reinterpret_cast<float32x4_t>(x)));
-#else
-  I32 out;
-  for (int i = 0; i < kLanes<float>; ++i) out[i] = static_cast<std::int32_t>(__builtin_rintf(x[i]));
-  return out;
-#endif
-}
-
-inline F32 load_float16(const char* p) {
-#if defined(__AVX512F__)
-  return _mm512_maskz_cvtph_ps(0xFFFF, read<__m256i>(p));
-#elif defined(__F16C__)
-  return _mm256_cvtph_ps(read<__m128i>(p));
-#else
-  return widen_float16(read<U16>(p));
-#endif
-}
+inline F32 load_float16(const char* p) { return widen_float16(read<U16>(p)); }
 
 inline std::uint16_t float16_of(float x) { return round_float16(F32{} + x)[0]; }
 

@@ -8,11 +8,14 @@
 // Bytes a row: 8 (H + Hkv) D read and written in place, 2 Hkv D b appended; 6 operations for two elements.
 // The rows have just been computed, so this runs from cache.
 
+#include "cpu/math.h"
 #include "cpu/rows.h"
 #include "params.h"
 
 namespace minilm::MINILM_ISA {
 namespace {
+
+inline std::int32_t most(std::int32_t a, std::int32_t b) { return a > b ? a : b; }
 
 void turn(float* x, const float* cos, const float* sin, std::int64_t half) {
   std::int64_t i = 0;
@@ -44,29 +47,59 @@ void append(const float* x, void* pages, std::int64_t slot, std::int64_t size) {
       size, [&](std::int64_t i, int n, int) { write(to + i, Storage<T>::round(read(x + i, n)), n); });
 }
 
-void append(DType dtype, const float* x, void* pages, std::int64_t slot, std::int64_t size) {
-  switch (dtype) {
+// A head as codes of -127..127 and the scale that its largest magnitude makes 127; NaN and infinity make the
+// scale NaN or infinite, and so the head.
+void append_codes(const float* x, std::int64_t size, std::int8_t* to, float* scale) {
+  I32 magnitudes = {};  // as integers, floats order like their values, infinity above all and NaN above it
+  for_each_vector<float>(size, [&](std::int64_t i, int n, int) {
+    const I32 magnitude = bit_cast<I32>(read(x + i, n)) & 0x7FFFFFFF;
+    magnitudes = magnitude > magnitudes ? magnitude : magnitudes;
+  });
+  std::int32_t largest = 0;
+  for (int lane = 0; lane < kLanes<float>; ++lane) largest = most(largest, magnitudes[lane]);
+  *scale = bit_cast<float>(largest) / 127.0f;
+  const float step = *scale == 0 || !(*scale <= __FLT_MAX__) ? 1.0f : *scale;
+  const bool finite = *scale <= __FLT_MAX__;
+  for_each_vector<float>(size, [&](std::int64_t i, int n, int) {
+    const F32 steps = finite ? read(x + i, n) / step : F32{};
+    const I8 codes =
+        __builtin_convertvector(round_to_integer(min(max(steps, F32{} - 127.0f), F32{} + 127.0f)), I8);
+    __builtin_memcpy(to + i, &codes, n);
+  });
+}
+
+// All heads of a row of keys or values to their slot.
+void append(const AppendParams& p, const float* x, std::int64_t slot) {
+  const std::int64_t size = p.heads * p.head_dim;
+  switch (p.dtype) {
     case DType::kBFloat16:
-      return append<BFloat16>(x, pages, slot, size);
+      return append<BFloat16>(x, p.pages, slot, size);
     case DType::kFloat16:
-      return append<Float16>(x, pages, slot, size);
+      return append<Float16>(x, p.pages, slot, size);
+    case DType::kInt8:
+      for (std::int64_t head = 0; head < p.heads; ++head) {
+        append_codes(x + head * p.head_dim, p.head_dim,
+                     static_cast<std::int8_t*>(p.pages) + slot * size + head * p.head_dim,
+                     p.scales + slot * p.heads + head);
+      }
+      return;
     default:
-      return append<float>(x, pages, slot, size);
+      return append<float>(x, p.pages, slot, size);
   }
 }
 
 }  // namespace
 
-void append_rows(DType dtype, const float* x, std::int64_t x_stride, std::int64_t size, void* pages,
-                 const std::int64_t* slots, std::int64_t begin, std::int64_t end) {
-  for (std::int64_t row = begin; row < end; ++row) {
-    append(dtype, x + row * x_stride, pages, slots[row], size);
-  }
+void append_rows(const AppendParams& p, std::int64_t begin, std::int64_t end) {
+  for (std::int64_t row = begin; row < end; ++row) append(p, p.x + row * p.x_stride, p.slots[row]);
 }
 
 void rope(const RopeParams& p, std::int64_t begin, std::int64_t end) {
   const std::int64_t half = p.head_dim / 2;
-  const std::int64_t kv_size = p.kv_heads * p.head_dim;
+  const AppendParams keys = {p.cache_dtype, p.k,       p.stride,   p.kv_heads,
+                             p.head_dim,    p.k_pages, p.k_scales, p.slots};
+  const AppendParams values = {p.cache_dtype, p.v,       p.stride,   p.kv_heads,
+                               p.head_dim,    p.v_pages, p.v_scales, p.slots};
   for (std::int64_t row = begin; row < end; ++row) {
     float* q = p.q + row * p.stride;
     float* k = p.k + row * p.stride;
@@ -78,8 +111,8 @@ void rope(const RopeParams& p, std::int64_t begin, std::int64_t end) {
       if (p.cos != nullptr) turn(x, p.cos + row * half, p.sin + row * half, half);
     }
     if (p.k_pages != nullptr) {
-      append(p.cache_dtype, k, p.k_pages, p.slots[row], kv_size);
-      append(p.cache_dtype, p.v + row * p.stride, p.v_pages, p.slots[row], kv_size);
+      append_rows(keys, row, row + 1);
+      append_rows(values, row, row + 1);
     }
   }
 }

@@ -284,6 +284,10 @@ struct Steps {
     if (p.k_pages != nullptr) {
       r.k_pages = p.k_pages + layer * p.layer_bytes;
       r.v_pages = p.v_pages + layer * p.layer_bytes;
+      if (p.k_scales != nullptr) {
+        r.k_scales = p.k_scales + layer * p.layer_scales;
+        r.v_scales = p.v_scales + layer * p.layer_scales;
+      }
       r.slots = p.slots + part.first;
     }
     crew.shared_rows(part.rows, [&](std::int64_t begin, std::int64_t end) { rope(r, begin, end); });
@@ -336,6 +340,10 @@ struct Attention {
     } else {
       a.k = p.k_pages + layer * p.layer_bytes;
       a.v = p.v_pages + layer * p.layer_bytes;
+      if (p.k_scales != nullptr) {
+        a.k_scales = p.k_scales + layer * p.layer_scales;
+        a.v_scales = p.v_scales + layer * p.layer_scales;
+      }
     }
     return a;
   }

@@ -5,6 +5,10 @@
 
 #include <cstdint>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #ifndef MINILM_ISA
 #error "compile with -DMINILM_ISA=name, once for each instruction set (see setup.py)"
 #endif
@@ -25,6 +29,9 @@ struct BFloat16 {
 struct Float16 {
   std::uint16_t bits;
 };
+struct Int8 {
+  std::int8_t code;
+};
 
 template <typename T, int N>
 struct VectorOf {
@@ -40,6 +47,7 @@ using Vec = typename VectorOf<A, kLanes<A>>::type;
 using F32 = Vec<float>;
 using U32 = VectorOf<std::uint32_t, kLanes<float>>::type;
 using U16 = VectorOf<std::uint16_t, kLanes<float>>::type;
+using I8 = VectorOf<std::int8_t, kLanes<float>>::type;
 
 template <typename To, typename From>
 inline To bit_cast(const From& from) {
@@ -59,7 +67,22 @@ inline U16 round_bfloat16(F32 x) {
   return __builtin_convertvector((u & 0x7FFFFFFF) > 0x7F800000 ? nan : rounded, U16);
 }
 
+inline F32 widen_int8(I8 codes) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtepi32_ps(0xFFFF, _mm512_maskz_cvtepi8_epi32(0xFFFF, bit_cast<__m128i>(codes)));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_set1_epi64x(bit_cast<long long>(codes))));
+#else
+  return __builtin_convertvector(codes, F32);
+#endif
+}
+
 inline F32 widen_float16(U16 bits) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(0xFFFF, bit_cast<__m256i>(bits));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(bit_cast<__m128i>(bits));
+#else
   const U32 h = __builtin_convertvector(bits, U32);
   const U32 magnitude = (h & 0x7FFF) << 13;      // exponent and mantissa where float32 has them
   const U32 normal = magnitude + (112u << 23);   // exponent bias 127 instead of 15
@@ -69,6 +92,7 @@ inline F32 widen_float16(U16 bits) {
   U32 out = (h & 0x7C00) == 0 ? subnormal : normal;
   out = (h & 0x7C00) == 0x7C00 ? special : out;
   return bit_cast<F32>(out | ((h & 0x8000) << 16));
+#endif
 }
 
 inline U16 round_float16(F32 x) {
@@ -105,6 +129,13 @@ struct Storage<Float16> {
   using Raw = U16;
   static F32 widen(Raw raw) { return widen_float16(raw); }
   static Raw round(F32 x) { return round_float16(x); }
+};
+
+template <>
+struct Storage<Int8> {
+  using Accumulator = float;
+  using Raw = I8;
+  static F32 widen(Raw raw) { return widen_int8(raw); }
 };
 
 template <typename T>

@@ -52,7 +52,8 @@ struct Kind {
 constexpr Kind kKinds[] = {{DType::kFloat32, 4, 24, -126},
                            {DType::kFloat64, 8, 53, -1022},
                            {DType::kBFloat16, 2, 8, -126},
-                           {DType::kFloat16, 2, 11, -14}};
+                           {DType::kFloat16, 2, 11, -14},
+                           {DType::kInt8, 1, 8, 7}};  // whole numbers
 const Kind& kind_of(DType type) { return kKinds[static_cast<int>(type)]; }
 double unit(DType type) { return std::ldexp(1.0, 1 - kind_of(type).bits); }
 
@@ -67,6 +68,10 @@ double rounded(DType type, double x) {
 void put(DType type, double x, char* to) {
   if (type == DType::kFloat64) {
     std::memcpy(to, &x, 8);
+    return;
+  }
+  if (type == DType::kInt8) {
+    *to = static_cast<char>(static_cast<int>(x));
     return;
   }
   const float narrow = static_cast<float>(x);
@@ -96,6 +101,8 @@ double get(DType type, const char* from) {
     case DType::kFloat32:
       std::memcpy(&narrow, from, 4);
       return narrow;
+    case DType::kInt8:
+      return static_cast<signed char>(*from);
     default:
       std::memcpy(&bits, from, 2);
       bits = type == DType::kBFloat16 ? bits << 16 : (bits >> 15 << 31) | ((bits & 0x7FFF) << 13);
@@ -375,12 +382,14 @@ void check_rope(std::int64_t tokens, std::int64_t heads, std::int64_t kv_heads, 
   const Floats before = rows, cos = random_floats(tokens * size / 2), sin = random_floats(tokens * size / 2);
   const Floats norm = random_floats(size);
   Array keys(cache, (tokens + 4) * kv_size), values(cache, (tokens + 4) * kv_size);
+  Floats k_scales((tokens + 4) * kv_heads), v_scales((tokens + 4) * kv_heads);
   std::vector<std::int64_t> slots;
   for (std::int64_t t = 0; t < tokens; ++t) slots.push_back(tokens + 2 - t);
   RopeParams p = {};
   p.q = rows.data(), p.k = p.q + q_size, p.v = p.k + kv_size, p.cos = cos.data(), p.sin = sin.data();
   p.q_norm = norms ? norm.data() : nullptr, p.k_norm = p.q_norm, p.eps = 1e-6f;
   p.k_pages = keys.bytes.data(), p.v_pages = values.bytes.data(), p.slots = slots.data();
+  p.k_scales = k_scales.data(), p.v_scales = v_scales.data();
   p.stride = stride, p.heads = heads, p.kv_heads = kv_heads, p.head_dim = size, p.cache_dtype = cache;
   cpu_kernels().rope(p, 0, tokens);
   for (std::int64_t t = 0; t < tokens; ++t) {
@@ -397,8 +406,24 @@ void check_rope(std::int64_t tokens, std::int64_t heads, std::int64_t kv_heads, 
     }
     for (std::int64_t i = 0; i < kv_size; ++i) {
       const std::int64_t at = slots[t] * kv_size + i;
-      expect("appended key", keys.at(at), rounded(cache, row[q_size + i]), 0);
-      expect("appended value", values.at(at), rounded(cache, row[q_size + kv_size + i]), 0);
+      const float *key = row + q_size, *value = key + kv_size;
+      if (cache != DType::kInt8) {
+        expect("appended key", keys.at(at), rounded(cache, key[i]), 0);
+        expect("appended value", values.at(at), rounded(cache, value[i]), 0);
+        continue;
+      }
+      const auto scale_of = [&](const float* x) {
+        float largest = 0;
+        for (std::int64_t j = i / size * size; j < i / size * size + size; ++j) {
+          largest = std::max(largest, std::abs(x[j]));
+        }
+        return largest / 127.0f;
+      };
+      const std::int64_t scale_at = slots[t] * kv_heads + i / size;
+      expect("scale of a key", k_scales[scale_at], scale_of(key), 0);
+      expect("scale of a value", v_scales[scale_at], scale_of(value), 0);
+      expect("code of a key", keys.at(at), std::nearbyint(key[i] / scale_of(key)), 0);
+      expect("code of a value", values.at(at), std::nearbyint(value[i] / scale_of(value)), 0);
     }
     expect("what lies beyond a row", row[stride - 1], before[t * stride + stride - 1], 0);
   }
@@ -442,7 +467,11 @@ void check_attention(const Batch& b, bool causal, std::int64_t window, bool page
   const Floats q = random_floats(cu_q.back() * b.heads * b.size, 2);
   const DType type = paged ? cache : DType::kFloat32;
   const std::int64_t slots = paged ? pages * page_size : cu_k.back();
-  const Array k = random_array(type, slots * kv_size, 2), v = random_array(type, slots * kv_size);
+  const float most = type == DType::kInt8 ? 50.0f : 1.0f;
+  const Array k = random_array(type, slots * kv_size, 2 * most),
+              v = random_array(type, slots * kv_size, most);
+  Floats k_scales = random_floats(slots * b.kv_heads, 0.02f),
+         v_scales = random_floats(slots * b.kv_heads, 0.02f);
   std::vector<std::int32_t> table;  // pages in no order
   for (std::int64_t i = 0; i < pages; ++i) table.push_back(static_cast<std::int32_t>((pages - 1 - i)));
   Floats out(q.size());
@@ -450,6 +479,7 @@ void check_attention(const Batch& b, bool causal, std::int64_t window, bool page
   p.q = q.data(), p.k = k.bytes.data(), p.v = v.bytes.data(), p.out = out.data(), p.cu_q = cu_q.data();
   p.q_stride = b.heads * b.size, p.kv_stride = kv_size, p.heads = b.heads, p.kv_heads = b.kv_heads;
   p.head_dim = b.size, p.window = window, p.scale = 0.3f, p.causal = causal, p.cache_dtype = cache;
+  if (type == DType::kInt8) p.k_scales = k_scales.data(), p.v_scales = v_scales.data();
   if (paged) {
     p.block_table = table.data(), p.context = b.keys.data(), p.table_width = width, p.page_size = page_size;
   } else {
@@ -471,7 +501,9 @@ void check_attention(const Batch& b, bool causal, std::int64_t window, bool page
           const std::int64_t slot =
               paged ? table[s * width + key / page_size] * page_size + key % page_size : cu_k[s] + key;
           const std::int64_t kv_head = head / (b.heads / b.kv_heads);
-          return (value ? v : k).values[slot * kv_size + kv_head * b.size + i];
+          const float scale =
+              type == DType::kInt8 ? (value ? v_scales : k_scales)[slot * b.kv_heads + kv_head] : 1.0f;
+          return scale * (value ? v : k).values[slot * kv_size + kv_head * b.size + i];
         };
         const Doubles want = attended(q.data() + from, b.keys[s], b.size, 0.3, seen, at);
         for (std::int64_t i = 0; i < b.size; ++i) {
@@ -691,7 +723,7 @@ void check_all() {
     check_linear(format, 2, 130, 512, Activation::kSilu, true, false);
   }
   check_activations();
-  for (const DType cache : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+  for (const DType cache : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kInt8}) {
     check_rope(5, 3, 1, 8, false, cache);
     check_rope(4, 4, 2, 22, true, cache);
     for (const Batch& b : {Batch{{3, 1, 7}, {3, 1, 7}, 4, 2, 8}, Batch{{1, 2, 15}, {33, 2, 40}, 6, 2, 20},

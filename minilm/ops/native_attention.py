@@ -1,7 +1,7 @@
 """Rotary embedding, the paged cache and attention in the native extension: the ops, their fakes, and what
 they cannot do.
 
-The kernels compute in float32 and have no derivative; caches are float32, bfloat16 or float16.
+The kernels compute in float32 and have no derivative; caches are float32, bfloat16, float16 or int8.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -20,9 +20,9 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     return turned
 
 
-def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor) -> None:
+def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, *scales: Tensor) -> None:
     """As `minilm.ops.append_kv`."""
-    torch.ops.minilm.append_kv.default(k, v, k_pages, v_pages, slots)
+    torch.ops.minilm.append_kv.default(k, v, k_pages, v_pages, slots, *scales)
 
 
 def rope_append(
@@ -34,10 +34,11 @@ def rope_append(
     k_pages: Tensor,
     v_pages: Tensor,
     slots: Tensor,
+    *scales: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """As `minilm.ops.rope_append`."""
     turned: tuple[Tensor, Tensor] = torch.ops.minilm.rope_append.default(
-        q, k, v, cos.float(), sin.float(), k_pages, v_pages, slots
+        q, k, v, cos.float(), sin.float(), k_pages, v_pages, slots, *scales
     )
     return turned
 
@@ -71,10 +72,11 @@ def paged_attention(
     max_context: int,
     scale: float,
     window: int | None,
+    *scales: Tensor,
 ) -> Tensor:
     """As `minilm.ops.paged_attention`."""
     out: Tensor = torch.ops.minilm.paged_attention.default(
-        q, k_pages, v_pages, block_table, cu_seqlens_q, context_lens, scale, window
+        q, k_pages, v_pages, block_table, cu_seqlens_q, context_lens, scale, window, *scales
     )
     return out
 
