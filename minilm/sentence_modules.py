@@ -132,13 +132,13 @@ class Pooling(Module):
         skip = 0 if self.include_prompt else features.prompt_length
         rows = torch.arange(len(x), device=x.device)  # packed indices of the tokens that count
         offsets = packed.cu_seqlens.long()
-        counts = offsets.diff()  # [B]
         if skip:
             rows = rows[packed.positions >= skip]
-            counts = (counts - skip).clamp(min=0)
-            offsets = F.pad(counts.cumsum(0), (1, 0))
+            offsets = F.pad((offsets.diff() - skip).clamp(min=0).cumsum(0), (1, 0))
         wide = x if x.dtype == torch.float64 else x.float()
-        count = counts[:, None].to(wide.dtype)
+
+        def counts() -> Tensor:
+            return offsets.diff()[:, None].to(wide.dtype)
 
         def bags(mode: str, weights: Tensor | None = None) -> Tensor:
             return F.embedding_bag(
@@ -147,8 +147,8 @@ class Pooling(Module):
 
         def token(index: Tensor) -> Tensor:
             if len(rows) == 0:
-                return wide.new_zeros(len(counts), wide.shape[1])
-            return wide[rows[index.clamp(0, len(rows) - 1)]].masked_fill(count == 0, 0.0)
+                return wide.new_zeros(len(offsets) - 1, wide.shape[1])
+            return wide[rows[index.clamp(0, len(rows) - 1)]].masked_fill(counts() == 0, 0.0)
 
         pooled = []
         for mode in self.modes:
@@ -156,14 +156,14 @@ class Pooling(Module):
                 pooled.append(token(offsets[:-1]))
             elif mode == "lasttoken":
                 pooled.append(token(offsets[1:] - 1))
-            elif mode == "max":
-                pooled.append(bags("max"))
+            elif mode in ("max", "mean"):
+                pooled.append(bags(mode))
             elif mode == "weightedmean":
                 positions = packed.positions[rows] + 1
                 total = F.pad(positions.cumsum(0), (1, 0))[offsets].diff()[:, None]
                 pooled.append(bags("sum", positions.to(wide.dtype)) / total.clamp(min=1))
             else:
-                pooled.append(bags("sum") / count.clamp(min=1) ** (1.0 if mode == "mean" else 0.5))
+                pooled.append(bags("sum") / counts().clamp(min=1).sqrt())
         features.sentence = (pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=-1)).to(x.dtype)
         return features
 

@@ -53,15 +53,20 @@ class MiniLM(Engine):
             raise
 
     def embed_ids(self, batch: Sequence[Sequence[int]]) -> Any:
-        """SentenceEncoder's forward on ids that are ready; the padding goes at its border."""
+        """SentenceEncoder's forward on ids that are ready; padding, if there is any, goes at its border."""
         import torch
 
-        lengths = torch.tensor([len(ids) for ids in batch])
-        mask = torch.arange(int(lengths.max())) < lengths[:, None]
-        ids = torch.zeros(mask.shape, dtype=torch.int64)
-        ids[mask] = torch.tensor([token for row in batch for token in row])
+        features = {}
+        if len({len(ids) for ids in batch}) == 1:
+            ids = torch.tensor(batch)
+        else:
+            lengths = torch.tensor([len(ids) for ids in batch])
+            mask = torch.arange(int(lengths.max())) < lengths[:, None]
+            ids = torch.zeros(mask.shape, dtype=torch.int64)
+            ids[mask] = torch.tensor([token for row in batch for token in row])
+            features["attention_mask"] = mask.to(self.device)
         with torch.inference_mode():
-            features = {"input_ids": ids.to(self.device), "attention_mask": mask.to(self.device)}
+            features["input_ids"] = ids.to(self.device)
             sentence = self.model(features)["sentence_embedding"].float()
             return torch.nn.functional.normalize(sentence, dim=1).cpu().numpy()
 
