@@ -21,6 +21,8 @@ class MiniLM(Engine):
     backend = ""
     weights: str | None = None
     """What `from_pretrained` is told by `weights=`."""
+    kv_cache = "auto"
+    """What `LLM` is told by `kv_cache_dtype=`."""
     source = "folder"
 
     def __init__(self, assets: Assets, threads: int, device: str = "cpu") -> None:
@@ -77,9 +79,11 @@ class MiniLM(Engine):
     def _requests(self, prompts: Sequence[Sequence[int]], new: int) -> tuple[Any, list[Any]]:
         from minilm.engine import Engine as Runner
         from minilm.engine import Request
+        from minilm.llm import CACHE_DTYPES
         from minilm.sampling import Sampling
 
-        runner = Runner(self.model, max_num_batched_tokens=16384, together=True)
+        cache = self.model.new_cache(dtype=CACHE_DTYPES[self.kv_cache])
+        runner = Runner(self.model, max_num_batched_tokens=16384, together=True, cache=cache)
         requests = [Request(list(p), Sampling(do_sample=False), new) for p in prompts]
         for request in requests:
             runner.add(request)
@@ -107,8 +111,9 @@ class Reference(MiniLM):
 
 
 class Int8(MiniLM):
-    """8-bit weights."""
+    """8-bit weights, and keys and values in float16, as llama.cpp has them."""
 
+    kv_cache = "float16"
     precision = "int8"
     bytes_a_weight = 1.0
     weights = "int8"
@@ -118,6 +123,7 @@ class Int8(MiniLM):
 class Q8(MiniLM):
     """8-bit weights with a scale for each 32 inputs: llama.cpp's Q8_0."""
 
+    kv_cache = "float16"
     precision = "int8"
     bytes_a_weight = 34 / 32
     weights = "q8_0"
@@ -127,6 +133,7 @@ class Q8(MiniLM):
 class Q4(MiniLM):
     """The GGUF file as it is shipped: 4-bit blocks (Q4_1), the token table in 8 bits."""
 
+    kv_cache = "float16"
     encoder = False
     precision = "q4"
     bytes_a_weight = 20 / 32
