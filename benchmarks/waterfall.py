@@ -246,7 +246,7 @@ def measure(name: str, threads: int, device: str = "cpu", repeats: int = 0) -> l
             fused: list[float] = []
             run()
             for _ in range(repeats):  # in turn: watched, op by op, as models run
-                with dispatch.backend(blocks="reference"):
+                with dispatch.backend(blocks="reference", embed="reference"):
                     with watch.watching():
                         run()
                     whole.append(watch.time(run))

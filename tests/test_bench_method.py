@@ -353,7 +353,7 @@ def test_costs_count_what_a_model_calls(monkeypatch: pytest.MonkeyPatch) -> None
             model, situations = passes(name)
             for title, run in situations:
                 watch = Watch("cpu")
-                with watch.watching(), backend(blocks="reference"):  # else all blocks are one call
+                with watch.watching(), backend(blocks="reference", embed="reference"):  # else one call each
                     run()
                 encoder = name in shapes.ENCODERS
                 if encoder:

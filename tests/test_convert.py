@@ -42,7 +42,7 @@ def test_a_gguf_file_becomes_a_folder_that_transformers_loads(tmp_path: Path, dt
     assert text == own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = torch.tensor([own(text)["input_ids"]])
     assert tokenizer(text)["input_ids"] == ids[0].tolist()
-    with torch.no_grad():
+    with torch.no_grad(), minilm.backend("reference"):  # no kernel's rounding, but what the files hold
         difference = (theirs.float()(ids).logits - ours.float()(ids).logits).abs().max()
     assert difference <= 1e-4
 
