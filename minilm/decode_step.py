@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ from . import fused, rope
 from .cache import KVCache
 from .config import RopeConfig
 from .layers import Embedding, Embeddings, Linear
-from .ops import dispatch, packed
+from .ops import dispatch, native, packed
 from .packing import Packed
 from .quantized_layers import QuantizedEmbedding, QuantizedLinear
 
@@ -28,15 +28,6 @@ if TYPE_CHECKING:
     from .heads import AutoModelForCausalLM
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-
-
-class StepTraits(NamedTuple):
-    """One token for each sequence."""
-
-    device: str
-    dtype: torch.dtype
-    obstacle: str | None = None
-    """Why the step needs the modules one by one; None: it does not."""
 
 
 def run(
@@ -47,7 +38,7 @@ def run(
     Returns the logits of the token after it, [B, V], and the likeliest one of each, int64 [B]. Nobody may
     have written to the weights since the model was last run.
     """
-    traits = StepTraits(tokens.device.type, model.dtype, _obstacle(model, cache))
+    traits = native.WholeTraits(tokens.device.type, model.dtype, _obstacle(model, cache))
     result: tuple[Tensor, Tensor] = dispatch.select("decode_step", traits)(model, tokens, rows, cache)
     return result
 
@@ -111,15 +102,6 @@ def _angles(config: RopeConfig, head_dim: int, positions: int) -> tuple[Tensor, 
     """cos and sin of the first positions, float32 [positions, D/2]."""
     with torch.inference_mode(False), torch.device("cpu"):
         return rope.angles(config, head_dim, torch.arange(positions))
-
-
-def supports(traits: StepTraits) -> str | None:
-    """None, or why the native step cannot run this call."""
-    if traits.device != "cpu":
-        return f"the extension has no kernel for {traits.device}"
-    if traits.dtype not in _FLOATS:
-        return f"the extension has no kernel for {traits.dtype}"
-    return traits.obstacle
 
 
 @dataclass
@@ -234,6 +216,6 @@ def _look(model: AutoModelForCausalLM) -> _Ends:
     )
 
 
-dispatch.register(dispatch.Implementation("decode_step", "native", run_native, supports))
+dispatch.register(dispatch.Implementation("decode_step", "native", run_native, native.supports_whole))
 for _backend in ("triton", "torch", "reference"):
     dispatch.register(dispatch.Implementation("decode_step", _backend, by_modules))

@@ -277,9 +277,7 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
     """
     from . import ops
     from .cache import KVCache
-    from .decode_step import StepTraits
-    from .embed import EmbedTraits
-    from .fused import BlocksTraits
+    from .ops.native import WholeTraits
 
     page_size = inspect.signature(KVCache).parameters["page_size"].default
     kinds: dict[type, tuple[str, ...]] = {
@@ -287,9 +285,7 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
         ops.AttentionTraits: ("attention",),
         ops.PagedTraits: ("paged_attention", "append_kv", "rope_append"),
         ops.LinearTraits: ("linear",),
-        BlocksTraits: ("blocks",),
-        StepTraits: ("decode_step",),
-        EmbedTraits: ("embed",),
+        WholeTraits: ("blocks", "decode_step", "embed"),
         ops.PointwiseTraits: ("rope", "gated", "cross_entropy", "linear_cross_entropy"),
         ops.QuantizedTraits: ("quantized_linear",),
     }
@@ -306,12 +302,8 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
         return ops.PointwiseTraits(device, dtype, "silu" if op == "gated" else None)
     if kind is ops.LinearTraits:
         return ops.LinearTraits(device, dtype, kept=True)
-    if kind is BlocksTraits:
-        return BlocksTraits(device, dtype)
-    if kind is StepTraits:
-        return StepTraits(device, dtype)
-    if kind is EmbedTraits:
-        return EmbedTraits(device, dtype)
+    if kind is WholeTraits:
+        return WholeTraits(device, dtype)
     if kind is ops.QuantizedTraits:
         return ops.QuantizedTraits(device, dtype, "q8_0", None, few_rows=True, grad=False)
     raise ValueError(f"minilm.doctor does not know what a typical call of the op {op!r} is")

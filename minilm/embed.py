@@ -7,7 +7,7 @@ the op `embed`: of a short text, half a dozen calls of Python take as long as a 
 from __future__ import annotations
 
 from functools import cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,29 +19,11 @@ if TYPE_CHECKING:
     from .layers import Embeddings
 
 
-class EmbedTraits(NamedTuple):
-    """Packed tokens on their way to the first block."""
-
-    device: str
-    dtype: torch.dtype
-    obstacle: str | None = None
-    """Why the call needs the modules; None: it does not."""
-
-
-def supports(traits: EmbedTraits) -> str | None:
-    """None, or why the native embeddings cannot run this call."""
-    if traits.device != "cpu":
-        return f"the extension has no kernel for {traits.device}"
-    if traits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the extension has no kernel for {traits.dtype}"
-    return traits.obstacle
-
-
-def traits_of(embeddings: Embeddings) -> EmbedTraits:
+def traits_of(embeddings: Embeddings) -> native.WholeTraits:
     """What the choice of an implementation depends on."""
     table = embeddings.tokens
     like = table.like if isinstance(table, QuantizedEmbedding) else table.weight
-    return EmbedTraits(like.device.type, like.dtype, _obstacle(embeddings))
+    return native.WholeTraits(like.device.type, like.dtype, _obstacle(embeddings))
 
 
 def _obstacle(embeddings: Embeddings) -> str | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from operator import attrgetter, is_
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,24 +30,6 @@ CACHES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 """Dtypes of keys and values that the extension reads."""
 HEADER = 14
 """Numbers of the layout before those of the blocks; the last two are the places of the final norm."""
-
-
-class BlocksTraits(NamedTuple):
-    """All blocks of a body, on packed tokens."""
-
-    device: str
-    dtype: torch.dtype
-    obstacle: str | None = None
-    """Why the call needs the modules one by one; None: it does not."""
-
-
-def supports(traits: BlocksTraits) -> str | None:
-    """None, or why the fused blocks cannot run this call."""
-    if traits.device != "cpu":
-        return f"the extension has no kernel for {traits.device}"
-    if traits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the extension has no kernel for {traits.dtype}"
-    return traits.obstacle
 
 
 def obstacle(body: Transformer, x: Tensor, run: Pass, hidden_states: object) -> str | None:

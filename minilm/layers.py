@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from . import embed, ops
 from .cache import CacheStep, KVCache
 from .config import ModelConfig
-from .ops import dispatch
+from .ops import dispatch, native
 from .packing import Packed
 
 
@@ -125,7 +125,7 @@ class Embeddings(nn.Module):
         return F.dropout(x, self.config.embedding_dropout, self.training)
 
 
-dispatch.register(dispatch.Implementation("embed", "native", embed.run_native, embed.supports))
+dispatch.register(dispatch.Implementation("embed", "native", embed.run_native, native.supports_whole))
 for _backend in ("triton", "torch", "reference"):
     dispatch.register(dispatch.Implementation("embed", _backend, Embeddings.by_modules))
 

@@ -23,7 +23,7 @@ from .archs.family import Head
 from .cache import KVCache
 from .config import ModelConfig
 from .layers import Block, Embedding, Embeddings, Norm, Pass
-from .ops import dispatch
+from .ops import dispatch, native
 from .outputs import ModelOutput
 from .packing import Packed, check_columns, pack
 from .pretrained_config import PretrainedConfig
@@ -60,7 +60,7 @@ class Transformer(nn.Module):
         `hidden_states`, when given, collects the residual stream before each layer and the result.
         """
         x: Tensor = self.embeddings(tokens, positions, types)
-        traits = fused.BlocksTraits(x.device.type, x.dtype, fused.obstacle(self, x, run, hidden_states))
+        traits = native.WholeTraits(x.device.type, x.dtype, fused.obstacle(self, x, run, hidden_states))
         result: Tensor = dispatch.select("blocks", traits)(self, x, run, hidden_states)
         return result
 
@@ -86,7 +86,7 @@ def run_modules(body: Transformer, x: Tensor, run: Pass, hidden_states: list[Ten
     return x
 
 
-dispatch.register(dispatch.Implementation("blocks", "native", fused.run_blocks, fused.supports))
+dispatch.register(dispatch.Implementation("blocks", "native", fused.run_blocks, native.supports_whole))
 for _backend in ("triton", "torch", "reference"):
     dispatch.register(dispatch.Implementation("blocks", _backend, run_modules))
 

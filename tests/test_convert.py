@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from close import assert_as_good_as_eager
 from safetensors.torch import load_file, save_file
 from test_summary import save_decoder
 from tiny_models import TEXTS, save_model
@@ -42,9 +43,13 @@ def test_a_gguf_file_becomes_a_folder_that_transformers_loads(tmp_path: Path, dt
     assert text == own.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = torch.tensor([own(text)["input_ids"]])
     assert tokenizer(text)["input_ids"] == ids[0].tolist()
-    with torch.no_grad(), minilm.backend("reference"):  # no kernel's rounding, but what the files hold
-        difference = (theirs.float()(ids).logits - ours.float()(ids).logits).abs().max()
-    assert difference <= 1e-4
+    with torch.no_grad():
+        eager, kernels = theirs.float()(ids).logits, ours.float()(ids).logits
+        with minilm.backend("reference"):
+            same = ours(ids).logits
+        exact = theirs.double()(ids).logits
+    assert (eager - same).abs().max() <= 1e-4
+    assert_as_good_as_eager(kernels, eager, exact)
 
 
 @pytest.mark.parametrize("head", ["Model", "ForMaskedLM", "ForPreTraining", "ForTokenClassification"])

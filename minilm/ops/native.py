@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib
 import re
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,6 +34,24 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, "the extension minilm._C is not built (setup.py tells what it needs)"
     except ImportError as error:  # a binary of another platform, a symbol that this PyTorch lacks
         return None, f"the extension minilm._C does not load: {error}"
+
+
+class WholeTraits(NamedTuple):
+    """A call that stands for several modules: embeddings, all blocks, a step of decoding."""
+
+    device: str
+    dtype: torch.dtype
+    obstacle: str | None = None
+    """Why the call needs the modules one by one; None: it does not."""
+
+
+def supports_whole(traits: WholeTraits) -> str | None:
+    """None, or why the extension cannot run this call."""
+    if traits.device != "cpu":
+        return f"the extension has no kernel for {traits.device}"
+    if traits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the extension has no kernel for {traits.dtype}"
+    return traits.obstacle
 
 
 _extension, unavailable = _load()
