@@ -717,7 +717,8 @@ def raw(family: str = "llama", format: str | None = None) -> dict[str, Any]:
     step = cache.extend(cache.rows, [1, 1, 1])
     spec = model.spec
     cos, sin = (None, None) if spec.rope is None else decode_step._angles(spec.rope, spec.head_dim, 40)
-    k_cache, v_cache = cache.stores()
+    # Where no token has written, the memory holds anything: NaN too, which equals nothing, itself included.
+    k_cache, v_cache = (torch.where(store.abs() < 100, store, 0.5) for store in cache.stores())
     return {
         "tokens": torch.tensor([4, 40, 7]),
         "table": ends.table[0].clone(),
@@ -732,8 +733,8 @@ def raw(family: str = "llama", format: str | None = None) -> dict[str, Any]:
         "head": ends.head.data,
         "head_format": ends.head.format,
         "vocabulary": ends.head.columns,
-        "k_cache": k_cache.clone(),
-        "v_cache": v_cache.clone(),
+        "k_cache": k_cache,
+        "v_cache": v_cache,
         "slots": step.slots,
         "block_table": step.block_table,
         "context_lens": step.context_lens,
@@ -868,7 +869,6 @@ def test_the_op_refuses_arguments_that_do_not_fit(
 def test_nothing_behind_a_tensor_is_read_or_written(valid: dict[str, dict[str, Any]], kind: str) -> None:
     """The last page of the cache, row of the tables, column of the head are in use."""
     arguments = valid[kind]
-    caches = arguments["k_cache"], arguments["v_cache"]
     arguments = arguments | {"block_table": ints(0, 0, 1, 0, 2, 3).view(3, 2)}
     arguments["slots"] = torch.tensor([4, 40, 3 * 32 + 7])
     logits, best = call(arguments)
@@ -878,7 +878,6 @@ def test_nothing_behind_a_tensor_is_read_or_written(valid: dict[str, dict[str, A
                 found = call(arguments | {name: at_the_end(memory, value)})
                 assert torch.equal(found[0], logits), name
                 assert torch.equal(found[1], best), name
-    assert torch.equal(caches[0], arguments["k_cache"])
 
 
 def test_an_empty_batch_has_no_logits(valid: dict[str, dict[str, Any]]) -> None:
