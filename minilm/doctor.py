@@ -244,7 +244,7 @@ def _not_run(runnable: list[str]) -> list[str]:
 
 def _ops(devices: list[str]) -> tuple[list[dict[str, Any]], str | None]:
     """For each device, dtype and op: the backend that will run, and why the others will not."""
-    from . import heads  # noqa: F401 (registers the ops of whole models)
+    from . import heads, pool  # noqa: F401 (they register the ops of whole models)
     from .ops import BackendError, dispatch
 
     rows: list[dict[str, Any]] = []
@@ -285,7 +285,7 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
         ops.AttentionTraits: ("attention",),
         ops.PagedTraits: ("paged_attention", "append_kv", "rope_append"),
         ops.LinearTraits: ("linear",),
-        WholeTraits: ("blocks", "decode_step", "embed"),
+        WholeTraits: ("blocks", "decode_step", "embed", "pool"),
         ops.PointwiseTraits: ("rope", "gated", "cross_entropy", "linear_cross_entropy"),
         ops.QuantizedTraits: ("quantized_linear",),
     }

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from . import __version__
+from . import __version__, pool
 from .batching import Tokens, by_length, check_batch_size, chunks, progress_bar, run
 from .sentence_files import default_device, load
 from .sentence_modules import Features, Module, write_json
@@ -193,14 +193,10 @@ class SentenceEncoder(nn.Module):
         `sentence_embedding` [B, D]."""
         ids = input["input_ids"]
         result = self.transformer.model.run(ids, input.get("attention_mask"), input.get("token_type_ids"))
-        features = self._heads(Features(result.hidden, result.packed, int(input.get("prompt_length", 0))))
+        skip = int(input.get("prompt_length", 0))
+        features = pool.run(self._modules_after(), Features(result.hidden, result.packed, skip))
         tokens = features.packed.pad(features.tokens)
         return {**input, "token_embeddings": tokens, "sentence_embedding": features.sentence}
-
-    def _heads(self, features: Features) -> Features:
-        for module in self._modules_after():
-            features = module(features)
-        return features
 
     def _modules_after(self) -> list[Module]:
         return [module for module in self.heads if isinstance(module, Module)]
@@ -210,6 +206,7 @@ class SentenceEncoder(nn.Module):
     ) -> Iterator[tuple[list[int], list[Tokens], Features]]:
         """(indices, tokens, features) of each batch."""
         skip = self.transformer.prompt_length(prompt) if prompt else 0
+        modules = self._modules_after()
         cut = 0
         with progress_bar(-(-len(texts) // batch_size), progress) as bar:
             for start, slab in enumerate(chunks(texts, _SLAB * batch_size)):
@@ -218,7 +215,7 @@ class SentenceEncoder(nn.Module):
                 for batch in by_length([len(t) for t in tokens], batch_size):
                     chosen = [tokens[i] for i in batch]
                     result = run(self.transformer.model, chosen)
-                    features = self._heads(Features(result.hidden, result.packed, skip))
+                    features = pool.run(modules, Features(result.hidden, result.packed, skip))
                     yield [start * _SLAB * batch_size + i for i in batch], chosen, features
                     bar.update()
         if cut:

@@ -222,8 +222,10 @@ class Normalize(_Named):
     kind = "Normalize"
 
     def forward(self, features: Features) -> Features:
-        """x / |x|."""
-        features.set(self.output, F.normalize(features.get(self.input), dim=-1))
+        """x / |x|; zeros stay zeros."""
+        x = features.get(self.input)
+        eps = max(1e-12, torch.finfo(x.dtype).tiny)  # 1e-12 is zero in float16
+        features.set(self.output, F.normalize(x, dim=-1, eps=eps))
         return features
 
     @classmethod

@@ -26,8 +26,8 @@ AREAS: dict[str, str] = {
     "heads quantization",
     "loading": "auto batching",
     "generation": "engine generate generation_config sampling sampling_* stopping streamers llm llm_output",
-    "tasks": "attention_maps convert evaluate quantize summary sentence sentence_* similarity cross_encoder "
-    "pipelines*",
+    "tasks": "attention_maps convert evaluate quantize summary pool sentence sentence_* similarity "
+    "cross_encoder pipelines*",
     "entry": "__main__ cli cli.* doctor",
     "integrations": "integrations integrations.*",
 }

@@ -203,6 +203,10 @@ def _embed_fake(tokens: Tensor, table: Tensor, *arguments: Any) -> Tensor:
     return tokens.new_empty(tokens.shape[0], channels, dtype=torch.float32)
 
 
+def _pool_fake(x: Tensor, cu_seqlens: Tensor, unit: bool) -> Tensor:
+    return x.new_empty(cu_seqlens.shape[0] - 1, x.shape[1])
+
+
 def register_fakes() -> None:
     """Tell PyTorch what the results of the ops on packed weights look like."""
     torch.library.register_fake("minilm::pack_linear", _pack_fake)
@@ -210,3 +214,4 @@ def register_fakes() -> None:
     torch.library.register_fake("minilm::transformer", _transformer_fake)
     torch.library.register_fake("minilm::decode_step", _decode_step_fake)
     torch.library.register_fake("minilm::embed", _embed_fake)
+    torch.library.register_fake("minilm::pool", _pool_fake)
