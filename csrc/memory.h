@@ -9,13 +9,17 @@
 
 namespace minilm {
 
-// Asks for 2 MiB pages, before memory is first written to; where there are none, nothing happens.
+// Asks for 2 MiB pages for memory whose content is not needed: what an allocator hands out again has small
+// pages from before, which are given back. Where there are no large ones, nothing else happens.
 inline void prefer_large_pages(void* memory, std::size_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr std::uintptr_t kPage = std::uintptr_t{1} << 21;
   const std::uintptr_t begin = (reinterpret_cast<std::uintptr_t>(memory) + kPage - 1) / kPage * kPage;
   const std::uintptr_t end = (reinterpret_cast<std::uintptr_t>(memory) + bytes) / kPage * kPage;
-  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (begin >= end) return;
+  if (madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE) == 0) {
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+  }
 #else
   (void)memory;
   (void)bytes;

@@ -56,7 +56,7 @@ PyMethodDef methods[] = {
     {"cpu_isas", cpu_isas, METH_NOARGS, "The instruction sets that this machine can run, the best last."},
     {"panel_width", panel_width, METH_NOARGS, "Outputs in a panel of a packed weight."},
     {"prefer_large_pages", prefer_large_pages, METH_VARARGS,
-     "Asks for large pages: address and size of memory that was not yet written to."},
+     "Asks for large pages: address and size of memory whose content may be lost."},
     {"packed_bytes", packed_bytes, METH_VARARGS, "(format, in, places) -> bytes of a packed weight."},
     {nullptr, nullptr, 0, nullptr},
 };
