@@ -324,11 +324,11 @@ def _run(
 
 
 def _arithmetic(precision: str, device: str) -> str:
-    """The dtype whose peak is the limit: 16-bit weights are computed in float32 on a CPU, 8- and 4-bit ones
+    """The dtype whose peak is the limit: on a CPU float16 weights are computed in float32, 8- and 4-bit ones
     in int8."""
     if device == "cuda":
         return {"fp32": "float16", "fp16": "float16", "bf16": "bfloat16"}.get(precision, "int8")
-    return "int8" if precision in ("int8", "q4") else "float32"
+    return {"int8": "int8", "q4": "int8", "bf16": "bfloat16"}.get(precision, "float32")
 
 
 def _block(worker: Worker, request: dict[str, Any]) -> harness.Block:

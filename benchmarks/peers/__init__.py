@@ -19,6 +19,7 @@ OP_PEERS = ("eager", "compiled", "sdpa", "flex", "liger", "flash_attn")
 ENGINES: dict[str, str] = {
     "minilm": "minilm_engine:MiniLM",
     "minilm reference": "minilm_engine:Reference",
+    "minilm bf16": "minilm_engine:BFloat16",
     "minilm int8": "minilm_engine:Int8",
     "minilm q8_0": "minilm_engine:Q8",
     "minilm q4_1": "minilm_engine:Q4",
@@ -29,6 +30,7 @@ ENGINES: dict[str, str] = {
     "onnxruntime": "onnxruntime_engine:OnnxRuntime",
     "onnxruntime int8": "onnxruntime_engine:OnnxRuntimeInt8",
     "openvino": "openvino_engine:OpenVino",
+    "openvino bf16": "openvino_engine:OpenVinoBf16",
     "openvino genai f16": "openvino_genai_engine:OpenVinoGenAI",
     "ctranslate2": "ctranslate2_engine:CTranslate2",
     "ctranslate2 int8": "ctranslate2_engine:CTranslate2Int8",

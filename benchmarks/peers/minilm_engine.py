@@ -19,6 +19,8 @@ class MiniLM(Engine):
     devices = ("cpu", "cuda")
     only_real_models = False
     backend = ""
+    dtype = "float32"
+    """On a GPU float16 stands for it."""
     weights: str | None = None
     """What `from_pretrained` is told by `weights=`."""
     kv_cache = "auto"
@@ -35,7 +37,8 @@ class MiniLM(Engine):
         import torch
 
         torch.set_num_threads(self.threads)
-        options: dict[str, Any] = {"dtype": torch.float32 if self.device == "cpu" else torch.float16}
+        half = self.device != "cpu" and self.dtype == "float32"
+        options: dict[str, Any] = {"dtype": getattr(torch, "float16" if half else self.dtype)}
         if self.weights is not None:
             options["weights"] = self.weights
         try:
@@ -108,6 +111,15 @@ class Reference(MiniLM):
     """The specification only: what the fast paths are worth."""
 
     backend = "reference"
+
+
+class BFloat16(MiniLM):
+    """Weights, keys and values in bfloat16."""
+
+    precision = "bf16"
+    bytes_a_weight = 2.0
+    dtype = "bfloat16"
+    only_real_models = True
 
 
 class Int8(MiniLM):

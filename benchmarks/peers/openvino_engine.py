@@ -1,4 +1,4 @@
-"""OpenVINO on the same ONNX export, in float32."""
+"""OpenVINO on the same ONNX export, in float32 and in bfloat16."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ class OpenVino(Engine):
 
     package = "openvino"
     encoder = True
+    arithmetic = "f32"
+    """What the CPU plugin is told to compute in."""
 
     def prepare(self) -> None:
         """ONNX -> OpenVINO's own format."""
@@ -34,7 +36,7 @@ class OpenVino(Engine):
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_NUM_THREADS": self.threads,
             "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_PRECISION_HINT": self.arithmetic,
         }
         path = self.assets.cache / "openvino" / "model.xml"
         self.model: Any = openvino.Core().compile_model(str(path), "CPU", settings)
@@ -49,3 +51,12 @@ class OpenVino(Engine):
     def note(self) -> str:
         """How the model was made."""
         return "torch.onnx export, converted by openvino"
+
+
+class OpenVinoBf16(OpenVino):
+    """Products in bfloat16; on processors without them it stays in float32."""
+
+    precision = "bf16"
+    bytes_a_weight = 2.0
+    only_real_models = True
+    arithmetic = "bf16"

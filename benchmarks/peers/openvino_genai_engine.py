@@ -1,4 +1,5 @@
-"""OpenVINO GenAI reading a GGUF of float16 weights (its reader knows no Q4_1)."""
+"""OpenVINO GenAI reading a GGUF of float16 weights (its reader knows no Q4_1). Its arithmetic is its own
+choice: bfloat16 on processors that have such products."""
 
 from __future__ import annotations
 
