@@ -213,8 +213,8 @@ void score(int keys, Rows k, const float* panel, std::int64_t size, float* score
 
 // sums [R queries][V vectors of channels] = sum_key weights[key][query] v[key], key after key.
 template <int V, int R>
-__attribute__((noinline)) void value_tile(const float* weights, std::int64_t step, std::int64_t keys, const float* v,
-                std::int64_t stride, Tile& tile) {
+__attribute__((noinline)) void value_tile(const float* weights, std::int64_t step, std::int64_t keys,
+                                          const float* v, std::int64_t stride, Tile& tile) {
   F32 sums[R][V] = {};
   for (std::int64_t key = 0; key < keys; ++key) {
     F32 x[V];

@@ -106,8 +106,9 @@ void fill(const LinearParams& p, std::int64_t row, int rows, const char* panel, 
   }
 }
 
-// Asks for the tile's part of y, which is in no near cache: stores that wait for their lines hold up the sums.
-inline void ask_for(const float* y, std::int64_t stride, int rows) {
+// Asks for the tile's part of y, which is in no near cache: stores that wait for their lines hold up the
+// sums.
+inline __attribute__((always_inline)) void ask_for(const float* y, std::int64_t stride, int rows) {
   for (int r = 0; r < rows; ++r) {
     __builtin_prefetch(y + r * stride, 1);
     __builtin_prefetch(y + r * stride + kPanel - 1, 1);
