@@ -38,7 +38,9 @@ from minilm.packing import pack
 
 FEW = [5, 1, 0, 3]
 MANY = [33, 1, 250, 0, 16, 101]
-"""Lengths of the sequences of two batches: fewer rows than a block has, and more for each of four threads."""
+SHORT = [7 * i % 41 for i in range(66)]
+"""Lengths of the sequences of three batches: fewer rows than a block has; more for each of four threads; so
+many that one or two threads share them out whole, and three or four do not."""
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +63,7 @@ def assert_close(model: Any, actual: Tensor, lengths: list[int]) -> None:
     assert_as_good_as_eager(actual, eager, exact, floor=floor)
 
 
-@pytest.mark.parametrize("lengths", [FEW, MANY], ids=["few", "many"])
+@pytest.mark.parametrize("lengths", [FEW, MANY, SHORT], ids=["few", "many", "short"])
 @pytest.mark.parametrize("family", SIZES)
 def test_the_body_is_close(family: str, lengths: list[int]) -> None:
     model = model_of(family)
@@ -171,13 +173,14 @@ def test_a_16_bit_cache_is_as_good_as_the_modules(dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("lengths", [MANY, SHORT], ids=["many", "short"])
 @pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mistral", "qwen3"])
-def test_a_sequence_does_not_depend_on_its_batch(family: str) -> None:
+def test_a_sequence_does_not_depend_on_its_batch(family: str, lengths: list[int]) -> None:
     """Bit by bit, alone (few rows) as in a large batch (many)."""
     model = model_of(family)
-    whole = run(model, MANY)
-    tokens, _ = batch(MANY)
-    parts = zip(torch.split(tokens, MANY), torch.split(whole, MANY), MANY, strict=True)
+    whole = run(model, lengths)
+    tokens, _ = batch(lengths)
+    parts = zip(torch.split(tokens, lengths), torch.split(whole, lengths), lengths, strict=True)
     for ids, expected, length in parts:
         if length:
             with torch.no_grad(), ops.backend("native"):
@@ -186,7 +189,7 @@ def test_a_sequence_does_not_depend_on_its_batch(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", ["bert", "llama"])
-@pytest.mark.parametrize("lengths", [[2], [5, 40, 15], MANY], ids=["few", "between", "many"])
+@pytest.mark.parametrize("lengths", [[2], [5, 40, 15], MANY, SHORT], ids=["few", "between", "many", "short"])
 def test_the_body_does_not_depend_on_threads(family: str, lengths: list[int]) -> None:
     """60 rows are many for one thread and few for four."""
     model = model_of(family)

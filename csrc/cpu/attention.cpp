@@ -175,9 +175,11 @@ void to_panel(const float* q, std::int64_t stride, int count, std::int64_t size,
   }
 }
 
+// Tiles are not inlined: their pointers and sums fill the registers.
+
 // scores [R][W vectors] = R keys times the panel. Keys are reached from three pointers, as in linear.cpp.
 template <int W, int R>
-void score_tile(Rows k, const float* panel, std::int64_t size, float* scores) {
+__attribute__((noinline)) void score_tile(Rows k, const float* panel, std::int64_t size, float* scores) {
   constexpr int L = kLanes<float>;
   const std::int64_t stride = k.stride * 4, three = 3 * stride;
   const char* first = reinterpret_cast<const char*>(k.first);
@@ -211,8 +213,8 @@ void score(int keys, Rows k, const float* panel, std::int64_t size, float* score
 
 // sums [R queries][V vectors of channels] = sum_key weights[key][query] v[key], key after key.
 template <int V, int R>
-void value_tile(const float* weights, std::int64_t step, std::int64_t keys, const float* v,
-                std::int64_t stride, Tile& tile) {
+__attribute__((noinline)) void value_tile(const float* weights, std::int64_t step, std::int64_t keys,
+                                          const float* v, std::int64_t stride, Tile& tile) {
   F32 sums[R][V] = {};
   for (std::int64_t key = 0; key < keys; ++key) {
     F32 x[V];

@@ -15,7 +15,7 @@ namespace minilm::MINILM_ISA {
 namespace {
 
 constexpr std::int64_t kAhead = 2048;   // bytes that a panel is asked for in advance, read from memory
-constexpr std::int64_t kStretch = 256;  // inputs
+constexpr std::int64_t kStretch = 384;  // inputs
 
 // x_tile panel for R rows; kAsks: what lies `ahead` bytes further on is asked for in advance.
 template <typename T, int R, bool kAsks>
@@ -106,6 +106,15 @@ void fill(const LinearParams& p, std::int64_t row, int rows, const char* panel, 
   }
 }
 
+// Asks for the tile's part of y, which is in no near cache: stores that wait for their lines hold up the
+// sums.
+inline __attribute__((always_inline)) void ask_for(const float* y, std::int64_t stride, int rows) {
+  for (int r = 0; r < rows; ++r) {
+    __builtin_prefetch(y + r * stride, 1);
+    __builtin_prefetch(y + r * stride + kPanel - 1, 1);
+  }
+}
+
 }  // namespace
 
 std::int64_t float_panel_bytes(Format format, std::int64_t in) {
@@ -178,6 +187,7 @@ void linear(const LinearParams& p, std::int64_t begin, std::int64_t end) {
       // The last tile has the next panel brought nearer; a tile that is the only one, its own panel's next
       // lines.
       const std::int64_t ahead = p.rows <= kTileRows ? kAhead : tiles == 1 ? bytes * (p.gated ? 2 : 1) : 0;
+      ask_for(p.y + row * p.y_stride + column * kPanel, p.y_stride, rows);
       Tile tile;
       fill(p, row, rows, panels + first * bytes, ahead, tile);
       Tile up;

@@ -5,13 +5,16 @@
 //     x += attention(q, k, v) Wout               x = norm(x + attention(q, k, v) Wout)
 //     h = norm(x);  x += act(h Wup) Wdown        x = norm(x + act(x Wup) Wdown)
 //
-// There are two ways to share the work, and both run the same code (`Block`), on different Parts:
+// There are three ways to share the work, and all run the same code (`Steps`), on different Parts:
 //
 //   Many rows (encoders, prompts): everything but attention concerns a row alone. So a task is a block of
 //   some hundred rows, which one thread takes from the attention of one layer through output projection,
 //   norms and MLP to the q, k and v of the next, in its own second-level cache. Two phases a layer:
 //
 //       [qkv of layer 0] -> [attention] -> [out, MLP, qkv of layer 1] -> [attention] -> ...
+//
+//   Many rows of short sequences: a task is a whole layer of some sequences, whose q, k and v then never
+//   leave the caches of the thread that makes them. One phase a layer.
 //
 //   Few rows (decoding): the weights are what costs time. A phase is one step of the layer, and its tasks are
 //   stretches of a weight's panels, so that all threads together read each weight once. After the last layer
@@ -33,6 +36,7 @@ namespace {
 
 constexpr std::int64_t kBlockRows = 96;
 constexpr std::int64_t kFewRows = 48;     // a thread; below, its weights' panels are split and not the rows
+constexpr std::int64_t kManyTasks = 8;    // a thread, of whole sequences: their lengths even out
 constexpr std::int64_t kRowsForEach = 4;  // up to here threads do not share the work on rows
 constexpr std::int64_t kPhasesALayer = 14;
 
@@ -115,6 +119,7 @@ std::int64_t part_floats(const TransformerWeights& w) {
 // Memory of one call.
 struct Workspace {
   std::int64_t blocks, block_rows;                                // of rows; blocks == 0: few rows
+  bool whole;                                                     // a block's sequences are a task
   std::int64_t counters, qkv, attended, part, scratch, partials;  // bytes of each
   std::int64_t parts;
 };
@@ -167,6 +172,7 @@ Workspace workspace_of(const TransformerParams& p) {
     s.blocks = round_up(ceil_div(p.tokens, kBlockRows), p.threads);
     s.block_rows = ceil_div(p.tokens, s.blocks);
     s.blocks = ceil_div(p.tokens, s.block_rows);
+    s.whole = p.fresh && p.tokens >= kManyTasks * p.threads * (s.block_rows + p.max_keys) / 2;
   } else {
     s.block_rows = p.tokens;
   }
@@ -364,6 +370,14 @@ struct Attention {
     });
   }
 
+  // The sequences [begin, end), in this thread alone.
+  void run_alone(std::int64_t layer, std::int64_t begin, std::int64_t end) const {
+    const AttentionParams a = params(layer);
+    for (std::int64_t sequence = begin; sequence < end; ++sequence) {
+      for (std::int64_t head = 0; head < a.heads; ++head) attention(a, sequence, head, scratch);
+    }
+  }
+
   void put_together(std::int64_t layer, float* to, std::int64_t begin, std::int64_t end) const {
     AttentionParams a = params(layer);
     a.out = to;
@@ -376,6 +390,44 @@ struct Attention {
 
   std::int64_t of_one() const { return s.partials / 4 / (p.sequences > 0 ? p.sequences : 1); }
 };
+
+// The first sequence that begins at `row` or after it.
+std::int64_t sequence_from(const TransformerParams& p, std::int64_t row) {
+  std::int64_t begin = 0, end = p.sequences;
+  while (begin < end) {
+    const std::int64_t middle = (begin + end) / 2;
+    p.cu_seqlens[middle] < row ? begin = middle + 1 : end = middle;
+  }
+  return begin;
+}
+
+// Memory that holds row `first` and the rows after it, as if it held all rows. An integer is computed with:
+// where row 0 would be, there may be no memory.
+float* as_if_from_row_0(float* memory, std::int64_t first, std::int64_t columns) {
+  return reinterpret_cast<float*>(reinterpret_cast<std::uintptr_t>(memory) - first * columns * 4);
+}
+
+// A layer of the sequences that begin in block `number`, all in this thread. `attention`: with memory of this
+// thread alone for q, k, v and what it gives, of s.block_rows + p.max_keys rows.
+void whole_sequences(const TransformerParams& p, const Workspace& s, Attention attention, char* part_memory,
+                     std::int64_t layer, std::int64_t number) {
+  const std::int64_t begin = sequence_from(p, number * s.block_rows);
+  const std::int64_t end = sequence_from(p, (number + 1) * s.block_rows);
+  const std::int64_t first = p.cu_seqlens[begin], last = p.cu_seqlens[end];
+  if (first == last) return;
+  attention.qkv = as_if_from_row_0(attention.qkv, first, qkv_columns(*p.weights));
+  attention.attended = as_if_from_row_0(attention.attended, first, p.weights->heads * p.weights->head_dim);
+  const std::int64_t step = ceil_div(last - first, ceil_div(last - first, s.block_rows));
+  const auto for_parts = [&](auto f) {
+    for (std::int64_t row = first; row < last; row += step) {
+      const Part part = part_of(p, s, part_memory, row, last - row < step ? last - row : step);
+      f(Steps<Alone>{p, *p.weights, {}, part, attention.qkv, attention.attended});
+    }
+  };
+  for_parts([&](Steps<Alone> steps) { steps.project(layer); });
+  attention.run_alone(layer, begin, end);
+  for_parts([&](Steps<Alone> steps) { steps.finish(layer); });
+}
 
 template <typename Crew>
 void few_rows(const TransformerParams& p, const Attention& attention, Steps<Crew> steps) {
@@ -432,6 +484,16 @@ void transformer(const TransformerParams& p) {
   if (s.blocks == 0) {
     const Part part = part_of(p, s, part_memory, 0, p.tokens);
     few_rows(p, attention, Steps<Together>{p, w, {team, p.threads}, part, qkv, attended});
+    return;
+  }
+  if (s.whole) {
+    const std::int64_t rows = s.block_rows + p.max_keys;
+    Attention own = attention;
+    own.qkv += thread * rows * qkv_columns(w);
+    own.attended += thread * rows * w.heads * w.head_dim;
+    for (std::int64_t layer = 0; layer < w.layers; ++layer) {
+      team.run(s.blocks, [&](std::int64_t i) { whole_sequences(p, s, own, part_memory, layer, i); });
+    }
     return;
   }
   auto block = [&](std::int64_t number) {

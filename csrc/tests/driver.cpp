@@ -739,7 +739,11 @@ void check_all() {
   }
   const Model encoder(false, Format::kFloat32), decoder(true, Format::kFloat32),
       quantised_head(true, Format::kInt8);
+  std::vector<std::int64_t> short_ones(60);
+  for (int i = 0; i < 60; ++i) short_ones[i] = 6 + 7 * i % 36;
   for (const int threads : {1, 2, 3}) {
+    check_transformer(encoder, short_ones, false, threads);
+    check_transformer(decoder, short_ones, true, threads);
     check_transformer(encoder, {5, 1, 9}, false, threads);
     check_transformer(encoder, {60, 3, 90, 8}, false, threads);
     check_transformer(decoder, {9, 6, 20}, true, threads);
