@@ -14,7 +14,6 @@
 namespace minilm::MINILM_ISA {
 namespace {
 
-constexpr std::int64_t kAhead = 2048;   // bytes that a panel is asked for in advance, read from memory
 constexpr std::int64_t kStretch = 384;  // inputs
 
 // x_tile panel for R rows; kAsks: what lies `ahead` bytes further on is asked for in advance.
@@ -73,6 +72,10 @@ void pack_values(const PackParams& p, std::int64_t panel, T* to) {
 inline std::int64_t panel_bytes(Format format, std::int64_t in) {
   return is_quantized(format) ? quantized_panel_bytes(format, in) : float_panel_bytes(format, in);
 }
+
+// Bytes that a panel read from memory is asked for in advance. With some rows the processor looks less far
+// ahead by itself.
+inline std::int64_t ahead_of(std::int64_t rows) { return rows <= 4 ? 2048 : 8192; }
 
 inline void put(float* y, F32 value, std::int64_t left, bool accumulate) {
   if (left <= 0) return;
@@ -186,7 +189,9 @@ void linear(const LinearParams& p, std::int64_t begin, std::int64_t end) {
       const int rows = static_cast<int>(height);
       // The last tile has the next panel brought nearer; a tile that is the only one, its own panel's next
       // lines.
-      const std::int64_t ahead = p.rows <= kTileRows ? kAhead : tiles == 1 ? bytes * (p.gated ? 2 : 1) : 0;
+      const std::int64_t ahead = p.rows <= kTileRows ? ahead_of(p.rows)
+                                 : tiles == 1        ? bytes * (p.gated ? 2 : 1)
+                                                     : 0;
       ask_for(p.y + row * p.y_stride + column * kPanel, p.y_stride, rows);
       Tile tile;
       fill(p, row, rows, panels + first * bytes, ahead, tile);
