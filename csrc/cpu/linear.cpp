@@ -20,7 +20,7 @@ namespace minilm::MINILM_ISA {
 namespace {
 
 constexpr std::int64_t kAhead = 2048;   // bytes that a panel is asked for in advance, read from memory
-constexpr std::int64_t kStretch = 256;  // inputs
+constexpr std::int64_t kStretch = 256;  // words
 
 // A word of x and of a vector of outputs: an input of weights kept as T.
 template <typename T>
@@ -143,8 +143,9 @@ void fill(const LinearParams& p, std::int64_t row, int rows, const char* panel, 
   }
   // Stretches of inputs are added up for themselves: the rounding error of a long sum grows with its length.
   const std::int64_t bytes = kPanel * (p.format == Format::kFloat32 ? 4 : 2);
-  for (std::int64_t k = 0; k < p.in; k += kStretch) {
-    const std::int64_t inputs = p.in - k < kStretch ? p.in - k : kStretch;
+  const std::int64_t stretch = kStretch * word_inputs(p.format);
+  for (std::int64_t k = 0; k < p.in; k += stretch) {
+    const std::int64_t inputs = p.in - k < stretch ? p.in - k : stretch;
     Tile part;
     float_tile(p.format, rows, x + k * 4 / word_inputs(p.format), p.x_stride, inputs, panel + k * bytes,
                ahead, k == 0 ? tile : part);
