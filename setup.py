@@ -59,6 +59,7 @@ X86: dict[str, list[str]] = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
     "avx512_vnni": [*AVX512, "-mavx512vnni"],
+    "avx512_bf16": [*AVX512, "-mavx512vnni", "-mavx512bf16"],
 }
 ARM: dict[str, list[str]] = {"neon_dotprod": ["-march=armv8.2-a+dotprod"]}
 

@@ -116,8 +116,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t format_code,
 
   Tensor y = torch::stable::new_empty(x, {rows, columns});
   const int64_t row_bytes = kernels.prepared_row_bytes(format, in);
-  const bool quantised = format >= Format::kInt8;
-  const Tensor prepared = torch::stable::new_empty(x, {quantised ? rows * row_bytes : 0}, ScalarType::Byte);
+  const Tensor prepared = torch::stable::new_empty(x, {rows * row_bytes}, ScalarType::Byte);
   minilm::LinearParams p = {};
   p.format = format;
   p.activation = static_cast<Activation>(activation);
@@ -131,7 +130,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t format_code,
   p.rows = rows;
   p.y = static_cast<float*>(y.mutable_data_ptr());
   p.y_stride = columns;
-  if (quantised) {
+  if (row_bytes > 0) {
     char* to = static_cast<char*>(prepared.mutable_data_ptr());
     const float* from = static_cast<const float*>(x.const_data_ptr());
     torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / in), [&](int64_t begin, int64_t end) {

@@ -58,7 +58,7 @@ FEATURES = (
 """Instruction sets that matter here, of those that Linux lists."""
 
 ISAS: dict[str, tuple[str, ...]] = {
-    "x86_64": ("generic", "avx2", "avx512", "avx512_vnni"),
+    "x86_64": ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16"),
     "aarch64": ("generic", "neon_dotprod"),
 }
 """Machine -> the instruction sets that the extension's CPU kernels are compiled for."""

@@ -174,10 +174,15 @@ def test_a_16_bit_cache_is_as_good_as_the_modules(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("lengths", [MANY, SHORT], ids=["many", "short"])
-@pytest.mark.parametrize("family", ["bert", "gpt2", "llama", "mistral", "qwen3"])
-def test_a_sequence_does_not_depend_on_its_batch(family: str, lengths: list[int]) -> None:
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [(family, torch.float32) for family in ("bert", "gpt2", "llama", "mistral", "qwen3")]
+    + [(family, torch.bfloat16) for family in ("bert", "llama")],
+    ids=str,
+)
+def test_a_sequence_does_not_depend_on_its_batch(family: str, dtype: torch.dtype, lengths: list[int]) -> None:
     """Bit by bit, alone (few rows) as in a large batch (many)."""
-    model = model_of(family)
+    model = model_of(family).to(dtype)
     whole = run(model, lengths)
     tokens, _ = batch(lengths)
     parts = zip(torch.split(tokens, lengths), torch.split(whole, lengths), lengths, strict=True)
@@ -188,11 +193,12 @@ def test_a_sequence_does_not_depend_on_its_batch(family: str, lengths: list[int]
             assert torch.equal(alone, expected), f"a sequence of {length}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("family", ["bert", "llama"])
 @pytest.mark.parametrize("lengths", [[2], [5, 40, 15], MANY, SHORT], ids=["few", "between", "many", "short"])
-def test_the_body_does_not_depend_on_threads(family: str, lengths: list[int]) -> None:
+def test_the_body_does_not_depend_on_threads(family: str, lengths: list[int], dtype: torch.dtype) -> None:
     """60 rows are many for one thread and few for four."""
-    model = model_of(family)
+    model = model_of(family).to(dtype)
     first, *others = with_threads(lambda: run(model, lengths))
     assert all(torch.equal(first, other) for other in others)
 
@@ -631,4 +637,6 @@ def test_opcheck(family: str) -> None:
 @pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """This file again, in a process that is told to use another instruction set than the best."""
-    passes_with(isa, __file__, "body_is_close or quantised or depend or whole or stretches or behind")
+    passes_with(
+        isa, __file__, "body_is_close or 16_bit or quantised or depend or whole or stretches or behind"
+    )

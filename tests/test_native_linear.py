@@ -89,7 +89,7 @@ def test_the_layer_is_close(
     mean: float,
     seed: int,
 ) -> None:
-    x = random(rows, inputs, seed=seed) + mean
+    x = (random(rows, inputs, seed=seed) + mean).to(dtype).float()  # as the op gives it
     weight = random(outputs * (1 + gated), inputs, seed=seed + 1, dtype=dtype)
     bias = random(len(weight), seed=seed + 2, dtype=dtype) if with_bias else None
     made = packed.pack(weight, bias, gated=gated)
@@ -100,6 +100,16 @@ def test_the_layer_is_close(
         expected(*arguments, torch.float32),
         expected(*arguments, torch.float64),
         floor=rounding(x, weight, bias, gated),
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_long_sums_are_close(dtype: torch.dtype) -> None:
+    """Of more inputs than are added up at a time, all of one sign."""
+    x, weight = (random(n, 3001, seed=n, dtype=dtype).abs() + 1 for n in (14, PANEL + 1))
+    x = x.float()
+    assert_as_good_as_eager(
+        apply(x, packed.pack(weight, None)), x @ weight.float().T, x.double() @ weight.double().T
     )
 
 
@@ -158,6 +168,16 @@ def activated(activation: int, x: Tensor) -> Tensor:
     y = apply(x[:, None], packed.pack(torch.ones(PANEL, 1), None), activation)
     torch.testing.assert_close(y, y[:, :1].expand_as(y), rtol=0, atol=0, equal_nan=True)
     return y[:, 0]
+
+
+def test_what_bfloat16_weights_meet_is_x_or_x_rounded() -> None:
+    """To the nearest bfloat16, ties to even, where the instruction set multiplies bfloat16 with bfloat16."""
+    between = (torch.arange(-(2**15), 2**15, dtype=torch.int32) << 16 | 0x8000).view(torch.float32)
+    x = torch.cat((patterns(1 << 14), between))
+    y = apply(x[:, None], packed.pack(torch.ones(PANEL, 1, dtype=torch.bfloat16), None))
+    if native.cpu_isa() == "avx512_bf16":
+        x = torch.where(x.abs() < torch.finfo(torch.float32).tiny, 0.0, x.bfloat16().float())
+    torch.testing.assert_close(y, x[:, None].expand_as(y), rtol=0, atol=0, equal_nan=True)
 
 
 BOUNDS: dict[int, float] = {0: 0.0, 1: 2.5e-7, 2: 2e-7, 3: 4e-7, 4: 0.0, 5: 2e-7}
@@ -233,10 +253,11 @@ def test_a_row_does_not_depend_on_batch_or_threads(dtype: torch.dtype, gated: bo
     assert torch.equal(alone, full[:, : alone.shape[1]]), "an output depends on the others"
 
 
-def test_nan_and_infinity_stay_in_their_row_and_column() -> None:
-    x, weight = random(9, 20, seed=0), random(PANEL + 5, 20, seed=1)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_nan_and_infinity_stay_in_their_row_and_column(dtype: torch.dtype) -> None:
+    x, weight = random(9, 21, seed=0), random(PANEL + 5, 21, seed=1, dtype=dtype)
     clean = apply(x, packed.pack(weight, None))
-    x[3, 7], x[5, 0], weight[2, 19] = float("nan"), float("inf"), float("nan")
+    x[3, 7], x[5, 0], weight[2, 20] = float("nan"), float("inf"), float("nan")
     y = apply(x, packed.pack(weight, None))
     assert y[3].isnan().all()
     assert y[:, 2].isnan().all()
@@ -493,4 +514,4 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """This file again, in a process that is told to use another instruction set than the best."""
-    passes_with(isa, __file__, "close or bound or depend or infinity or beyond or refuses")
+    passes_with(isa, __file__, "close or bound or depend or infinity or beyond or refuses or rounded")

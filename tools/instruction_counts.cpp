@@ -92,14 +92,15 @@ Case linear(Format format, const char* name, std::int64_t rows, std::int64_t out
   kernels.pack(pack);
   auto x = std::make_shared<std::vector<float>>(values(rows * in, 3));
   auto y = std::make_shared<std::vector<float>>(rows * out);
-  auto prepared = std::make_shared<std::vector<char>>(rows * kernels.prepared_row_bytes(format, in));
+  const std::int64_t row_bytes = kernels.prepared_row_bytes(format, in);
+  auto prepared = std::make_shared<std::vector<char>>(rows * row_bytes);
   minilm::LinearParams p = {};
   p.format = format;
   p.in = in;
   p.places = p.columns = p.y_stride = out;
   p.packed = packed->data();
-  p.x = quantised ? static_cast<const void*>(prepared->data()) : x->data();
-  p.x_stride = kernels.prepared_row_bytes(format, in);
+  p.x = row_bytes > 0 ? static_cast<const void*>(prepared->data()) : x->data();
+  p.x_stride = row_bytes > 0 ? row_bytes : in * 4;
   p.rows = rows;
   p.y = y->data();
   const std::string title = std::string("linear ") + name + ", rows " + std::to_string(rows) + ", " +
@@ -107,7 +108,7 @@ Case linear(Format format, const char* name, std::int64_t rows, std::int64_t out
   return {title, out * in, [=] {
             (void)packed, (void)y;
             const auto& kernels = minilm::cpu_kernels();
-            if (quantised) kernels.prepare_rows(format, x->data(), in, in, 0, rows, prepared->data());
+            if (row_bytes > 0) kernels.prepare_rows(format, x->data(), in, in, 0, rows, prepared->data());
             kernels.linear(p, 0, out / kernels.panel);
           }};
 }

@@ -30,7 +30,7 @@ FIGURES = ROOT / "benchmarks" / "instruction_counts.json"
 TOLERANCE = 0.03
 """A kernel may need so much more than its figure: what another libc or linker brings. Needing less is
 reported too."""
-UNKNOWN_TO_VALGRIND = ("avx512", "avx512_vnni")
+UNKNOWN_TO_VALGRIND = ("avx512", "avx512_vnni", "avx512_bf16")
 
 
 class CannotCount(RuntimeError):

@@ -33,6 +33,11 @@ namespace avx512_vnni {
 extern const CpuKernels kKernels;
 }
 #endif
+#ifdef MINILM_HAS_AVX512_BF16
+namespace avx512_bf16 {
+extern const CpuKernels kKernels;
+}
+#endif
 #ifdef MINILM_HAS_NEON_DOTPROD
 namespace neon_dotprod {
 extern const CpuKernels kKernels;
@@ -56,6 +61,7 @@ struct Candidate {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
+[[maybe_unused]] bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 #elif defined(__aarch64__) && defined(__linux__)
 bool has_dotprod() { return getauxval(AT_HWCAP) & HWCAP_ASIMDDP; }
 #elif defined(__aarch64__)
@@ -74,7 +80,10 @@ const std::vector<Candidate>& candidates() {
       {&avx512::kKernels, has_avx512()},
 #endif
 #ifdef MINILM_HAS_AVX512_VNNI
-      {&avx512_vnni::kKernels, has_avx512() && __builtin_cpu_supports("avx512vnni")},
+      {&avx512_vnni::kKernels, has_avx512_vnni()},
+#endif
+#ifdef MINILM_HAS_AVX512_BF16
+      {&avx512_bf16::kKernels, has_avx512_vnni() && __builtin_cpu_supports("avx512bf16")},
 #endif
 #ifdef MINILM_HAS_NEON_DOTPROD
       {&neon_dotprod::kKernels, has_dotprod()},

@@ -8,39 +8,86 @@
 // of 6 x 16 does 12 multiply-adds for 2 loads of W and 6 broadcasts of x an input; with AVX-512, 12 x 32 does
 // 24 for 14. So with many rows arithmetic is the limit. With one row (decoding) two multiply-adds use 2
 // vectors of weights, and memory is the limit: 2 operations for each 4 bytes (2 bytes in 16-bit formats).
+//
+// 16-bit weights are widened to float32. Where an instruction multiplies pairs of bfloat16 (AVX512_BF16),
+// rows of x are rounded to bfloat16 for such weights, and a word, which is 4 bytes of a row and of each
+// output of the panel, holds two inputs instead of one: twice the multiply-adds for the same loads. Sums are
+// float32; what is subnormal counts as zero.
 
 #include "cpu/linear.h"
 
 namespace minilm::MINILM_ISA {
 namespace {
 
-constexpr std::int64_t kStretch = 384;  // inputs
+constexpr std::int64_t kStretch = 384;      // inputs
+constexpr std::int64_t kPairStretch = 512;  // inputs that are multiplied in pairs
+
+// A word of x and of a vector of outputs: an input of weights kept as T.
+template <typename T>
+struct Word {
+  static constexpr int kInputs = 1;
+  using OfRow = float;
+  static F32 weights(const T* p) { return Storage<T>::widen(load(p)); }
+  static F32 add(F32 sum, OfRow x, F32 weights) { return sum + x * weights; }
+};
+
+#if defined(__AVX512BF16__)
+template <>
+struct Word<BFloat16> {
+  static constexpr int kInputs = 2;
+  using OfRow = std::int32_t;
+  static I32 weights(const BFloat16* p) {
+    I32 pairs;
+    __builtin_memcpy(&pairs, p, sizeof(pairs));
+    return pairs;
+  }
+  static F32 add(F32 sum, OfRow x, I32 weights) {
+    return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(weights), bit_cast<__m512bh>(_mm512_set1_epi32(x)));
+  }
+};
+
+// To the nearest bfloat16, ties to even; the second input of the last word may be none.
+void round_rows(const float* x, std::int64_t x_stride, std::int64_t in, std::int64_t begin, std::int64_t end,
+                char* to) {
+  const auto rounded = [](F32 values) { return bit_cast<U16>(_mm512_cvtneps_pbh(values)); };
+  for (std::int64_t row = begin; row < end; ++row) {
+    const float* from = x + row * x_stride;
+    auto* halves = reinterpret_cast<BFloat16*>(to + row * prepared_row_bytes(Format::kBFloat16, in));
+    std::int64_t k = 0;
+    for (; k + kLanes<float> <= in; k += kLanes<float>) store(halves + k, rounded(load(from + k)));
+    const int left = static_cast<int>(in - k);
+    if (left > 0) store(halves + k, rounded(load(from + k, left)), left + left % 2);
+  }
+}
+#endif
+
+inline int word_inputs(Format format) { return format == Format::kBFloat16 ? Word<BFloat16>::kInputs : 1; }
 
 // x_tile panel for R rows; kAsks: what lies `ahead` bytes further on is asked for in advance.
 template <typename T, int R, bool kAsks>
-inline __attribute__((always_inline)) void sums_of(const float* x, std::int64_t x_stride, std::int64_t in,
+inline __attribute__((always_inline)) void sums_of(const char* x, std::int64_t stride, std::int64_t words,
                                                    const T* panel, std::int64_t ahead, Tile& tile) {
+  using W = Word<T>;
   // Rows are reached from three pointers, by one and three strides: twelve pointers would not leave
   // registers.
-  const std::int64_t stride = x_stride * 4, three = 3 * stride;
-  const char* base[3] = {reinterpret_cast<const char*>(x), reinterpret_cast<const char*>(x + 4 * x_stride),
-                         reinterpret_cast<const char*>(x + 8 * x_stride)};
+  const std::int64_t three = 3 * stride;
+  const char* base[3] = {x, x + 4 * stride, x + 8 * stride};
   F32 sums[R][2] = {};
-  for (std::int64_t k = 0; k < in; ++k) {
+  for (std::int64_t k = 0; k < words; ++k) {
     if (kAsks) {
       const char* next = reinterpret_cast<const char*>(panel) + ahead;
       __builtin_prefetch(next, 0, 2);
-      if (kPanel * sizeof(T) > 64) __builtin_prefetch(next + 64, 0, 2);
+      if (kPanel * W::kInputs * sizeof(T) > 64) __builtin_prefetch(next + 64, 0, 2);
     }
-    const F32 w0 = Storage<T>::widen(load(panel));
-    const F32 w1 = Storage<T>::widen(load(panel + kLanes<float>));
-    panel += kPanel;
+    const auto w0 = W::weights(panel);
+    const auto w1 = W::weights(panel + kLanes<float> * W::kInputs);
+    panel += kPanel * W::kInputs;
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      float value;
+      typename W::OfRow value;
       __builtin_memcpy(&value, base[r / 4] + (r % 4 == 3 ? three : r % 4 * stride), 4);
-      sums[r][0] += value * w0;
-      sums[r][1] += value * w1;
+      sums[r][0] = W::add(sums[r][0], value, w0);
+      sums[r][1] = W::add(sums[r][1], value, w1);
     }
 #pragma GCC unroll 3
     for (int i = 0; i < 3; ++i) base[i] += 4;
@@ -53,19 +100,23 @@ inline __attribute__((always_inline)) void sums_of(const float* x, std::int64_t 
 }
 
 template <typename T, int R = 1>
-void tile_of(int rows, const float* x, std::int64_t x_stride, std::int64_t in, const T* panel,
+void tile_of(int rows, const char* x, std::int64_t x_stride, std::int64_t words, const T* panel,
              std::int64_t ahead, Tile& tile) {
-  if (rows == R && ahead != 0) return sums_of<T, R, true>(x, x_stride, in, panel, ahead, tile);
-  if (rows == R) return sums_of<T, R, false>(x, x_stride, in, panel, ahead, tile);
-  if constexpr (R < kTileRows) tile_of<T, R + 1>(rows, x, x_stride, in, panel, ahead, tile);
+  if (rows == R && ahead != 0) return sums_of<T, R, true>(x, x_stride, words, panel, ahead, tile);
+  if (rows == R) return sums_of<T, R, false>(x, x_stride, words, panel, ahead, tile);
+  if constexpr (R < kTileRows) tile_of<T, R + 1>(rows, x, x_stride, words, panel, ahead, tile);
 }
 
 template <typename T>
 void pack_values(const PackParams& p, std::int64_t panel, T* to) {
   const T* values = static_cast<const T*>(p.values);
+  const int inputs = word_inputs(p.format);
   for (int place = 0; place < kPanel; ++place) {
     const std::int64_t row = p.order[panel * kPanel + place];
-    for (std::int64_t k = 0; k < p.in; ++k) to[k * kPanel + place] = row < 0 ? T{} : values[row * p.in + k];
+    T* word = to + place * inputs;
+    for (std::int64_t k = 0; k < p.in; k += inputs, word += kPanel * inputs) {
+      for (int i = 0; i < inputs; ++i) word[i] = row < 0 || k + i >= p.in ? T{} : values[row * p.in + k + i];
+    }
   }
 }
 
@@ -96,11 +147,12 @@ void fill(const LinearParams& p, std::int64_t row, int rows, const char* panel, 
   }
   // Stretches of inputs are added up for themselves: the rounding error of a long sum grows with its length.
   const std::int64_t bytes = kPanel * (p.format == Format::kFloat32 ? 4 : 2);
-  for (std::int64_t k = 0; k < p.in; k += kStretch) {
-    const std::int64_t inputs = p.in - k < kStretch ? p.in - k : kStretch;
+  const std::int64_t stretch = word_inputs(p.format) == 1 ? kStretch : kPairStretch;
+  for (std::int64_t k = 0; k < p.in; k += stretch) {
+    const std::int64_t inputs = p.in - k < stretch ? p.in - k : stretch;
     Tile part;
-    float_tile(p.format, rows, reinterpret_cast<const float*>(x) + k, p.x_stride / 4, inputs,
-               panel + k * bytes, ahead, k == 0 ? tile : part);
+    float_tile(p.format, rows, x + k * 4 / word_inputs(p.format), p.x_stride, inputs, panel + k * bytes,
+               ahead, k == 0 ? tile : part);
     if (k == 0) continue;
     for (int r = 0; r < rows; ++r) {
       tile.sums[r][0] += part.sums[r][0];
@@ -121,7 +173,7 @@ inline __attribute__((always_inline)) void ask_for(const float* y, std::int64_t 
 }  // namespace
 
 std::int64_t float_panel_bytes(Format format, std::int64_t in) {
-  return round_up(in * kPanel * (format == Format::kFloat32 ? 4 : 2), 64);
+  return round_up(round_up(in, word_inputs(format)) * kPanel * (format == Format::kFloat32 ? 4 : 2), 64);
 }
 
 void pack_float(const PackParams& p, std::int64_t panel, void* to) {
@@ -132,15 +184,16 @@ void pack_float(const PackParams& p, std::int64_t panel, void* to) {
   }
 }
 
-void float_tile(Format format, int rows, const float* x, std::int64_t x_stride, std::int64_t in,
+void float_tile(Format format, int rows, const char* x, std::int64_t x_stride, std::int64_t in,
                 const void* panel, std::int64_t ahead, Tile& tile) {
+  const std::int64_t words = (in + word_inputs(format) - 1) / word_inputs(format);
   switch (format) {
     case Format::kBFloat16:
-      return tile_of(rows, x, x_stride, in, static_cast<const BFloat16*>(panel), ahead, tile);
+      return tile_of(rows, x, x_stride, words, static_cast<const BFloat16*>(panel), ahead, tile);
     case Format::kFloat16:
-      return tile_of(rows, x, x_stride, in, static_cast<const Float16*>(panel), ahead, tile);
+      return tile_of(rows, x, x_stride, words, static_cast<const Float16*>(panel), ahead, tile);
     default:
-      return tile_of(rows, x, x_stride, in, static_cast<const float*>(panel), ahead, tile);
+      return tile_of(rows, x, x_stride, words, static_cast<const float*>(panel), ahead, tile);
   }
 }
 
@@ -161,15 +214,16 @@ void pack(const PackParams& p) {
 }
 
 std::int64_t prepared_row_bytes(Format format, std::int64_t in) {
-  return is_quantized(format) ? quantized_row_bytes(format, in) : in * 4;
+  if (is_quantized(format)) return quantized_row_bytes(format, in);
+  return word_inputs(format) == 2 ? round_up(in * 2, 4) : 0;
 }
 
 void prepare_rows(Format format, const float* x, std::int64_t x_stride, std::int64_t in, std::int64_t begin,
                   std::int64_t end, void* to) {
   if (is_quantized(format)) return quantize_rows(format, x, x_stride, in, begin, end, to);
-  for (std::int64_t row = begin; row < end; ++row) {
-    __builtin_memcpy(static_cast<float*>(to) + row * in, x + row * x_stride, in * 4);
-  }
+#if defined(__AVX512BF16__)
+  round_rows(x, x_stride, in, begin, end, static_cast<char*>(to));
+#endif
 }
 
 // Columns [begin, end) of y, counted in panels' widths. Gated, column c comes from the panels 2 c and 2 c

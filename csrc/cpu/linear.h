@@ -5,9 +5,10 @@
 //
 //   panel p, input k:   W[order[p kPanel + 0], k]  W[order[p kPanel + 1], k] ...  (kPanel values)
 //
-// in one stretch that is read front to back, whatever the number of rows of x. `order` says which output
-// stands where: as they come, or gate and up in turns, so that a gated layer finds both in neighbouring
-// panels.
+// in one stretch that is read front to back, whatever the number of rows of x. Where bfloat16 is multiplied
+// in pairs, it is stored in pairs: W[order[p kPanel + 0], k and k + 1] ..., the last one filled up with zero.
+// `order` says which output stands where: as they come, or gate and up in turns, so that a gated layer finds
+// both in neighbouring panels.
 //
 // packed:  bias, float32 [places]  |  panel 0  |  panel 1  | ...     each part a multiple of 64 bytes
 //
@@ -47,7 +48,7 @@ void quantize_rows(Format format, const float* x, std::int64_t x_stride, std::in
 
 // tile.sums[r] = row r of x times `panel`, for rows 1..kTileRows. The memory `ahead` bytes beyond what is
 // read is asked for in advance.
-void float_tile(Format format, int rows, const float* x, std::int64_t x_stride, std::int64_t in,
+void float_tile(Format format, int rows, const char* x, std::int64_t x_stride, std::int64_t in,
                 const void* panel, std::int64_t ahead, Tile& tile);
 void quantized_tile(Format format, int rows, const void* x, std::int64_t x_stride, std::int64_t in,
                     const void* panel, std::int64_t ahead, Tile& tile);

@@ -48,7 +48,7 @@ struct Part {
   float* h;           // [rows, C]: what the norm gives
   float* mid;         // [rows, F]
   float* attended;    // [rows, H D], of a decode step
-  char* prepared;     // rows as a quantised linear layer wants them
+  char* prepared;     // rows as a linear layer wants them, if not as they are
   float* statistics;  // [2 rows]
 };
 
@@ -131,13 +131,12 @@ std::int64_t prepared_bytes(const TransformerParams& p) {
     const BlockWeights& block = w.blocks[layer];
     const PackedWeight* const weights[] = {&block.qkv, &block.out, &block.up, &block.down};
     for (const PackedWeight* weight : weights) {
-      if (!is_quantized(weight->format)) continue;
-      const std::int64_t bytes = quantized_row_bytes(weight->format, weight->in);
+      const std::int64_t bytes = prepared_row_bytes(weight->format, weight->in);
       most = bytes > most ? bytes : most;
     }
   }
-  if (p.head != nullptr && is_quantized(p.head->format)) {
-    const std::int64_t bytes = quantized_row_bytes(p.head->format, p.head->in);
+  if (p.head != nullptr) {
+    const std::int64_t bytes = prepared_row_bytes(p.head->format, p.head->in);
     most = bytes > most ? bytes : most;
   }
   return most;
@@ -256,12 +255,12 @@ struct Steps {
     l.rows = part.rows;
     l.y = y;
     l.y_stride = weight.columns;
-    if (is_quantized(weight.format)) {
+    if (const std::int64_t bytes = prepared_row_bytes(weight.format, weight.in); bytes > 0) {
       crew.own_rows(part.rows, [&](std::int64_t begin, std::int64_t end) {
-        quantize_rows(weight.format, input, weight.in, weight.in, begin, end, part.prepared);
+        prepare_rows(weight.format, input, weight.in, weight.in, begin, end, part.prepared);
       });
       l.x = part.prepared;
-      l.x_stride = quantized_row_bytes(weight.format, weight.in);
+      l.x_stride = bytes;
     }
     crew.over_panels(ceil_div(weight.columns, kPanel),
                      [&](std::int64_t begin, std::int64_t end) { linear(l, begin, end); });

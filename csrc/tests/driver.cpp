@@ -265,9 +265,17 @@ struct Weight {
     cpu_kernels().pack(p);
   }
 
-  // What the layer sees of x: its codes times their scale, for the quantised formats.
+  // Whether x is rounded to bfloat16.
+  bool rounds() const {
+    return format == Format::kBFloat16 && cpu_kernels().prepared_row_bytes(format, in) > 0;
+  }
+
+  // What the layer sees of x: that in bfloat16, or its codes times their scale, or x itself.
   Doubles seen(const Floats& x) const {
     Doubles out(x.begin(), x.end());
+    if (rounds()) {
+      for (double& value : out) value = rounded(DType::kBFloat16, value);
+    }
     if (format < Format::kInt8) return out;
     const bool skewed = format == Format::kInt8;
     const std::int64_t length = skewed ? 192 : kGroup;
@@ -315,9 +323,9 @@ Floats run_linear(const Weight& w, const Floats& x, Activation activation, bool 
   p.rows = static_cast<std::int64_t>(x.size()) / w.in;
   p.x = x.data(), p.x_stride = w.in * 4;
   std::vector<char> prepared;
-  if (w.format >= Format::kInt8) {
-    p.x_stride = kernels.prepared_row_bytes(w.format, w.in);
-    prepared.resize(p.rows * p.x_stride);
+  if (const std::int64_t bytes = kernels.prepared_row_bytes(w.format, w.in); bytes > 0) {
+    p.x_stride = bytes;
+    prepared.resize(p.rows * bytes);
     kernels.prepare_rows(w.format, x.data(), w.in, w.in, 0, p.rows, prepared.data());
     p.x = prepared.data();
   }
@@ -526,14 +534,14 @@ struct Model {
   std::vector<BlockWeights> blocks;
   TransformerWeights weights = {};
 
-  Model(bool decoder, Format head_format)
+  Model(bool decoder, Format format, Format head_format)
       : decoder(decoder), kv_heads(decoder ? 2 : 4), head(head_format, 37, channels, false, false) {
     const std::int64_t all = (heads + 2 * kv_heads) * size;
     for (std::int64_t layer = 0; layer < layers; ++layer) {
-      linear.emplace_back(Format::kFloat32, all, channels, false, !decoder);
-      linear.emplace_back(Format::kFloat32, channels, heads * size, false, !decoder);
-      linear.emplace_back(Format::kFloat32, decoder ? 2 * inner : inner, channels, decoder, !decoder);
-      linear.emplace_back(Format::kFloat32, channels, inner, false, !decoder);
+      linear.emplace_back(format, all, channels, false, !decoder);
+      linear.emplace_back(format, channels, heads * size, false, !decoder);
+      linear.emplace_back(format, decoder ? 2 * inner : inner, channels, decoder, !decoder);
+      linear.emplace_back(format, channels, inner, false, !decoder);
       for (int i = 0; i < 4; ++i) norms.push_back(random_floats(channels, 0.5f, i % 2 ? 0.0f : 1.0f));
     }
     norms.push_back(random_floats(channels, 0.5f, 1));
@@ -556,6 +564,9 @@ struct Model {
     weights.activation = decoder ? Activation::kSilu : Activation::kGelu;
     weights.gated = weights.pre_norm = weights.rms = weights.causal = decoder;
   }
+
+  // A number near the middle between two of bfloat16 may be rounded to the other of them.
+  double tolerance() const { return linear[0].rounds() ? 1e-2 : 1e-4; }
 
   void angles(std::int64_t place, Floats& cos, Floats& sin) const {
     for (std::int64_t i = 0; i < size / 2; ++i) {
@@ -696,7 +707,7 @@ void check_transformer(const Model& m, const std::vector<std::int64_t>& lengths,
     for (std::int64_t s = 0; s < sequences; ++s) {
       for (std::int64_t i = 0; i < (ends[s + 1] - ends[s]) * m.channels; ++i) {
         const double expected = want[s][done[s] * m.channels + i];
-        expect(m.decoder ? "decoder" : "encoder", rows[ends[s] * m.channels + i], expected, 1e-4);
+        expect(m.decoder ? "decoder" : "encoder", rows[ends[s] * m.channels + i], expected, m.tolerance());
       }
       done[s] = context[s];
     }
@@ -737,8 +748,11 @@ void check_all() {
       }
     }
   }
-  const Model encoder(false, Format::kFloat32), decoder(true, Format::kFloat32),
-      quantised_head(true, Format::kInt8);
+  const Model encoder(false, Format::kFloat32, Format::kFloat32),
+      decoder(true, Format::kFloat32, Format::kFloat32),
+      quantised_head(true, Format::kFloat32, Format::kInt8),
+      half_encoder(false, Format::kBFloat16, Format::kBFloat16),
+      half_decoder(true, Format::kBFloat16, Format::kBFloat16);
   std::vector<std::int64_t> short_ones(60);
   for (int i = 0; i < 60; ++i) short_ones[i] = 6 + 7 * i % 36;
   for (const int threads : {1, 2, 3}) {
@@ -750,6 +764,8 @@ void check_all() {
     check_transformer(decoder, {300, 7}, true, threads);
     check_transformer(quantised_head, {9, 6, 20, 11, 7}, true, threads);
     check_transformer(quantised_head, {9, 6}, true, threads);
+    check_transformer(half_encoder, {60, 3, 90, 8}, false, threads);
+    check_transformer(half_decoder, {9, 6, 20}, true, threads);
     check_transformer(decoder, std::vector<std::int64_t>(50 * threads, 7), true, threads);
   }
 }

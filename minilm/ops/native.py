@@ -1,9 +1,10 @@
 """The `native` backend: ops of the compiled extension minilm._C (csrc/), with their fakes and derivatives.
 
 The extension is optional: without it, or with a PyTorch older than its stable ABI, this module still imports,
-and `unavailable` holds the reason. Environment: ``MINILM_CPU_ISA=generic|avx2|avx512|avx512_vnni``
-(on ARM ``generic|neon_dotprod``) chooses the instruction set of the CPU kernels instead of the best one;
-naming one that this machine cannot run is an error at import.
+and `unavailable` holds the reason. Environment:
+``MINILM_CPU_ISA=generic|avx2|avx512|avx512_vnni|avx512_bf16`` (on ARM ``generic|neon_dotprod``) chooses the
+instruction set of the CPU kernels instead of the best one; naming one that this machine cannot run is an
+error at import.
 """
 
 from __future__ import annotations

@@ -44,8 +44,8 @@ def panel_width() -> int:
 
 
 def prefer_large_pages(memory: Tensor) -> None:
-    """Asks the system for large pages for a tensor on the CPU, whose content is lost: what is read from end to
-    end at every step waits for the tables of small ones."""
+    """Asks the system for large pages for a tensor on the CPU, whose content is lost: what is read from end
+    to end at every step waits for the tables of small ones."""
     if memory.device.type == "cpu" and importlib.util.find_spec("minilm._C") is not None:
         importlib.import_module("minilm._C").prefer_large_pages(memory.data_ptr(), memory.nbytes)
 
