@@ -222,7 +222,7 @@ def test_every_op_has_cases_and_right_implementations(op: str) -> None:
 def test_the_cases_cover_the_op_interface() -> None:
     from minilm.ops import dispatch
 
-    elsewhere = {"blocks", "decode_step", "embed"}  # the layer and end-to-end levels measure them
+    elsewhere = {"blocks", "decode_step", "embed", "pool"}  # the layer and end-to-end levels measure them
     assert {c.op for c in shapes.op_cases()} == set(dispatch.ops()) - elsewhere
     names = [c.name for c in shapes.op_cases()]
     assert len(names) == len(set(names))
