@@ -221,6 +221,9 @@ def _start(
         if reason is not None:
             refused[name] = ("skipped", reason)
             continue
+        if (short := _too_large(name, assets, options.device)) is not None:
+            refused[name] = ("skipped", short)
+            continue
         options.say(f"{model}: {name} is loaded and checked")
         try:
             if peers.engine_class(name).prepare is not peers.Engine.prepare:
@@ -236,6 +239,19 @@ def _start(
         except WorkerError as error:
             refused[name] = ("skipped" if error.kind == "unavailable" else "failed", str(error))
     return ready, verdicts, refused
+
+
+def _too_large(name: str, assets: Assets, device: str) -> str | None:
+    """Why an engine does not fit beside those that are loaded; None when it does, or nobody can tell."""
+    free = machine.available_bytes()
+    if device != "cpu" or free is None:
+        return None
+    kind = peers.engine_class(name)
+    weights = sum(file.stat().st_size for file in assets.folder.glob("*.safetensors"))  # float32
+    needed = weights / 4 * kind.bytes_a_weight * kind.copies
+    if needed <= free:
+        return None
+    return f"needs about {needed / 1e9:.1f} GB of memory beside the others; {free / 1e9:.1f} GB are free"
 
 
 def precision_of(name: str, device: str) -> tuple[str, float]:

@@ -16,7 +16,20 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from minilm.benchmarks import check, corpus, harness, models, ops, peers, report, shapes, standing, workers
+from minilm.benchmarks import (
+    check,
+    corpus,
+    end_to_end,
+    harness,
+    machine,
+    models,
+    ops,
+    peers,
+    report,
+    shapes,
+    standing,
+    workers,
+)
 from minilm.benchmarks.limits import Limits
 from minilm.benchmarks.peers.base import OpPeer, Skipped
 from minilm.benchmarks.results import Results, rows, times
@@ -254,6 +267,20 @@ def test_an_engine_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch
     assert peers.engine_class("llama.cpp f32").unavailable("cuda") is not None
     with pytest.raises(ValueError, match="unknown engine 'x'"):
         peers.engine_class("x")
+
+
+def test_engines_that_do_not_fit_into_memory_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINILM_BENCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(machine, "available_bytes", lambda: 1 << 10)
+    options = end_to_end.Options(TINY, 1, "cpu", only("minilm", "transformers sdpa"))
+    workloads = end_to_end.encoder_workloads("MiniLM-L6", models.assets("MiniLM-L6"), with_corpus=False)[:1]
+    found = list(end_to_end.run_model("MiniLM-L6", workloads, Limits("cpu", "made up"), options, cold=False))
+    assert {c["peer"]: c["status"] for c in found} == dict.fromkeys(
+        ("minilm", "transformers sdpa"), "skipped"
+    )
+    assert all(re.search(r"needs about \d+\.\d GB of memory .* are free", c["reason"]) for c in found)
 
 
 def test_engines_are_pinned() -> None:

@@ -18,6 +18,7 @@ class MiniLM(Engine):
     encoder = decoder = True
     devices = ("cpu", "cuda")
     only_real_models = False
+    copies = 2.25  # as they came, and packed for the kernels
     backend = ""
     dtype = "float32"
     """On a GPU float16 stands for it."""
@@ -111,6 +112,7 @@ class Reference(MiniLM):
     """The specification only: what the fast paths are worth."""
 
     backend = "reference"
+    copies = 1.25
 
 
 class BFloat16(MiniLM):
