@@ -1,4 +1,4 @@
-// All blocks of a Transformer as one op, and the whole of a decoding step as another (cpu/transformer.cpp).
+// All blocks of a Transformer as one op, and whole steps of decoding as another (cpu/transformer.cpp).
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -92,9 +92,11 @@ class Call {
     p.sin = data<float>(sin);
   }
 
+  // `steps`: new tokens of each sequence, of which this call has one only; more than 1 when the tokens after
+  // it are fed to the same call.
   void set_cache(const Tensor& keys, const Tensor& values, const Tensor& slots, const Tensor& block_table,
                  const Tensor& context_lens, bool fresh, std::optional<Tensor>& k_scales,
-                 std::optional<Tensor>& v_scales) {
+                 std::optional<Tensor>& v_scales, int64_t steps = 1) {
     const ScalarType type = keys.scalar_type();
     int64_t bytes = 2;
     switch (type) {
@@ -133,9 +135,9 @@ class Call {
             "scales must be float32 [layers, pages, page size, Hkv]");
       (scales == &k_scales ? p.k_scales : p.v_scales) = static_cast<float*>((*scales)->mutable_data_ptr());
     }
-    check(plain(slots, ScalarType::Long, 1) && slots.size(0) == p.tokens, "slots must be int64 [T]");
+    check(plain(slots, ScalarType::Long, 1) && slots.size(0) == p.tokens * steps, "slots must be int64 [T]");
     p.slots = data<int64_t>(slots);
-    check(std::all_of(p.slots, p.slots + p.tokens,
+    check(std::all_of(p.slots, p.slots + p.tokens * steps,
                       [&](int64_t s) { return s >= 0 && s < pages * p.page_size; }),
           "a slot lies outside of the cache");
     check(plain(block_table, ScalarType::Int, 2) && block_table.size(0) == p.sequences,
@@ -150,7 +152,8 @@ class Call {
     p.context_lens = data<int32_t>(context_lens);
     for (int64_t b = 0; b < p.sequences; ++b) {
       const int64_t keys_here = p.context_lens[b];
-      check(keys_here >= p.cu_seqlens[b + 1] - p.cu_seqlens[b] && keys_here <= p.table_width * p.page_size,
+      check(keys_here >= (p.cu_seqlens[b + 1] - p.cu_seqlens[b]) * steps &&
+                keys_here <= p.table_width * p.page_size,
             "a context is shorter than its new tokens, or longer than its pages");
       if (!fresh) p.max_keys = std::max(p.max_keys, keys_here);
     }
@@ -204,61 +207,91 @@ Tensor transformer(const Tensor& embedded, const Tensor& arena, const Tensor& la
   return x;
 }
 
-// The newest token of each sequence, from its number to the logits [B, V] of the next one and the best of
-// these, int64 [B].
-std::tuple<Tensor, Tensor> decode_step(const Tensor& tokens, const Tensor& table, std::optional<Tensor> scale,
-                                       std::optional<Tensor> minimum, std::optional<Tensor> position_table,
-                                       int64_t position_offset, std::optional<Tensor> cos,
-                                       std::optional<Tensor> sin, const Tensor& arena, const Tensor& layout,
-                                       const Tensor& head, int64_t head_format, int64_t vocabulary,
-                                       const Tensor& k_cache, const Tensor& v_cache, const Tensor& slots,
-                                       const Tensor& block_table, const Tensor& context_lens,
-                                       std::optional<Tensor> k_scales, std::optional<Tensor> v_scales) {
+// What a token is to the first block: its vector, that of its position if these are learned, and its angles.
+class Inputs {
+ public:
+  Inputs(const VectorTable& tokens, const std::optional<Tensor>& positions, int64_t offset,
+         const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+         const minilm::TransformerWeights& w)
+      : tokens_(tokens), offset_(offset), channels_(w.channels), half_(cos.has_value() ? w.head_dim / 2 : 0) {
+    if (positions.has_value()) positions_.emplace(*positions, std::nullopt, std::nullopt, w.channels);
+    check(offset >= 0 && offset < (int64_t{1} << 31), "the positions have an impossible offset");
+    check(cos.has_value() == sin.has_value(), "cos and sin come together");
+    if (!cos.has_value()) return;
+    for (const Tensor* angles : {&*cos, &*sin}) {
+      check(w.head_dim % 2 == 0 && plain(*angles, ScalarType::Float, 2) && angles->size(1) == half_,
+            "cos and sin must be float32 [positions, D / 2]");
+    }
+    cos_ = data<float>(*cos);
+    sin_ = data<float>(*sin);
+    angles_ = std::min(cos->size(0), sin->size(0));
+  }
+
+  int64_t angles() const { return half_; }
+
+  void check_token(int64_t token) const {
+    check(token >= 0 && token < tokens_.rows(), "a token is not in the vocabulary");
+  }
+  void check_place(int64_t place) const {
+    check(!positions_.has_value() || (place >= 0 && place + offset_ < positions_->rows()),
+          "a position is beyond the table of positions");
+    check(half_ == 0 || (place >= 0 && place < angles_), "a position is beyond the table of angles");
+  }
+
+  // Of a token and a place that were checked. x: [C]; cos, sin: [angles()].
+  void write(int64_t token, int64_t place, float* x, float* cos, float* sin) const {
+    std::fill(x, x + channels_, 0.0f);
+    tokens_.add(token, x);
+    if (positions_.has_value()) positions_->add(place + offset_, x);
+    std::copy_n(cos_ + place * half_, half_, cos);
+    std::copy_n(sin_ + place * half_, half_, sin);
+  }
+
+ private:
+  const VectorTable& tokens_;
+  std::optional<VectorTable> positions_;
+  int64_t offset_, channels_, half_, angles_ = 0;
+  const float* cos_ = nullptr;
+  const float* sin_ = nullptr;
+};
+
+// tokens [B], the newest of each sequence, to the logits [B, V] of the token after it and the likeliest one,
+// int64 [steps, B]: one step, or as many as `slots` [B * steps] and context_lens have room for, in which the
+// likeliest token of a step is fed to the next. A step that gives one of `ends` is the last: logits are those
+// of the last step, and where no step was made, -1 stands for its tokens.
+std::tuple<Tensor, Tensor> decode_steps(
+    const Tensor& tokens, const Tensor& table, std::optional<Tensor> scale, std::optional<Tensor> minimum,
+    std::optional<Tensor> position_table, int64_t position_offset, std::optional<Tensor> cos,
+    std::optional<Tensor> sin, const Tensor& arena, const Tensor& layout, const Tensor& head,
+    int64_t head_format, int64_t vocabulary, int64_t logits_format, const Tensor& ends, const Tensor& k_cache,
+    const Tensor& v_cache, const Tensor& slots, const Tensor& block_table, const Tensor& context_lens,
+    std::optional<Tensor> k_scales, std::optional<Tensor> v_scales) {
   Call call(arena, layout);
   const int64_t channels = call.w.channels;
   check(plain(tokens, ScalarType::Long, 1), "tokens must be int64 [B]");
   const int64_t batch = tokens.size(0);
-  std::vector<int32_t> ends(batch + 1);
-  for (int64_t b = 0; b <= batch; ++b) ends[b] = static_cast<int32_t>(b);
-  call.set_sequences(ends.data(), batch, batch);
-  call.set_cache(k_cache, v_cache, slots, block_table, context_lens, false, k_scales, v_scales);
+  const int64_t steps = batch > 0 ? slots.numel() / batch : 1;
+  check(steps >= 1 && steps < (int64_t{1} << 31), "there are no slots, or too many");
+  std::vector<int32_t> borders(batch + 1);
+  for (int64_t b = 0; b <= batch; ++b) borders[b] = static_cast<int32_t>(b);
+  call.set_sequences(borders.data(), batch, batch);
+  call.set_cache(k_cache, v_cache, slots, block_table, context_lens, false, k_scales, v_scales, steps);
+  check(plain(ends, ScalarType::Long, 1), "ends must be int64, of one dimension");
 
   const VectorTable vectors(table, scale, minimum, channels);
-  std::optional<VectorTable> places;
-  if (position_table.has_value()) places.emplace(*position_table, std::nullopt, std::nullopt, channels);
-  check(position_offset >= 0 && position_offset < (int64_t{1} << 31),
-        "the positions have an impossible offset");
-  std::vector<float> x(batch * channels, 0.0f);
+  const Inputs inputs(vectors, position_table, position_offset, cos, sin, call.w);
+  std::vector<int64_t> current(data<int64_t>(tokens), data<int64_t>(tokens) + batch);
+  std::vector<int32_t> contexts(call.p.context_lens, call.p.context_lens + batch);
   for (int64_t b = 0; b < batch; ++b) {
-    const int64_t token = data<int64_t>(tokens)[b];
-    check(token >= 0 && token < vectors.rows(), "a token is not in the vocabulary");
-    vectors.add(token, x.data() + b * channels);
-    if (!places.has_value()) continue;
-    const int64_t place = call.p.context_lens[b] - 1 + position_offset;
-    check(place >= 0 && place < places->rows(), "a position is beyond the table of positions");
-    places->add(place, x.data() + b * channels);
+    inputs.check_token(current[b]);
+    inputs.check_place(contexts[b] - 1);
+    contexts[b] -= static_cast<int32_t>(steps);  // what the sequence has before
   }
-
-  check(cos.has_value() == sin.has_value(), "cos and sin come together");
-  std::vector<float> angles;
-  if (cos.has_value()) {
-    const int64_t half = call.w.head_dim / 2;
-    for (const Tensor* table_of : {&*cos, &*sin}) {
-      check(call.w.head_dim % 2 == 0 && plain(*table_of, ScalarType::Float, 2) && table_of->size(1) == half,
-            "cos and sin must be float32 [positions, D / 2]");
-      for (int64_t b = 0; b < batch; ++b) {
-        const int64_t place = call.p.context_lens[b] - 1;
-        check(place >= 0 && place < table_of->size(0), "a position is beyond the table of angles");
-        const float* row = data<float>(*table_of) + place * half;
-        angles.insert(angles.end(), row, row + half);
-      }
-    }
-    call.p.cos = angles.data();
-    call.p.sin = angles.data() + batch * half;
-  }
+  check(steps == 1 || vocabulary <= vectors.rows(), "tokens may come that have no vector");
 
   const auto& kernels = minilm::cpu_kernels();
   check(head_format >= 0 && head_format <= 5, "the head has an unknown format");
+  check(logits_format >= 0 && logits_format <= 2, "logits are float32, bfloat16 or float16");
   check(vocabulary >= 1 && vocabulary < (int64_t{1} << 31), "the vocabulary has an impossible size");
   minilm::PackedWeight last = {};
   last.format = static_cast<Format>(head_format);
@@ -273,12 +306,35 @@ std::tuple<Tensor, Tensor> decode_step(const Tensor& tokens, const Tensor& table
   last.packed = head.const_data_ptr();
 
   Tensor logits = torch::stable::new_empty(tokens, {batch, vocabulary}, ScalarType::Float);
-  Tensor best = torch::stable::new_empty(tokens, {batch});
+  Tensor best = torch::stable::new_empty(tokens, {steps, batch});
   if (batch == 0) return {logits, best};
+  auto* found = static_cast<int64_t*>(best.mutable_data_ptr());
+  std::fill(found, found + steps * batch, -1);
+  const int64_t half = inputs.angles();
+  std::vector<float> x(batch * channels), angles(2 * batch * half);
+  std::vector<int64_t> places(batch);
+  call.p.cos = half > 0 ? angles.data() : nullptr;
+  call.p.sin = half > 0 ? angles.data() + batch * half : nullptr;
+  call.p.slots = places.data();
+  call.p.context_lens = contexts.data();
   call.p.head = &last;
   call.p.logits = static_cast<float*>(logits.mutable_data_ptr());
-  call.p.best = static_cast<int64_t*>(best.mutable_data_ptr());
-  call.run(x.data());
+  constexpr DType kRounded[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+  call.p.logits_dtype = kRounded[logits_format];
+  const int64_t* last_tokens = data<int64_t>(ends);
+  for (int64_t step = 0; step < steps; ++step, found += batch) {
+    for (int64_t b = 0; b < batch; ++b) {
+      float* cos_here = angles.data() + b * half;
+      inputs.write(current[b], contexts[b], x.data() + b * channels, cos_here, cos_here + batch * half);
+      contexts[b] += 1;
+      places[b] = data<int64_t>(slots)[b * steps + step];
+    }
+    call.p.best = found;
+    call.run(x.data());
+    std::copy_n(found, batch, current.begin());
+    if (std::find_first_of(found, found + batch, last_tokens, last_tokens + ends.numel()) != found + batch)
+      break;
+  }
   return {logits, best};
 }
 
@@ -290,14 +346,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minilm, m) {
       " Tensor(a!)? k_cache, Tensor(b!)? v_cache, Tensor? slots, Tensor? block_table, Tensor? context_lens,"
       " bool fresh, Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> Tensor");
   m.def(
-      "decode_step(Tensor tokens, Tensor table, Tensor? scale, Tensor? minimum, Tensor? position_table,"
+      "decode_steps(Tensor tokens, Tensor table, Tensor? scale, Tensor? minimum, Tensor? position_table,"
       " int position_offset, Tensor? cos, Tensor? sin, Tensor arena, Tensor layout, Tensor head,"
-      " int head_format, int vocabulary, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slots,"
-      " Tensor block_table, Tensor context_lens, Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None)"
-      " -> (Tensor, Tensor)");
+      " int head_format, int vocabulary, int logits_format, Tensor ends, Tensor(a!) k_cache,"
+      " Tensor(b!) v_cache, Tensor slots, Tensor block_table, Tensor context_lens,"
+      " Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minilm, CPU, m) {
   m.impl("transformer", TORCH_BOX(&transformer));
-  m.impl("decode_step", TORCH_BOX(&decode_step));
+  m.impl("decode_steps", TORCH_BOX(&decode_steps));
 }

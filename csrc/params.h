@@ -209,6 +209,7 @@ struct TransformerParams {
   bool one_each;             // not fresh, and one new token for each sequence: a decode step
   const PackedWeight* head;  // [V, C], applied to the result; null: nothing is
   float* logits;             // [T, V]
+  DType logits_dtype;        // they are rounded to it
   std::int64_t* best;        // [T]: the first of the highest logits; the first NaN, if there is one
   char* workspace;           // transformer_workspace bytes, the first transformer_counters of them zero
 };

@@ -121,7 +121,7 @@ class KVCache:
         """Make room for `tokens` more tokens in new pages, so that growing does not copy later."""
         missing = -(-tokens // self.page_size) - len(self._free)
         if missing > 0:
-            self._grow(missing)
+            self._grow(max(missing, self._pages // 2))
 
     def stores(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all layers, [layers, pages, page size, Hkv, D] each."""
@@ -189,12 +189,16 @@ class KVCache:
 
     def crop(self, max_length: int) -> None:
         """Forget all but the first `max_length` tokens of every sequence."""
-        for row, length in self.lengths.items():
-            if length > max_length:
-                self.lengths[row] = max_length
-                keep = -(-max_length // self.page_size)
-                self._free.extend(reversed(self._pages_of[row][keep:]))
-                del self._pages_of[row][keep:]
+        for row in self.lengths:
+            self.crop_row(row, max_length)
+
+    def crop_row(self, row: int, max_length: int) -> None:
+        """Forget all but the first `max_length` tokens of one sequence."""
+        if self.lengths[row] > max_length:
+            self.lengths[row] = max_length
+            keep = -(-max_length // self.page_size)
+            self._free.extend(reversed(self._pages_of[row][keep:]))
+            del self._pages_of[row][keep:]
 
     def fork(self, row: int) -> int:
         """A new row with a copy of `row`'s past: several continuations of one prompt read it once."""

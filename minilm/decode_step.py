@@ -1,14 +1,15 @@
-"""One step of decoding: the newest token of each sequence in, a score for each possible next one out.
+"""Steps of decoding: the newest token of each sequence in, a score for each possible next one out.
 
-`by_modules` says what that is: the tokens' embeddings, all blocks with the cache, the head. A small model
+`by_modules` says what a step is: the tokens' embeddings, all blocks with the cache, the head. A small model
 does it in a few milliseconds, of which the calls between Python and the kernels are a good part. So
-`run_native` hands the whole step to the native extension as one call (csrc/cpu/transformer.cpp). It is one
-more implementation behind the dispatch table, of the op `decode_step`.
+`run_native` hands whole steps to the native extension as one call (csrc/cpu/transformer.cpp); where the
+likeliest token is what is written and nobody waits for each, that can be several. It is one more
+implementation behind the dispatch table, of the op `decode_step`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -31,70 +32,103 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def run(
-    model: AutoModelForCausalLM, tokens: Tensor, rows: Sequence[int], cache: KVCache
+    model: AutoModelForCausalLM,
+    tokens: Tensor,
+    rows: Sequence[int],
+    cache: KVCache,
+    steps: int = 1,
+    ends: Iterable[int] = (),
 ) -> tuple[Tensor, Tensor]:
     """Sequence b, in the cache's row ``rows[b]``, goes on with ``tokens[b]``, int64 [B].
 
-    Returns the logits of the token after it, [B, V], and the likeliest one of each, int64 [B]. Nobody may
-    have written to the weights since the model was last run.
+    Up to `steps` steps: the likeliest token of each is fed to the next, and the first step that gives one of
+    `ends` is the last. Returns the logits of the last step, [B, V], and the likeliest tokens of all that were
+    made, int64 [steps, B]. The last ones have not been fed: the cache holds the tokens before them. Nobody
+    may have written to the weights since the model was last run.
     """
     traits = native.WholeTraits(tokens.device.type, model.dtype, _obstacle(model, cache))
-    result: tuple[Tensor, Tensor] = dispatch.select("decode_step", traits)(model, tokens, rows, cache)
+    call = dispatch.select("decode_step", traits)
+    result: tuple[Tensor, Tensor] = call(model, tokens, rows, cache, steps, frozenset(ends))
     return result
 
 
 def by_modules(
-    model: AutoModelForCausalLM, tokens: Tensor, rows: Sequence[int], cache: KVCache
+    model: AutoModelForCausalLM,
+    tokens: Tensor,
+    rows: Sequence[int],
+    cache: KVCache,
+    steps: int,
+    ends: frozenset[int],
 ) -> tuple[Tensor, Tensor]:
-    """The step as the embeddings, the blocks and the head make it, one after the other."""
+    """The steps as the embeddings, the blocks and the head make them, one after the other."""
     device, batch = tokens.device, len(rows)
-    positions = torch.tensor([cache.lengths[row] for row in rows], device=device)
-    ends = torch.arange(batch + 1, dtype=torch.int32, device=device)
-    hidden = model.run_packed(
-        tokens,
-        Packed(batch, 1, None, [1] * batch, ends, positions),
-        cache=cache,
-        rows=rows,
-        unchanged=not torch.is_grad_enabled(),  # what was found of the blocks may hold without gradients only
-    )
-    logits = model.logits(hidden)
-    return logits, logits.argmax(-1)
+    borders = torch.arange(batch + 1, dtype=torch.int32, device=device)
+    found: list[Tensor] = []
+    while True:
+        positions = torch.tensor([cache.lengths[row] for row in rows], device=device)
+        hidden = model.run_packed(
+            tokens,
+            Packed(batch, 1, None, [1] * batch, borders, positions),
+            cache=cache,
+            rows=rows,
+            unchanged=not torch.is_grad_enabled(),  # what was found may hold without gradients only
+        )
+        logits = model.logits(hidden)
+        tokens = logits.argmax(-1)
+        found.append(tokens)
+        if len(found) == steps or (ends and not ends.isdisjoint(tokens.tolist())):
+            return logits, torch.stack(found)
 
 
 def run_native(
-    model: AutoModelForCausalLM, tokens: Tensor, rows: Sequence[int], cache: KVCache
+    model: AutoModelForCausalLM,
+    tokens: Tensor,
+    rows: Sequence[int],
+    cache: KVCache,
+    steps: int,
+    ends: frozenset[int],
 ) -> tuple[Tensor, Tensor]:
-    """The step in one call."""
-    ends: _Ends = model.__dict__["_step_ends"]  # as `_obstacle` found it a moment ago
-    assert ends.head is not None
+    """The steps in one call."""
+    frame: _Ends = model.__dict__["_step_ends"]  # as `_obstacle` found it a moment ago
+    assert frame.head is not None
     arena, layout = fused.arena(model.body)
     spec = model.spec
-    step = cache.extend(rows, [1] * len(rows))
+    room = cache.extend(rows, [steps] * len(rows))
     cos = sin = None
     if spec.rope is not None:
-        cos, sin = _angles(spec.rope, spec.head_dim, max(512, 1 << (step.max_context - 1).bit_length()))
-    logits, best = torch.ops.minilm.decode_step(
+        cos, sin = _angles(spec.rope, spec.head_dim, max(512, 1 << (room.max_context - 1).bit_length()))
+    logits, best = torch.ops.minilm.decode_steps.default(
         tokens.contiguous(),
-        *ends.table,
-        ends.positions,
+        *frame.table,
+        frame.positions,
         spec.position_offset,
         cos,
         sin,
         arena,
         layout,
-        ends.head.data,
-        ends.head.format,
-        ends.head.columns,
+        frame.head.data,
+        frame.head.format,
+        frame.head.columns,
+        packed.FORMATS[model.dtype],
+        _numbers(ends),
         *cache.stores(),
-        step.slots,
-        step.block_table,
-        step.context_lens,
+        room.slots,
+        room.block_table,
+        room.context_lens,
         *cache.scale_stores(),
     )
-    if model.dtype != torch.float32:
-        logits = logits.to(model.dtype)
-        best = logits.argmax(-1)
-    return logits, best
+    if steps > 1 and len(rows):
+        made = int((best[:, 0] >= 0).sum())
+        for row in rows if made < steps else ():
+            cache.crop_row(row, cache.lengths[row] - (steps - made))
+        best = best[:made]
+    return logits.to(model.dtype), best
+
+
+@lru_cache(maxsize=64)
+def _numbers(numbers: frozenset[int]) -> Tensor:
+    with torch.inference_mode(False), torch.device("cpu"):
+        return torch.tensor(sorted(numbers), dtype=torch.int64)
 
 
 @lru_cache(maxsize=8)

@@ -2,7 +2,7 @@
 
     waiting   prompts not yet read           step(): 1. read prompts, packed end to end, while there is room
     running   texts that grow                        2. one new token for every running text, as one packed
-    batch
+    batch; several, where that is the likeliest and nobody waits for each
 
 A text that ends leaves the batch at once and gives its pages of the cache back, and a waiting prompt takes
 its place (continuous batching: Yu et al. 2022, "Orca"). Several samples of one prompt read it once. A prompt
@@ -47,8 +47,8 @@ class Sample:
     row: int = -1
     """Its sequence in the cache; -1 before and after."""
 
-    def take(self, token: int) -> None:
-        """Write one more token, and see whether the text ends with it."""
+    def take(self, token: int) -> bool:
+        """Write one more token; returns whether the text ends with it."""
         request = self.request
         self.tokens.append(token)
         if token in request.ends:
@@ -57,6 +57,7 @@ class Sample:
             self.finish_reason, self.stop_reason = "stop", found
         elif len(self.tokens) >= request.max_new_tokens:
             self.finish_reason = "length"
+        return self.finish_reason is not None
 
 
 @dataclass(eq=False)
@@ -73,6 +74,8 @@ class Request:
     logprobs: int | None = None
     """Of how many of the best tokens to keep the log-probabilities (those of the model, before any
     processing)."""
+    at_once: bool = False
+    """Nobody looks at the samples before they are finished: a step may write several of their tokens."""
     row: int = -1
     """The sequence in the cache that the prompt is read into; given by the caller to go on from what it
     holds."""
@@ -86,6 +89,13 @@ class Request:
         """All samples have ended."""
         return all(sample.finish_reason for sample in self.samples)
 
+
+STRIDE = 8
+"""Tokens that texts which nobody watches grow by in one step: what stands between two calls of the model is
+then done once for all of them, and nothing that happens meanwhile, a new request say, waits for long."""
+
+LEAST_ROOM = 64
+"""New tokens for which a text finds room in the cache when it begins, if it may have as many."""
 
 Drawer = Callable[[Tensor, Sequence[Sample]], Tensor]
 """(processed logits [B, V], the sample of each row) -> tokens int64 [B]."""
@@ -184,8 +194,8 @@ class Engine:
             self.step()
 
     def step(self) -> list[Sample]:
-        """Read what prompts there is room for, and write one token of each running text; returns what
-        grew."""
+        """Read what prompts there is room for, and write one token of each running text (or several, see
+        `Request.at_once`); returns what grew."""
         self._stepping = True
         try:
             return self._step()
@@ -207,7 +217,7 @@ class Engine:
             if begun:
                 self._choose(begun, first[0] if len(first) == 1 else torch.cat(first))
             if growing:
-                self._choose(growing, *self._decode(growing))
+                self._write(growing)
             grown = [*growing, *begun]
             self.running = [sample for sample in grown if sample.finish_reason is None]
             if not self._keep_rows:
@@ -254,6 +264,7 @@ class Engine:
             if start + count == len(request.prompt):
                 samples += request.samples
                 last += [len(tokens) - 1] * request.n
+        self._make_room(chunks)
         device = self.model.device
         lengths = [count for _, count in chunks]
         packed = Packed(
@@ -277,11 +288,51 @@ class Engine:
                 sample.row = self.cache.fork(request.samples[0].row)
         return samples, self.model.logits(hidden[torch.tensor(last, dtype=torch.int64, device=hidden.device)])
 
+    def _make_room(self, chunks: list[tuple[Request, int]]) -> None:
+        """Have pages ready for the texts that begin: a cache that has to grow between two steps is copied.
+
+        A long text gets room for as much again as its prompt, and more when it needs it."""
+        size, pages = self.cache.page_size, 0
+        for request, _ in chunks:
+            if self.cache.lengths[request.row] == 0:
+                length = len(request.prompt)
+                length += min(request.max_new_tokens, max(length, LEAST_ROOM))
+                pages += request.n * -(-length // size)
+        self.cache.reserve(pages * size)
+
     # Writing
-    def _decode(self, samples: list[Sample]) -> tuple[Tensor, Tensor]:
-        """Feed the last token of each sample; the next logits, [B, V], and the likeliest tokens [B]."""
-        tokens = torch.tensor([sample.tokens[-1] for sample in samples], device=self.model.device)
-        return self.model.step(tokens, [sample.row for sample in samples], self.cache)
+    def _write(self, samples: list[Sample]) -> None:
+        """Feed the last token of each sample, and write the next ones."""
+        model, rows = self.model, [sample.row for sample in samples]
+        tokens = torch.tensor([sample.tokens[-1] for sample in samples], device=model.device)
+        steps = self._stride(samples)
+        if steps == 1:
+            logits, best = model.step(tokens, rows, self.cache)
+            self._choose(samples, logits, best)
+            return
+        ends = {end for sample in samples for end in (*sample.request.ends, *sample.request.sampling.ends)}
+        logits, found = model.steps(tokens, rows, self.cache, steps, ends)
+        *before, _ = found.tolist()
+        for step, likeliest in enumerate(before):
+            for sample, token in zip(samples, likeliest, strict=True):
+                if sample.finish_reason is None and sample.take(token):  # what came after it is forgotten
+                    length = self.cache.lengths[sample.row] - (len(before) - step)
+                    self.cache.crop_row(sample.row, length)
+        growing = [place for place, sample in enumerate(samples) if sample.finish_reason is None]
+        if growing:
+            chosen = slice(None) if len(growing) == len(samples) else growing
+            self._choose([samples[place] for place in growing], logits[chosen], found[-1][chosen])
+
+    def _stride(self, samples: list[Sample]) -> int:
+        """How many tokens to write in one step: more than one where it is known before that each is the
+        likeliest."""
+        if self.waiting or self._record is not None:
+            return 1
+        for request in {sample.request for sample in samples}:
+            rule = request.sampling
+            if not request.at_once or request.logprobs is not None or rule.do_sample or rule.counts:
+                return 1
+        return min(STRIDE, *(s.request.max_new_tokens - len(s.tokens) for s in samples))
 
     def _choose(self, samples: list[Sample], logits: Tensor, best: Tensor | None = None) -> None:
         """Append the next token to each sample; logits [B, V], of which `best` [B] are the likeliest."""

@@ -139,6 +139,7 @@ def generate(
         recorder=record,
     )
     for request in requests:
+        request.at_once = streamer is None and settings["max_time"] is None
         engine.add(request)
     if streamer is not None:
         streamer.put(ids.repeat_interleave(n, dim=0).cpu())

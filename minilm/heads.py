@@ -7,7 +7,7 @@ computed in float32, by the rules of transformers: -100 is ignored, classificati
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -361,7 +361,16 @@ class AutoModelForCausalLM(PreTrainedModel):
     def step(self, tokens: Tensor, rows: Sequence[int], cache: KVCache) -> tuple[Tensor, Tensor]:
         """One step of decoding, tokens int64 [B] -> logits [B, V] and the likeliest tokens int64 [B]; see
         `minilm.decode_step.run`."""
-        return decode_step.run(self, tokens, rows, cache)
+        logits, best = decode_step.run(self, tokens, rows, cache)
+        return logits, best[0]
+
+    def steps(
+        self, tokens: Tensor, rows: Sequence[int], cache: KVCache, count: int, ends: Iterable[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Up to `count` steps of decoding, the likeliest token of one fed to the next, until one of `ends`
+        comes: tokens int64 [B] -> logits of the last step [B, V] and the likeliest tokens int64 [steps, B];
+        see `minilm.decode_step.run`."""
+        return decode_step.run(self, tokens, rows, cache, count, ends)
 
     def generate(self, *args: Any, **options: Any) -> Any:
         """Write on from prompts; see `minilm.generate.generate`."""

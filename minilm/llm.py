@@ -276,6 +276,8 @@ class LLM:
         if len(each) != len(prompts):
             raise ValueError(f"there are {len(prompts)} prompts and {len(each)} sampling_params")
         jobs = [self._job(*prompt, own) for prompt, own in zip(prompts, each, strict=True)]
+        for job in jobs:
+            job.request.at_once = True
         bar = None
         if use_tqdm:
             from tqdm import tqdm

@@ -86,6 +86,11 @@ class Cache(RuleBasedStateMachine):
         self.cache.crop(length)
         self.tokens = {row: tokens[:length] for row, tokens in self.tokens.items()}
 
+    @rule(row=rows, length=st.integers(0, 12))
+    def crop_row(self, row: int, length: int) -> None:
+        self.cache.crop_row(row, length)
+        self.tokens[row] = self.tokens[row][:length]
+
     @rule(target=rows, row=rows)
     def fork(self, row: int) -> int:
         child = self.cache.fork(row)

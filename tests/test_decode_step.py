@@ -1,6 +1,6 @@
-"""One step of decoding in one native call: the same results as module by module, whatever the family, the
-batch, the threads; which token is the best; what it leaves to the modules, and why; what changes are seen;
-what the raw op refuses."""
+"""Steps of decoding in one native call: the same results as module by module, whatever the family, the batch,
+the threads; which token is the best; several steps in one call; what it leaves to the modules, and why; what
+changes are seen; what the raw op refuses."""
 
 from __future__ import annotations
 
@@ -309,6 +309,131 @@ def test_the_first_nan_is_the_best(places: tuple[int, ...]) -> None:
         logits, best = model.step(ints(4, 5, dtype=torch.int64), cache.rows, cache)
     assert best.tolist() == [min(places)] * 2
     assert torch.equal(best, logits.argmax(-1))
+
+
+# Several steps in one call
+
+
+def go_far(
+    model: Any, cache: KVCache, count: int, how: dict[str, Any] = NATIVE, ends: Sequence[int] = ()
+) -> tuple[Tensor, Tensor, KVCache]:
+    """`steps` on a copy of the cache: logits, tokens, and the copy."""
+    cache = copy.deepcopy(cache)
+    start = batch([len(cache.rows)], seed=1)[0]
+    with torch.inference_mode(), chosen(how):
+        logits, found = model.steps(start, cache.rows, cache, count, ends)
+    assert found.dtype == torch.int64
+    return logits, found, cache
+
+
+def one_by_one(model: Any, cache: KVCache, count: int) -> tuple[Tensor, Tensor]:
+    """Each step a call of its own: the logits of the last, and all tokens."""
+    cache = copy.deepcopy(cache)
+    tokens, found = batch([len(cache.rows)], seed=1)[0], []
+    with torch.inference_mode(), ops.backend("native"):
+        for _ in range(count):
+            logits, tokens = model.step(tokens, cache.rows, cache)
+            found.append(tokens)
+    return logits, torch.stack(found)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
+def test_several_steps_are_as_many_calls(family: str, dtype: torch.dtype) -> None:
+    """Across the borders of pages, and as the modules make them with the same kernels."""
+    model = model_of(family).to(dtype)
+    for lengths in ([37], [31, 5, 64], [60, 1] * 7):
+        cache = begun(model, lengths)
+        logits, tokens, after = go_far(model, cache, 6)
+        expected, one = one_by_one(model, cache, 6)
+        assert torch.equal(tokens, one)
+        assert torch.equal(logits, expected)
+        assert after.lengths == {row: length + 6 for row, length in cache.lengths.items()}
+        if dtype == torch.float32:  # else the modules round between their layers
+            slow, found, other = go_far(model, cache, 6, MODULES)
+            assert torch.equal(found, tokens)
+            assert torch.equal(slow, logits)
+            assert torch.equal(go_on(model, other), go_on(model, after))
+
+
+@pytest.mark.parametrize("how", [NATIVE, MODULES], ids=["native", "modules"])
+def test_a_step_that_gives_an_end_is_the_last(how: dict[str, Any]) -> None:
+    model = model_of("gpt2")
+    cache = begun(model, BATCHES[13])
+    _, tokens, _ = go_far(model, cache, 8)
+    before = set()
+    tried = 0
+    for step, row in enumerate(tokens.tolist()):
+        for end in set(row) - before:
+            tried += 1
+            logits, found, after = go_far(model, cache, 8, how, [end, 10**6])
+            assert torch.equal(found, tokens[: step + 1])
+            assert torch.equal(logits, one_by_one(model, cache, step + 1)[0])
+            assert after.lengths == {row: length + step + 1 for row, length in cache.lengths.items()}
+            for place, length in after.lengths.items():
+                assert len(after._pages_of[place]) == -(-length // after.page_size)
+        before |= set(row)
+    assert tried > 3
+
+
+def test_texts_written_several_tokens_at_a_time_are_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = decoder("llama").ours
+    greedy = Sampling(do_sample=False)
+    drawn = Sampling(seed=3)
+    counts: list[int] = []
+    steps = model.steps
+
+    def counted(*arguments: Any) -> Any:
+        counts.append(arguments[3])
+        return steps(*arguments)
+
+    monkeypatch.setattr(model, "steps", counted)
+
+    def written(at_once: bool, rule: Sampling, ends: frozenset[int], stop: int | None) -> Any:
+        requests = [
+            Request(p, rule, new, ends, at_once=at_once)
+            for p, new in zip(prompts([4, 30, 9]), (21, 5, 13), strict=True)
+        ]
+        if stop is not None:
+            sample = requests[0].samples[0]
+            sample.watch = lambda token: "stop" if len(sample.tokens) == stop else None
+        engine = Engine(model, keep_rows=True)
+        for request in requests:
+            engine.add(request)
+        engine.run()
+        samples = [sample for request in requests for sample in request.samples]
+        return [(s.tokens, s.finish_reason, s.stop_reason, engine.cache.lengths[s.row]) for s in samples]
+
+    with ops.backend("native"):
+        free = written(False, greedy, frozenset(), None)
+        assert counts == []
+        end = free[0][0][10]
+        for ends, stop in ((frozenset[int](), None), (frozenset([end]), None), (frozenset([end]), 4)):
+            expected = written(False, greedy, ends, stop)
+            assert counts == []
+            assert written(True, greedy, ends, stop) == expected
+            assert counts[0] == 4, "the second text writes four after its first"
+            assert len(counts) < 12
+            counts.clear()
+        assert written(True, drawn, frozenset(), None) == written(False, drawn, frozenset(), None)
+        assert counts == []
+
+
+def test_end_tokens_that_come_too_early_end_a_stride(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is taken then is not the likeliest token."""
+    model = decoder("llama").ours
+    end = sequences("llama", NATIVE, eos_token_id=None).sequences[1, 36]
+    rule = Sampling(do_sample=False, min_new_tokens=9, ends=frozenset([int(end)]))
+    found = []
+    for at_once in (False, True):
+        request = Request(prompts([4, 19, 33, 1])[1], rule, 12, frozenset([int(end)]), at_once=at_once)
+        engine = Engine(model)
+        engine.add(request)
+        with ops.backend("native"):
+            engine.run()
+        found.append(request.samples[0].tokens)
+    assert found[0] == found[1]
+    assert int(end) not in found[0][:9]
 
 
 # Whole texts
@@ -733,6 +858,8 @@ def raw(family: str = "llama", format: str | None = None) -> dict[str, Any]:
         "head": ends.head.data,
         "head_format": ends.head.format,
         "vocabulary": ends.head.columns,
+        "logits_format": 0,
+        "ends": torch.tensor([17]),
         "k_cache": k_cache,
         "v_cache": v_cache,
         "slots": step.slots,
@@ -742,7 +869,7 @@ def raw(family: str = "llama", format: str | None = None) -> dict[str, Any]:
 
 
 def call(arguments: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    result: tuple[Tensor, Tensor] = torch.ops.minilm.decode_step(*arguments.values())
+    result: tuple[Tensor, Tensor] = torch.ops.minilm.decode_steps(*arguments.values())
     return result
 
 
@@ -753,10 +880,29 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"tokens": torch.ones(3)}, "tokens must be int64"),
     ("llama", {"tokens": torch.ones(6, dtype=torch.int64)[::2]}, "tokens must be int64"),
     ("llama", {"tokens": torch.tensor([4, 40])}, "slots must be int64"),
+    ("llama", {"logits_format": -1}, "logits are float32"),
+    ("llama", {"logits_format": 3}, "logits are float32"),
+    ("llama", {"ends": torch.ones(2)}, "ends must be int64"),
+    ("llama", {"ends": torch.ones(1, 1, dtype=torch.int64)}, "ends must be int64"),
+    ("llama", {"ends": torch.tensor(3)}, "ends must be int64"),
+    ("llama", {"slots": torch.zeros(0, dtype=torch.int64)}, "no slots"),
+    ("llama", {"slots": ints(4, 5, 40, 41, 99, 100, dtype=torch.int64).view(3, 2)}, "slots must be int64"),
+    ("llama", {"slots": ints(4, 5, 40, 41, 99, 100, 101, dtype=torch.int64)}, "slots must be int64"),
+    ("llama", {"slots": ints(4, 5, 40, 41, 99, 128, dtype=torch.int64)}, "a slot lies outside"),
+    (
+        "llama",
+        {"slots": torch.arange(18), "context_lens": ints(5, 9, 40)},
+        "shorter than its new tokens",
+    ),
+    (
+        "llama",
+        {"slots": torch.arange(6), "table": torch.ones(40, 64), "tokens": torch.tensor([4, 39, 7])},
+        "tokens may come that have no vector",
+    ),
     ("llama", {"tokens": torch.tensor([4, 41, 7])}, "not in the vocabulary"),
     ("llama", {"tokens": torch.tensor([4, -1, 7])}, "not in the vocabulary"),
     ("llama", {"tokens": torch.tensor([4, 2**62, 7])}, "not in the vocabulary"),
-    ("llama", {"tokens": torch.tensor([4, 5, 6, 7])}, "slots must be int64"),
+    ("llama", {"tokens": torch.tensor([4, 5, 6, 7])}, "no slots"),
     ("llama", {"table": torch.ones(41, 65)}, "vectors have another length"),
     ("llama", {"table": torch.ones(41, 32, dtype=torch.uint8)}, "has scales if it holds codes"),
     ("llama", {"table": torch.ones(41, 64, dtype=torch.int8)}, "has scales if it holds codes"),
@@ -889,12 +1035,35 @@ def test_an_empty_batch_has_no_logits(valid: dict[str, dict[str, Any]]) -> None:
     }
     logits, best = call(valid["llama"] | none)
     assert logits.shape == (0, 41)
-    assert best.shape == (0,)
+    assert best.shape == (1, 0)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", *QUANTISED_ERROR])
+def test_several_steps_stay_within_their_tensors(valid: dict[str, dict[str, Any]], kind: str) -> None:
+    """Two steps, of which the second stands at the last of the tables and of the pages."""
+    arguments = valid[kind] | {
+        "tokens": torch.tensor([4, 40, 7]),
+        "slots": torch.tensor([3, 4, 39, 40, 3 * 32 + 6, 3 * 32 + 7]),
+        "block_table": ints(0, 0, 1, 0, 2, 3).view(3, 2),
+        "ends": torch.tensor([10**6]),
+    }
+    logits, best = call(arguments)
+    assert best.shape == (2, 3)
+    assert bool((best >= 0).all())
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            with guarded(value.nbytes) as memory:
+                found = call(arguments | {name: at_the_end(memory, value)})
+                assert torch.equal(found[0], logits), name
+                assert torch.equal(found[1], best), name
+    stopped = call(arguments | {"ends": best[0, 1:2].clone()})[1]
+    assert torch.equal(stopped[0], best[0])
+    assert stopped[1].tolist() == [-1] * 3
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "q4_1"])
 def test_opcheck(valid: dict[str, dict[str, Any]], kind: str) -> None:
-    torch.library.opcheck(torch.ops.minilm.decode_step.default, tuple(valid[kind].values()))
+    torch.library.opcheck(torch.ops.minilm.decode_steps.default, tuple(valid[kind].values()))
 
 
 @pytest.mark.parametrize("isa", OTHER_ISAS[:2])

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from strategies import examples
 from tiny_decoders import EOS, VOCABULARY, decoder, prompts
 
+from minilm.cache import KVCache
 from minilm.config import ModelConfig, RopeConfig
-from minilm.engine import Engine, Request, best_logprobs, context_window
+from minilm.engine import LEAST_ROOM, Engine, Request, best_logprobs, context_window
 from minilm.sampling import Sampling
 
 
@@ -64,6 +65,11 @@ def test_no_schedule_changes_a_text(data: st.DataObject) -> None:
         max_num_batched_tokens=data.draw(st.sampled_from([3, 17, 8192])),
         together=data.draw(st.booleans()),
     )
+    greedy = Sampling(do_sample=False, ends=frozenset({EOS}))
+    for r in requests:
+        r.at_once = data.draw(st.booleans())
+        if data.draw(st.booleans()):
+            r.sampling = greedy
     later = [r for r in requests if data.draw(st.booleans())]
     for r in requests:
         if r not in later:
@@ -194,6 +200,30 @@ def test_a_text_ends_by_token_by_string_or_by_length() -> None:
     (token,) = by_token.samples
     again = long.tokens.index(long.tokens[0], 1) if long.tokens[0] in long.tokens[1:] else 9
     assert token.tokens == long.tokens[: again + 1]
+
+
+def test_texts_find_their_pages_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Growing copies the cache: it happens when prompts are read, and later only for long texts."""
+    sizes: list[int] = []
+    grow = KVCache._grow
+
+    def counted(cache: KVCache, pages: int) -> None:
+        sizes.append(pages)
+        grow(cache, pages)
+
+    monkeypatch.setattr(KVCache, "_grow", counted)
+    engine = Engine(decoder("llama").ours)
+    few = [request(p, LEAST_ROOM, n, ends=frozenset()) for p, n in zip(prompts([32, 5]), (2, 1), strict=True)]
+    for r in few:
+        engine.add(r)
+    engine.step()
+    assert sizes == [2 * 3 + 3], "32 + 64 and 5 + 64 tokens, in pages of 32"
+    engine.run()
+    assert len(sizes) == 1
+    assert_empty(engine)
+    engine.add(request(prompts([100])[0], 60, ends=frozenset()))
+    engine.run()
+    assert len(sizes) == 1, "the pages of those that ended are enough"
 
 
 def test_without_a_seed_the_global_generator_decides() -> None:

@@ -34,6 +34,15 @@ inline void write(T* p, Raw<T> raw, int n) {
   n == kLanes<Accumulator<T>> ? store(p, raw) : store(p, raw, n);
 }
 
+// x[0, count) to the nearest that a T can be.
+template <typename T>
+inline void round_to(float* x, std::int64_t count) {
+  for (std::int64_t i = 0; i < count; i += kLanes<float>) {
+    const int n = count - i < kLanes<float> ? static_cast<int>(count - i) : kLanes<float>;
+    write(x + i, Storage<T>::widen(Storage<T>::round(read(x + i, n))), n);
+  }
+}
+
 // Where the highest of x[0, count) stands first; if there is a NaN, where the first one does.
 inline std::int64_t first_of_highest(const float* x, std::int64_t count) {
   constexpr int L = kLanes<float>;

@@ -316,7 +316,10 @@ struct Steps {
     apply(*p.head, x(), p.logits, Activation::kNone, false, false);
     crew.shared_rows(part.rows, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t row = begin; row < end; ++row) {
-        p.best[row] = first_of_highest(p.logits + row * vocabulary, vocabulary);
+        float* logits = p.logits + row * vocabulary;
+        if (p.logits_dtype == DType::kBFloat16) round_to<BFloat16>(logits, vocabulary);
+        if (p.logits_dtype == DType::kFloat16) round_to<Float16>(logits, vocabulary);
+        p.best[row] = first_of_highest(logits, vocabulary);
       }
     });
   }

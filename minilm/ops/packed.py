@@ -193,9 +193,10 @@ def _transformer_fake(embedded: Tensor, *arguments: Any) -> Tensor:
     return embedded.new_empty(embedded.shape)
 
 
-def _decode_step_fake(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
-    vocabulary = arguments[11]
-    return tokens.new_empty(tokens.shape[0], vocabulary, dtype=torch.float32), tokens.new_empty(tokens.shape)
+def _decode_steps_fake(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
+    batch, vocabulary, slots = tokens.shape[0], arguments[11], arguments[16]
+    steps = slots.shape[0] // batch if batch else 1
+    return tokens.new_empty(batch, vocabulary, dtype=torch.float32), tokens.new_empty(steps, batch)
 
 
 def _embed_fake(tokens: Tensor, table: Tensor, *arguments: Any) -> Tensor:
@@ -212,6 +213,6 @@ def register_fakes() -> None:
     torch.library.register_fake("minilm::pack_linear", _pack_fake)
     torch.library.register_fake("minilm::packed_linear", _packed_linear_fake)
     torch.library.register_fake("minilm::transformer", _transformer_fake)
-    torch.library.register_fake("minilm::decode_step", _decode_step_fake)
+    torch.library.register_fake("minilm::decode_steps", _decode_steps_fake)
     torch.library.register_fake("minilm::embed", _embed_fake)
     torch.library.register_fake("minilm::pool", _pool_fake)
