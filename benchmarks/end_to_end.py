@@ -217,7 +217,8 @@ def _start(
     with Worker(TRUTH, options.threads) as reference:
         reference.load(assets, options.device)
         truth = output(reference, model, assets)
-    for name, reason in candidates:
+    # Where memory is short, it is for the engines that people use.
+    for name, reason in sorted(candidates, key=lambda candidate: candidate[0] == "minilm reference"):
         if reason is not None:
             refused[name] = ("skipped", reason)
             continue

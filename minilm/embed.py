@@ -65,7 +65,7 @@ def run_native(embeddings: Embeddings, tokens: Tensor, positions: Tensor, types:
     else:
         vectors, dtype = table.weight.contiguous(), table.weight.dtype
     learned = None if embeddings.positions is None else embeddings.positions.weight.contiguous()
-    y: Tensor = torch.ops.minilm.embed(
+    y: Tensor = torch.ops.minilm.embed.default(
         tokens.long().contiguous(),
         vectors,
         scale,

@@ -86,7 +86,7 @@ def run_blocks(body: Transformer, x: Tensor, run: Pass, hidden_states: list[Tens
     stored: tuple[Tensor | None, ...] = (None,) * 5
     if cache is not None and step is not None:
         stored = (*cache.stores(), step.slots, step.block_table, step.context_lens)
-    y: Tensor = torch.ops.minilm.transformer(
+    y: Tensor = torch.ops.minilm.transformer.default(
         x.float().contiguous(),
         weights,
         layout if run.stop is None else _first(layout, run.stop, len(body.layers)),

@@ -295,6 +295,7 @@ class PreTrainedModel(nn.Module):
     ) -> Tensor:
         """The position of each packed token, int64 [T]: a row of the position table, or an angle of rope."""
         spec = self.spec
+        high = low = None  # of the positions, where they are known without a look at them
         if position_ids is not None:
             if position_ids.dim() == 1 or position_ids.shape[:1] == (1,):  # one row for all
                 position_ids = position_ids.view(1, -1).expand(packed.batch, -1)
@@ -308,15 +309,22 @@ class PreTrainedModel(nn.Module):
                 counts = counts - before.repeat_interleave(packed.cu_seqlens.diff())
             positions = counts * seen - 1 + spec.position_offset
         else:
-            positions = packed.positions + spec.position_offset
+            positions = packed.positions
+            if packed.indices is None:
+                high, low = packed.max_seqlen - 1 + spec.position_offset, 0
+            if spec.position_offset:
+                positions = positions + spec.position_offset
             if cache is not None and cache.get_seq_length():
+                high = low = None
                 past = torch.tensor([cache.lengths[row] for row in cache.rows], device=positions.device)
                 positions = positions + past.repeat_interleave(
                     torch.tensor(packed.lengths, device=positions.device)
                 )
         if spec.positions == "learned" and positions.numel() and not torch.compiler.is_compiling():
-            high, rows = int(positions.max()), spec.max_positions + spec.position_offset
-            if high >= rows or int(positions.min()) < 0:
+            rows = spec.max_positions + spec.position_offset
+            if high is None or low is None:
+                low, high = (int(value) for value in positions.aminmax())
+            if high >= rows or low < 0:
                 raise ValueError(
                     f"a sequence reaches position {high - spec.position_offset + 1}, and the model has only "
                     f"{spec.max_positions}: truncate the text"

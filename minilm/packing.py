@@ -103,14 +103,15 @@ def pack(batch: int, columns: int, attention_mask: Tensor | None, device: torch.
         real = attention_mask.to(device) != 0
         if bool(real.all()):
             attention_mask = None
-    column = torch.arange(columns, device=device).expand(batch, columns)
+    column = torch.arange(columns, device=device)
     if attention_mask is None:
-        cu_seqlens = torch.arange(
-            0, (batch + 1) * columns, max(columns, 1), dtype=torch.int32, device=device
-        )[: batch + 1]
         if columns == 0:
             cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=device)
-        return Packed(batch, columns, None, [columns] * batch, cu_seqlens, column.reshape(-1))
+        else:
+            cu_seqlens = torch.arange(0, (batch + 1) * columns, columns, dtype=torch.int32, device=device)
+        positions = column if batch == 1 else column.repeat(batch)
+        return Packed(batch, columns, None, [columns] * batch, cu_seqlens, positions)
+    column = column.expand(batch, columns)
     counts = real.sum(1, dtype=torch.int32)
     indices = real.flatten().nonzero().squeeze(1)
     positions = (column - real.int().argmax(1, keepdim=True)).flatten()[indices]

@@ -46,7 +46,7 @@ def _obstacle(modules: Sequence[Module], features: Features) -> str | None:
 def run_native(modules: Sequence[Module], features: Features) -> Features:
     """As `run`."""
     x, cu_seqlens = features.tokens, features.packed.cu_seqlens
-    y: Tensor = torch.ops.minilm.pool(x.float().contiguous(), cu_seqlens, len(modules) == 2)
+    y: Tensor = torch.ops.minilm.pool.default(x.float().contiguous(), cu_seqlens, len(modules) == 2)
     features.sentence = y.to(x.dtype)
     return features
 

@@ -48,6 +48,7 @@ class MiniLM(Engine):
 
                 extra = {"model_kwargs": {"weights": options.pop("weights")}} if self.weights else {}
                 self.model: Any = SentenceEncoder(self.assets.folder, device=self.device, **options, **extra)
+                self.unit = any(type(module).__name__ == "Normalize" for module in self.model.heads)
                 return
             from minilm import AutoModelForCausalLM
 
@@ -74,7 +75,9 @@ class MiniLM(Engine):
         with torch.inference_mode():
             features["input_ids"] = ids.to(self.device)
             sentence = self.model(features)["sentence_embedding"].float()
-            return torch.nn.functional.normalize(sentence, dim=1).cpu().numpy()
+            if not self.unit:
+                sentence = torch.nn.functional.normalize(sentence, dim=1)
+            return sentence.cpu().numpy()
 
     def embed_texts(self, texts: Sequence[str]) -> Any:
         """SentenceEncoder.encode."""
@@ -88,7 +91,7 @@ class MiniLM(Engine):
 
         cache = self.model.new_cache(dtype=CACHE_DTYPES[self.kv_cache])
         runner = Runner(self.model, max_num_batched_tokens=16384, together=True, cache=cache)
-        requests = [Request(list(p), Sampling(do_sample=False), new) for p in prompts]
+        requests = [Request(list(p), Sampling(do_sample=False), new, at_once=True) for p in prompts]
         for request in requests:
             runner.add(request)
         return runner, requests
