@@ -64,7 +64,7 @@ class Engine:
     precision: str = "fp32"
     """fp32, fp16, bf16, int8 or q4: of the weights."""
     bytes_a_weight: float = 4.0
-    copies: float = 1.25
+    copies: float = 1.5
     """How often the weights stand in memory once they are loaded, buffers included."""
     encoder = False
     decoder = False

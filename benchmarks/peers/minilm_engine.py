@@ -18,7 +18,7 @@ class MiniLM(Engine):
     encoder = decoder = True
     devices = ("cpu", "cuda")
     only_real_models = False
-    copies = 2.25  # as they came, and packed for the kernels
+    copies = 2.5  # as they came, and packed for the kernels
     backend = ""
     dtype = "float32"
     """On a GPU float16 stands for it."""
@@ -115,7 +115,7 @@ class Reference(MiniLM):
     """The specification only: what the fast paths are worth."""
 
     backend = "reference"
-    copies = 1.25
+    copies = 1.5
 
 
 class BFloat16(MiniLM):
