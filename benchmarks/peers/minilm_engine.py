@@ -115,7 +115,6 @@ class Reference(MiniLM):
     """The specification only: what the fast paths are worth."""
 
     backend = "reference"
-    copies = 1.5
 
 
 class BFloat16(MiniLM):
