@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from minilm import doctor
+
 from . import check, corpus, costs, harness, machine, models, peers, shapes
 from .limits import Limits
 from .peers.base import Assets
@@ -247,7 +249,9 @@ def _start(
 
 def _too_large(name: str, assets: Assets, device: str) -> str | None:
     """Why an engine does not fit beside those that are loaded; None when it does, or nobody can tell."""
-    free = machine.available_bytes()
+    found = doctor.memory()
+    known = [found[name] for name in ("available_bytes", "limit_bytes")]
+    free = min((size for size in known if size is not None), default=None)
     if device != "cpu" or free is None:
         return None
     kind = peers.engine_class(name)

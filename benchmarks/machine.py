@@ -66,13 +66,6 @@ def last_cache_bytes() -> int:
     return max(sizes, default=32 << 20)
 
 
-def available_bytes() -> int | None:
-    """Memory that a new process may take without anything being swapped; None where the system does not
-    tell."""
-    found = re.search(r"^MemAvailable:\s*(\d+) kB", _read("/proc/meminfo"), re.MULTILINE)
-    return int(found[1]) << 10 if found else None
-
-
 def clocks_mhz() -> list[float]:
     """The clock of each core as the kernel shows it, MHz; empty where it does not."""
     return [float(v) for v in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _read("/proc/cpuinfo"), re.MULTILINE)]

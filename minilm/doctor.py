@@ -79,7 +79,7 @@ def examine() -> dict[str, Any]:
         },
         "system": {"platform": platform.platform(), "machine": platform.machine()},
         "cpu": _cpu(),
-        "memory": _memory(),
+        "memory": memory(),
         "environment": {name: os.environ[name] for name in VARIABLES if name in os.environ},
         "packages": {name: {"version": _version(name), "for": use} for name, use in PACKAGES.items()},
         "models": {name: _model(name) for name in (DEFAULT_ENCODER, DEFAULT_DECODER)},
@@ -180,7 +180,7 @@ def _cpu() -> dict[str, Any]:
     }
 
 
-def _memory() -> dict[str, int | None]:
+def memory() -> dict[str, int | None]:
     """Bytes of memory, of which a container may have less (cgroup)."""
     found: dict[str, int | None] = {"total_bytes": None, "available_bytes": None, "limit_bytes": None}
     try:

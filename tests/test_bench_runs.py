@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,12 +17,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+from minilm import doctor
 from minilm.benchmarks import (
     check,
     corpus,
     end_to_end,
     harness,
-    machine,
     models,
     ops,
     peers,
@@ -269,11 +270,12 @@ def test_an_engine_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch
         peers.engine_class("x")
 
 
+@pytest.mark.parametrize(("size", "limit"), [(1 << 10, None), (None, 1 << 10), (1 << 40, 1 << 10)])
 def test_engines_that_do_not_fit_into_memory_are_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: int | None, limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MINILM_BENCH_CACHE", str(tmp_path))
-    monkeypatch.setattr(machine, "available_bytes", lambda: 1 << 10)
+    monkeypatch.setattr(doctor, "memory", lambda: {"available_bytes": size, "limit_bytes": limit})
     options = end_to_end.Options(TINY, 1, "cpu", only("minilm", "transformers sdpa"))
     workloads = end_to_end.encoder_workloads("MiniLM-L6", models.assets("MiniLM-L6"), with_corpus=False)[:1]
     found = list(end_to_end.run_model("MiniLM-L6", workloads, Limits("cpu", "made up"), options, cold=False))
@@ -324,6 +326,31 @@ def test_an_engine_in_its_own_process_gives_our_answer(model: str, tmp_path: Pat
         with pytest.raises(workers.WorkerError, match="unknown request 'x'") as error:
             worker.ask("x")
         assert error.value.kind == "failed"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
+def test_a_stopped_worker_ends_with_the_bench() -> None:
+    code = """
+import contextlib, time
+from minilm.benchmarks.workers import Worker, WorkerError
+worker = Worker("minilm", threads=1)
+with contextlib.suppress(WorkerError):  # its answer to what it cannot do yet: it has begun
+    worker.ask("peak")
+worker.pause()
+print(worker._process.pid, flush=True)
+time.sleep(60)
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as bench:
+        assert bench.stdout is not None
+        worker = Path("/proc") / bench.stdout.readline().strip()
+        assert " (stopped)" in (worker / "status").read_text()
+        bench.kill()
+    for _ in range(100):
+        state = (worker / "status").read_text() if worker.exists() else "(zombie)"
+        if "(zombie)" in state:
+            return
+        time.sleep(0.1)
+    raise AssertionError(f"the worker lives on: {state}")
 
 
 def test_a_worker_that_dies_says_what_it_said() -> None:
