@@ -109,7 +109,7 @@ enum class Format : std::int32_t {
   kBFloat16 = 1,
   kFloat16 = 2,
   kInt8 = 3,  // value = scale * code; one scale an output; x has one for each 192 inputs of a row
-  kQ8 = 4,    // value = scale * code; a scale for each 32 inputs of an output; x has them too
+  kQ8 = 4,    // value = scale * code; one scale for each 32 inputs of an output, and of a row of x
   kQ4 = 5,    // value = scale * code + minimum, code 0..15; else as kQ8
 };
 constexpr int kGroup = 32;  // inputs that share a scale in kQ8 and kQ4

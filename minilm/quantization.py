@@ -1,9 +1,9 @@
 """Which matrices of a model are quantised, and where they go.
 
-Quantised are the linear layers of the body. A decoder's token table and output matrix are so too, in 8 bits
-at least: an output matrix is read in full for every token, and its errors are errors of the logits. Norms,
-biases, positions, poolers and the heads of encoders are small and stay floating, and so does the token table
-of an encoder, of which a text reads a few rows.
+Quantised are the linear layers of the body. A decoder's token table and output matrix are so too, in q8_0
+whatever the others: an output matrix is read in full for every token, and its errors are errors of the
+logits. Norms, biases, positions, poolers and the heads of encoders are small and stay floating, and so does
+the token table of an encoder, of which a text reads a few rows.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ CHOICES = (*FORMATS, *ALIASES, "gguf", "float")
 """Values of `weights=`: a format; "gguf" keeps those of a GGUF file; "float" dequantises what is
 quantised."""
 
+_TABLES = "q8_0"
+"""Of a decoder's tables."""
 _TABLE = "body.embeddings.tokens.weight"
 _OUTPUT = "head.decoder.weight"
 
@@ -50,8 +52,12 @@ def wanted_formats(
     if stored is not None and not gguf:
         raise ValueError(f"{path} is quantised already, to {stored}: quantise the original to {format}")
     assert format is not None
-    table = "q8_0" if FORMATS[format].per_byte == 2 else format
-    formats = {name: table if name in (_TABLE, _OUTPUT) else format for name in targets}
+    formats = {name: _TABLES if name in (_TABLE, _OUTPUT) else format for name in targets}
+    if format == "int8":  # has no groups to fill
+        formats = {
+            name: format if _problem(formats[name], shape) else formats[name]
+            for name, shape in targets.items()
+        }
     problems = [problem for name, shape in targets.items() if (problem := _problem(formats[name], shape))]
     if len(problems) == len(targets):
         reason = problems[0] if problems else "it has none"

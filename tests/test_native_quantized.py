@@ -91,7 +91,7 @@ class Weight:
         rows, size = len(x), ROW_GROUP if self.kind == INT8 else GROUP
         short = -self.columns % size
         groups = F.pad(x, (0, short)).view(rows, -1, size)
-        if self.kind == INT8:  # from the least to the largest, zero between them
+        if self.kind != Q4:  # from the least to the largest, zero between them
             low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
             extent = 0.5 * high.clamp(min=0) - 0.5 * low.clamp(max=0)
             steps = torch.tensor(126.99)
@@ -101,7 +101,7 @@ class Weight:
         codes = (groups * torch.where(usable, steps / extent, 0.0)).round().double()  # [rows, G, n]
         scales = torch.where(usable, extent / steps, 0.0).squeeze(-1).double()  # [rows, G]
         assert (codes.amax(-1) - codes.amin(-1)).max() <= 254
-        assert codes.abs().max() <= (254 if self.kind == INT8 else 127)
+        assert codes.abs().max() <= (127 if self.kind == Q4 else 254)
         weights = F.pad(self.codes, (0, short)).view(self.out, -1, size).double()
         dots = torch.einsum("rgn,ogn->rog", codes, weights)
         terms = [dots * scales[:, None] * self.scales.double()]
@@ -109,8 +109,14 @@ class Weight:
             terms.append((codes.sum(-1) * scales)[:, None] * self.minimums.double())
         exact = sum(terms).sum(-1)
         # A term is rounded three times and each of the G sums adds its own rounding; products of scales may
-        # be subnormal.
+        # be subnormal. Where codes are bytes, they are counted from the least or from 127 above it, and what
+        # that takes off a term is another.
         size = sum(term.abs() for term in terms).sum(-1)
+        if self.kind != Q4:
+            taken = (codes.amin(-1).abs() + 127) * scales
+            size += 2 * torch.einsum("rg,og->rog", taken, (weights.sum(-1) * self.scales.double()).abs()).sum(
+                -1
+            )
         allowed = (2 * scales.shape[1] + 4) * 2.0**-24 * size + 2.0**-148 * (dots.abs() + 1).sum(-1)
         assert y.shape == exact.shape
         error = (y.double() - exact).abs()
@@ -176,12 +182,13 @@ def test_is_the_product_of_the_codes(kind: int, data: st.DataObject) -> None:
     assert torch.equal(alone[0], y[row])
 
 
-def test_int8_codes_keep_to_a_byte() -> None:
+@pytest.mark.parametrize(("kind", "size"), [(INT8, ROW_GROUP), (Q8, GROUP)], ids=["int8", "q8"])
+def test_codes_keep_to_a_byte(kind: int, size: int) -> None:
     """Both ends of a group just beyond the middle of two steps: each is rounded outwards."""
     k = torch.arange(254.0)[:, None]
     ends = torch.cat([-(k + 0.5), 253.5 - k], dim=1) * (1 + 2**-18)
-    x = torch.cat([ends, torch.zeros(254, 138), 3 * ends], dim=1)
-    weight = Weight(INT8, 40, 142)
+    x = F.pad(torch.stack([ends, 3 * ends], dim=1), (0, size - 2)).flatten(1)
+    weight = Weight(kind, 40, 2 * size)
     weight.check(x, weight.times(x))
 
 

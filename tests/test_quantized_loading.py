@@ -126,10 +126,9 @@ def expected_formats(family: str, model: Any, format: str) -> dict[str, str]:
     layer = ("attention.qkv", "attention.out", "mlp.up", "mlp.down")
     found = {f"body.layers.{i}.{part}.weight": format for i in range(2) for part in layer}
     if family not in ("bert", "distilbert"):
-        table = "q8_0" if format.startswith("q4") else format
-        found["body.embeddings.tokens.weight"] = table
+        found["body.embeddings.tokens.weight"] = "q8_0"
         if family in ("qwen2", "phi3"):
-            found["head.decoder.weight"] = table
+            found["head.decoder.weight"] = "q8_0"
     return found
 
 

@@ -1,17 +1,19 @@
 // x W^T with weights of 8 and 4 bits: packing, the rows of x as codes, and the tiles of sums.
 //
 //   kInt8    y[o] = v[o] sum_g s[g] sum_{k in g} w[o, k] d[k]             g: 192 inputs
-//   kQ8      y[o] = sum_g v[o, g] s[g] sum_{k in g} w[o, k] c[k]          g: 32 inputs
-//   kQ4      as kQ8, and in each group + m[o, g] s[g] sum_{k in g} c[k]
+//   kQ8      y[o] = sum_g v[o, g] s[g] sum_{k in g} w[o, k] d[k]          g: 32 inputs
+//   kQ4      y[o] = sum_g s[g] sum_{k in g} (v[o, g] w[o, k] + m[o, g]) c[k]
 //
 // w, v, m: codes, scales and minimums of the weight. A row of x becomes integers and a scale s for each
 // group:
 //
-//   kQ8, kQ4   c = -127..127, s = the largest magnitude / 127
-//   kInt8      d = round(x / s), of which the largest is at most 254 above the least: s = (largest - least) /
-//              253.98, zero among them. What a norm or GELU gives is skewed, so this step is up to half of
-//              the other. Kept in a row are d, or where codes are bytes, d - d0 and d0 of each group (the
-//              least d, or 127 more), and in the panel sum_{k in g} w: the sums start at d0 sum w.
+//   kInt8, kQ8   d = round(x / s), of which the largest is at most 254 above the least: s = (largest - least)
+//   /
+//                253.98, zero among them. What a norm or an activation gives is skewed, and so is a group
+//                with a channel that is larger than all others: this step is up to half of kQ4's. Kept in a
+//                row are d, or where codes are bytes, d - d0 and d0 of each group (the least d, or 127 more),
+//                and in the panel sum_{k in g} w: d0 times that is what the sums lack.
+//   kQ4          c = -127..127, s = the largest magnitude / 127
 //
 // Sums of codes are integers and exact, the same in every instruction set. Groups are added in float32, in
 // order. Groups of 192 and not whole rows in kInt8: a channel that is larger than all others makes the steps
@@ -24,16 +26,18 @@
 //            output 0 [k+4 ... k+7]    ...                               the second
 //   4 bits   one such line; the low halves of its bytes are the first word, the high halves the second
 //
-//   panel    kQ8, kQ4   pairs of group 0 | scales [kPanel] | kQ4: minimums [kPanel] | pairs of group 1 | ...
-//            kInt8      sums of codes [kPanel] | pairs of group 0 | sums of codes | ... | scales [kPanel]
-//   row      codes | scales | sums of codes, or d0          each part a multiple of 64 bytes
+//   panel    kQ4     pairs of group 0 | scales [kPanel] | minimums [kPanel] | pairs of group 1 | ...
+//            kQ8     pairs of group 0 | scales [kPanel] | sums of codes [kPanel] | pairs of group 1 | ...
+//            kInt8   pairs of group 0 | sums of codes [kPanel] | pairs of group 1 | ... | scales [kPanel]
+//   row      codes | scales | s sum c, or s d0          each part a multiple of 64 bytes
 //
 // The panel's scales and minimums are float16, as files have them; kInt8's, one for the whole row, float32;
-// its sums of codes int16.
+// sums of codes int16, and only where codes of x are bytes.
 //
-// Bytes a weight: 1.01 + 4 / in, 1.06, 0.625; with few rows of x they are the limit. With many, multiply-adds
-// are: 128 integer operations an instruction in 64-byte vectors with VNNI. For 8 of these in kQ8 and kQ4 and
-// 48 in kInt8, the end of a group costs 2 float operations (kQ4: 3).
+// Bytes a weight: 1.01 + 4 / in, 1.125, 0.625; with few rows of x they are the limit. With many,
+// multiply-adds are: 128 integer operations an instruction in 64-byte vectors with VNNI. For 8 of these in
+// kQ8 and kQ4 and 48 in kInt8, the end of a group costs 4 more (kInt8: 3): the sum made a float, the two
+// scales' product, and two multiply-adds.
 
 #include "cpu/linear.h"
 
@@ -64,37 +68,31 @@ inline void write(void* p, T value) {
   return (read<U32>(p) >> (4 * word)) & 0x0F0F0F0F;
 }
 
-// What an instruction set does in kQ8 (Eight), kQ4 (Four) and kInt8 (Skewed):
+// What an instruction set does in kInt8 and kQ8 (Eight), and in kQ4 (Four):
 //   Code       a code of x in a prepared row
 //   Weights    one word of kLanes outputs
 //   Sum        sums of products, an output a lane
-//   kOffset    is added to the weight's codes in the panel; the sums start at what takes it off again
-//   kFromZero  codes of Skewed are d itself; else the least is kLowest
+//   kFromZero  codes of Eight are d itself; else the least is kLowest
 #if defined(__AVX512VNNI__)
 
 // Unsigned bytes times signed ones.
 struct Eight {
-  using Code = std::int8_t;
+  using Code = std::uint8_t;
   using Weights = __m512i;
   using Sum = __m512i;
-  static constexpr int kOffset = 128;
+  static constexpr bool kFromZero = false;
+  static constexpr int kLowest = 0;
   static Weights load(const char* p) { return read<__m512i>(p); }
   static Sum dot(Sum sum, Weights w, const char* word) {
-    return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(read<std::int32_t>(word)));
+    return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(read<std::int32_t>(word)), w);
   }
   static I32 total(Sum sum) { return reinterpret_cast<I32>(sum); }
 };
 struct Four : Eight {
-  static constexpr int kOffset = 0;
+  using Code = std::int8_t;
   static Weights load(const char* p, int word) { return reinterpret_cast<Weights>(halves_of_bytes(p, word)); }
-};
-struct Skewed : Eight {
-  using Code = std::uint8_t;
-  static constexpr int kOffset = 0;
-  static constexpr bool kFromZero = false;
-  static constexpr int kLowest = 0;
   static Sum dot(Sum sum, Weights w, const char* word) {
-    return _mm512_dpbusd_epi32(sum, _mm512_set1_epi32(read<std::int32_t>(word)), w);
+    return _mm512_dpbusd_epi32(sum, w, _mm512_set1_epi32(read<std::int32_t>(word)));
   }
 };
 
@@ -124,7 +122,8 @@ struct Eight {
   using Code = std::int16_t;
   using Weights = Bits;
   using Sum = Bits;
-  static constexpr int kOffset = 0;
+  static constexpr bool kFromZero = true;
+  static constexpr int kLowest = 0;
   static Weights load(const char* p) { return widened(p); }
   static Sum dot(Sum sum, Weights w, const char* word) {
     return add32(sum, madd(w, broadcast(read<std::int32_t>(word))));
@@ -132,17 +131,11 @@ struct Eight {
   static I32 total(Sum sum) { return reinterpret_cast<I32>(sum); }
 };
 
-struct Skewed : Eight {
-  static constexpr bool kFromZero = true;
-  static constexpr int kLowest = 0;
-};
-
 // Products of bytes, added in 16 bits over a group: at most 16 * 15 * 127 = 30,480.
 struct Four {
   using Code = std::int8_t;
   using Weights = Bits;
   using Sum = Bits;
-  static constexpr int kOffset = 0;
   static Weights load(const char* p, int word) { return reinterpret_cast<Weights>(halves_of_bytes(p, word)); }
   static Sum dot(Sum sum, Weights w, const char* word) {
     return add16(sum, maddubs(w, broadcast(read<std::int32_t>(word))));
@@ -156,7 +149,8 @@ struct Eight {
   using Code = std::int8_t;
   using Weights = int8x16_t;
   using Sum = int32x4_t;
-  static constexpr int kOffset = 0;
+  static constexpr bool kFromZero = false;
+  static constexpr int kLowest = -127;
   static Weights load(const char* p) { return read<int8x16_t>(p); }
   static Sum dot(Sum sum, Weights w, const char* word) {
     const int8x16_t x = vreinterpretq_s8_s32(vdupq_n_s32(read<std::int32_t>(word)));
@@ -173,10 +167,6 @@ struct Eight {
 struct Four : Eight {
   static Weights load(const char* p, int word) { return reinterpret_cast<Weights>(halves_of_bytes(p, word)); }
 };
-struct Skewed : Eight {
-  static constexpr bool kFromZero = false;
-  static constexpr int kLowest = -127;
-};
 
 #else
 
@@ -186,7 +176,8 @@ struct Eight {
   using Weights = F32;
   using Sum = I32;
   using Bytes = VectorOf<std::int8_t, kLanes<float>>::type;
-  static constexpr int kOffset = 0;
+  static constexpr bool kFromZero = true;
+  static constexpr int kLowest = 0;
   static Weights load(const char* p) { return __builtin_convertvector(read<Bytes>(p), F32); }
   static Sum dot(Sum sum, Weights w, const char* word) {
     return sum + __builtin_convertvector(w * read<float>(word), I32);
@@ -198,10 +189,6 @@ struct Four : Eight {
     const Bytes bytes = read<Bytes>(p);
     return __builtin_convertvector(word == 0 ? bytes & 15 : (bytes >> 4) & 15, F32);
   }
-};
-struct Skewed : Eight {
-  static constexpr bool kFromZero = true;
-  static constexpr int kLowest = 0;
 };
 
 #endif
@@ -265,44 +252,38 @@ template <>
 struct DotOf<Format::kQ4> {
   using Type = Four;
 };
-template <>
-struct DotOf<Format::kInt8> {
-  using Type = Skewed;
-};
 
 // Where things stand in a panel and in a row, for `in` inputs.
 template <Format F>
 struct Places {
   using Dot = typename DotOf<F>::Type;
   using Code = typename Dot::Code;
-  static constexpr bool kSkewed = F == Format::kInt8;
   static constexpr bool kFour = F == Format::kQ4;
-  static constexpr bool kZeros = kSkewed && !Skewed::kFromZero;  // a row has its zeros, a panel sums of codes
-  static constexpr bool kSums = !kSkewed && (kFour || Dot::kOffset != 0);  // a row has sums of codes
-  static constexpr int kSize = kSkewed ? kRowGroup : kGroup;
+  static constexpr bool kRowScale = F == Format::kInt8;        // the weight's
+  static constexpr bool kSecond = kFour || !Eight::kFromZero;  // a row has s sum c, or s d0
+  static constexpr int kSize = kRowScale ? kRowGroup : kGroup;
   static constexpr int kWord = 4 / static_cast<int>(sizeof(Code));
   static constexpr int kPairInputs = 2 * kWord;
   static constexpr int kPairBytes = (kFour ? 1 : 2) * kPanel * kWord;
   static constexpr int kPairs = kSize / kPairInputs;  // of words in a group, but for the last one of kInt8
-  static constexpr int kBefore = kZeros ? 2 * kPanel : 0;                    // bytes of a group before ...
-  static constexpr int kAfter = kSkewed ? 0 : (kFour ? 2 : 1) * 2 * kPanel;  // ... and after the pairs
-  static constexpr int kGroupBytes = kBefore + kPairs * kPairBytes + kAfter;
+  static constexpr int kAfter = ((kRowScale ? 0 : 1) + (kSecond ? 1 : 0)) * 2 * kPanel;  // bytes
+  static constexpr int kGroupBytes = kPairs * kPairBytes + kAfter;
 
   std::int64_t groups, last_pairs;  // last_pairs: in the last group
   std::int64_t panel_scales_at, panel_bytes;
-  std::int64_t scales_at, sums_at, row_bytes;
+  std::int64_t scales_at, seconds_at, row_bytes;
 
   explicit Places(std::int64_t in) {
     groups = (in + kSize - 1) / kSize;
     last_pairs = (in - (groups - 1) * kSize + kPairInputs - 1) / kPairInputs;
     panel_scales_at = groups * kGroupBytes - (kPairs - last_pairs) * kPairBytes;
-    panel_bytes = round_up(panel_scales_at + (kSkewed ? 4 * kPanel : 0), 64);
+    panel_bytes = round_up(panel_scales_at + (kRowScale ? 4 * kPanel : 0), 64);
     scales_at = groups * kPairs * 8;
-    sums_at = scales_at + round_up(groups * 4, 64);
-    row_bytes = sums_at + (kSums || kZeros ? round_up(groups * 4, 64) : 0);
+    seconds_at = scales_at + round_up(groups * 4, 64);
+    row_bytes = seconds_at + (kSecond ? round_up(groups * 4, 64) : 0);
   }
   std::int64_t pairs(std::int64_t group) const {
-    return !kSkewed || group + 1 < groups ? std::int64_t{kPairs} : last_pairs;
+    return !kRowScale || group + 1 < groups ? std::int64_t{kPairs} : last_pairs;
   }
 };
 
@@ -332,9 +313,9 @@ inline auto weights(const char* pair, int word, int half) {
 
 // Vectors of a group's values, one an output.
 inline F32 scales(const char* p, int half) { return load_float16(p + half * kLanes<float> * 2); }
-inline I32 code_sums(const char* p, int half) {
+inline F32 code_sums(const char* p, int half) {
   using I16 = VectorOf<std::int16_t, kLanes<float>>::type;
-  return __builtin_convertvector(read<I16>(p + half * kLanes<float> * 2), I32);
+  return __builtin_convertvector(__builtin_convertvector(read<I16>(p + half * kLanes<float> * 2), I32), F32);
 }
 
 // Some of x[0, count) from `i` on, zeros beyond.
@@ -419,19 +400,17 @@ void quantize_row(const Places<F>& at, const float* x, std::int64_t in, char* to
     std::int32_t number;
     float scale;
     auto* codes = reinterpret_cast<typename P::Code*>(to) + g * P::kSize;
-    if constexpr (P::kSkewed) {
+    if constexpr (P::kFour) {
+      scale = quantize(x + g * P::kSize, codes, &number);
+    } else {
       using Dot = typename P::Dot;
       const std::int64_t left = in - g * P::kSize;
       // A whole group apart, so that its loops have no conditions.
       scale = left >= P::kSize ? quantize_skewed<Dot, P::kSize>(x + g * P::kSize, P::kSize, codes, &number)
                                : quantize_skewed<Dot, P::kSize>(x + g * P::kSize, left, codes, &number);
-      if (P::kZeros) write(to + at.sums_at + 4 * g, number);
-    } else {
-      scale = quantize(x + g * P::kSize, codes, &number);
-      if (P::kFour) write(to + at.sums_at + 4 * g, scale * static_cast<float>(number));
-      if (!P::kFour && P::kSums) write(to + at.sums_at + 4 * g, -P::Dot::kOffset * number);
     }
     write(to + at.scales_at + 4 * g, scale);
+    if (P::kSecond) write(to + at.seconds_at + 4 * g, scale * static_cast<float>(number));
   }
 }
 
@@ -450,27 +429,27 @@ void pack_panel(const Places<F>& at, const PackParams& p, std::int64_t panel, ch
   for (int place = 0; place < kPanel; ++place) {
     const std::int64_t row = p.order[panel * kPanel + place];
     for (std::int64_t g = 0; g < at.groups; ++g) {
-      char* before = to + g * P::kGroupBytes;
-      char* code = before + P::kBefore + place * P::kWord;
+      char* code = to + g * P::kGroupBytes + place * P::kWord;
       const std::int64_t start = g * P::kSize, end = start + at.pairs(g) * P::kPairInputs;
       std::int16_t sum = 0;
       for (std::int64_t k = start; k < end; k += P::kPairInputs, code += P::kPairBytes) {
         for (int i = 0; i < P::kWord; ++i) {
           const int first = code_of<F>(p, row, k + i), second = code_of<F>(p, row, k + P::kWord + i);
           sum = static_cast<std::int16_t>(sum + first + second);
-          constexpr int kOffset = P::Dot::kOffset;
-          code[i] = static_cast<char>(P::kFour ? first | second << 4 : first + kOffset);
-          if (!P::kFour) code[kPanel * P::kWord + i] = static_cast<char>(second + kOffset);
+          code[i] = static_cast<char>(P::kFour ? first | second << 4 : first);
+          if (!P::kFour) code[kPanel * P::kWord + i] = static_cast<char>(second);
         }
       }
-      if (P::kZeros) write(before + 2 * place, sum);
-      if (P::kSkewed) continue;
-      char* scales = before + P::kBefore + P::kPairs * P::kPairBytes;
+      char* after = to + g * P::kGroupBytes + at.pairs(g) * P::kPairBytes + 2 * place;
       const std::int64_t group = row * at.groups + g;
-      write(scales + 2 * place, float16_of(row < 0 ? 0.0f : p.scales[group]));
-      if (P::kFour) write(scales + 2 * (kPanel + place), float16_of(row < 0 ? 0.0f : p.minimums[group]));
+      if (!P::kRowScale) {
+        write(after, float16_of(row < 0 ? 0.0f : p.scales[group]));
+        after += 2 * kPanel;
+      }
+      if (P::kFour) write(after, float16_of(row < 0 ? 0.0f : p.minimums[group]));
+      if (P::kSecond && !P::kFour) write(after, sum);
     }
-    if (P::kSkewed) write(to + at.panel_scales_at + 4 * place, row < 0 ? 0.0f : p.scales[row]);
+    if (P::kRowScale) write(to + at.panel_scales_at + 4 * place, row < 0 ? 0.0f : p.scales[row]);
   }
 }
 
@@ -484,21 +463,8 @@ inline __attribute__((always_inline)) void sums_of(const Places<F>& at, const ch
   for (int r = 0; r < R; ++r) tile.sums[r][0] = tile.sums[r][1] = F32{};
   for (std::int64_t g = 0; g < at.groups; ++g) {
     Sum dots[R][2];
-    I32 sums[2] = {};
-    if (P::kZeros) {
-      sums[0] = code_sums(panel, 0);
-      sums[1] = code_sums(panel, 1);
-      ask_for<P::kBefore>(panel + ahead);
-    }
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) {
-      std::int32_t start = 0;
-      if ((P::kSums && !P::kFour) || P::kZeros)
-        start = read<std::int32_t>(x + r * x_stride + at.sums_at + 4 * g);
-      dots[r][0] = in_register(bit_cast<Sum>(P::kZeros ? start * sums[0] : I32{} + start));
-      dots[r][1] = in_register(bit_cast<Sum>(P::kZeros ? start * sums[1] : I32{} + start));
-    }
-    panel += P::kBefore;
+    for (int r = 0; r < R; ++r) dots[r][0] = dots[r][1] = in_register(Sum{});
     const char* words = x + g * P::kPairs * 8;
     const std::int64_t pairs = at.pairs(g);
     for (std::int64_t pair = 0; pair < pairs; ++pair) {
@@ -516,26 +482,30 @@ inline __attribute__((always_inline)) void sums_of(const Places<F>& at, const ch
       panel += P::kPairBytes;
       words += 8;
     }
-    if (!P::kSkewed) ask_for<P::kAfter>(panel + ahead);
+    ask_for<P::kAfter>(panel + ahead);
     asm("" : "+m"(tile));  // the compiler is not to keep a copy
 #pragma GCC unroll 2
     for (int half = 0; half < 2; ++half) {
-      const F32 scale = P::kSkewed ? F32{} : scales(panel, half);
-      const F32 minimum = P::kFour ? scales(panel + 2 * kPanel, half) : F32{};
+      const F32 scale = P::kRowScale ? F32{} + 1.0f : scales(panel, half);
+      const char* seconds = panel + P::kAfter - 2 * kPanel;
+      F32 second = {};
+      if (P::kFour) second = scales(seconds, half);
+      if (P::kSecond && !P::kFour)
+        second = P::kRowScale ? code_sums(seconds, half) : scale * code_sums(seconds, half);
 #pragma GCC unroll 12
       for (int r = 0; r < R; ++r) {
         const char* row = x + r * x_stride + 4 * g;
         const float own = read<float>(row + at.scales_at);
         F32 sum = tile.sums[r][half];
         const F32 dot = __builtin_convertvector(Dot::total(dots[r][half]), F32);
-        sum += (P::kSkewed ? F32{} + own : scale * own) * dot;
-        if (P::kFour) sum += minimum * read<float>(row + at.sums_at);
+        sum += (P::kRowScale ? F32{} + own : scale * own) * dot;
+        if (P::kSecond) sum += second * read<float>(row + at.seconds_at);
         tile.sums[r][half] = sum;
       }
     }
     panel += P::kAfter;
   }
-  if (!P::kSkewed) return;
+  if (!P::kRowScale) return;
 #pragma GCC unroll 2
   for (int half = 0; half < 2; ++half) {
     const F32 scale = read<F32>(panel + half * kLanes<float> * 4);

@@ -277,8 +277,8 @@ struct Weight {
       for (double& value : out) value = rounded(DType::kBFloat16, value);
     }
     if (format < Format::kInt8) return out;
-    const bool skewed = format == Format::kInt8;
-    const std::int64_t length = skewed ? 192 : kGroup;
+    const bool skewed = format != Format::kQ4;
+    const std::int64_t length = format == Format::kInt8 ? 192 : kGroup;
     for (std::int64_t row = 0; row < static_cast<std::int64_t>(x.size()); row += in) {
       for (std::int64_t first = row; first < row + in; first += length) {
         const std::int64_t last = std::min(first + length, row + in);

@@ -129,8 +129,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | Non
 def quantized_linear(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str | None
 ) -> Tensor:
-    """As `minilm.ops.quantized_linear`, with x quantised too, to 8 bits: in groups of 32 from minus to plus
-    the largest magnitude, and where the weight is int8, of 192 from the least to the largest."""
+    """As `minilm.ops.quantized_linear`, with x quantised too, to 8 bits from the least to the largest of a
+    group of 32, or of 192 where the weight is int8; where it has 4 bits, from minus to plus the largest
+    magnitude of 32."""
     return _apply(x, kept(weight, bias), activation)
 
 
