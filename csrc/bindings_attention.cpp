@@ -84,7 +84,8 @@ void run_decode(const AttentionParams& p, int64_t sequences, int64_t max_keys) {
 }
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
-                 const Tensor& cu_seqlens_k, double scale, bool causal, std::optional<int64_t> window) {
+                 const Tensor& cu_seqlens_k, double scale, bool causal, std::optional<int64_t> window,
+                 bool pairs) {
   const char* op = "attention";
   check_tensor(op, "q", q, ScalarType::Float, {-1, -1, -1});
   check_tensor(op, "k", k, ScalarType::Float, {-1, -1, q.size(2)});
@@ -93,6 +94,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   set_heads(op, p, q, k.size(1));
   p.window = check_window(op, window);
   p.causal = causal;
+  p.pairs = pairs;
   p.scale = static_cast<float>(scale);
   const Tensor q_ends = check_ends(op, "cu_seqlens_q", cu_seqlens_q, q.size(0));
   const Tensor k_ends = check_ends(op, "cu_seqlens_k", cu_seqlens_k, k.size(0));
@@ -131,7 +133,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
 Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_pages,
                        const Tensor& block_table, const Tensor& cu_seqlens_q, const Tensor& context_lens,
                        double scale, std::optional<int64_t> window, std::optional<Tensor> k_scales,
-                       std::optional<Tensor> v_scales) {
+                       std::optional<Tensor> v_scales, bool pairs) {
   const char* op = "paged_attention";
   check_tensor(op, "q", q, ScalarType::Float, {-1, -1, -1});
   STD_TORCH_CHECK(k_pages.dim() == 4, op, ": k_pages must be [pages, page size, Hkv, D], and is ",
@@ -146,6 +148,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
   set_heads(op, p, q, k_pages.size(2));
   p.window = check_window(op, window);
   p.causal = true;
+  p.pairs = pairs;
   p.scale = static_cast<float>(scale);
   const Tensor q_ends = check_ends(op, "cu_seqlens_q", cu_seqlens_q, q.size(0));
   const int64_t sequences = q_ends.size(0) - 1;
@@ -190,14 +193,16 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
 
 }  // namespace
 
+// pairs: what is multiplied is rounded to bfloat16, where the instruction set has such products (a step of
+// decoding does without).
 STABLE_TORCH_LIBRARY_FRAGMENT(minilm, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale,"
-      " bool causal, int? window) -> Tensor");
+      " bool causal, int? window, bool pairs=False) -> Tensor");
   m.def(
       "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor cu_seqlens_q,"
-      " Tensor context_lens, float scale, int? window, Tensor? k_scales=None, Tensor? v_scales=None) -> "
-      "Tensor");
+      " Tensor context_lens, float scale, int? window, Tensor? k_scales=None, Tensor? v_scales=None,"
+      " bool pairs=False) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minilm, CPU, m) {

@@ -100,6 +100,7 @@ struct AttentionParams {
   std::int64_t window;  // 0: none
   float scale;
   bool causal;
+  bool pairs;  // what is multiplied is rounded to bfloat16, where the instruction set has such products
   DType cache_dtype;  // of pages
 };
 

@@ -146,9 +146,10 @@ def from_pretrained(
     as they are read; "gguf" keeps the Q8_0, Q4_0 and Q4_1 matrices of a GGUF file as they are, which are
     dequantised otherwise; a folder that minilm quantised needs neither, and "float" dequantises it. `dtype`
     is then that of activations and of what stays floating. On a CPU, layers round what they read to 8 bits
-    as well, with a scale for each 192 numbers of a token (int8) or for each 32, from the least to the largest
-    of them (in 4 bits: from minus to plus the largest magnitude). A quantised model is for inference: its parameters
-    take no gradients. `load_report` says what was quantised, and what could not be.
+    as well, with a scale for each 192 numbers of a token (int8) or for each 32, from the least to the
+    largest of them (in 4 bits: from minus to plus the largest magnitude). A quantised model is for
+    inference: its parameters take no gradients. `load_report` says what was quantised, and what could not
+    be.
 
     Raises HubError (no such model), ConfigError (an option that is not supported), WeightError (tensors that
     do not fit).

@@ -96,6 +96,85 @@ def test_attention_is_close(
     assert_as_good_as_eager(out, reference.attention(q, k, v, *rest)[0], exact, floor=floor)
 
 
+def in_pairs(q: Tensor, k: Tensor, v: Tensor, scale: float, seen: Tensor) -> tuple[Tensor, Tensor]:
+    """q [H, Q, D], k and v [H, K, D], seen [Q, K] -> attention of what is rounded to bfloat16, in float64,
+    and how much each of its results can change where a probability is rounded to the other side."""
+    q, k, v = ((x.bfloat16().double()) for x in (q * (scale * torch.tensor(1.4426950408889634)), k, v))
+    scores = torch.where(seen, q @ k.mT, -torch.inf)
+    p = torch.exp2(scores - scores.amax(-1, keepdim=True))
+    total = p.sum(-1, keepdim=True)
+    rounded = p.float().bfloat16().double()
+    return rounded @ v / total, 2.0**-8 * (p @ v.abs()) / total
+
+
+@examples(80)
+@given(
+    keys=st.lists(st.sampled_from([1, 2, 3, 12, 13, 15, 33, 64, 101]), min_size=1, max_size=3),
+    queries=st.sampled_from([2, 5, 16, 17, 40, 101]),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 3),
+    size=st.sampled_from(HEAD_SIZES),
+    window=st.none() | st.sampled_from([1, 2, 5, 16]),
+    pages=st.none() | st.sampled_from(CACHES),
+    scale=st.sampled_from([1.0, 0.3, 0.05]),
+    seed=st.integers(0, 2**20),
+)
+def test_attention_in_pairs_is_that_of_rounded_numbers(
+    keys: list[int],
+    queries: int,
+    kv_heads: int,
+    group: int,
+    size: int,
+    window: int | None,
+    pages: torch.dtype | None,
+    scale: float,
+    seed: int,
+) -> None:
+    """Where the instruction set has no products of bfloat16, it is attention in float32, bit by bit."""
+    new = [min(queries, n) for n in keys]
+    q = random(sum(new), kv_heads * group, size, seed=seed)
+    if pages is None:
+        k, v = (random(sum(keys), kv_heads, size, seed=seed + s) for s in (1, 2))
+        op = torch.ops.minilm.attention
+        arguments = (q, k, v, ends(new), ends(keys), scale, True, window)
+    else:
+        k_pages, v_pages, table, context = paged(keys, kv_heads, size, 3, pages, seed)
+        rows = [(t[: -(-n // 3)], n) for t, n in zip(table.long(), keys, strict=True)]
+        k, v = (torch.cat([x[t].flatten(0, 1)[:n] for t, n in rows]).float() for x in (k_pages, v_pages))
+        op = torch.ops.minilm.paged_attention
+        arguments = (q, k_pages, v_pages, table, ends(new), context, scale, window)
+    out = op(*arguments, pairs=True)
+    if native.cpu_isa() != "avx512_bf16" or (pages is not None and max(new) == min(new) == 1):
+        assert torch.equal(out, op(*arguments))
+        return
+    parts = zip(out.split(new), q.split(new), k.split(keys), v.split(keys), strict=True)
+    for some, q, k, v in parts:
+        k, v = (x.repeat_interleave(group, dim=1).transpose(0, 1) for x in (k, v))
+        back = torch.arange(len(some))[:, None] + k.shape[1] - len(some) - torch.arange(k.shape[1])
+        seen = (back >= 0) & (back < (window or 10**9))
+        expected, allowed = in_pairs(q.transpose(0, 1), k, v, scale, seen)
+        error = (some.transpose(0, 1) - expected).abs()
+        assert bool((error <= allowed + 1e-6).all()), f"{(error / (allowed + 1e-6)).max():.3g} times allowed"
+
+
+@pytest.mark.parametrize("size", [32, 33])
+def test_a_prompt_in_pairs_does_not_depend_on_its_parts_or_on_threads(size: int) -> None:
+    q, k, v = projection(101, 4, 2, size, 0, "fused")
+    op = torch.ops.minilm.attention
+
+    def whole() -> Tensor:
+        out: Tensor = op(q, k, v, ends([101]), ends([101]), 0.3, True, None, pairs=True)
+        return out
+
+    first, *others = with_threads(whole)
+    assert all(torch.equal(first, other) for other in others)
+    for begin, end in ((0, 1), (1, 40), (40, 77), (77, 101)):
+        part = op(
+            q[begin:end], k[:end], v[:end], ends([end - begin]), ends([end]), 0.3, True, None, pairs=True
+        )
+        assert torch.equal(part, first[begin:end])
+
+
 def test_a_query_without_keys_gets_zeros() -> None:
     q, k = random(3, 2, 20, seed=0), random(1, 1, 20, seed=1)
     out = torch.ops.minilm.attention(q, k, k, ends([2, 1]), ends([0, 1]), 1.0, False, None)

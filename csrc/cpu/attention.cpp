@@ -15,6 +15,12 @@
 // multiply-adds and about 12 for the exponential, so that small heads feel the exponentials. Bytes: q, k, v
 // and out once, from cache; the scores of a block, 4 kPanel bytes a key, stay in the first or second.
 //
+// With `pairs`, where the instruction set multiplies pairs of bfloat16: queries, keys, probabilities and
+// values are rounded to it, and a 32-bit word of K is two of its channels, one of p two keys. The loops are
+// the same, with half the steps.
+//
+//   panel  [D / 2][queries][2]    p  [keys / 2][queries][2]    V  [keys / 2][channels][2]
+//
 // A query's result depends on its own sequence alone: the order of every sum is given by the places of the
 // keys.
 
@@ -24,44 +30,105 @@
 #include "cpu/linear.h"
 #include "cpu/rows.h"
 
+#if defined(__AVX512BF16__)
+#include <immintrin.h>
+#endif
+
 namespace minilm::MINILM_ISA {
 namespace {
 
-// Rows of keys or values, `stride` elements apart.
+// Rows of keys or values (two keys', where they are pairs), `stride` words of 32 bits apart.
 struct Rows {
   const float* first;
   std::int64_t stride;
 };
 
-// The keys or values of one head where they are, or copied to `memory` in float32, zeros up to whole vectors.
+#if defined(__AVX512BF16__)
+constexpr bool kCanPair = true;
+
+// a and b in bfloat16, a number of each in a word.
+inline F32 pairs_of(F32 a, F32 b) {
+  const U32 low = __builtin_convertvector(bit_cast<U16>(_mm512_cvtneps_pbh(a)), U32);
+  const U32 high = __builtin_convertvector(bit_cast<U16>(_mm512_cvtneps_pbh(b)), U32);
+  return bit_cast<F32>(low | high << 16);
+}
+// a and b one after the other.
+inline void store_halves(float* to, F32 a, F32 b) {
+  auto* halves = reinterpret_cast<BFloat16*>(to);
+  store(halves, bit_cast<U16>(_mm512_cvtneps_pbh(a)));
+  store(halves + kLanes<float>, bit_cast<U16>(_mm512_cvtneps_pbh(b)));
+}
+inline F32 add_pairs(F32 sum, F32 a, F32 b) {
+  return _mm512_dpbf16_ps(sum, bit_cast<__m512bh>(a), bit_cast<__m512bh>(b));
+}
+#else
+constexpr bool kCanPair = false;
+inline F32 pairs_of(F32 a, F32) { return a; }
+inline void store_halves(float*, F32, F32) {}
+inline F32 add_pairs(F32 sum, F32, F32) { return sum; }
+#endif
+
+// sum + word * x, or with pairs the sum and both products.
+template <bool kPairs>
+inline F32 add_product(F32 sum, float word, F32 x) {
+  if constexpr (kPairs) return add_pairs(sum, F32{} + word, x);
+  return sum + word * x;
+}
+
+// Some channels of the row of a key, from `d` on, in float32; zeros beyond the head.
 template <typename T>
-Rows copied(const AttentionParams& p, const void* base, const float* scales, std::int64_t sequence,
+inline F32 channels_of(const AttentionParams& p, const T* row, float scale, std::int64_t d) {
+  return d < p.head_dim ? read(row + d, lanes_left(p.head_dim - d)) * scale : F32{};
+}
+
+// The keys or values of one head, copied to `memory`: in float32, pairs of channels, or pairs of keys.
+enum class Copy { kFloats, kChannels, kKeys };
+template <typename T>
+Rows copied(const AttentionParams& p, Copy copy, const void* base, const float* scales, std::int64_t sequence,
             std::int64_t kv_head, std::int64_t keys, float* memory) {
-  const std::int64_t stride = round_up(p.head_dim, kLanes<float>);
-  for (std::int64_t key = 0; key < keys; ++key) {
+  constexpr int L = kLanes<float>;
+  const std::int64_t per_word = copy == Copy::kChannels ? 2 : 1, per_row = copy == Copy::kKeys ? 2 : 1;
+  const std::int64_t stride = round_up(p.head_dim, per_word * L) / per_word;
+  const auto scale_at = [&](std::int64_t key) {
+    return scales == nullptr ? 1.0f : scale_of(p, scales, sequence, key, kv_head);
+  };
+  for (std::int64_t key = 0; key < keys; key += per_row) {
     const T* row = row_of<T>(p, base, sequence, key, kv_head);
-    const float scale = scales == nullptr ? 1.0f : scale_of(p, scales, sequence, key, kv_head);
-    for (std::int64_t d = 0; d < p.head_dim; d += kLanes<float>) {
-      store(memory + key * stride + d, read(row + d, lanes_left(p.head_dim - d)) * scale);
+    const float scale = scale_at(key);
+    float* to = memory + key / per_row * stride;
+    if (copy == Copy::kFloats) {
+      for (std::int64_t d = 0; d < p.head_dim; d += L) store(to + d, channels_of(p, row, scale, d));
+    } else if (copy == Copy::kChannels) {
+      for (std::int64_t d = 0; d < p.head_dim; d += 2 * L) {
+        store_halves(to + d / 2, channels_of(p, row, scale, d), channels_of(p, row, scale, d + L));
+      }
+    } else {
+      const bool alone = key + 1 == keys;
+      const T* next = alone ? row : row_of<T>(p, base, sequence, key + 1, kv_head);
+      const float next_scale = alone ? 0.0f : scale_at(key + 1);
+      for (std::int64_t d = 0; d < p.head_dim; d += L) {
+        const F32 other = alone ? F32{} : channels_of(p, next, next_scale, d);
+        store(to + d, pairs_of(channels_of(p, row, scale, d), other));
+      }
     }
   }
   return {memory, stride};
 }
-Rows rows_of(const AttentionParams& p, const void* base, const float* scales, std::int64_t sequence,
-             std::int64_t kv_head, std::int64_t keys, float* memory) {
-  if (p.block_table == nullptr && p.head_dim % kLanes<float> == 0) {
+Rows rows_of(const AttentionParams& p, Copy copy, const void* base, const float* scales,
+             std::int64_t sequence, std::int64_t kv_head, std::int64_t keys, float* memory) {
+  if (copy == Copy::kFloats && p.block_table == nullptr && p.head_dim % kLanes<float> == 0) {
     return {row_of<float>(p, base, sequence, 0, kv_head), p.kv_stride};
   }
   if (p.block_table == nullptr || p.cache_dtype == DType::kFloat32) {
-    return copied<float>(p, base, nullptr, sequence, kv_head, keys, memory);
+    return copied<float>(p, copy, base, nullptr, sequence, kv_head, keys, memory);
   }
   switch (p.cache_dtype) {
     case DType::kBFloat16:
-      return copied<BFloat16>(p, base, nullptr, sequence, kv_head, keys, memory);
+      return copied<BFloat16>(p, copy, base, nullptr, sequence, kv_head, keys, memory);
     case DType::kInt8:
-      return copied<Int8>(p, base, scales, sequence, kv_head, keys, memory);
+      return copied<Int8>(p, copy, base, scales, sequence, kv_head, keys, memory);
     default:
-      return copied<Float16>(p, base, nullptr, sequence, kv_head, keys, memory);
+      return copied<Float16>(p, copy, base, nullptr, sequence, kv_head, keys, memory);
   }
 }
 
@@ -100,8 +167,9 @@ inline void transpose(F32 (&rows)[kLanes<float>]) {
   }
 }
 
-// `count` queries to panel [D][W vectors], times `scale`; lanes beyond `count` are zero.
-template <int W>
+// `count` queries to panel [D][W vectors], or pairs [D / 2][W vectors], times `scale`; lanes beyond `count`
+// and channels beyond `size` are zero.
+template <int W, bool kPairs>
 void to_panel(const float* q, std::int64_t stride, int count, std::int64_t size, float scale, float* panel) {
   constexpr int L = kLanes<float>;
   for (int w = 0; w < W; ++w) {
@@ -113,22 +181,30 @@ void to_panel(const float* q, std::int64_t stride, int count, std::int64_t size,
         rows[i] = w * L + i < count ? read(q + (w * L + i) * stride + d, n) * scale : F32{};
       }
       transpose(rows);
-      for (int i = 0; i < n; ++i) store(panel + ((d + i) * W + w) * L, rows[i]);
+      if constexpr (kPairs) {
+#pragma GCC unroll 8
+        for (int i = 0; i < L; i += 2) {
+          if (i < n) store(panel + ((d + i) / 2 * W + w) * L, pairs_of(rows[i], rows[i + 1]));
+        }
+      } else {
+        for (int i = 0; i < n; ++i) store(panel + ((d + i) * W + w) * L, rows[i]);
+      }
     }
   }
 }
 
 // Tiles are not inlined: their pointers and sums fill the registers.
 
-// scores [R][W vectors] = R keys times the panel. Keys are reached from three pointers, as in linear.cpp.
-template <int W, int R>
-__attribute__((noinline)) void score_tile(Rows k, const float* panel, std::int64_t size, float* scores) {
+// scores [R][W vectors] = R keys times the panel, over `words` channels or pairs of them. Keys are reached
+// from three pointers, as in linear.cpp.
+template <bool kPairs, int W, int R>
+__attribute__((noinline)) void score_tile(Rows k, const float* panel, std::int64_t words, float* scores) {
   constexpr int L = kLanes<float>;
   const std::int64_t stride = k.stride * 4, three = 3 * stride;
   const char* first = reinterpret_cast<const char*>(k.first);
   const char* base[3] = {first, first + 4 * stride, first + 8 * stride};
   F32 sums[R][W] = {};
-  for (std::int64_t d = 0; d < size; ++d) {
+  for (std::int64_t d = 0; d < words; ++d) {
     F32 q[W];
 #pragma GCC unroll 2
     for (int w = 0; w < W; ++w) q[w] = load(panel + (d * W + w) * L);
@@ -137,7 +213,7 @@ __attribute__((noinline)) void score_tile(Rows k, const float* panel, std::int64
       float value;
       __builtin_memcpy(&value, base[r / 4] + (r % 4 == 3 ? three : r % 4 * stride), 4);
 #pragma GCC unroll 2
-      for (int w = 0; w < W; ++w) sums[r][w] += value * q[w];
+      for (int w = 0; w < W; ++w) sums[r][w] = add_product<kPairs>(sums[r][w], value, q[w]);
     }
 #pragma GCC unroll 3
     for (int i = 0; i < 3; ++i) base[i] += 4;
@@ -148,14 +224,15 @@ __attribute__((noinline)) void score_tile(Rows k, const float* panel, std::int64
     for (int w = 0; w < W; ++w) store(scores + (r * W + w) * L, sums[r][w]);
   }
 }
-template <int W, int R = 1>
-void score(int keys, Rows k, const float* panel, std::int64_t size, float* scores) {
-  if (keys == R) return score_tile<W, R>(k, panel, size, scores);
-  if constexpr (R < kTileRows) score<W, R + 1>(keys, k, panel, size, scores);
+template <bool kPairs, int W, int R = 1>
+void score(int keys, Rows k, const float* panel, std::int64_t words, float* scores) {
+  if (keys == R) return score_tile<kPairs, W, R>(k, panel, words, scores);
+  if constexpr (R < kTileRows) score<kPairs, W, R + 1>(keys, k, panel, words, scores);
 }
 
-// sums [R queries][V vectors of channels] = sum_key weights[key][query] v[key], key after key.
-template <int V, int R>
+// sums [R queries][V vectors of channels] = sum_key weights[key][query] v[key], key after key or pair after
+// pair.
+template <bool kPairs, int V, int R>
 __attribute__((noinline)) void value_tile(const float* weights, std::int64_t step, std::int64_t keys,
                                           const float* v, std::int64_t stride, Tile& tile) {
   F32 sums[R][V] = {};
@@ -166,7 +243,7 @@ __attribute__((noinline)) void value_tile(const float* weights, std::int64_t ste
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-      for (int i = 0; i < V; ++i) sums[r][i] += weights[r] * x[i];
+      for (int i = 0; i < V; ++i) sums[r][i] = add_product<kPairs>(sums[r][i], weights[r], x[i]);
     }
     weights += step;
     v += stride;
@@ -177,11 +254,11 @@ __attribute__((noinline)) void value_tile(const float* weights, std::int64_t ste
     for (int i = 0; i < V; ++i) tile.sums[r][i] = sums[r][i];
   }
 }
-template <int V, int R = 1>
+template <bool kPairs, int V, int R = 1>
 void values(int queries, const float* weights, std::int64_t step, std::int64_t keys, const float* v,
             std::int64_t stride, Tile& tile) {
-  if (queries == R) return value_tile<V, R>(weights, step, keys, v, stride, tile);
-  if constexpr (R < kTileRows) values<V, R + 1>(queries, weights, step, keys, v, stride, tile);
+  if (queries == R) return value_tile<kPairs, V, R>(weights, step, keys, v, stride, tile);
+  if constexpr (R < kTileRows) values<kPairs, V, R + 1>(queries, weights, step, keys, v, stride, tile);
 }
 
 // What one head of one sequence is computed from, and memory for a block of queries.
@@ -195,17 +272,18 @@ struct Head {
 };
 
 // Up to W vectors of queries from number `query` on.
-template <int W>
+template <bool kPairs, int W>
 void block(const AttentionParams& p, const Head& h, std::int64_t query, int count) {
   constexpr int L = kLanes<float>, kStep = W * L;
   constexpr float kLog2E = 1.44269504088896341f;
-  to_panel<W>(h.q + query * p.q_stride, p.q_stride, count, p.head_dim, p.scale * kLog2E, h.panel);
+  to_panel<W, kPairs>(h.q + query * p.q_stride, p.q_stride, count, p.head_dim, p.scale * kLog2E, h.panel);
 
   // Together the queries see the keys [from, last): both ends grow with the query. Tiles begin at multiples
   // of their height, so that sums over keys do not depend on what else is in the block.
   const Seen first_sees = seen(p, query, h.queries, h.keys);
   const Seen last_sees = seen(p, query + count - 1, h.queries, h.keys);
   const std::int64_t from = first_sees.first / kTileRows * kTileRows, last = last_sees.last;
+  const std::int64_t words = kPairs ? (p.head_dim + 1) / 2 : p.head_dim;
   const bool masked = p.causal || p.window > 0;
   I32 firsts[W] = {}, lasts[W] = {};
   if (masked) {
@@ -220,7 +298,7 @@ void block(const AttentionParams& p, const Head& h, std::int64_t query, int coun
   for (std::int64_t key = from; key < last; key += kTileRows) {
     const int n = static_cast<int>(least(kTileRows, last - key));
     float* scores = h.scores + (key - from) * kStep;
-    score<W>(n, {h.k.first + key * h.k.stride, h.k.stride}, h.panel, p.head_dim, scores);
+    score<kPairs, W>(n, {h.k.first + key * h.k.stride, h.k.stride}, h.panel, words, scores);
     for (int i = 0; i < n; ++i) {
 #pragma GCC unroll 2
       for (int w = 0; w < W; ++w) {
@@ -240,14 +318,21 @@ void block(const AttentionParams& p, const Head& h, std::int64_t query, int coun
     const int n = static_cast<int>(least(kTileRows, last - key));
     float* scores = h.scores + (key - from) * kStep;
     F32 part[W] = {};
-    for (int i = 0; i < n; ++i) {
+    const auto probability = [&](int i, int w) {
+      const F32 s = load(scores + i * kStep + w * L);
+      F32 e = exp2_of_negative(s - top[w]);
+      if (masked) e = s == kLowest ? F32{} : e;
+      part[w] += e;
+      return e;
+    };
+    // Pairs go to where the first half of the scores was.
+    float* to = kPairs ? h.scores + (key - from) / 2 * kStep : scores;
+    for (int i = 0; i < n; i += kPairs ? 2 : 1, to += kStep) {
 #pragma GCC unroll 2
       for (int w = 0; w < W; ++w) {
-        const F32 s = load(scores + i * kStep + w * L);
-        F32 e = exp2_of_negative(s - top[w]);
-        if (masked) e = s == kLowest ? F32{} : e;
-        store(scores + i * kStep + w * L, e);
-        part[w] += e;
+        F32 e = probability(i, w);
+        if constexpr (kPairs) e = pairs_of(e, i + 1 < n ? probability(i + 1, w) : F32{});
+        store(to + w * L, e);
       }
     }
     for (int w = 0; w < W; ++w) total[w] += part[w];
@@ -257,16 +342,17 @@ void block(const AttentionParams& p, const Head& h, std::int64_t query, int coun
 
   for (int q = 0, tiles = (count + kTileRows - 1) / kTileRows; q < count; --tiles) {
     const int rows = (count - q + tiles - 1) / tiles;  // of nearly equal height
-    const std::int64_t begin = seen(p, query + q, h.queries, h.keys).first;
-    const std::int64_t end = seen(p, query + q + rows - 1, h.queries, h.keys).last;
-    const float* weights = h.scores + (begin - from) * kStep + q;
+    constexpr std::int64_t kKeys = kPairs ? 2 : 1;     // of a row; rows begin at multiples of it
+    const std::int64_t begin = seen(p, query + q, h.queries, h.keys).first / kKeys;
+    const std::int64_t end = (seen(p, query + q + rows - 1, h.queries, h.keys).last + kKeys - 1) / kKeys;
+    const float* weights = h.scores + (begin - from / kKeys) * kStep + q;
     for (std::int64_t d = 0; d < p.head_dim; d += kPanel) {
       Tile tile;
       const float* v = h.v.first + begin * h.v.stride + d;
       if (p.head_dim - d > L) {
-        values<2>(rows, weights, kStep, end - begin, v, h.v.stride, tile);
+        values<kPairs, 2>(rows, weights, kStep, end - begin, v, h.v.stride, tile);
       } else {
-        values<1>(rows, weights, kStep, end - begin, v, h.v.stride, tile);
+        values<kPairs, 1>(rows, weights, kStep, end - begin, v, h.v.stride, tile);
       }
       for (int r = 0; r < rows; ++r) {
         float* out = h.out + (query + q + r) * p.heads * p.head_dim + d;
@@ -277,6 +363,14 @@ void block(const AttentionParams& p, const Head& h, std::int64_t query, int coun
       }
     }
     q += rows;
+  }
+}
+
+template <bool kPairs>
+void all_queries(const AttentionParams& p, const Head& h) {
+  for (std::int64_t query = 0; query < h.queries; query += kPanel) {
+    const int count = static_cast<int>(least(kPanel, h.queries - query));
+    count > kLanes<float> ? block<kPairs, 2>(p, h, query, count) : block<kPairs, 1>(p, h, query, count);
   }
 }
 
@@ -298,13 +392,12 @@ void attention(const AttentionParams& p, std::int64_t sequence, std::int64_t hea
   h.panel = scratch;
   h.scores = h.panel + kPanel * size;
   float* copies = h.scores + (h.keys + kTileRows) * kPanel;
-  h.k = rows_of(p, p.k, p.k_scales, sequence, kv_head, h.keys, copies);
-  h.v =
-      rows_of(p, p.v, p.v_scales, sequence, kv_head, h.keys, copies + h.keys * round_up(size, kLanes<float>));
-  for (std::int64_t query = 0; query < h.queries; query += kPanel) {
-    const int count = static_cast<int>(least(kPanel, h.queries - query));
-    count > kLanes<float> ? block<2>(p, h, query, count) : block<1>(p, h, query, count);
-  }
+  const bool pairs = kCanPair && p.pairs;
+  h.k =
+      rows_of(p, pairs ? Copy::kChannels : Copy::kFloats, p.k, p.k_scales, sequence, kv_head, h.keys, copies);
+  h.v = rows_of(p, pairs ? Copy::kKeys : Copy::kFloats, p.v, p.v_scales, sequence, kv_head, h.keys,
+                copies + h.keys * round_up(size, kLanes<float>));
+  pairs ? all_queries<kCanPair>(p, h) : all_queries<false>(p, h);
 }
 
 }  // namespace minilm::MINILM_ISA

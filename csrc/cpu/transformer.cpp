@@ -342,6 +342,7 @@ struct Attention {
     a.out = attended;
     a.scale = w.blocks[layer].scale;
     a.window = w.blocks[layer].window;
+    a.pairs = w.blocks[layer].qkv.format == Format::kBFloat16;
     if (p.fresh) {
       a.k = qkv + w.heads * w.head_dim;
       a.v = qkv + (w.heads + w.kv_heads) * w.head_dim;

@@ -443,25 +443,32 @@ struct Batch {
   std::int64_t heads, kv_heads, size;
 };
 
-// softmax(scale q k^T) v in double, for one query; `seen(key)` tells which keys count.
+// Whether pairs of bfloat16 are multiplied.
+bool has_pairs() { return cpu_kernels().prepared_row_bytes(Format::kBFloat16, 2) > 0; }
+
+// softmax(scale q k^T) v in double, for one query; `seen(key)` tells which keys count. With `pairs` what is
+// multiplied is rounded to bfloat16: q after scaling, and probabilities before they are divided by their sum.
 template <typename Seen, typename At>
-Doubles attended(const float* q, std::int64_t keys, std::int64_t size, double scale, Seen seen, At at) {
+Doubles attended(const float* q, std::int64_t keys, std::int64_t size, float scale, Seen seen, At at,
+                 bool pairs) {
+  const auto half = [&](double x) { return pairs ? rounded(DType::kBFloat16, x) : x; };
+  constexpr float kLog2E = 1.44269504088896341f;
   Doubles scores, out(size);
   double top = -INFINITY, total = 0;
   for (std::int64_t key = 0; key < keys; ++key) {
     double score = 0;
-    for (std::int64_t i = 0; i < size; ++i) score += q[i] * at(false, key, i);
-    scores.push_back(seen(key) ? score * scale : -INFINITY);
+    for (std::int64_t i = 0; i < size; ++i) score += half(q[i] * (scale * kLog2E)) * half(at(false, key, i));
+    scores.push_back(seen(key) ? score : -INFINITY);
     top = std::max(top, scores.back());
   }
-  for (double& score : scores) total += score = std::exp(score - top);
+  for (double& score : scores) total += score = std::exp2(score - top);
   for (std::int64_t key = 0; key < keys; ++key) {
-    for (std::int64_t i = 0; i < size; ++i) out[i] += scores[key] / total * at(true, key, i);
+    for (std::int64_t i = 0; i < size; ++i) out[i] += half(scores[key]) / total * half(at(true, key, i));
   }
   return out;
 }
 
-void check_attention(const Batch& b, bool causal, std::int64_t window, bool paged, DType cache) {
+void check_attention(const Batch& b, bool causal, std::int64_t window, bool paged, DType cache, bool pairs) {
   const std::int64_t sequences = static_cast<std::int64_t>(b.queries.size()), page_size = 4;
   std::vector<std::int32_t> cu_q = {0}, cu_k = {0};
   std::int32_t longest = 0;
@@ -487,6 +494,7 @@ void check_attention(const Batch& b, bool causal, std::int64_t window, bool page
   p.q = q.data(), p.k = k.bytes.data(), p.v = v.bytes.data(), p.out = out.data(), p.cu_q = cu_q.data();
   p.q_stride = b.heads * b.size, p.kv_stride = kv_size, p.heads = b.heads, p.kv_heads = b.kv_heads;
   p.head_dim = b.size, p.window = window, p.scale = 0.3f, p.causal = causal, p.cache_dtype = cache;
+  p.pairs = pairs;
   if (type == DType::kInt8) p.k_scales = k_scales.data(), p.v_scales = v_scales.data();
   if (paged) {
     p.block_table = table.data(), p.context = b.keys.data(), p.table_width = width, p.page_size = page_size;
@@ -513,10 +521,13 @@ void check_attention(const Batch& b, bool causal, std::int64_t window, bool page
               type == DType::kInt8 ? (value ? v_scales : k_scales)[slot * b.kv_heads + kv_head] : 1.0f;
           return scale * (value ? v : k).values[slot * kv_size + kv_head * b.size + i];
         };
-        const Doubles want = attended(q.data() + from, b.keys[s], b.size, 0.3, seen, at);
+        const bool rounds = pairs && has_pairs();
+        const Doubles want = attended(q.data() + from, b.keys[s], b.size, 0.3f, seen, at, rounds);
+        // A probability near the middle between two of bfloat16 may be rounded to the other of them.
+        const double allowed = rounds ? 1.0 / 256 : 2e-6;
         for (std::int64_t i = 0; i < b.size; ++i) {
           expect(paged ? "attention in pages" : "attention", out[from + i], want[i],
-                 2e-6 * (1 + std::abs(want[i])));
+                 allowed * (1 + std::abs(want[i])));
         }
       }
     }
@@ -618,7 +629,7 @@ struct Model {
             return qkv[key * all + (heads + (value ? kv_heads : 0) + head / (heads / kv_heads)) * size + i];
           };
           const auto seen = [&](std::int64_t key) { return !decoder || key <= t; };
-          const Doubles out = attended(q.data(), n, size, 0.4, seen, at);
+          const Doubles out = attended(q.data(), n, size, 0.4f, seen, at, w[0].rounds());
           for (std::int64_t i = 0; i < size; ++i) {
             mixed[(t * heads + head) * size + i] = static_cast<float>(out[i]);
           }
@@ -742,8 +753,10 @@ void check_all() {
                            Batch{{1, 1}, {1, 300}, 3, 3, 32}, Batch{{14}, {14}, 2, 1, 64}}) {
       for (const bool causal : {false, true}) {
         for (const std::int64_t window : {0, 3}) {
-          check_attention(b, causal, window, true, cache);
-          if (cache == DType::kFloat32) check_attention(b, causal, window, false, cache);
+          for (const bool pairs : {false, true}) {
+            check_attention(b, causal, window, true, cache, pairs);
+            if (cache == DType::kFloat32) check_attention(b, causal, window, false, cache, pairs);
+          }
         }
       }
     }
