@@ -31,6 +31,7 @@ ENGINES: dict[str, str] = {
     "onnxruntime int8": "onnxruntime_engine:OnnxRuntimeInt8",
     "openvino": "openvino_engine:OpenVino",
     "openvino bf16": "openvino_engine:OpenVinoBf16",
+    "openvino genai f32": "openvino_genai_engine:OpenVinoGenAIF32",
     "openvino genai f16": "openvino_genai_engine:OpenVinoGenAI",
     "ctranslate2": "ctranslate2_engine:CTranslate2",
     "ctranslate2 int8": "ctranslate2_engine:CTranslate2Int8",

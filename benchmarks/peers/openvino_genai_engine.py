@@ -1,11 +1,11 @@
-"""OpenVINO GenAI reading a GGUF of float16 weights (its reader knows no Q4_1). Its arithmetic is its own
-choice: bfloat16 on processors that have such products."""
+"""OpenVINO GenAI reading a GGUF of float16 weights (its reader knows neither Q4_1 nor float32). Its
+arithmetic is its own choice, bfloat16 on processors that have such products, or float32 where it is told so."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from .base import Unavailable
 from .llama_cpp_engine import F16
@@ -15,13 +15,14 @@ class OpenVinoGenAI(F16):
     """LLMPipeline on the file that llama.cpp's quantiser makes; needs llama-cpp-python once, to make it."""
 
     package = "openvino-genai"
+    settings: ClassVar[dict[str, Any]] = {"ATTENTION_BACKEND": "SDPA"}
 
     def load(self) -> None:
         """Load on the CPU."""
         import openvino_genai
 
         self.lib = openvino_genai
-        settings = {"INFERENCE_NUM_THREADS": self.threads, "ATTENTION_BACKEND": "SDPA"}
+        settings = self.settings | {"INFERENCE_NUM_THREADS": self.threads}
         self.pipe: Any = openvino_genai.LLMPipeline(str(self.path()), "CPU", **settings)
 
     def _config(self, new: int) -> Any:
@@ -48,3 +49,14 @@ class OpenVinoGenAI(F16):
         middle = time.perf_counter()
         self.generate(prompts, 1 + new)
         return time.perf_counter() - middle - (middle - begin)
+
+
+class OpenVinoGenAIF32(OpenVinoGenAI):
+    """The same weights, and float32 arithmetic: beside others that compute in float32."""
+
+    precision = "fp32"
+    settings: ClassVar[dict[str, Any]] = OpenVinoGenAI.settings | {"INFERENCE_PRECISION_HINT": "f32"}
+
+    def note(self) -> str:
+        """Which file, and what is done with it."""
+        return f"{super().note()}; float16 weights, float32 arithmetic"
