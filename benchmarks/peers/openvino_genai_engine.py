@@ -1,5 +1,5 @@
 """OpenVINO GenAI reading a GGUF of float16 weights (its reader knows neither Q4_1 nor float32). Its
-arithmetic is its own choice, bfloat16 on processors that have such products, or float32 where it is told so."""
+arithmetic is its own choice, bfloat16 on processors that have such products, or float32 if told so."""
 
 from __future__ import annotations
 
