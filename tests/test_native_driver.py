@@ -1,4 +1,4 @@
-"""The CPU kernels for ARM, in an emulator: csrc/tests/driver.cpp, which needs no torch."""
+"""The CPU kernels for ARM, in an emulator: the driver of csrc/tests, which needs no torch."""
 
 from __future__ import annotations
 

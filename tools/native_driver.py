@@ -1,4 +1,4 @@
-"""Compiles csrc/tests/driver.cpp with the CPU kernels, without torch, for any machine and with any flags."""
+"""Compiles the driver of csrc/tests with the CPU kernels, without torch, for any machine and any flags."""
 
 from __future__ import annotations
 
@@ -46,7 +46,8 @@ def build(
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(_run, commands))
     have = [f"-DMINILM_HAS_{isa.upper()}=1" for isa in isas]
-    sources = [str(ROOT / "csrc" / "cpu" / "dispatch.cpp"), str(ROOT / "csrc" / "tests" / "driver.cpp")]
+    checks = map(str, sorted((ROOT / "csrc" / "tests").glob("*.cpp")))
+    sources = [str(ROOT / "csrc" / "cpu" / "dispatch.cpp"), *checks]
     driver = folder / "driver"
     _run([*common, *flags, *have, *sources, *objects, "-o", str(driver)])
     return driver

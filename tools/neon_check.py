@@ -1,5 +1,5 @@
-"""Checks the CPU kernels for ARM on another machine: compiles them and csrc/tests/driver.cpp for aarch64, and
-runs that under an emulator.
+"""Checks the CPU kernels for ARM on another machine: compiles them and the driver of csrc/tests for aarch64,
+and runs that under an emulator.
 
     python tools/neon_check.py
 
