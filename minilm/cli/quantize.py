@@ -87,7 +87,10 @@ def quantize(
     if as_json:
         typer.echo(json.dumps(_record(done), ensure_ascii=False))
         return
-    formats = ", ".join(f"{count} matrices in {name}" for name, count in done.conversion.quantised.items())
+    formats = ", ".join(
+        f"{count} {'matrix' if count == 1 else 'matrices'} in {name}"
+        for name, count in done.conversion.quantised.items()
+    )
     typer.echo(
         f"{done.conversion.folder}: {done.conversion.architecture}, "
         f"{quantity(done.conversion.parameters)} parameters, {formats or 'nothing quantised'}\n"
