@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -104,23 +105,29 @@ class Weight:
         assert codes.abs().max() <= (127 if self.kind == Q4 else 254)
         weights = F.pad(self.codes, (0, short)).view(self.out, -1, size).double()
         dots = torch.einsum("rgn,ogn->rog", codes, weights)
-        terms = [dots * scales[:, None] * self.scales.double()]
+        # Where codes of x are bytes, they are counted from a zero of their group, and what that takes off a
+        # sum is a term of its own.
+        zeros = torch.zeros_like(scales) if self.kind == Q4 else zeros_of(codes)
+        off = zeros[:, None] * weights.sum(-1)  # [rows, out, G]
+        terms = [part * scales[:, None] * self.scales.double() for part in (dots - off, off)]
         if self.minimums is not None:
             terms.append((codes.sum(-1) * scales)[:, None] * self.minimums.double())
         exact = sum(terms).sum(-1)
         # A term is rounded three times and each of the G sums adds its own rounding; products of scales may
-        # be subnormal. Where codes are bytes, they are counted from the least or from 127 above it, and what
-        # that takes off a term is another.
+        # be subnormal.
         size = sum(term.abs() for term in terms).sum(-1)
-        if self.kind != Q4:
-            taken = (codes.amin(-1).abs() + 127) * scales
-            size += 2 * torch.einsum("rg,og->rog", taken, (weights.sum(-1) * self.scales.double()).abs()).sum(
-                -1
-            )
         allowed = (2 * scales.shape[1] + 4) * 2.0**-24 * size + 2.0**-148 * (dots.abs() + 1).sum(-1)
         assert y.shape == exact.shape
         error = (y.double() - exact).abs()
         assert bool((error <= allowed).all()), f"{(error / allowed).max():.3g} times the allowed error"
+
+
+def zeros_of(codes: Tensor) -> Tensor:
+    """codes [rows, G, n] of int8 or q8 -> [rows, G]: what the kernel in use takes off those of a group."""
+    least = codes.amin(-1).clamp(max=0)
+    if platform.machine() in ("aarch64", "arm64"):
+        return least + 127
+    return least if native.cpu_isa() in ("avx512_vnni", "avx512_bf16") else 0 * least
 
 
 def panel() -> int:
