@@ -464,7 +464,10 @@ inline __attribute__((always_inline)) void sums_of(const Places<F>& at, const ch
   for (std::int64_t g = 0; g < at.groups; ++g) {
     Sum dots[R][2];
 #pragma GCC unroll 12
-    for (int r = 0; r < R; ++r) dots[r][0] = dots[r][1] = in_register(Sum{});
+    for (int r = 0; r < R; ++r) {
+      dots[r][0] = in_register(Sum{});
+      dots[r][1] = in_register(Sum{});
+    }
     const char* words = x + g * P::kPairs * 8;
     const std::int64_t pairs = at.pairs(g);
     for (std::int64_t pair = 0; pair < pairs; ++pair) {
