@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .config import ConfigError as ConfigError
     from .config import ModelConfig as ModelConfig
     from .cross_encoder import CrossEncoder as CrossEncoder
+    from .files import HubError as HubError
     from .generate import GenerationConfig as GenerationConfig
     from .generate import TextIteratorStreamer as TextIteratorStreamer
     from .generate import TextStreamer as TextStreamer
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from .heads import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
     from .heads import AutoModelForSequenceClassification as AutoModelForSequenceClassification
     from .heads import AutoModelForTokenClassification as AutoModelForTokenClassification
-    from .hub import HubError as HubError
     from .llm import LLM as LLM
     from .llm import RequestOutput as RequestOutput
     from .llm import SamplingParams as SamplingParams
@@ -62,7 +62,7 @@ _HOME = {
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
     ),
-    "hub": ("HubError",),
+    "files.hub": ("HubError",),
     "llm": ("LLM", "RequestOutput", "SamplingParams"),
     "ops": ("BackendError", "backend", "explain"),
     "pipelines": ("pipeline",),

@@ -12,8 +12,8 @@ import torch
 
 from .archs import families
 from .config import ConfigError
+from .files import read_json, resolve
 from .heads import MODELS
-from .hub import read_json, resolve
 from .models import PreTrainedModel, initialise
 from .pretrained_config import PretrainedConfig
 from .quantization import describe, install, quantized_matrices, wanted_formats
@@ -47,7 +47,7 @@ class AutoConfig:
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
     ) -> PretrainedConfig:
-        """The configuration of a checkpoint, with overrides. Errors: see `minilm.hub.resolve` and
+        """The configuration of a checkpoint, with overrides. Errors: see `minilm.files.hub.resolve` and
         `ConfigError`."""
         hub = {k: options.pop(k) for k in HUB_OPTIONS if k in options}
         options = {k: v for k, v in options.items() if k not in WITHOUT_EFFECT}
@@ -63,7 +63,7 @@ def read_config(path: Path, **overrides: Any) -> PretrainedConfig:
     """config.json of a folder, or the equivalent in a GGUF file."""
     gguf = _gguf_file(path)
     if gguf is not None:
-        from .gguf import GGUFCheckpoint
+        from .files import GGUFCheckpoint
 
         with GGUFCheckpoint(gguf) as checkpoint:
             return PretrainedConfig.from_dict(checkpoint.hf_config(), **overrides)

@@ -22,9 +22,17 @@ import torch
 
 from .archs.family import Head
 from .auto import as_dtype, read_config
-from .checkpoint import Checkpoint, open_checkpoint
+from .files import (
+    CONFIG_FILES,
+    SENTENCE_FILES,
+    TOKENIZER_FILES,
+    VOCABULARY_FILES,
+    WEIGHT_FILES,
+    Checkpoint,
+    open_checkpoint,
+    resolve,
+)
 from .heads import MODELS
-from .hub import CONFIG_FILES, SENTENCE_FILES, TOKENIZER_FILES, VOCABULARY_FILES, WEIGHT_FILES, resolve
 from .models import PreTrainedModel
 from .summary import fitting_head, named_head, on_meta, planned
 from .weights import LoadReport

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from .auto import read_config
 from .batching import by_length, check_batch_size, chunks, progress_bar, run, tokenise, window
+from .files import FileError, read_json, resolve
 from .heads import AutoModelForSequenceClassification
-from .hub import FileError, read_json, resolve
 from .sentence_files import default_device, hub_options, listed_modules
 from .sentence_modules import activation
 from .tokenizer import AutoTokenizer

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from . import __version__
-from .hub import DEFAULT_DECODER, DEFAULT_ENCODER, HubError, resolve
+from .files import DEFAULT_DECODER, DEFAULT_ENCODER, HubError, resolve
 
 PACKAGES: dict[str, str] = {
     "numpy": "",

@@ -154,7 +154,7 @@ class GenerationConfig:
     ) -> GenerationConfig:
         """generation_config.json of a folder or of a name on the hub, with overrides."""
         from .auto import HUB_OPTIONS
-        from .hub import read_json, resolve
+        from .files import read_json, resolve
 
         hub = {name: overrides.pop(name) for name in HUB_OPTIONS if name in overrides}
         folder = resolve(pretrained_model_name, files="config", **hub)

@@ -14,11 +14,10 @@ from pathlib import Path
 
 import torch
 
-from .checkpoint import open_checkpoint
 from .convert import Conversion, convert
 from .evaluate import Likeness, likeness, perplexity
+from .files import open_checkpoint, resolve
 from .heads import AutoModelForCausalLM
-from .hub import resolve
 from .sentence import SentenceEncoder
 from .tokenizer import AutoTokenizer
 

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import torch
 
-from minilm.checkpoint import Checkpoint, WeightError
 from minilm.ops.quantized import QuantizedWeight, empty, is_finite, plane_shapes, quantise
 from minilm.weight_plan import Fill, Shape
+
+from .files import Checkpoint, WeightError
 
 KEEP = "keep"
 """In place of a format: the one that the file has, and floating where that is none of ours."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .hub import FileError, is_bundled, read_json, resolve
+from .files import FileError, is_bundled, read_json, resolve
 from .sentence_modules import KINDS, Pooling
 from .sentence_transformer import Transformer
 

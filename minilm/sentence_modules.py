@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .hub import FileError, read_json
+from .files import FileError, read_json
 from .layers import Linear
 from .packing import Packed
 from .weights import WeightError, open_checkpoint

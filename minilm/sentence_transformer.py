@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from .batching import Tokens, tokenise, window
+from .files import read_json
 from .heads import AutoModel
-from .hub import read_json
 from .sentence_modules import check_known, write_json
 from .tokenizer import AutoTokenizer, Tokenizer
 from .weights import open_checkpoint

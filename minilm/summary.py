@@ -23,10 +23,9 @@ from torch import nn
 from .archs import family_of
 from .archs.family import Head
 from .auto import read_config
-from .checkpoint import Checkpoint, WeightError, open_checkpoint
 from .config import ConfigError, ModelConfig
+from .files import Checkpoint, WeightError, open_checkpoint, read_json, resolve
 from .heads import MODELS
-from .hub import read_json, resolve
 from .models import PreTrainedModel
 from .pretrained_config import PretrainedConfig
 from .weights import MapEntry, weight_map
@@ -205,7 +204,7 @@ def planned(model: PreTrainedModel, checkpoint: Checkpoint) -> list[MapEntry]:
 
 
 def _given(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    from .gguf import GGUFCheckpoint
+    from .files import GGUFCheckpoint
 
     if isinstance(checkpoint, GGUFCheckpoint) and not (path / "config.json").is_file():
         return checkpoint.hf_config()
@@ -239,8 +238,7 @@ def _linear_weights(model: PreTrainedModel) -> int:
 
 
 def _tokenizer(path: Path, checkpoint: Checkpoint) -> tuple[str | None, bool]:
-    from .gguf import GGUFCheckpoint
-    from .hub import VOCABULARY_FILES
+    from .files import VOCABULARY_FILES, GGUFCheckpoint
 
     folder = path if path.is_dir() else None
     names = [name for name in VOCABULARY_FILES if folder is not None and (folder / name).is_file()]

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import chat_template as chat
-from . import hub
 from .detokenizer import IncrementalDecoder as IncrementalDecoder
+from .files import hub
 from .tokenizer_encode import UNLIMITED, TextEncoder
 from .tokenizer_errors import TokenizerError as TokenizerError
 from .tokenizer_errors import backend_errors

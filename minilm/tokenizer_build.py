@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .hub import read_json
+from .files import read_json
 from .sentencepiece_file import Algorithm, Kind, Piece, SentencePieceModel
 from .tokenizer_errors import TokenizerError, backend_errors
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .hub import read_json
+from .files import read_json
 from .sentencepiece_file import Algorithm, read_sentencepiece
 from .tokenizer_build import (
     SPLITTINGS,
@@ -211,7 +211,7 @@ def _from_vocabulary(
 
 
 def _read_gguf(path: Path) -> dict[str, Any]:
-    from .gguf_file import read_gguf_metadata
+    from .files import read_gguf_metadata
 
     try:
         return read_gguf_metadata(path)

@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .hub import read_json
+from .files import read_json
 from .tokenizer_build import SPACE
 from .tokenizer_errors import TokenizerError, backend_errors
 from .tokenizer_families import GENERIC, Family

@@ -13,8 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minilm.checkpoint import Checkpoint, WeightError
 from minilm.rules import Rule
+
+from .files import Checkpoint, WeightError
 
 Shape = tuple[int, ...]
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

@@ -47,19 +47,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minilm.checkpoint import (
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    SafetensorsCheckpoint,
-    TensorInfo,
-    WeightError,
-    open_checkpoint,
-)
 from minilm.ops.quantized import QuantizedWeight
 from minilm.quantized_weights import read_quantised, target_format
 from minilm.rules import Rule, affine, copy, fuse, ignore, tied, transpose
 from minilm.weight_plan import Fill, Shape, fused_sizes, plan_load, unique_parameters, views
+
+from .files import INDEX, SINGLE, Checkpoint, SafetensorsCheckpoint, TensorInfo, WeightError, open_checkpoint
 
 __all__ = [
     "Checkpoint",
@@ -295,7 +288,7 @@ def save_weights(
     transformers does it. Names of the base model get `prefix`. The same weights always give the same bytes.
     The files get their names when all are written: there is never a partial one, and what an earlier save
     left in the folder under such names is removed. `matrices`: those that the model has quantised, by the
-    names of the parameters in whose place they are; minilm/quantized_checkpoint.py says how they are kept.
+    names of the parameters in whose place they are; minilm/files/quantized.py says how they are kept.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file

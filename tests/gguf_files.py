@@ -10,7 +10,7 @@ import torch
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter
 from torch import Tensor, nn
 
-from minilm.gguf import GGUFCheckpoint
+from minilm.files.gguf import GGUFCheckpoint
 
 Type = GGMLQuantizationType
 Array = np.ndarray[Any, Any]

@@ -12,10 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minilm.checkpoint import (
-    WeightError,
-    open_checkpoint,
-)
+from minilm.files.checkpoint import WeightError, open_checkpoint
 from minilm.weights import (
     LoadReport,
     Rule,

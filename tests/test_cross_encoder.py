@@ -13,7 +13,7 @@ import torch
 from tiny_models import TEXTS, save_model
 
 from minilm.cross_encoder import CrossEncoder
-from minilm.hub import FileError
+from minilm.files.hub import FileError
 
 PAIRS = [
     ("Who lives in Paris?", "John Smith lives in Paris."),

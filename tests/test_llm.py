@@ -16,8 +16,8 @@ from tiny_decoders import CHAT, EOS, VOCABULARY, WINDOW, decoder, prompts
 
 import minilm
 from minilm import LLM, SamplingParams
-from minilm.gguf import GGUFCheckpoint
-from minilm.hub import resolve
+from minilm.files.gguf import GGUFCheckpoint
+from minilm.files.hub import resolve
 
 TEXTS = ["The cat", "once upon a time", "In the year 1984", "User: what is this?", "北京"]
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)

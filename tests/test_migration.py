@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch.utils.data import DataLoader
 
 import minilm
-from minilm.hub import DEFAULT_ENCODER, resolve
+from minilm.files.hub import DEFAULT_ENCODER, resolve
 
 SENTENCES = ["This is an example sentence", "Each sentence is converted", "naïve café, größer: 東京 😀"]
 CORPUS = [

@@ -26,9 +26,9 @@ from tiny_models import TEXTS, save_model
 from torch import Tensor, nn
 
 import minilm
-from minilm.checkpoint import WeightError
 from minilm.config import ConfigError
 from minilm.evaluate import likeness, perplexity
+from minilm.files.checkpoint import WeightError
 from minilm.ops import backend
 from minilm.ops.quantized import dequantise, quantise
 from minilm.quantization import quantized_matrices

@@ -18,7 +18,7 @@ from sentence_transformers.sentence_transformer.modules import LayerNorm, Poolin
 from tiny_models import TEXTS, save_decoder, save_model
 from tiny_sentence import build
 
-from minilm.hub import resolve
+from minilm.files.hub import resolve
 from minilm.packing import pack
 from minilm.sentence import SentenceEncoder
 from minilm.sentence_modules import MODES, Features

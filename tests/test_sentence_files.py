@@ -15,7 +15,7 @@ from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import Pooling
 from tiny_sentence import build
 
-from minilm.hub import FileError
+from minilm.files.hub import FileError
 from minilm.sentence import SentenceEncoder
 from minilm.weights import WeightError
 

@@ -13,7 +13,7 @@ from tiny_models import save_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import minilm
-from minilm.checkpoint import SafetensorsCheckpoint
+from minilm.files.checkpoint import SafetensorsCheckpoint
 from minilm.heads import MODELS
 from minilm.summary import Summary, summarise
 

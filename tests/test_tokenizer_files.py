@@ -17,7 +17,7 @@ import transformers
 from hypothesis import given
 from strategies import examples
 
-from minilm.hub import HubError
+from minilm.files.hub import HubError
 from minilm.sentencepiece_file import read_sentencepiece
 from minilm.tokenizer import AutoTokenizer, Tokenizer, TokenizerError
 from minilm.tokenizer_build import plain_sentencepiece

@@ -31,12 +31,7 @@ from small_family import (
 )
 from torch import Tensor, nn
 
-from minilm.checkpoint import (
-    Checkpoint,
-    TensorInfo,
-    WeightError,
-    open_checkpoint,
-)
+from minilm.files.checkpoint import Checkpoint, TensorInfo, WeightError, open_checkpoint
 from minilm.weights import (
     LoadReport,
     MapEntry,

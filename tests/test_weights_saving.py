@@ -24,9 +24,7 @@ from small_family import (
 )
 from torch import Tensor, nn
 
-from minilm.checkpoint import (
-    WeightError,
-)
+from minilm.files.checkpoint import WeightError
 from minilm.weights import (
     affine,
     copy,

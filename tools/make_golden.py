@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from minilm.hub import DEFAULT_DECODER, DEFAULT_ENCODER, resolve
+from minilm.files.hub import DEFAULT_DECODER, DEFAULT_ENCODER, resolve
 
 GOLDEN = Path(__file__).resolve().parent.parent / "tests" / "golden"
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
 
-from ..hub import DEFAULT_DECODER, DEFAULT_ENCODER
+from ..files import DEFAULT_DECODER, DEFAULT_ENCODER
 from .errors import State, note
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..auto import HUB_OPTIONS, read_config
-from ..hub import DEFAULT_DECODER, DEFAULT_ENCODER, resolve
+from ..files import DEFAULT_DECODER, DEFAULT_ENCODER, resolve
 from ..models import PreTrainedModel
 from ..tokenizer import AutoTokenizer, Tokenizer
 from .base import Pipeline as Pipeline

@@ -18,8 +18,8 @@ from gguf_files import (
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from minilm.checkpoint import WeightError
-from minilm.gguf import GGUFCheckpoint
+from minilm.files.checkpoint import WeightError
+from minilm.files.gguf import GGUFCheckpoint
 
 
 def config_of(path: Path, **metadata: Any) -> dict[str, Any]:

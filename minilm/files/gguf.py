@@ -26,10 +26,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilm.checkpoint import Checkpoint, TensorInfo, WeightError
-from minilm.gguf_config import ARCHITECTURES, config_from_metadata, head_counts
-from minilm.gguf_file import GGUFTensor, read_gguf, read_gguf_metadata
-from minilm.ops.quantized import QuantizedWeight
+from ..ops.quantized import QuantizedWeight
+from .checkpoint import Checkpoint, TensorInfo, WeightError
+from .gguf_config import ARCHITECTURES, config_from_metadata, head_counts
+from .gguf_file import GGUFTensor, read_gguf, read_gguf_metadata
 
 __all__ = ["GGUFCheckpoint", "read_gguf_metadata"]
 

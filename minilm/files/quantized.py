@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from minilm.checkpoint import Checkpoint, TensorInfo, WeightError
-from minilm.ops.quantized import FORMATS, QuantizedWeight, dequantise, empty, plane_shapes
+from ..ops.quantized import FORMATS, QuantizedWeight, dequantise, empty, plane_shapes
+from .checkpoint import Checkpoint, TensorInfo, WeightError
 
 _PLANES = ("codes", "scale", "minimum")
 

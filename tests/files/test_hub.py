@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 import tokenizer_folders as folders
 
-from minilm import hub
-from minilm.hub import FileError, HubError, is_bundled, read_json, resolve
+from minilm.files import hub
+from minilm.files.hub import FileError, HubError, is_bundled, read_json, resolve
 
 # -- local
 
@@ -77,7 +77,7 @@ def test_bundled_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_import_is_cheap() -> None:
-    code = "import sys, minilm.hub, minilm.tokenizer; print(*sys.modules)"
+    code = "import sys, minilm.files.hub, minilm.tokenizer; print(*sys.modules)"
     modules = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
@@ -214,7 +214,7 @@ def ask(endpoint: str, cache: Path, call: str, **environment: str) -> str:
     """What `resolve(call)` gives in a process that has this hub: the files found, or the error's message."""
     code = (
         "from pathlib import Path\n"
-        "from minilm.hub import HubError, resolve\n"
+        "from minilm.files.hub import HubError, resolve\n"
         f"try: path = resolve({call})\n"
         "except HubError as problem: print('HubError:', problem)\n"
         "else:\n"

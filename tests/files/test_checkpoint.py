@@ -26,12 +26,7 @@ from small_family import (
 )
 from torch import Tensor
 
-from minilm.checkpoint import (
-    SafetensorsCheckpoint,
-    WeightError,
-    blocks,
-    open_checkpoint,
-)
+from minilm.files.checkpoint import SafetensorsCheckpoint, WeightError, blocks, open_checkpoint
 
 
 @given(

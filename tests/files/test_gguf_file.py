@@ -22,8 +22,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_family import damaged
 
-from minilm.checkpoint import WeightError
-from minilm.gguf import GGUFCheckpoint, read_gguf_metadata
+from minilm.files.checkpoint import WeightError
+from minilm.files.gguf import GGUFCheckpoint, read_gguf_metadata
 
 
 def test_another_alignment(tmp_path: Path) -> None:

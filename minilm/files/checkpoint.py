@@ -27,7 +27,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from minilm.ops.quantized import QuantizedWeight
+from ..ops.quantized import QuantizedWeight
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -256,13 +256,13 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     elif not path.is_file():
         raise WeightError(f"{path}: no such file or folder")
     if path.suffix == ".gguf":
-        from minilm.gguf import GGUFCheckpoint
+        from .gguf import GGUFCheckpoint
 
         return GGUFCheckpoint(path)
     if path.suffix == ".safetensors" or path.name.endswith(".safetensors.index.json"):
         plain = SafetensorsCheckpoint(path)
         if any(name.endswith(".weight.codes") for name in plain.tensors):
-            from minilm.quantized_checkpoint import QuantizedCheckpoint
+            from .quantized import QuantizedCheckpoint
 
             return QuantizedCheckpoint(plain)
         return plain

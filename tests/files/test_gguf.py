@@ -31,8 +31,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from minilm.checkpoint import WeightError, open_checkpoint
-from minilm.gguf import GGUFCheckpoint, read_gguf_metadata
+from minilm.files.checkpoint import WeightError, open_checkpoint
+from minilm.files.gguf import GGUFCheckpoint, read_gguf_metadata
 from minilm.weights import copy, ignore, load_weights
 
 READABLE = [
@@ -122,7 +122,7 @@ def test_every_type_that_the_package_dequantises(
     rows, row = 37, 96 // min(block, 32) if block <= 32 else 2
     raw = np.random.default_rng(3).integers(0, 256, (rows, row * size), dtype=np.uint8)
     path = small(tmp_path / "x.gguf", {"blk.0.ffn_up.weight": (raw, kind)})
-    monkeypatch.setattr("minilm.gguf._PIECE", 5 * row * block + 1)
+    monkeypatch.setattr("minilm.files.gguf._PIECE", 5 * row * block + 1)
     with GGUFCheckpoint(path) as checkpoint:
         found = read(checkpoint, "model.layers.0.mlp.up_proj.weight")
     want = torch.from_numpy(dequantize(raw, kind).astype(np.float32).reshape(rows, row * block))
@@ -188,7 +188,7 @@ def test_rows_of_q_and_k_are_put_back(
         pytest.MonkeyPatch.context() as patch,
         GGUFCheckpoint(write_gguf(path, arch, tensors, metadata)) as checkpoint,
     ):
-        patch.setattr("minilm.gguf._PIECE", piece)
+        patch.setattr("minilm.files.gguf._PIECE", piece)
         assert checkpoint.tensors.keys() == want.keys()
         for name, value in want.items():
             assert np.array_equal(read(checkpoint, name).numpy(), value), name

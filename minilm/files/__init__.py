@@ -1,0 +1,51 @@
+"""What lies on disk, opened strictly: the hub, safetensors, GGUF, quantised checkpoints."""
+
+from .checkpoint import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    SafetensorsCheckpoint,
+    TensorInfo,
+    WeightError,
+    open_checkpoint,
+)
+from .gguf import GGUFCheckpoint
+from .gguf_file import read_gguf_metadata
+from .hub import (
+    CONFIG_FILES,
+    DEFAULT_DECODER,
+    DEFAULT_ENCODER,
+    SENTENCE_FILES,
+    TOKENIZER_FILES,
+    VOCABULARY_FILES,
+    WEIGHT_FILES,
+    FileError,
+    HubError,
+    is_bundled,
+    read_json,
+    resolve,
+)
+
+__all__ = [
+    "CONFIG_FILES",
+    "DEFAULT_DECODER",
+    "DEFAULT_ENCODER",
+    "INDEX",
+    "SENTENCE_FILES",
+    "SINGLE",
+    "TOKENIZER_FILES",
+    "VOCABULARY_FILES",
+    "WEIGHT_FILES",
+    "Checkpoint",
+    "FileError",
+    "GGUFCheckpoint",
+    "HubError",
+    "SafetensorsCheckpoint",
+    "TensorInfo",
+    "WeightError",
+    "is_bundled",
+    "open_checkpoint",
+    "read_gguf_metadata",
+    "read_json",
+    "resolve",
+]
