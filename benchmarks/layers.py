@@ -28,7 +28,7 @@ def build(model: str) -> tuple[Any, dict[str, Any]]:
     import transformers
 
     from minilm import AutoModel
-    from minilm.pretrained_config import PretrainedConfig
+    from minilm.families.pretrained_config import PretrainedConfig
 
     torch.manual_seed(1)
     config = PretrainedConfig.from_dict({"initializer_range": 0.05, **shapes.hf_config(model, layers=1)})

@@ -77,7 +77,7 @@ def _random(model: str, folder: Path) -> None:
     import torch
 
     from minilm import AutoModel, AutoModelForCausalLM
-    from minilm.pretrained_config import PretrainedConfig
+    from minilm.families.pretrained_config import PretrainedConfig
 
     torch.manual_seed(0)
     config = PretrainedConfig.from_dict({"initializer_range": 0.05, **shapes.hf_config(model)})

@@ -112,8 +112,8 @@ def hf_config(model: str, layers: int | None = None) -> dict[str, Any]:
 
 def spec(model: str, layers: int | None = None) -> Any:
     """The `minilm.config.ModelConfig` of a model."""
-    from minilm.archs import family_of
-    from minilm.pretrained_config import PretrainedConfig
+    from minilm.families import family_of
+    from minilm.families.pretrained_config import PretrainedConfig
 
     config = PretrainedConfig.from_dict(hf_config(model, layers))
     return family_of(config.model_type).config(config)

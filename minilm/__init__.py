@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .config import ConfigError as ConfigError
     from .config import ModelConfig as ModelConfig
     from .cross_encoder import CrossEncoder as CrossEncoder
+    from .families import PretrainedConfig as PretrainedConfig
     from .files import HubError as HubError
     from .generate import GenerationConfig as GenerationConfig
     from .generate import TextIteratorStreamer as TextIteratorStreamer
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from .ops import backend as backend
     from .ops import explain as explain
     from .pipelines import pipeline as pipeline
-    from .pretrained_config import PretrainedConfig as PretrainedConfig
     from .sentence import SentenceEncoder as SentenceEncoder
     from .sentence import SentenceTransformer as SentenceTransformer
     from .tokenizer import AutoTokenizer as AutoTokenizer
@@ -66,10 +66,10 @@ _HOME = {
     "llm": ("LLM", "RequestOutput", "SamplingParams"),
     "ops": ("BackendError", "backend", "explain"),
     "pipelines": ("pipeline",),
-    "pretrained_config": ("PretrainedConfig",),
+    "families.pretrained_config": ("PretrainedConfig",),
     "sentence": ("SentenceEncoder", "SentenceTransformer"),
     "tokenizer": ("AutoTokenizer", "Tokenizer"),
-    "weights": ("WeightError",),
+    "weights.loading": ("WeightError",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

@@ -10,12 +10,11 @@ from typing import Any, TypeVar
 
 import torch
 
-from .archs import families
 from .config import ConfigError
+from .families import PretrainedConfig, families
 from .files import read_json, resolve
 from .heads import MODELS
 from .models import PreTrainedModel, initialise
-from .pretrained_config import PretrainedConfig
 from .quantization import describe, install, quantized_matrices, wanted_formats
 from .weights import Checkpoint, LoadReport, WeightError, load_weights, open_checkpoint, save_weights
 

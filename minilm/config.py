@@ -1,7 +1,7 @@
 """`ModelConfig`: the closed list of ways in which two Transformers differ.
 
 A checkpoint's ``config.json`` speaks the dialect of its family (``n_embd`` or ``hidden_size``, ``rope_theta``
-here or there). Each family translates its dialect into this one (`minilm.archs`), and the model code reads
+here or there). Each family translates its dialect into this one (`minilm.families`), and the model code reads
 nothing else. So this page says what the one Transformer of `minilm.models` can be; a field stands here only
 because two families really differ by it.
 

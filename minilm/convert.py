@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from .archs.family import Head
 from .auto import as_dtype, read_config
+from .families import Head
 from .files import (
     CONFIG_FILES,
     SENTENCE_FILES,

@@ -16,7 +16,7 @@ from . import __version__
 from .config import ConfigError
 
 if TYPE_CHECKING:
-    from .pretrained_config import PretrainedConfig
+    from .families import PretrainedConfig
 
 DEFAULTS: dict[str, Any] = {
     "max_length": 20,

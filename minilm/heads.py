@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import decode_step, ops
-from .archs.family import Head
 from .cache import KVCache
+from .families import Head, PretrainedConfig
 from .layers import Embedding, Linear, Norm
 from .models import BodyResult, PreTrainedModel
 from .outputs import (
@@ -31,7 +31,6 @@ from .outputs import (
     TokenClassifierOutput,
 )
 from .packing import Packed, check_columns
-from .pretrained_config import PretrainedConfig
 from .quantized_layers import QuantizedEmbedding
 
 

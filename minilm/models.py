@@ -18,15 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from . import fused, rope
-from .archs import Family, family_of
-from .archs.family import Head
 from .cache import KVCache
 from .config import ModelConfig
+from .families import Family, Head, PretrainedConfig, family_of
 from .layers import Block, Embedding, Embeddings, Norm, Pass
 from .ops import dispatch, native
 from .outputs import ModelOutput
 from .packing import Packed, check_columns, pack
-from .pretrained_config import PretrainedConfig
 from .quantized_layers import Quantized, QuantizedEmbedding
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch import nn
 from .models import PreTrainedModel
 from .ops.quantized import FORMATS, QuantizedWeight, plane_shapes
 from .quantized_layers import Quantized, QuantizedEmbedding, QuantizedLinear
-from .quantized_weights import KEEP
+from .weights import KEEP
 
 METHOD = "minilm"
 """`quant_method` in the config.json of a folder that minilm quantised."""

@@ -21,8 +21,8 @@ from strategies import ENCODERS, Batch, Config, padding_id
 from torch import Tensor, nn
 
 import minilm
-from minilm.archs import family_of
-from minilm.archs.family import Head
+from minilm.families import family_of
+from minilm.families.family import Head
 from minilm.heads import MODELS
 
 transformers.utils.logging.disable_progress_bar()

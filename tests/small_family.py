@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minilm.files.checkpoint import WeightError, open_checkpoint
-from minilm.weights import (
+from minilm.weights.loading.loading import (
     LoadReport,
     Rule,
     affine,

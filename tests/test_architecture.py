@@ -97,7 +97,7 @@ class Import:
 
 
 def module_name(path: Path, top: Path, package: str) -> str:
-    """minilm/archs/bert.py -> minilm.archs.bert."""
+    """minilm/families/bert.py -> minilm.families.bert."""
     parts = [package, *path.relative_to(top).with_suffix("").parts]
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
@@ -209,7 +209,7 @@ def test_no_circles() -> None:
 def test_a_family_knows_its_dialect_and_nothing_else() -> None:
     """archs/ imports the configuration, the rules and other families."""
     for found in IMPORTS:
-        if found.importer.startswith("minilm.archs") and found.when != "types":
+        if found.importer.startswith("minilm.families") and found.when != "types":
             top = found.imported.split(".")[0]
             assert top in ("minilm", "__future__") or top in sys.stdlib_module_names, found
             module = own_module(found.imported)

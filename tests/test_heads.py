@@ -28,7 +28,7 @@ from strategies import (
 )
 from torch import Tensor
 
-from minilm.archs.family import Head
+from minilm.families.family import Head
 from minilm.outputs import ModelOutput
 
 TOKEN_HEADS = [

@@ -570,7 +570,7 @@ def test_only_the_import_changes(example: Example, folders: Models) -> None:
 
 def test_names_that_programs_import_are_there() -> None:
     """Every class of the supported families that this test's families and heads have in transformers."""
-    from minilm.archs import families
+    from minilm.families import families
 
     for family in families():
         for head in ("base", *family.heads):

@@ -34,7 +34,7 @@ from strategies import (
 )
 from torch import Tensor
 
-from minilm.archs.family import Head
+from minilm.families.family import Head
 
 EVERY_HEAD = [(family, head) for family in FAMILIES for head in heads_of(family)]
 PER_TOKEN = ("last_hidden_state", "start_logits", "end_logits", "prediction_logits")

@@ -20,7 +20,7 @@ from strategies import FAMILIES, Batch, Config, configs, examples, seeds, small
 from torch import Tensor
 
 import minilm
-from minilm.archs.family import Head
+from minilm.families.family import Head
 
 EVERY_HEAD = [(family, head) for family in FAMILIES for head in heads_of(family)]
 

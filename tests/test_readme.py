@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import typer
 
-from minilm.archs import families
 from minilm.cli.app import app
+from minilm.families import families
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

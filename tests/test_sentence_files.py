@@ -17,7 +17,7 @@ from tiny_sentence import build
 
 from minilm.files.hub import FileError
 from minilm.sentence import SentenceEncoder
-from minilm.weights import WeightError
+from minilm.weights.loading.loading import WeightError
 
 
 @pytest.fixture(scope="module")

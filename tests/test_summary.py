@@ -160,7 +160,7 @@ def test_an_encoder_has_no_cache(tmp_path: Path) -> None:
 def test_every_tensor_of_the_checkpoint_is_in_the_map(tmp_path: Path) -> None:
     folder = save_decoder(tmp_path, "llama")
     summary = summarise(folder)
-    with minilm.weights.open_checkpoint(folder) as checkpoint:
+    with minilm.weights.loading.open_checkpoint(folder) as checkpoint:
         assert [entry.source for entry in summary.weights] == list(checkpoint.tensors)
     sources = [source for p in summary.parameters for source in p.sources]
     assert sorted(sources) == sorted(entry.source for entry in summary.weights)

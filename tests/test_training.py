@@ -17,7 +17,7 @@ from strategies import DECODERS, FAMILIES, Batch, Config, cases, examples, seeds
 from torch import Tensor
 
 import minilm
-from minilm.archs.family import Head
+from minilm.families.family import Head
 
 EVERY_HEAD = [(family, head) for family in FAMILIES for head in heads_of(family) if head != "base"]
 NO_DROPOUT = {

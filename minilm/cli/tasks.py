@@ -216,7 +216,7 @@ def _pipeline(task: str, model: str, device: Any, run: Runtime, untrained: bool)
     """The pipeline, unless its answers would be random and nobody asked for that."""
     from ..pipelines import pipeline
 
-    log = logging.getLogger("minilm.weights")  # what it says of a missing head is said below
+    log = logging.getLogger("minilm.weights.loading")  # what it says of a missing head is said below
     level = log.level
     log.setLevel(logging.ERROR)
     try:

@@ -33,7 +33,7 @@ from torch import nn
 
 from minilm.files.checkpoint import WeightError, open_checkpoint
 from minilm.files.gguf import GGUFCheckpoint, read_gguf_metadata
-from minilm.weights import copy, ignore, load_weights
+from minilm.weights.loading.loading import copy, ignore, load_weights
 
 READABLE = [
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",
@@ -347,7 +347,7 @@ LOAD_AND_MEASURE = """
 import sys
 import torch
 from torch import nn
-from minilm.weights import copy, load_weights, open_checkpoint
+from minilm.weights.loading import copy, load_weights, open_checkpoint
 
 def kilobytes(key):
     with open("/proc/self/status") as status:

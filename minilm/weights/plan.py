@@ -1,6 +1,6 @@
 """The plan of a load: what becomes of every tensor, decided from names, shapes and dtypes alone.
 
-Read minilm/weights.py first: it tells what this is for.
+Read minilm/weights/loading.py first: it tells what this is for.
 """
 
 from __future__ import annotations
@@ -13,9 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minilm.rules import Rule
-
-from .files import Checkpoint, WeightError
+from ..files import Checkpoint, WeightError
+from .rules import Rule
 
 Shape = tuple[int, ...]
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)

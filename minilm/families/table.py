@@ -1,5 +1,4 @@
-"""The model families. To add one: a file that says how it differs (`FAMILY = Family(...)`), and a line in
-`FAMILIES`."""
+"""The table of the families, by the `model_type` of config.json."""
 
 from __future__ import annotations
 
@@ -34,6 +33,3 @@ def family_of(model_type: str) -> Family:
 def families() -> list[Family]:
     """All families, in the order of the table."""
     return [family_of(model_type) for model_type in FAMILIES]
-
-
-__all__ = ["FAMILIES", "Family", "families", "family_of"]

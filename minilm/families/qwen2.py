@@ -7,14 +7,11 @@ Layers from `max_window_layers` on, or those that `layer_types` names, can have 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import ModelConfig
 from . import llama
-from .family import layer_windows
-
-if TYPE_CHECKING:
-    from ..pretrained_config import PretrainedConfig
+from .family import Options, layer_windows
 
 DEFAULTS: dict[str, Any] = {
     **{k: v for k, v in llama.DEFAULTS.items() if k != "attention_bias"},
@@ -31,7 +28,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def translate(hf: PretrainedConfig) -> ModelConfig:
+def translate(hf: Options) -> ModelConfig:
     """Qwen2's options -> ModelConfig."""
     window = hf.get("sliding_window") if hf.use_sliding_window else None
     return replace(

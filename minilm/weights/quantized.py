@@ -1,6 +1,6 @@
 """Loading matrices as quantised ones: what becomes of one parameter of the plan.
 
-`formats` of `minilm.weights.load_weights` says for which parameters, and to which format; `KEEP` takes the
+`formats` of `minilm.weights.loading.load_weights` says for which parameters, and to which format; `KEEP` takes the
 one that the file has. A matrix is read whole, in float32, and quantised, before the next one is read: never
 more than one is in memory in full. Codes that the file has in the wanted format are copied as they are.
 """
@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import torch
 
-from minilm.ops.quantized import QuantizedWeight, empty, is_finite, plane_shapes, quantise
-from minilm.weight_plan import Fill, Shape
-
-from .files import Checkpoint, WeightError
+from ..files import Checkpoint, WeightError
+from ..ops.quantized import QuantizedWeight, empty, is_finite, plane_shapes, quantise
+from .plan import Fill, Shape
 
 KEEP = "keep"
 """In place of a format: the one that the file has, and floating where that is none of ours."""

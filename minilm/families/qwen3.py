@@ -7,20 +7,16 @@ The head size is an option of its own (128 whatever the width), biases are optio
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ..config import ModelConfig
-from ..rules import copy
+from ..weights import copy
 from . import llama, qwen2
-from .family import layer_windows
-
-if TYPE_CHECKING:
-    from ..pretrained_config import PretrainedConfig
+from .family import Options, layer_windows
 
 DEFAULTS = {**qwen2.DEFAULTS, "head_dim": 128, "attention_bias": False}
 
 
-def translate(hf: PretrainedConfig) -> ModelConfig:
+def translate(hf: Options) -> ModelConfig:
     """Qwen3's options -> ModelConfig."""
     window = hf.get("sliding_window") if hf.use_sliding_window else None
     return replace(llama.translate(hf), windows=layer_windows(hf, window), qk_norm=True, mlp_bias=False)

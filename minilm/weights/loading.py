@@ -3,13 +3,13 @@
 A checkpoint is a bag of named tensors, and the names are those of somebody else's program:
 `bert.encoder.layer.3.attention.self.query.weight`. Our models have other names, and partly other shapes:
 query, key and value are one matrix here. What happens between the two is said by the rules of the family,
-which are data (minilm/rules.py says what a rule is, minilm/archs/ has them), and is done here in three steps.
+which are data (minilm/weights/rules.py says what a rule is, minilm/archs/ has them), and is done here in three steps.
 
 1. *Names are normalised.* A BERT with a head calls its body `bert.…`, the bare model leaves that out. If any
    key starts with a prefix of the family, then keys with the prefix are the base model's and lose it, and the
    others belong to heads. The LayerNorm names of 2018, gamma and beta, become weight and bias.
 
-2. *A plan is made* (minilm/weight_plan.py) from names, shapes and dtypes alone. Every key must match exactly
+2. *A plan is made* (minilm/weights/plan.py) from names, shapes and dtypes alone. Every key must match exactly
    one rule, every parameter must be filled exactly once, every shape must agree. Where something is left
    over, it depends on where it belongs:
 
@@ -47,12 +47,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from minilm.ops.quantized import QuantizedWeight
-from minilm.quantized_weights import read_quantised, target_format
-from minilm.rules import Rule, affine, copy, fuse, ignore, tied, transpose
-from minilm.weight_plan import Fill, Shape, fused_sizes, plan_load, unique_parameters, views
-
-from .files import INDEX, SINGLE, Checkpoint, SafetensorsCheckpoint, TensorInfo, WeightError, open_checkpoint
+from ..files import INDEX, SINGLE, Checkpoint, SafetensorsCheckpoint, TensorInfo, WeightError, open_checkpoint
+from ..ops.quantized import QuantizedWeight
+from .plan import Fill, Shape, fused_sizes, plan_load, unique_parameters, views
+from .quantized import read_quantised, target_format
+from .rules import Rule, affine, copy, fuse, ignore, tied, transpose
 
 __all__ = [
     "Checkpoint",
@@ -139,7 +138,7 @@ def load_weights(
     Every parameter is replaced by one of `dtype` on `device`; a shared one stays shared. `init(name, tensor)`
     sets the values of head parameters that the checkpoint does not have. Beyond the weights, a few megabytes
     of memory are used. `progress`: a bar; None shows one on a terminal for more than 1 GB. Parameters that
-    `formats` names become quantised matrices of that format (see minilm/quantized_weights.py), and
+    `formats` names become quantised matrices of that format (see minilm/weights/quantized.py), and
     `install(model, name, matrix)` puts each in its place.
 
     Raises WeightError, and leaves the model as it was, when the checkpoint does not fit or cannot be read.

@@ -9,14 +9,11 @@ the token table.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import ModelConfig
-from ..rules import Rule, affine, copy, fuse, ignore, tied
-from .family import DECODER_ONLY, Family, Head, SequenceHead, equal_heads, rope_config
-
-if TYPE_CHECKING:
-    from ..pretrained_config import PretrainedConfig
+from ..weights import Rule, affine, copy, fuse, ignore, tied
+from .family import DECODER_ONLY, Family, Head, Options, SequenceHead, equal_heads, rope_config
 
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
@@ -47,7 +44,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def translate(hf: PretrainedConfig) -> ModelConfig:
+def translate(hf: Options) -> ModelConfig:
     """Llama's options -> ModelConfig."""
     return ModelConfig(
         vocab_size=hf.vocab_size,

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 from ..config import ConfigError, ModelConfig, RopeConfig
-from ..rules import Rule, ignore
-
-if TYPE_CHECKING:
-    from ..pretrained_config import PretrainedConfig
+from ..weights import Rule, ignore
 
 Head = Literal[
     "base",
@@ -25,6 +22,16 @@ Head = Literal[
 
 
 MOST_LAYERS = 10_000
+
+
+class Options(Protocol):
+    """The options of a config.json, read by attribute under the family's own names (`PretrainedConfig`)."""
+
+    model_type: str
+
+    def get(self, name: str, default: Any = None) -> Any: ...
+
+    def __getattr__(self, name: str) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class Family:
     """What transformers' class names begin with: Bert, Roberta, GPT2, ..."""
     defaults: Mapping[str, Any]
     """Options of config.json that the family knows, with the values that they have when absent."""
-    translate: Callable[[PretrainedConfig], ModelConfig]
+    translate: Callable[[Options], ModelConfig]
     prefixes: tuple[str, ...]
     """What names of the body begin with in a checkpoint of a model with a head; the first is written."""
     body: tuple[Rule, ...]
@@ -70,7 +77,7 @@ class Family:
     head_prefixes: Mapping[Head, str] = field(default_factory=dict)
     """Heads whose checkpoints write the body under another of `prefixes` (Llama's question answering)."""
 
-    def config(self, hf: PretrainedConfig) -> ModelConfig:
+    def config(self, hf: Options) -> ModelConfig:
         """Translate the options. Raises ConfigError naming an option that is not supported."""
         for name, allowed in self.rejected.items():
             value = hf.get(name)
@@ -116,7 +123,7 @@ class Family:
         """What names of the body begin with in a checkpoint that is written for `head`."""
         return "" if head == "base" else self.head_prefixes.get(head, self.prefixes[0])
 
-    def dropout(self, head: Head, hf: PretrainedConfig) -> float:
+    def dropout(self, head: Head, hf: Options) -> float:
         """Dropout probability before `head`."""
         for source in self.head_dropout.get(head, ()):
             value = hf.get(source) if isinstance(source, str) else source
@@ -155,7 +162,7 @@ def _check_quantization(model_type: str, given: Any) -> None:
     )
 
 
-def equal_heads(hf: PretrainedConfig) -> int:
+def equal_heads(hf: Options) -> int:
     """The head size where the heads share the width out."""
     width, heads = hf.hidden_size, hf.num_attention_heads
     if heads < 1 or width % heads:
@@ -180,7 +187,7 @@ DECODER_ONLY: dict[str, tuple[Any, ...]] = {
 }
 
 
-def rope_config(hf: PretrainedConfig, default_theta: float = 10_000.0) -> RopeConfig:
+def rope_config(hf: Options, default_theta: float = 10_000.0) -> RopeConfig:
     """Rope options, written as transformers 5 does (`rope_parameters`) or 4 did (`rope_theta`,
     `rope_scaling`)."""
     given = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
@@ -261,7 +268,7 @@ def _yarn_attention_factor(options: Mapping[str, Any], factor: float) -> float:
     return mscale(1.0)
 
 
-def layer_windows(hf: PretrainedConfig, sliding_window: int | None) -> tuple[int | None, ...]:
+def layer_windows(hf: Options, sliding_window: int | None) -> tuple[int | None, ...]:
     """Windows by layer from `layer_types`, or from `max_window_layers` (the first layers attend in full) in
     its absence."""
     types = hf.get("layer_types")

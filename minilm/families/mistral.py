@@ -7,13 +7,10 @@ releases (v0.2 on) switch the window off with null.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ..config import ModelConfig
 from . import llama
-
-if TYPE_CHECKING:
-    from ..pretrained_config import PretrainedConfig
+from .family import Options
 
 DEFAULTS = {
     **llama.DEFAULTS,
@@ -24,7 +21,7 @@ DEFAULTS = {
 }
 
 
-def translate(hf: PretrainedConfig) -> ModelConfig:
+def translate(hf: Options) -> ModelConfig:
     """Mistral's options -> ModelConfig: Llama's, without biases, and the window."""
     windows = (hf.get("sliding_window"),) * hf.num_hidden_layers
     return replace(llama.translate(hf), windows=windows, qkv_bias=False, out_bias=False, mlp_bias=False)

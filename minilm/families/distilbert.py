@@ -8,14 +8,9 @@ says, as all its norms do.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..config import ModelConfig
-from ..rules import affine, copy, fuse, ignore, tied
-from .family import NOT_A_DECODER, Family, SequenceHead, equal_heads
-
-if TYPE_CHECKING:
-    from ..pretrained_config import PretrainedConfig
+from ..weights import affine, copy, fuse, ignore, tied
+from .family import NOT_A_DECODER, Family, Options, SequenceHead, equal_heads
 
 DEFAULTS = {
     "vocab_size": 30522,
@@ -39,7 +34,7 @@ DEFAULTS = {
 EPS = 1e-12
 
 
-def translate(hf: PretrainedConfig) -> ModelConfig:
+def translate(hf: Options) -> ModelConfig:
     """DistilBERT's options -> ModelConfig. (sinusoidal_pos_embds only says how a fresh position table is
     filled.)"""
     return ModelConfig(

@@ -9,14 +9,12 @@ there is one, and residual sums may drop out in training. The models for 4,096 t
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..config import ConfigError, ModelConfig
-from ..rules import copy
+from ..weights import copy
 from . import llama
-
-if TYPE_CHECKING:
-    from ..pretrained_config import PretrainedConfig
+from .family import Options
 
 OPTIONS_OF_LLAMA_ALONE = ("attention_bias", "mlp_bias")
 DEFAULTS: dict[str, Any] = {
@@ -35,7 +33,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def translate(hf: PretrainedConfig) -> ModelConfig:
+def translate(hf: Options) -> ModelConfig:
     """Phi-3's options -> ModelConfig. (embd_pdrop has no effect in transformers either.)"""
     config = llama.translate(hf)
     if config.rope is not None and config.rope.type != "default":

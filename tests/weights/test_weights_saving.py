@@ -25,12 +25,7 @@ from small_family import (
 from torch import Tensor, nn
 
 from minilm.files.checkpoint import WeightError
-from minilm.weights import (
-    affine,
-    copy,
-    fuse,
-    save_weights,
-)
+from minilm.weights.loading.loading import affine, copy, fuse, save_weights
 
 
 @given(

@@ -9,20 +9,16 @@ the pooler's.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from ..config import ConfigError, ModelConfig
-from ..rules import affine, copy, tied
+from ..weights import affine, copy, tied
 from . import bert
-from .family import Family, SequenceHead
-
-if TYPE_CHECKING:
-    from ..pretrained_config import PretrainedConfig
+from .family import Family, Options, SequenceHead
 
 DEFAULTS = {**bert.DEFAULTS, "vocab_size": 50265, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
 
 
-def translate(hf: PretrainedConfig) -> ModelConfig:
+def translate(hf: Options) -> ModelConfig:
     """RoBERTa's options -> ModelConfig: BERT's, with the shifted positions."""
     if hf.pad_token_id is None:
         raise ConfigError(f"{hf.model_type}: positions begin after pad_token_id, and it is not set")

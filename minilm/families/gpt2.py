@@ -9,14 +9,9 @@ fused, and the causal mask as a buffer.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..config import ModelConfig
-from ..rules import affine, copy, ignore, tied, transpose
-from .family import DECODER_ONLY, Family, SequenceHead, equal_heads
-
-if TYPE_CHECKING:
-    from ..pretrained_config import PretrainedConfig
+from ..weights import affine, copy, ignore, tied, transpose
+from .family import DECODER_ONLY, Family, Options, SequenceHead, equal_heads
 
 DEFAULTS = {
     "vocab_size": 50257,
@@ -48,7 +43,7 @@ DEFAULTS = {
 }
 
 
-def translate(hf: PretrainedConfig) -> ModelConfig:
+def translate(hf: Options) -> ModelConfig:
     """GPT-2's options -> ModelConfig. (reorder_and_upcast_attn asks for a float32 softmax, which minilm's
     always is; the summary_* options belong to a multiple-choice head.)"""
     return ModelConfig(

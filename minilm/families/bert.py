@@ -8,14 +8,9 @@ then the token table again as the output matrix, with a bias of its own.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..config import ModelConfig
-from ..rules import affine, copy, fuse, ignore, tied
-from .family import NOT_A_DECODER, Family, SequenceHead, equal_heads
-
-if TYPE_CHECKING:
-    from ..pretrained_config import PretrainedConfig
+from ..weights import affine, copy, fuse, ignore, tied
+from .family import NOT_A_DECODER, Family, Options, SequenceHead, equal_heads
 
 DEFAULTS = {
     "vocab_size": 30522,
@@ -38,7 +33,7 @@ DEFAULTS = {
 }
 
 
-def translate(hf: PretrainedConfig) -> ModelConfig:
+def translate(hf: Options) -> ModelConfig:
     """BERT's options -> ModelConfig."""
     return ModelConfig(
         vocab_size=hf.vocab_size,

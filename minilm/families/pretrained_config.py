@@ -16,8 +16,8 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from . import __version__
-from .config import ConfigError
+from .._version import __version__
+from ..config import ConfigError
 
 COMMON: dict[str, Any] = {
     "architectures": None,
@@ -130,7 +130,7 @@ class PretrainedConfig:
     model_type: str = ""
 
     def __init__(self, **options: Any) -> None:
-        from .archs import family_of
+        from .table import family_of
 
         model_type = options.pop("model_type", None) or type(self).model_type
         family = family_of(model_type)
@@ -254,7 +254,7 @@ class PretrainedConfig:
     def from_dict(cls, options: dict[str, Any], **overrides: Any) -> PretrainedConfig:
         """From the contents of a config.json. Keys that the family does not know are announced in one
         warning."""
-        from .archs import family_of
+        from .table import family_of
 
         model_type = options.get("model_type") or cls.model_type
         if not model_type:

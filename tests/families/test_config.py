@@ -18,8 +18,8 @@ from strategies import DECODERS, ENCODERS, FAMILIES, Config, configs, examples, 
 
 import minilm
 from minilm import AutoConfig, ConfigError, ModelConfig, PretrainedConfig
-from minilm.archs import families, family_of
 from minilm.config import RopeConfig
+from minilm.families import families, family_of
 
 BERT_LIKE = ("bert", "roberta", "xlm-roberta")
 

@@ -32,13 +32,7 @@ from small_family import (
 from torch import Tensor, nn
 
 from minilm.files.checkpoint import Checkpoint, TensorInfo, WeightError, open_checkpoint
-from minilm.weights import (
-    LoadReport,
-    MapEntry,
-    copy,
-    load_weights,
-    weight_map,
-)
+from minilm.weights.loading.loading import LoadReport, MapEntry, copy, load_weights, weight_map
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
@@ -387,7 +381,7 @@ LOAD_AND_MEASURE = """
 import sys
 import torch
 from torch import nn
-from minilm.weights import copy, load_weights, open_checkpoint, transpose
+from minilm.weights.loading import copy, load_weights, open_checkpoint, transpose
 
 def kilobytes(key):
     with open("/proc/self/status") as status:
