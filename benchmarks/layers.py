@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from minilm import ops, rope
-from minilm.layers import Pass
-from minilm.packing import pack
+from minilm import ops
+from minilm.model import rope
+from minilm.model.layers import Pass
+from minilm.model.packing import pack
 
 from . import check, costs, harness, machine, shapes
 from .limits import Limits

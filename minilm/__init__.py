@@ -14,8 +14,8 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .attention_maps import attention_probs as attention_probs
-    from .auto import AutoConfig as AutoConfig
-    from .cache import KVCache as KVCache
+    from .model import AutoConfig as AutoConfig
+    from .model import KVCache as KVCache
     from .config import ConfigError as ConfigError
     from .config import ModelConfig as ModelConfig
     from .cross_encoder import CrossEncoder as CrossEncoder
@@ -24,14 +24,14 @@ if TYPE_CHECKING:
     from .generate import GenerationConfig as GenerationConfig
     from .generate import TextIteratorStreamer as TextIteratorStreamer
     from .generate import TextStreamer as TextStreamer
-    from .heads import AutoModel as AutoModel
-    from .heads import AutoModelForCausalLM as AutoModelForCausalLM
-    from .heads import AutoModelForMaskedLM as AutoModelForMaskedLM
-    from .heads import AutoModelForNextSentencePrediction as AutoModelForNextSentencePrediction
-    from .heads import AutoModelForPreTraining as AutoModelForPreTraining
-    from .heads import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
-    from .heads import AutoModelForSequenceClassification as AutoModelForSequenceClassification
-    from .heads import AutoModelForTokenClassification as AutoModelForTokenClassification
+    from .model import AutoModel as AutoModel
+    from .model import AutoModelForCausalLM as AutoModelForCausalLM
+    from .model import AutoModelForMaskedLM as AutoModelForMaskedLM
+    from .model import AutoModelForNextSentencePrediction as AutoModelForNextSentencePrediction
+    from .model import AutoModelForPreTraining as AutoModelForPreTraining
+    from .model import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
+    from .model import AutoModelForSequenceClassification as AutoModelForSequenceClassification
+    from .model import AutoModelForTokenClassification as AutoModelForTokenClassification
     from .llm import LLM as LLM
     from .llm import RequestOutput as RequestOutput
     from .llm import SamplingParams as SamplingParams
@@ -41,18 +41,18 @@ if TYPE_CHECKING:
     from .pipelines import pipeline as pipeline
     from .sentence import SentenceEncoder as SentenceEncoder
     from .sentence import SentenceTransformer as SentenceTransformer
-    from .tokenizer import AutoTokenizer as AutoTokenizer
-    from .tokenizer import Tokenizer as Tokenizer
+    from .text import AutoTokenizer as AutoTokenizer
+    from .text import Tokenizer as Tokenizer
     from .weights import WeightError as WeightError
 
 _HOME = {
     "attention_maps": ("attention_probs",),
-    "auto": ("AutoConfig",),
-    "cache": ("KVCache",),
+    "model.auto": ("AutoConfig",),
+    "model.cache": ("KVCache",),
     "cross_encoder": ("CrossEncoder",),
     "config": ("ConfigError", "ModelConfig"),
     "generate": ("GenerationConfig", "TextIteratorStreamer", "TextStreamer"),
-    "heads": (
+    "model.heads": (
         "AutoModel",
         "AutoModelForCausalLM",
         "AutoModelForMaskedLM",
@@ -68,7 +68,7 @@ _HOME = {
     "pipelines": ("pipeline",),
     "families.pretrained_config": ("PretrainedConfig",),
     "sentence": ("SentenceEncoder", "SentenceTransformer"),
-    "tokenizer": ("AutoTokenizer", "Tokenizer"),
+    "text.tokenizer": ("AutoTokenizer", "Tokenizer"),
     "weights.loading": ("WeightError",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
@@ -82,7 +82,7 @@ def __getattr__(name: str) -> Any:
     elif name[
         :1
     ].isupper():  # BertModel, GPT2LMHeadModel, LlamaConfig, ...: transformers' class names, by table
-        value = import_module(".auto", __name__).alias(name)
+        value = import_module(".model.auto", __name__).alias(name)
     else:
         value = None
     if value is None:
@@ -92,6 +92,6 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    from .auto import alias_names
+    from .model import alias_names
 
     return sorted({*globals(), *__all__, *alias_names()})

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .layers import Attention, Block
-from .packing import Packed
+from .model import Attention, Block
+from .model import Packed
 
 if TYPE_CHECKING:
-    from .models import PreTrainedModel
+    from .model import PreTrainedModel
 
 Places: TypeAlias = int | Sequence[int] | slice
 

@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from .models import BodyResult, PreTrainedModel
-from .packing import pack
+from .model import BodyResult, PreTrainedModel
+from .model import pack
 
 if TYPE_CHECKING:
-    from .tokenizer import Tokenizer
+    from .text import Tokenizer
 
 T = TypeVar("T")
 

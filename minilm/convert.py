@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from .auto import as_dtype, read_config
+from .model import as_dtype, read_config
 from .families import Head
 from .files import (
     CONFIG_FILES,
@@ -32,8 +32,8 @@ from .files import (
     open_checkpoint,
     resolve,
 )
-from .heads import MODELS
-from .models import PreTrainedModel
+from .model import MODELS
+from .model import PreTrainedModel
 from .summary import fitting_head, named_head, on_meta, planned
 from .weights import LoadReport
 
@@ -139,7 +139,7 @@ def _write_tokenizer(path: Path, folder: Path) -> bool:
     if path.is_dir() and any((path / name).is_file() for name in VOCABULARY_FILES):
         _copy(path, folder, [name for name in TOKENIZER_FILES if name not in CONFIG_FILES])
         return True
-    from .tokenizer import AutoTokenizer
+    from .text import AutoTokenizer
 
     gguf = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     if not gguf or gguf[0].suffix != ".gguf":

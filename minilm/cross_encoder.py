@@ -18,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .auto import read_config
+from .model import read_config
 from .batching import by_length, check_batch_size, chunks, progress_bar, run, tokenise, window
 from .files import FileError, read_json, resolve
-from .heads import AutoModelForSequenceClassification
+from .model import AutoModelForSequenceClassification
 from .sentence_files import default_device, hub_options, listed_modules
 from .sentence_modules import activation
-from .tokenizer import AutoTokenizer
+from .text import AutoTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ class CrossEncoder(nn.Module):
         max_length: of a pair, in tokens; longer ones are cut. None: as the tokenizer says.
         device: where to; None takes the GPU if there is one.
         dtype: of the weights; None: as the checkpoint says.
-        weights: quantises them, see `minilm.auto.from_pretrained`.
+        weights: quantises them, see `minilm.model.auto.from_pretrained`.
         activation_fn: what makes scores of logits; None: as the model says, or else the sigmoid if there is
             one label and nothing if there are several.
         options: `revision`, `cache_folder`, `token`, `local_files_only` for the hub; `model_kwargs` and

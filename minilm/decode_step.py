@@ -17,16 +17,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import fused, rope
-from .cache import KVCache
+from . import fused
+from .model import rope
+from .model import KVCache
 from .config import RopeConfig
-from .layers import Embedding, Embeddings, Linear
+from .model import Embedding, Embeddings, Linear
 from .ops import dispatch, native, packed
-from .packing import Packed
-from .quantized_layers import QuantizedEmbedding, QuantizedLinear
+from .model import Packed
+from .model import QuantizedEmbedding, QuantizedLinear
 
 if TYPE_CHECKING:
-    from .heads import AutoModelForCausalLM
+    from .model import AutoModelForCausalLM
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -209,7 +210,7 @@ def _sources(modules: tuple[nn.Module | None, ...]) -> tuple[Tensor | None, ...]
 
 
 def _look(model: AutoModelForCausalLM) -> _Ends:
-    from .heads import CausalLMHead
+    from .model import CausalLMHead
 
     embeddings, head = model.body.embeddings, model.head
     if type(embeddings) is not Embeddings or type(head) is not CausalLMHead:

@@ -244,7 +244,8 @@ def _not_run(runnable: list[str]) -> list[str]:
 
 def _ops(devices: list[str]) -> tuple[list[dict[str, Any]], str | None]:
     """For each device, dtype and op: the backend that will run, and why the others will not."""
-    from . import heads, pool  # noqa: F401 (they register the ops of whole models)
+    from . import pool
+    from .model import heads  # noqa: F401 (they register the ops of whole models)
     from .ops import BackendError, dispatch
 
     rows: list[dict[str, Any]] = []
@@ -276,7 +277,7 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
     Raises ValueError for an op that this table does not know.
     """
     from . import ops
-    from .cache import KVCache
+    from .model import KVCache
     from .ops.native import WholeTraits
 
     page_size = inspect.signature(KVCache).parameters["page_size"].default

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from .ops import native
-from .quantized_layers import QuantizedEmbedding
+from .model import QuantizedEmbedding
 
 if TYPE_CHECKING:
-    from .layers import Embeddings
+    from .model import Embeddings
 
 
 def traits_of(embeddings: Embeddings) -> native.WholeTraits:
@@ -46,7 +46,7 @@ def _obstacle(embeddings: Embeddings) -> str | None:
 
 @cache
 def _kinds() -> dict[str, tuple[type, ...]]:
-    from .layers import Embedding, Norm
+    from .model import Embedding, Norm
 
     return {
         "tokens": (Embedding, QuantizedEmbedding),

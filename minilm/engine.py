@@ -20,10 +20,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .cache import KVCache
+from .model import KVCache
 from .config import ModelConfig
-from .heads import AutoModelForCausalLM
-from .packing import Packed
+from .model import AutoModelForCausalLM
+from .model import Packed
 from .sampling import Sampling, draw, process
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from . import ops
-from .heads import AutoModelForCausalLM
+from .model import AutoModelForCausalLM
 
 _ROWS = 256
 """Positions whose logits are computed at a time: 50 MB of them with 49,152 tokens."""

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .layers import MLP, Attention, Block, Linear, Norm, Pass
+from .model import Attention, Block, Linear, MLP, Norm, Pass
 from .ops import native, packed
-from .quantized_layers import QuantizedLinear
+from .model import QuantizedLinear
 
 if TYPE_CHECKING:
-    from .models import Transformer
+    from .model import Transformer
 
 ALIGNMENT = 64
 CACHES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)

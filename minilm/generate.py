@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .cache import KVCache
+from .model import KVCache
 from .engine import Engine, Request, Sample, check_length, context_window, draw_by_seed
 from .generation_config import DEFAULTS, OPTIONS, UNSUPPORTED, WITHOUT_EFFECT
 from .generation_config import GenerationConfig as GenerationConfig
-from .outputs import ModelOutput
+from .model import ModelOutput
 from .sampling import Sampling, draw_rows
 from .stopping import GrowingText
 from .streamers import Streamer
@@ -23,7 +23,7 @@ from .streamers import TextIteratorStreamer as TextIteratorStreamer
 from .streamers import TextStreamer as TextStreamer
 
 if TYPE_CHECKING:
-    from .heads import AutoModelForCausalLM
+    from .model import AutoModelForCausalLM
 
 NOT_ARGUMENTS = frozenset(
     {

@@ -153,7 +153,7 @@ class GenerationConfig:
         cls, pretrained_model_name: str | os.PathLike[str], **overrides: Any
     ) -> GenerationConfig:
         """generation_config.json of a folder or of a name on the hub, with overrides."""
-        from .auto import HUB_OPTIONS
+        from .model import HUB_OPTIONS
         from .files import read_json, resolve
 
         hub = {name: overrides.pop(name) for name in HUB_OPTIONS if name in overrides}

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from .engine import Engine, Request, Sample, check_length, context_window
-from .heads import AutoModelForCausalLM
+from .model import AutoModelForCausalLM
 from .llm_output import CompletionOutput as CompletionOutput
 from .llm_output import Logprob as Logprob
 from .llm_output import RequestOutput as RequestOutput
@@ -71,7 +71,7 @@ class LLM:
 
     `model`: a name, a folder, a GGUF file, or a loaded model. `tokenizer`: another name, or a loaded one.
     `dtype`: of the weights, by default the checkpoint's. `weights`: quantises them, as "q4" or "q8", or takes
-    those of a GGUF file as they are ("gguf"); see `minilm.auto.from_pretrained`. `device`: by default a GPU
+    those of a GGUF file as they are ("gguf"); see `minilm.model.auto.from_pretrained`. `device`: by default a GPU
     if there is one. `seed`: with it, a program draws the same texts each time it runs (else they hang on
     torch's global generator). `max_model_len`: a smaller window. `kv_cache_dtype`: what keys and values are
     kept in, one of `CACHE_DTYPES`; "int8", with a scale for each head of a token, is a quarter of float32.
@@ -136,8 +136,8 @@ class LLM:
             raise ValueError("a loaded model comes without its tokenizer: give tokenizer= too")
         if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike):
             return tokenizer
-        from .auto import HUB_OPTIONS
-        from .tokenizer import AutoTokenizer
+        from .model import HUB_OPTIONS
+        from .text import AutoTokenizer
 
         hub = {name: value for name, value in options.items() if name in HUB_OPTIONS and tokenizer is None}
         return AutoTokenizer.from_pretrained(model if tokenizer is None else tokenizer, **hub)

@@ -17,9 +17,9 @@ import torch
 from .convert import Conversion, convert
 from .evaluate import Likeness, likeness, perplexity
 from .files import open_checkpoint, resolve
-from .heads import AutoModelForCausalLM
+from .model import AutoModelForCausalLM
 from .sentence import SentenceEncoder
-from .tokenizer import AutoTokenizer
+from .text import AutoTokenizer
 
 TEXTS, TOKENS, WINDOW = 256, 2048, 512
 """How many of Python's own texts an encoder is judged on, of how many tokens a decoder, in which windows."""

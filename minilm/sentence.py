@@ -46,7 +46,7 @@ class SentenceEncoder(nn.Module):
         modules: instead of a name, a `Transformer` and what follows it.
         device: where to; None takes the GPU if there is one.
         dtype: of the weights; None: as the checkpoint says.
-        weights: quantises them, as "int8" or "q8" (`minilm.auto.from_pretrained`); dtype is then that of the
+        weights: quantises them, as "int8" or "q8" (`minilm.model.auto.from_pretrained`); dtype is then that of the
             rest.
         prompts: name -> text that is put before the texts; prompts of the model that are not named stay.
         default_prompt_name: the prompt of calls that name none.

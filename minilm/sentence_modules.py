@@ -19,8 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .files import FileError, read_json
-from .layers import Linear
-from .packing import Packed
+from .model import Linear
+from .model import Packed
 from .weights import WeightError, open_checkpoint
 
 

@@ -11,9 +11,9 @@ from torch import nn
 
 from .batching import Tokens, tokenise, window
 from .files import read_json
-from .heads import AutoModel
+from .model import AutoModel
 from .sentence_modules import check_known, write_json
-from .tokenizer import AutoTokenizer, Tokenizer
+from .text import AutoTokenizer, Tokenizer
 from .weights import open_checkpoint
 
 _CONFIGS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")

@@ -4,7 +4,7 @@
     summary.count, summary.memory(torch.float16), summary.flops(512), summary.parameters
 
 The model is built on the meta device, where tensors have shapes and no values, and the plan of loading is
-made (`minilm.weights.loading.weight_map`); numbers are counted on these, so they are those of the model that would
+made (`minilm.weights.weight_map`); numbers are counted on these, so they are those of the model that would
 be loaded.
 """
 
@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .auto import read_config
+from .model import read_config
 from .config import ConfigError, ModelConfig
 from .families import Head, PretrainedConfig, family_of
 from .files import Checkpoint, WeightError, open_checkpoint, read_json, resolve
-from .heads import MODELS
-from .models import PreTrainedModel
+from .model import MODELS
+from .model import PreTrainedModel
 from .weights import MapEntry, weight_map
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -11,10 +11,10 @@ from strategies import ENCODERS, small
 from torch import Tensor, nn
 
 import minilm
-from minilm.heads import MODELS
+from minilm.model.heads import MODELS
 from minilm.ops.quantized import quantise
-from minilm.packing import Packed, pack
-from minilm.quantized_layers import QuantizedLinear
+from minilm.model.packing import Packed, pack
+from minilm.model.quantized_layers import QuantizedLinear
 
 ODD = {"hidden_size": 40, "num_attention_heads": 2, "intermediate_size": 77, "num_hidden_layers": 2}
 SIZES: dict[str, dict[str, Any]] = {

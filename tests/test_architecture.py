@@ -139,7 +139,7 @@ IMPORTS = [found for name, path in MODULES.items() for found in imports_of(path,
 
 
 def own_module(imported: str) -> str | None:
-    """The module of minilm that an import is of: minilm.rope.angles -> rope. None for other packages."""
+    """The module of minilm that an import is of: minilm.model.rope.angles -> rope. None for other packages."""
     parts = imported.split(".")
     if parts[0] != "minilm":
         return None

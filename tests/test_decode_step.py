@@ -29,10 +29,10 @@ from torch import Tensor, nn
 
 import minilm
 from minilm import decode_step, fused, ops
-from minilm.cache import KVCache
+from minilm.model.cache import KVCache
 from minilm.engine import Engine, Request
 from minilm.ops.quantized import quantise
-from minilm.quantized_layers import QuantizedEmbedding
+from minilm.model.quantized_layers import QuantizedEmbedding
 from minilm.sampling import Sampling
 
 NATIVE = {"names": ("native",)}
@@ -291,7 +291,7 @@ def test_the_best_token_is_the_first_of_the_highest(vocabulary: int, size: int) 
     tokens = batch([size], seed=3)[0]
     for seed in range(4):
         order = torch.randint(3, (vocabulary,), generator=torch.Generator().manual_seed(seed))
-        model.head.decoder = minilm.layers.Linear(40, vocabulary, bias=False).requires_grad_(False)
+        model.head.decoder = minilm.model.layers.Linear(40, vocabulary, bias=False).requires_grad_(False)
         model.head.decoder.weight.copy_(kinds[order])
         with torch.no_grad(), ops.backend("native"):
             logits, best = model.step(tokens, cache.rows, copy.deepcopy(cache))
@@ -734,7 +734,7 @@ def exchange_table(model: Any) -> None:
 
 
 def exchange_module(model: Any) -> None:
-    model.head.decoder = minilm.layers.Linear(40, 41, bias=False)
+    model.head.decoder = minilm.model.layers.Linear(40, 41, bias=False)
 
 
 def resize(model: Any) -> None:

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import minilm
 from minilm import ops
-from minilm.heads import MODELS
-from minilm.layers import Embeddings, Norm
+from minilm.model.heads import MODELS
+from minilm.model.layers import Embeddings, Norm
 from minilm.ops.quantized import QuantizedWeight, quantise
-from minilm.quantized_layers import QuantizedEmbedding
+from minilm.model.quantized_layers import QuantizedEmbedding
 
 FAMILIES = ["bert", "roberta", "distilbert", "gpt2", "llama", "qwen3"]
 ROWS = [0, 1, 3, 17, 1500]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from strategies import examples
 from tiny_decoders import EOS, VOCABULARY, decoder, prompts
 
-from minilm.cache import KVCache
+from minilm.model.cache import KVCache
 from minilm.config import ModelConfig, RopeConfig
 from minilm.engine import LEAST_ROOM, Engine, Request, best_logprobs, context_window
 from minilm.sampling import Sampling

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import minilm
 from minilm import fused, ops
-from minilm.packing import pack
+from minilm.model.packing import pack
 
 FEW = [5, 1, 0, 3]
 MANY = [33, 1, 250, 0, 16, 101]
@@ -271,7 +271,7 @@ def test_what_is_asked_for_besides_is_left_to_the_modules() -> None:
     assert "activation mish" in refusal(model_of("llama", hidden_act="mish"))
     assert "there are no layers" in refusal(model_of("llama", num_hidden_layers=0))
     wide = model_of("gpt2")
-    wide.new_cache = lambda rows=0: minilm.cache.KVCache(
+    wide.new_cache = lambda rows=0: minilm.model.cache.KVCache(
         wide.spec, rows=rows, dtype=torch.float64, device="cpu"
     )
     assert "a cache in torch.float64" in refusal(wide, lambda: wide.float()(ids(), use_cache=True))

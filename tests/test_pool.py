@@ -15,7 +15,7 @@ from native_runs import at_the_end, examples, guarded, random, require_extension
 from torch import Tensor, nn
 
 from minilm import ops, pool
-from minilm.packing import Packed
+from minilm.model.packing import Packed
 from minilm.sentence_modules import Dense, Features, Module, Normalize, Pooling
 
 

@@ -19,7 +19,7 @@ from strategies import examples, seeds
 from torch import Tensor, nn
 
 from minilm import ops
-from minilm.layers import Embedding, Linear
+from minilm.model.layers import Embedding, Linear
 from minilm.ops import dispatch
 from minilm.ops.quantized import (
     FORMATS,
@@ -30,7 +30,7 @@ from minilm.ops.quantized import (
     plane_shapes,
     quantise,
 )
-from minilm.quantized_layers import QuantizedEmbedding, QuantizedLinear
+from minilm.model.quantized_layers import QuantizedEmbedding, QuantizedLinear
 
 GROUPED = ("q8_0", "q4_0", "q4_1")
 

@@ -19,7 +19,7 @@ from tiny_models import TEXTS, save_decoder, save_model
 from tiny_sentence import build
 
 from minilm.files.hub import resolve
-from minilm.packing import pack
+from minilm.model.packing import pack
 from minilm.sentence import SentenceEncoder
 from minilm.sentence_modules import MODES, Features
 from minilm.sentence_modules import Dense as OurDense

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import minilm
 from minilm.files.checkpoint import SafetensorsCheckpoint
-from minilm.heads import MODELS
+from minilm.model.heads import MODELS
 from minilm.summary import Summary, summarise
 
 DECODERS: dict[str, dict[str, Any]] = {

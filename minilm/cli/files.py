@@ -65,7 +65,7 @@ def tokenize(
     out: Output,
 ) -> None:
     """How a model's tokenizer cuts texts: ids, tokens, and which characters each stands for."""
-    from ..tokenizer import AutoTokenizer
+    from ..text import AutoTokenizer
 
     out.check()
     items = source.read()

@@ -124,7 +124,7 @@ class Runtime:
         """Check the options, choose the backend for what runs inside, give the device. Imports torch."""
         import torch
 
-        from ..auto import as_device, as_dtype
+        from ..model import as_device, as_dtype
         from ..ops import backend, explain
 
         as_dtype(self.dtype)

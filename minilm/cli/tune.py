@@ -53,7 +53,7 @@ def tune(
         os.environ["TRITON_INTERPRET"] = "0"
     import torch
 
-    from ..auto import as_dtype
+    from ..model import as_dtype
     from ..ops import triton
 
     if (reason := triton.unavailable()) is not None:

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from ..auto import HUB_OPTIONS, read_config
+from ..model import HUB_OPTIONS, read_config
 from ..files import DEFAULT_DECODER, DEFAULT_ENCODER, resolve
-from ..models import PreTrainedModel
-from ..tokenizer import AutoTokenizer, Tokenizer
+from ..model import PreTrainedModel
+from ..text import AutoTokenizer, Tokenizer
 from .base import Pipeline as Pipeline
 from .feature_extraction import FeatureExtractionPipeline as FeatureExtractionPipeline
 from .fill_mask import FillMaskPipeline as FillMaskPipeline
@@ -75,7 +75,7 @@ def pipeline(
         device: where to; -1 is the CPU, a number a GPU; None takes the GPU if there is one, or leaves a
             loaded model.
         dtype: of the weights; None: as the checkpoint says.
-        weights: quantises them, see `minilm.auto.from_pretrained`; not for a loaded model.
+        weights: quantises them, see `minilm.model.auto.from_pretrained`; not for a loaded model.
         batch_size: the most texts that go through the model at once.
         model_kwargs: for `from_pretrained` of the model.
         options: of the task, see its class; `revision`, `cache_dir`, `token`, `local_files_only` are for

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from ..batching import Tokens, by_length, check_batch_size, chunks, run, window
-from ..models import BodyResult, PreTrainedModel
-from ..tokenizer import Tokenizer
+from ..model import BodyResult, PreTrainedModel
+from ..text import Tokenizer
 
 OptionsT = TypeVar("OptionsT")
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ..batching import Tokens
-from ..heads import AutoModel
-from ..models import BodyResult
+from ..model import AutoModel
+from ..model import BodyResult
 from .base import Pipeline, Work, split
 
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ..batching import Tokens
-from ..heads import AutoModelForMaskedLM
-from ..models import BodyResult
+from ..model import AutoModelForMaskedLM
+from ..model import BodyResult
 from .base import Pipeline, Work
 
 logger = logging.getLogger(__name__)

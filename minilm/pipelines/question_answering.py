@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..batching import Tokens, window
-from ..heads import AutoModelForQuestionAnswering
-from ..models import BodyResult
+from ..model import AutoModelForQuestionAnswering
+from ..model import BodyResult
 from .base import Pipeline, Work, split
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..batching import Tokens
-from ..heads import AutoModelForSequenceClassification
-from ..models import BodyResult
+from ..model import AutoModelForSequenceClassification
+from ..model import BodyResult
 from .base import Pipeline, Work
 
 Function = Literal["default", "sigmoid", "softmax", "none"]

@@ -10,8 +10,8 @@ import torch
 
 from ..batching import Tokens, chunks
 from ..engine import context_window
-from ..heads import AutoModelForCausalLM
-from ..models import BodyResult
+from ..model import AutoModelForCausalLM
+from ..model import BodyResult
 from .base import Pipeline, Work
 
 SAMPLED = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..batching import Tokens, window
-from ..heads import AutoModelForTokenClassification
-from ..models import BodyResult
+from ..model import AutoModelForTokenClassification
+from ..model import BodyResult
 from .base import Pipeline, Work, split
 
 if TYPE_CHECKING:

@@ -1,6 +1,6 @@
 """Loading matrices as quantised ones: what becomes of one parameter of the plan.
 
-`formats` of `minilm.weights.loading.load_weights` says for which parameters, and to which format; `KEEP` takes the
+`formats` of `minilm.weights.load_weights` says for which parameters, and to which format; `KEEP` takes the
 one that the file has. A matrix is read whole, in float32, and quantised, before the next one is read: never
 more than one is in memory in full. Codes that the file has in the wanted format are copied as they are.
 """

@@ -77,7 +77,7 @@ def test_bundled_models(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_import_is_cheap() -> None:
-    code = "import sys, minilm.files.hub, minilm.tokenizer; print(*sys.modules)"
+    code = "import sys, minilm.files.hub, minilm.text.tokenizer; print(*sys.modules)"
     modules = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

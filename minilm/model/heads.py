@@ -1,0 +1,430 @@
+"""Models with a head: what is asked of the last hidden states, and the loss it is trained with.
+
+Heads and losses work on packed tokens; only results are padded. Labels at padding never count. A loss is
+computed in float32, by the rules of transformers: -100 is ignored, classification looks at
+`config.problem_type`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import decode_step, ops
+from .cache import KVCache
+from ..families import Head, PretrainedConfig
+from .layers import Embedding, Linear, Norm
+from .pretrained import BodyResult, PreTrainedModel
+from .outputs import BaseModelOutput, CausalLMOutput, MaskedLMOutput, ModelOutput, NextSentencePredictorOutput, PreTrainingOutput, QuestionAnsweringModelOutput, SequenceClassifierOutput, TokenClassifierOutput
+from .packing import Packed, check_columns
+from .quantized_layers import QuantizedEmbedding
+
+
+class Pooler(nn.Module):
+    """tanh(W x + b) of a sequence's first token (BERT)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.dense = Linear(size, size)
+
+    def forward(self, hidden: Tensor, packed: Packed) -> Tensor:
+        """hidden [T, C] -> [B, C]."""
+        pooled: Tensor = self.dense(hidden[packed.first()], "tanh")
+        return pooled
+
+
+class AutoModel(PreTrainedModel):
+    """The body alone: last hidden states, and the pooler's output where the family has a pooler."""
+
+    output_class: ClassVar[type[ModelOutput]] = BaseModelOutput
+
+    def __init__(self, config: PretrainedConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        self.pooler = Pooler(self.spec.hidden_size) if self.family.pooler and add_pooling_layer else None
+        self.initialise()
+
+    @classmethod
+    def sharing(cls, other: PreTrainedModel) -> AutoModel:
+        """The body and pooler of another model, without its head."""
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model.__dict__.update({k: v for k, v in other.__dict__.items() if not k.startswith("_")})
+        model.body = other.body
+        model.pooler = getattr(other, "pooler", None)
+        return model
+
+    def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
+        """last_hidden_state [B, S, C] and pooler_output [B, C]."""
+        if labels is not None:
+            raise TypeError("a model without a head takes no labels")
+        pooled = None if self.pooler is None else self.pooler(result.hidden, result.packed)
+        return {"last_hidden_state": result.packed.pad(result.hidden), "pooler_output": pooled}
+
+
+class MaskedLMHead(nn.Module):
+    """norm(act(W x + b)), then a score for each token of the vocabulary; beside it, if asked for,
+    next-sentence scores."""
+
+    def __init__(self, model: PreTrainedModel, *, next_sentence: bool = False) -> None:
+        super().__init__()
+        spec, family = model.spec, model.family
+        self.activation = family.mlm_activation or spec.activation
+        self.dense = Linear(spec.hidden_size, spec.hidden_size)
+        self.norm = Norm(spec, eps=family.mlm_norm_eps)
+        self.decoder = (
+            None if spec.tie_word_embeddings else Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        )
+        self.bias = nn.Parameter(torch.zeros(spec.vocab_size))
+        self.next_sentence = Linear(spec.hidden_size, 2) if next_sentence else None
+
+    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """hidden [T, C], the token table [V, C] -> logits [T, V]."""
+        x = self.norm.norm(self.dense(hidden, self.activation))
+        return ops.linear(x, tokens if self.decoder is None else self.decoder.weight, self.bias)
+
+
+class AutoModelForMaskedLM(PreTrainedModel):
+    """Which token stands behind [MASK]."""
+
+    head_kind: ClassVar[Head] = "masked-lm"
+    output_class: ClassVar[type[ModelOutput]] = MaskedLMOutput
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.head = MaskedLMHead(self)
+        self.initialise()
+
+    def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
+        """logits [B, S, V]; labels int64 [B, S]."""
+        logits = self.head(result.hidden, self.body.embeddings.tokens.weight)
+        return {"loss": token_loss(logits, labels, result.packed), "logits": result.packed.pad(logits)}
+
+
+class NextSentenceHead(nn.Module):
+    """Two scores from the pooled first token."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.next_sentence = Linear(size, 2)
+
+
+class AutoModelForNextSentencePrediction(PreTrainedModel):
+    """Does the second text follow the first (0), or is it a random one (1)?"""
+
+    head_kind: ClassVar[Head] = "next-sentence"
+    output_class: ClassVar[type[ModelOutput]] = NextSentencePredictorOutput
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.pooler = Pooler(self.spec.hidden_size)
+        self.head = NextSentenceHead(self.spec.hidden_size)
+        self.initialise()
+
+    def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
+        """logits [B, 2]; labels int64 [B]."""
+        logits = self.head.next_sentence(self.pooler(result.hidden, result.packed))
+        loss = None if labels is None else ops.cross_entropy(logits, labels.view(-1))
+        return {"loss": loss, "logits": logits}
+
+
+class AutoModelForPreTraining(PreTrainedModel):
+    """BERT's two pre-training heads: masked tokens and next sentence."""
+
+    head_kind: ClassVar[Head] = "pre-training"
+    output_class: ClassVar[type[ModelOutput]] = PreTrainingOutput
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.pooler = Pooler(self.spec.hidden_size)
+        self.head = MaskedLMHead(self, next_sentence=True)
+        self.initialise()
+
+    def answer(
+        self, result: BodyResult, labels: Tensor | None, next_sentence_label: Tensor | None = None
+    ) -> dict[str, Any]:
+        """prediction_logits [B, S, V] and seq_relationship_logits [B, 2]; the loss is the sum of both, if
+        both are labelled."""
+        logits = self.head(result.hidden, self.body.embeddings.tokens.weight)
+        assert self.head.next_sentence is not None
+        scores = self.head.next_sentence(self.pooler(result.hidden, result.packed))
+        loss = None
+        if labels is not None and next_sentence_label is not None:
+            tokens = token_loss(logits, labels, result.packed)
+            assert tokens is not None
+            loss = tokens + ops.cross_entropy(scores, next_sentence_label.view(-1))
+        return {
+            "loss": loss,
+            "prediction_logits": result.packed.pad(logits),
+            "seq_relationship_logits": scores,
+        }
+
+
+class ClassificationHead(nn.Module):
+    """Scores for each class, after the family's dense layer if it has one."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        style, size = model.family.sequence_head, model.spec.hidden_size
+        self.style = style
+        self.p = model.family.dropout("sequence-classification", model.config)
+        self.dense = Linear(size, size) if style.hidden in ("tanh", "relu") else None
+        self.out = Linear(size, model.config.num_labels, bias=style.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [B, C] -> [B, num_labels]."""
+        if self.dense is not None:
+            if self.style.drop_input:
+                x = F.dropout(x, self.p, self.training)
+            x = self.dense(x, self.style.hidden)
+        scores: Tensor = self.out(F.dropout(x, self.p, self.training))
+        return scores
+
+
+class AutoModelForSequenceClassification(PreTrainedModel):
+    """One class (or several, or a number) for a text or a pair of texts."""
+
+    head_kind: ClassVar[Head] = "sequence-classification"
+    output_class: ClassVar[type[ModelOutput]] = SequenceClassifierOutput
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.pooler = Pooler(self.spec.hidden_size) if self.family.sequence_head.hidden == "pooler" else None
+        self.head = ClassificationHead(self)
+        self.initialise()
+
+    def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
+        """logits [B, num_labels]; labels int64 [B], or float [B] (regression), or float [B, num_labels]
+        (multi-label)."""
+        if self.pooler is not None:
+            pooled = self.pooler(result.hidden, result.packed)
+        elif self.family.sequence_head.pool == "first":
+            pooled = result.hidden[result.packed.first()]
+        else:
+            pooled = result.hidden[self._last_tokens(result)]
+        logits = self.head(pooled)
+        return {"loss": classification_loss(self.config, logits, labels), "logits": logits}
+
+    def _last_tokens(self, result: BodyResult) -> Tensor:
+        """The last token of each sequence that is not the padding token, as packed indices [B] (decoders)."""
+        last, pad = result.packed.last(), self.config.get("pad_token_id")
+        if pad is None or result.input_ids is None:
+            return last
+        tokens = result.packed.pack(result.input_ids)
+        real = [(ids != pad).nonzero().flatten() for ids in torch.split(tokens, result.packed.lengths)]
+        ends = [
+            start + (at[-1] if len(at) else 0) for start, at in zip(result.packed.first(), real, strict=True)
+        ]
+        return torch.stack(ends) if ends else last
+
+
+class TokenHead(nn.Module):
+    """Scores for every token."""
+
+    def __init__(self, model: PreTrainedModel, size: int, *, bias: bool = True) -> None:
+        super().__init__()
+        self.p = model.family.dropout(model.head_kind, model.config)
+        self.out = Linear(model.spec.hidden_size, size, bias=bias)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [T, C] -> [T, size]."""
+        scores: Tensor = self.out(F.dropout(hidden, self.p, self.training))
+        return scores
+
+
+class AutoModelForTokenClassification(PreTrainedModel):
+    """A class for each token (named entities, parts of speech)."""
+
+    head_kind: ClassVar[Head] = "token-classification"
+    output_class: ClassVar[type[ModelOutput]] = TokenClassifierOutput
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.head = TokenHead(
+            self, config.num_labels, bias=bool(config.get("token_classification_bias", True))
+        )
+        self.initialise()
+
+    def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
+        """logits [B, S, num_labels]; labels int64 [B, S]."""
+        logits = self.head(result.hidden)
+        return {"loss": token_loss(logits, labels, result.packed), "logits": result.packed.pad(logits)}
+
+
+class AutoModelForQuestionAnswering(PreTrainedModel):
+    """Where in the text the answer begins and ends."""
+
+    head_kind: ClassVar[Head] = "question-answering"
+    output_class: ClassVar[type[ModelOutput]] = QuestionAnsweringModelOutput
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.head = TokenHead(self, 2)
+        self.initialise()
+
+    def answer(
+        self,
+        result: BodyResult,
+        labels: Tensor | None,
+        start_positions: Tensor | None = None,
+        end_positions: Tensor | None = None,
+    ) -> dict[str, Any]:
+        """start_logits and end_logits [B, S]; positions int64 [B] are columns, those beyond the text are
+        ignored.
+
+        Columns without a token get the lowest number of the dtype, so that they are never the answer.
+        """
+        if labels is not None:
+            raise TypeError(
+                "question answering is trained with start_positions and end_positions, not with labels"
+            )
+        packed = result.packed
+        scores = self.head(result.hidden)
+        nowhere = torch.finfo(scores.dtype).min
+        start, end = (_pad_with(packed, s, nowhere) for s in scores.unbind(-1))
+        loss = None
+        if start_positions is not None and end_positions is not None:
+            columns = packed.columns
+            targets = [p.view(-1).clamp(0, columns) for p in (start_positions, end_positions)]
+            loss = (
+                sum(ops.cross_entropy(s, t, columns) for s, t in zip((start, end), targets, strict=True)) / 2
+            )
+        return {"loss": loss, "start_logits": start, "end_logits": end}
+
+
+def _pad_with(packed: Packed, x: Tensor, value: float) -> Tensor:
+    """[T] -> [B, S], `value` where there is no token."""
+    if packed.indices is None:
+        return x.view(packed.batch, packed.columns)
+    full = x.new_full((packed.batch * packed.columns,), value)
+    return full.index_copy(0, packed.indices, x).view(packed.batch, packed.columns)
+
+
+class CausalLMHead(nn.Module):
+    """A score for each token of the vocabulary: the token table again, or a matrix of its own."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        spec = model.spec
+        self.decoder = (
+            None if spec.tie_word_embeddings else Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        )
+
+    def forward(self, hidden: Tensor, tokens: Embedding | QuantizedEmbedding) -> Tensor:
+        """hidden [T, C], the token table -> logits [T, V]."""
+        scores: Tensor = tokens.scores(hidden) if self.decoder is None else self.decoder(hidden)
+        return scores
+
+
+class AutoModelForCausalLM(PreTrainedModel):
+    """Which token comes next; `generate` writes on."""
+
+    head_kind: ClassVar[Head] = "causal-lm"
+    output_class: ClassVar[type[ModelOutput]] = CausalLMOutput
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.head = CausalLMHead(self)
+        self.initialise()
+
+    def answer(self, result: BodyResult, labels: Tensor | None, logits_to_keep: int = 0) -> dict[str, Any]:
+        """logits [B, S, V], or of the last `logits_to_keep` columns.
+
+        labels int64 [B, S], shifted here: each token is asked for the label of the next one of its row.
+        """
+        packed, hidden = result.packed, result.hidden
+        if logits_to_keep and labels is None:
+            packed, kept = packed.last_columns(logits_to_keep)
+            hidden = hidden if kept is None else hidden[kept]
+        logits = self.logits(hidden)
+        return {"loss": token_loss(logits, labels, packed, shift=True), "logits": packed.pad(logits)}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [T, C] -> [T, V]."""
+        scores: Tensor = self.head(hidden, self.body.embeddings.tokens)
+        return scores
+
+    def step(self, tokens: Tensor, rows: Sequence[int], cache: KVCache) -> tuple[Tensor, Tensor]:
+        """One step of decoding, tokens int64 [B] -> logits [B, V] and the likeliest tokens int64 [B]; see
+        `minilm.decode_step.run`."""
+        logits, best = decode_step.run(self, tokens, rows, cache)
+        return logits, best[0]
+
+    def steps(
+        self, tokens: Tensor, rows: Sequence[int], cache: KVCache, count: int, ends: Iterable[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Up to `count` steps of decoding, the likeliest token of one fed to the next, until one of `ends`
+        comes: tokens int64 [B] -> logits of the last step [B, V] and the likeliest tokens int64 [steps, B];
+        see `minilm.decode_step.run`."""
+        return decode_step.run(self, tokens, rows, cache, count, ends)
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """Write on from prompts; see `minilm.generate.generate`."""
+        from ..generate import generate
+
+        return generate(self, *args, **options)
+
+
+def token_loss(
+    logits: Tensor, labels: Tensor | None, packed: Packed, *, shift: bool = False
+) -> Tensor | None:
+    """Cross-entropy of packed logits [T, V] with padded labels [B, S]; `shift`: those of the next token."""
+    if labels is None:
+        return None
+    check_columns("labels", labels, packed.batch, packed.columns)
+    targets = packed.pack(labels.to(logits.device))
+    if shift:  # after packing, so that no label at padding comes in from the side
+        ends = packed.cu_seqlens[1:].long()
+        targets = F.pad(targets[1:], (0, 1), value=-100)[: len(targets)]
+        targets = targets.index_fill(0, ends[ends > 0] - 1, -100)
+    return ops.cross_entropy(logits, targets)
+
+
+def classification_loss(config: PretrainedConfig, logits: Tensor, labels: Tensor | None) -> Tensor | None:
+    """Regression, one class of several, or several at once, as `config.problem_type` says; if unset, it is
+    seen from the labels."""
+    if labels is None:
+        return None
+    labels = labels.to(logits.device)
+    if config.problem_type is None:
+        integers = labels.dtype in (torch.int64, torch.int32)
+        config.problem_type = (
+            "regression"
+            if config.num_labels == 1
+            else "single_label_classification"
+            if integers
+            else "multi_label_classification"
+        )
+    if config.problem_type == "regression":
+        return (
+            F.mse_loss(logits.squeeze(), labels.squeeze())
+            if config.num_labels == 1
+            else F.mse_loss(logits, labels)
+        )
+    if config.problem_type == "single_label_classification":
+        return ops.cross_entropy(logits.view(-1, config.num_labels), labels.view(-1))
+    if config.problem_type == "multi_label_classification":
+        return F.binary_cross_entropy_with_logits(logits, labels)
+    raise ValueError(
+        f"problem_type {config.problem_type!r} is unknown; expected regression, single_label_classification "
+        "or multi_label_classification"
+    )
+
+
+MODELS: dict[Head, type[PreTrainedModel]] = {
+    cls.head_kind: cls
+    for cls in (
+        AutoModel,
+        AutoModelForMaskedLM,
+        AutoModelForNextSentencePrediction,
+        AutoModelForPreTraining,
+        AutoModelForSequenceClassification,
+        AutoModelForTokenClassification,
+        AutoModelForQuestionAnswering,
+        AutoModelForCausalLM,
+    )
+}
+"""Head kind -> class."""

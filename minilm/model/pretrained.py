@@ -1,0 +1,490 @@
+"""The one Transformer, and what every model made of it can do: run on padded batches, save itself, load
+itself.
+
+`Transformer` is the body, on packed tokens: embeddings, blocks, final norm. `PreTrainedModel` is a body with
+a border around it: it packs the [B, S] batch that it is called with, runs the body, and pads the result. The
+heads are in `minilm.model.heads`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import fused
+from . import rope
+from .cache import KVCache
+from ..config import ModelConfig
+from ..families import Family, Head, PretrainedConfig, family_of
+from .layers import Block, Embedding, Embeddings, Norm, Pass
+from ..ops import dispatch, native
+from .outputs import ModelOutput
+from .packing import Packed, check_columns, pack
+from .quantized_layers import Quantized, QuantizedEmbedding
+
+if TYPE_CHECKING:
+    from ..generate import GenerationConfig
+    from ..weights import LoadReport
+
+Model = TypeVar("Model", bound="PreTrainedModel")
+
+
+class Transformer(nn.Module):
+    """Embeddings, L blocks and, where the family has one, a final norm; on packed tokens."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = Norm(config) if config.final_norm else None
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        types: Tensor | None,
+        run: Pass,
+        hidden_states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """tokens int64 [T] or embedded [T, C]; positions, types int64 [T]. Returns the last hidden states,
+        [T, C].
+
+        `hidden_states`, when given, collects the residual stream before each layer and the result.
+        """
+        x: Tensor = self.embeddings(tokens, positions, types)
+        traits = native.WholeTraits(x.device.type, x.dtype, fused.obstacle(self, x, run, hidden_states))
+        result: Tensor = dispatch.select("blocks", traits)(self, x, run, hidden_states)
+        return result
+
+
+def run_modules(body: Transformer, x: Tensor, run: Pass, hidden_states: list[Tensor] | None) -> Tensor:
+    """All blocks, module by module, and the final norm: embedded tokens [T, C] -> hidden states [T, C].
+
+    What the blocks are, and the way of every backend but the native one, which has all of them in one call
+    (`minilm.fused`). Each op in it is chosen for itself. With `run.stop`, the residual stream before that
+    block.
+    """
+    delta: Tensor | None = None
+    for block in body.layers if run.stop is None else body.layers[: run.stop]:
+        if hidden_states is not None:
+            hidden_states.append(x if delta is None else x + delta)
+        x, delta = block(x, delta, run)
+    if run.stop is not None:
+        return x if delta is None else x + delta
+    if body.norm is not None:
+        x, _ = body.norm(x, delta)
+    if hidden_states is not None:
+        hidden_states.append(x)
+    return x
+
+
+dispatch.register(dispatch.Implementation("blocks", "native", fused.run_blocks, native.supports_whole))
+for _backend in ("triton", "torch", "reference"):
+    dispatch.register(dispatch.Implementation("blocks", _backend, run_modules))
+
+
+@dataclass
+class BodyResult:
+    """What a body's run hands to the head."""
+
+    hidden: Tensor
+    """[T, C], packed."""
+    packed: Packed
+    input_ids: Tensor | None
+    """[B, S], as they were passed."""
+    cache: KVCache | None
+    hidden_states: tuple[Tensor, ...] | None
+    """Padded, [B, S, C] each."""
+    attentions: tuple[Tensor, ...] | None
+    """[B, H, S, context] each."""
+    rope: tuple[Tensor, Tensor] | None = None
+    """cos and sin of the packed tokens, [T, D/2]."""
+
+
+class PreTrainedModel(nn.Module):
+    """A body and its border. Subclasses (in `minilm.model.heads`) add a head and say how they are called.
+
+    `config` is the checkpoint's configuration under its own names, `spec` what minilm made of it.
+    """
+
+    head_kind: ClassVar[Head] = "base"
+    output_class: ClassVar[type[ModelOutput]] = ModelOutput
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.family: Family = family_of(config.model_type)
+        if self.head_kind != "base" and self.head_kind not in self.family.heads:
+            kinds = ", ".join(self.family.heads)
+            raise ValueError(f"{config.model_type} models have no {self.head_kind} head; they have: {kinds}")
+        self.spec: ModelConfig = self.family.config(config)
+        self.body = Transformer(self.spec)
+        self.name_or_path = ""
+        self.load_report: LoadReport | None = None
+        """What loading did: tensors read, initialised, skipped with the reason."""
+        self.generation_config: GenerationConfig | None = None
+
+    # Running
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        *,
+        past_key_values: KVCache | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **head_options: Any,
+    ) -> Any:
+        """Run a padded batch; arguments and results have transformers' names (see `run`, and `answer` of the
+        head)."""
+        result = self.run(
+            input_ids,
+            attention_mask,
+            token_type_ids,
+            position_ids,
+            inputs_embeds,
+            past_key_values,
+            self.config.use_cache if use_cache is None else use_cache,
+            output_attentions,
+            output_hidden_states,
+        )
+        fields = self.answer(result, labels, **head_options)
+        if result.cache is not None and "past_key_values" in self.output_class.__dataclass_fields__:  # type: ignore[attr-defined]
+            fields["past_key_values"] = result.cache
+        output = self.output_class(**fields, hidden_states=result.hidden_states, attentions=result.attentions)
+        return (
+            output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
+        )
+
+    def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
+        """What the head makes of the hidden states: the fields of `output_class`."""
+        raise NotImplementedError(f"{type(self).__name__} has no head")
+
+    def run(
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        past_key_values: KVCache | None = None,
+        use_cache: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        stop: int | None = None,
+    ) -> BodyResult:
+        """Pack a padded batch, run the body, and keep the result packed for the head.
+
+        input_ids int64 [B, S] or inputs_embeds [B, S, C]; attention_mask [B, S], or [B, past + S] with a
+        cache; the other ids [B, S] (position_ids also [1, S]). `stop`: the hidden states are the residual
+        stream before this layer. Raises ValueError for shapes or ids that do not fit.
+        """
+        given = input_ids if input_ids is not None else inputs_embeds
+        if given is None or (input_ids is not None and inputs_embeds is not None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        self._check_inputs(input_ids, inputs_embeds)
+        batch, columns = given.shape[:2]
+        cache = self._cache(batch, past_key_values, use_cache)
+        if past_key_values is not None and attention_mask is not None and attention_mask.dim() == 2:
+            attention_mask = attention_mask[:, max(attention_mask.shape[1] - columns, 0) :]
+        packed = pack(batch, columns, attention_mask, given.device)
+        positions = self._positions(packed, input_ids, position_ids, cache)
+        types = None if token_type_ids is None else self._types(packed, token_type_ids)
+        run = Pass(packed, None, cache, stop=stop)
+        if cache is not None:
+            run.rows = cache.rows
+            run.step = cache.extend(run.rows, packed.lengths)
+        run.rope = self._rope(packed, positions, run)
+        want_attentions = self.config.output_attentions if output_attentions is None else output_attentions
+        want_hidden = (
+            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        )
+        run.attentions = [] if want_attentions else None
+        hidden_states: list[Tensor] | None = [] if want_hidden else None
+        hidden = self.body(packed.pack(given), positions, types, run, hidden_states)
+        return BodyResult(
+            hidden,
+            packed,
+            input_ids,
+            cache,
+            None if hidden_states is None else tuple(packed.pad(h) for h in hidden_states),
+            None if run.attentions is None else tuple(run.attentions),
+            run.rope,
+        )
+
+    def run_packed(
+        self,
+        tokens: Tensor,
+        packed: Packed,
+        *,
+        cache: KVCache | None = None,
+        rows: Sequence[int] = (),
+        unchanged: bool = False,
+    ) -> Tensor:
+        """The body on tokens that are packed already: int64 [T] -> hidden states [T, C].
+
+        `packed.positions` are the tokens' true positions. With a cache, sequence b continues its row
+        ``rows[b]``. This is the entry of the decoding loop: no padding is made, and ids are not checked.
+        `unchanged`: nobody has written to the weights since the call before.
+        """
+        run = Pass(packed, None, cache, list(rows), unchanged=unchanged)
+        if cache is not None:
+            run.step = cache.extend(run.rows, packed.lengths)
+        run.rope = self._rope(packed, packed.positions, run)
+        hidden: Tensor = self.body(tokens, packed.positions + self.spec.position_offset, None, run)
+        return hidden
+
+    def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
+        if input_ids is None:
+            assert inputs_embeds is not None
+            if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.spec.hidden_size:
+                raise ValueError(
+                    f"inputs_embeds must be [batch, tokens, {self.spec.hidden_size}], and is "
+                    f"{list(inputs_embeds.shape)}"
+                )
+            return
+        if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+            raise ValueError(
+                f"input_ids must be integers [batch, tokens], and is {input_ids.dtype} "
+                f"{list(input_ids.shape)}"
+            )
+        self._check_ids("input_ids", input_ids, self.spec.vocab_size, "the vocabulary has")
+
+    @staticmethod
+    def _check_ids(name: str, ids: Tensor, size: int, what: str) -> None:
+        if ids.numel() and not torch.compiler.is_compiling():
+            low, high = (int(v) for v in ids.aminmax())
+            if low < 0 or high >= size:
+                raise ValueError(
+                    f"{name} holds {low if low < 0 else high}, and {what} {size} entries (0 to {size - 1})"
+                )
+
+    def _cache(self, batch: int, past: KVCache | None, use_cache: bool) -> KVCache | None:
+        if past is None:
+            return self.new_cache(batch) if use_cache and self.spec.causal else None
+        if not self.spec.causal:
+            raise ValueError(f"{self.config.model_type} is an encoder and takes no past_key_values")
+        if not isinstance(past, KVCache):
+            raise ValueError(
+                f"past_key_values must be the KVCache of an earlier call, and is {type(past).__name__}"
+            )
+        if len(past.rows) != batch:
+            raise ValueError(f"past_key_values holds {len(past.rows)} sequences, and the batch has {batch}")
+        return past
+
+    def new_cache(self, rows: int = 0, *, dtype: torch.dtype | None = None) -> KVCache:
+        """An empty KV cache with `rows` sequences on the model's device, in its dtype or another (int8)."""
+        return KVCache(self.spec, rows=rows, dtype=dtype or self.dtype, device=self.device)
+
+    def _positions(
+        self, packed: Packed, input_ids: Tensor | None, position_ids: Tensor | None, cache: KVCache | None
+    ) -> Tensor:
+        """The position of each packed token, int64 [T]: a row of the position table, or an angle of rope."""
+        spec = self.spec
+        high = low = None  # of the positions, where they are known without a look at them
+        if position_ids is not None:
+            if position_ids.dim() == 1 or position_ids.shape[:1] == (1,):  # one row for all
+                position_ids = position_ids.view(1, -1).expand(packed.batch, -1)
+            check_columns("position_ids", position_ids, packed.batch, packed.columns)
+            positions = packed.pack(position_ids)
+        elif spec.positions_skip_padding_id is not None and input_ids is not None:
+            real = (input_ids != spec.positions_skip_padding_id).long()
+            seen, counts = packed.pack(real), packed.pack(real.cumsum(1))
+            if packed.tokens:  # what stands under the padding before a row is not counted
+                before = (counts - seen)[packed.cu_seqlens[:-1].long().clamp(max=packed.tokens - 1)]
+                counts = counts - before.repeat_interleave(packed.cu_seqlens.diff())
+            positions = counts * seen - 1 + spec.position_offset
+        else:
+            positions = packed.positions
+            if packed.indices is None:
+                high, low = packed.max_seqlen - 1 + spec.position_offset, 0
+            if spec.position_offset:
+                positions = positions + spec.position_offset
+            if cache is not None and cache.get_seq_length():
+                high = low = None
+                past = torch.tensor([cache.lengths[row] for row in cache.rows], device=positions.device)
+                positions = positions + past.repeat_interleave(
+                    torch.tensor(packed.lengths, device=positions.device)
+                )
+        if spec.positions == "learned" and positions.numel() and not torch.compiler.is_compiling():
+            rows = spec.max_positions + spec.position_offset
+            if high is None or low is None:
+                low, high = (int(value) for value in positions.aminmax())
+            if high >= rows or low < 0:
+                raise ValueError(
+                    f"a sequence reaches position {high - spec.position_offset + 1}, and the model has only "
+                    f"{spec.max_positions}: truncate the text"
+                )
+        return positions
+
+    def _types(self, packed: Packed, token_type_ids: Tensor) -> Tensor | None:
+        size = self.spec.vocab_size if self.spec.types_are_tokens else self.spec.type_vocab_size
+        check_columns("token_type_ids", token_type_ids, packed.batch, packed.columns)
+        if size == 0:  # a tokenizer may make them for a model that has none
+            return None
+        self._check_ids("token_type_ids", token_type_ids, size, "the model has")
+        return packed.pack(token_type_ids)
+
+    def _rope(self, packed: Packed, positions: Tensor, run: Pass) -> tuple[Tensor, Tensor] | None:
+        if self.spec.rope is None:
+            return None
+        context = None
+        if self.spec.rope.type == "dynamic":
+            rows = torch.split(positions, packed.lengths)
+            context = torch.cat([row.max().expand(len(row)) + 1 for row in rows if len(row)] or [positions])
+        return rope.angles(self.spec.rope, self.spec.head_dim, positions, context)
+
+    # Being a model
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.body.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the weights; of a quantised model, that of activations and of what stays floating."""
+        return next(self.body.parameters()).dtype
+
+    @property
+    def base_model(self) -> PreTrainedModel:
+        """The same model without its head, sharing its parameters; the model itself if it has none."""
+        from .heads import AutoModel
+
+        return self if isinstance(self, AutoModel) else AutoModel.sharing(self)
+
+    def __getattr__(self, name: str) -> Any:
+        family: Family | None = self.__dict__.get("family")
+        if family is not None and f"{name}." == family.prefix(
+            self.head_kind
+        ):  # model.bert, model.transformer
+            return self.base_model
+        return super().__getattr__(name)
+
+    @property
+    def num_labels(self) -> int:
+        """Number of classes of a classification head."""
+        return self.config.num_labels
+
+    def get_input_embeddings(self) -> Embedding | QuantizedEmbedding:
+        """The token table."""
+        return self.body.embeddings.tokens
+
+    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
+        """Number of parameters, the elements of quantised matrices among them."""
+        counts = {
+            name: p.numel() for name, p in self.named_parameters() if p.requires_grad or not only_trainable
+        }
+        if not only_trainable:
+            modules = ((n, m) for n, m in self.named_modules() if isinstance(m, Quantized))
+            counts |= {name: math.prod(module.quantized.shape) for name, module in modules}
+        return sum(
+            count
+            for name, count in counts.items()
+            if not (exclude_embeddings and name.startswith("body.embeddings."))
+        )
+
+    def get_memory_footprint(self) -> int:
+        """Bytes that the parameters and the quantised matrices occupy."""
+        return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
+
+    def fused_sizes(self) -> dict[str, tuple[int, ...]]:
+        """Rows of the parts of fused matrices, for the weight rules that split them."""
+        s = self.spec
+        return {
+            "qkv": (s.q_size, s.kv_size, s.kv_size),
+            "gate_up": (s.intermediate_size, s.intermediate_size),
+        }
+
+    def resize_token_embeddings(self, new_num_tokens: int) -> Embedding:
+        """Grow or shrink the vocabulary; new rows are random. Output matrices and biases follow."""
+        if new_num_tokens < 1:
+            raise ValueError(
+                f"the vocabulary must have at least 1 token, and {new_num_tokens} were asked for"
+            )
+        table = self.body.embeddings.tokens
+        if isinstance(table, Quantized):
+            raise ValueError(f"a token table in {table.format} cannot be resized: load it without weights=")
+        std = float(self.config.get("initializer_range", 0.02))
+        parameters = dict(self.named_parameters())
+        with torch.no_grad():
+            for name in ("body.embeddings.tokens.weight", "head.decoder.weight", "head.bias"):
+                if name not in parameters:
+                    continue
+                old = parameters[name]
+                new = old.new_empty(new_num_tokens, *old.shape[1:])
+                initialise(name, new, std)
+                kept = min(len(old), new_num_tokens)
+                new[:kept] = old[:kept]
+                owner, _, attribute = name.rpartition(".")
+                setattr(self.get_submodule(owner), attribute, nn.Parameter(new, old.requires_grad))
+        table.num_embeddings = new_num_tokens
+        self.config.vocab_size = new_num_tokens
+        self.spec = replace(self.spec, vocab_size=new_num_tokens)
+        return table
+
+    def initialise(self) -> None:
+        """Fill all parameters at random (nothing on the meta device). Heads call it when they are made."""
+        std = float(self.config.get("initializer_range", 0.02))
+        if self.device.type != "meta":
+            with torch.no_grad():
+                for name, parameter in self.named_parameters():
+                    initialise(name, parameter, std)
+
+    # Files
+    @classmethod
+    def from_pretrained(
+        cls: type[Model], pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
+    ) -> Model:
+        """Load a checkpoint; see `minilm.model.auto.from_pretrained` for the options."""
+        from .auto import from_pretrained
+
+        return from_pretrained(cls, pretrained_model_name_or_path, **options)
+
+    @classmethod
+    def from_config(
+        cls: type[Model],
+        config: PretrainedConfig,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str | None = None,
+    ) -> Model:
+        """A model with random weights, in evaluation mode off (as transformers' `from_config` leaves it:
+        training)."""
+        from .auto import as_dtype
+
+        with torch.device("meta"):
+            model = cls(config)
+        model.to(as_dtype(dtype) or torch.get_default_dtype())
+        model.to_empty(device=torch.device(device or "cpu"))
+        model.initialise()
+        return model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *, max_shard_size: str = "5GB") -> None:
+        """Write config.json and safetensors into a folder that transformers loads; nothing partial stays
+        behind."""
+        from .auto import save_pretrained
+
+        save_pretrained(self, save_directory, max_shard_size=max_shard_size)
+
+
+def initialise(name: str, parameter: Tensor, std: float) -> None:
+    """Fill a fresh parameter: norms are the identity, biases zero, all else normal with mean 0."""
+    if name.endswith("bias"):
+        parameter.zero_()
+    elif "norm" in name.split(".")[-2:][0] and name.endswith("weight"):
+        parameter.fill_(1.0)
+    else:
+        parameter.normal_(0.0, std)

@@ -1,0 +1,94 @@
+"""Rotary position embedding: the angle by which each pair of a head's dimensions turns, position by position.
+
+Position p turns the pair (i, i + D/2) by p * f_i, f_i = theta^(-2i/D), so that q·k depends on the distance of
+two tokens alone (Su et al. 2021, arXiv:2104.09864). The scaled variants change the f_i (see `RopeConfig`);
+they are written out here.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..config import RopeConfig
+
+
+def frequencies(config: RopeConfig, head_dim: int) -> Tensor:
+    """The f_i, float32 [D/2], for sequences within `config.max_positions`."""
+    plain = _plain(config.theta, head_dim)
+    if config.type == "linear":
+        return plain / config.factor
+    if config.type == "llama3":
+        return _llama3(config, plain)
+    if config.type == "yarn":
+        return _yarn(config, plain, head_dim)
+    return plain
+
+
+@cache
+def _kept_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
+    """`frequencies`, computed once: a decoding step asks for them each time. On the CPU, and fit for
+    autograd, whatever the mode of the first caller."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        return frequencies(config, head_dim)
+
+
+def _plain(theta: float | Tensor, head_dim: int) -> Tensor:
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    if isinstance(theta, Tensor):
+        return 1.0 / theta[..., None] ** exponents.to(theta.device)
+    return 1.0 / theta**exponents
+
+
+def _llama3(config: RopeConfig, plain: Tensor) -> Tensor:
+    """Wavelengths longer than original/low_freq_factor are slowed by `factor`, those shorter than
+    original/high_freq_factor kept."""
+    wavelength = 2 * math.pi / plain
+    ramp = (config.original_max_positions / wavelength - config.low_freq_factor) / (
+        config.high_freq_factor - config.low_freq_factor
+    )
+    ramp = ramp.clamp(0, 1)  # 0: slowed, 1: kept
+    return (1 - ramp) * plain / config.factor + ramp * plain
+
+
+def _yarn(config: RopeConfig, plain: Tensor, head_dim: int) -> Tensor:
+    """Dimensions that turn more than beta_fast times over the original context are kept, fewer than beta_slow
+    slowed."""
+
+    def dimension(turns: float) -> float:
+        return (
+            head_dim
+            * math.log(config.original_max_positions / (turns * 2 * math.pi))
+            / (2 * math.log(config.theta))
+        )
+
+    low, high = dimension(config.beta_fast), dimension(config.beta_slow)
+    if config.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    width = high - low if high != low else 0.001
+    slowed = ((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width).clamp(0, 1)
+    return plain / config.factor * slowed + plain * (1 - slowed)
+
+
+def angles(
+    config: RopeConfig, head_dim: int, positions: Tensor, context: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin, float32 [T, D/2], at `positions` [T].
+
+    `context` [T] is the length, so far, of the sequence that each token belongs to; `dynamic` alone asks for
+    it: past `max_positions`, theta grows with it, for each sequence by itself.
+    """
+    if config.type == "dynamic" and context is not None and bool((context > config.max_positions).any()):
+        stretch = config.factor * context.clamp(min=config.max_positions) / config.max_positions - (
+            config.factor - 1
+        )
+        f = _plain(config.theta * stretch.float() ** (head_dim / (head_dim - 2)), head_dim)  # [T, D/2]
+    else:
+        known = frequencies if torch.compiler.is_compiling() else _kept_frequencies
+        f = known(config, head_dim).to(positions.device)
+    turned = positions[:, None].float() * f
+    return turned.cos() * config.attention_factor, turned.sin() * config.attention_factor

@@ -1,0 +1,6 @@
+"""Texts to tokens and back, and messages to texts."""
+
+from .detokenize import IncrementalDecoder
+from .tokenizer import AutoTokenizer, Tokenizer, tokenizer_class
+
+__all__ = ["AutoTokenizer", "IncrementalDecoder", "Tokenizer", "tokenizer_class"]

@@ -1,0 +1,368 @@
+"""Texts to token ids: the part of `Tokenizer` that is called.
+
+The `tokenizers` library does the work. Here are the names that transformers gave the arguments, the checks
+before the library is asked (it panics, or counts below zero, where they fail), and the choice of what comes
+back.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .output import BatchEncoding
+from .pad import pad
+from .special import Vocabulary
+from .vocabulary import TokenizerError, backend_errors
+
+if TYPE_CHECKING:
+    from tokenizers import Encoding
+    from tokenizers import Tokenizer as Backend
+
+logger = logging.getLogger(__name__)
+
+UNLIMITED = int(1e30)
+"""`model_max_length` of a tokenizer that knows no limit, as in transformers."""
+
+_PADDING = {True: "longest", False: "do_not_pad", None: "do_not_pad"}
+_TRUNCATION = {True: "longest_first", False: "do_not_truncate", None: "do_not_truncate"}
+
+
+class TextEncoder(Vocabulary):
+    """Encodes texts with a vocabulary."""
+
+    model_max_length: int
+    model_input_names: list[str]
+    padding_side: str
+    truncation_side: str
+    split_special_tokens: bool
+    _lock: threading.Lock
+    _warned: set[str]
+
+    def __call__(
+        self,
+        text: Any = None,
+        text_pair: Any = None,
+        *,
+        add_special_tokens: bool = True,
+        padding: bool | str | None = False,
+        truncation: bool | str | None = None,
+        max_length: int | None = None,
+        stride: int = 0,
+        is_split_into_words: bool = False,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+        return_token_type_ids: bool | None = None,
+        return_attention_mask: bool | None = None,
+        return_overflowing_tokens: bool = False,
+        return_special_tokens_mask: bool = False,
+        return_offsets_mapping: bool = False,
+        return_length: bool = False,
+        split_special_tokens: bool | None = None,
+        verbose: bool = True,
+    ) -> BatchEncoding:
+        """Encodes a text, a list of texts, or as many pairs.
+
+        Args:
+            text, text_pair: strings or lists of strings; a list may also hold pairs. With
+            `is_split_into_words`,
+                a list of words for each string.
+            padding: True or "longest", "max_length", or False. On `padding_side`, to a `pad_to_multiple_of`.
+            truncation: True or "longest_first", "only_first", "only_second", or False. A `max_length` alone
+            asks
+                for truncation too.
+            max_length: in tokens, special ones included; None: `model_max_length`.
+            stride: how many tokens a window repeats of the one before, with `return_overflowing_tokens`,
+            which
+                gives every text as many rows as it needs and says in "overflow_to_sample_mapping" which is
+                whose.
+            return_tensors: "pt", "np", or None for lists.
+            return_*: which further values; token types and attention mask by default as the model takes them.
+
+        Lists come back for one text and lists of lists for several; tensors are [B, S] for both.
+        """
+        padding, truncation, max_length = self._strategies(
+            padding, truncation, max_length, pad_to_multiple_of, verbose
+        )
+        batched, inputs = _inputs(text, text_pair, is_split_into_words)
+        paired = any(isinstance(item, tuple) for item in inputs)
+        if truncation != "do_not_truncate":
+            self._check_room(max_length, stride, paired, add_special_tokens)
+        encodings = self._encode_batch(
+            inputs,
+            add_special_tokens,
+            is_split_into_words,
+            truncation={"max_length": max_length, "stride": stride, "strategy": truncation},
+            padding={
+                "length": max_length if padding == "max_length" else None,
+                "direction": padding_side or self.padding_side,
+                "pad_to_multiple_of": pad_to_multiple_of,
+            }
+            if padding != "do_not_pad"
+            else None,
+            split_special_tokens=self.split_special_tokens
+            if split_special_tokens is None
+            else split_special_tokens,
+            overflow=return_overflowing_tokens and truncation != "do_not_truncate",
+        )
+        rows: list[Encoding] = []
+        sample: list[int] = []
+        for index, encoding in enumerate(encodings):
+            more = encoding.overflowing if return_overflowing_tokens else []
+            rows += [encoding, *more]
+            sample += [index] * (1 + len(more))
+
+        data: dict[str, list[Any]] = {"input_ids": [row.ids for row in rows]}
+        if _asked(return_token_type_ids, "token_type_ids" in self.model_input_names):
+            data["token_type_ids"] = [
+                _type_ids(row, encodings[index]) for row, index in zip(rows, sample, strict=True)
+            ]
+        if _asked(return_attention_mask, "attention_mask" in self.model_input_names):
+            data["attention_mask"] = [row.attention_mask for row in rows]
+        if return_special_tokens_mask:
+            data["special_tokens_mask"] = [row.special_tokens_mask for row in rows]
+        if return_offsets_mapping:
+            data["offset_mapping"] = [row.offsets for row in rows]
+        if return_length:
+            data["length"] = [len(row.ids) for row in rows]
+        if return_overflowing_tokens:
+            data["overflow_to_sample_mapping"] = sample
+        if max_length is None and verbose:
+            self._warn_too_long(max((len(row.ids) for row in rows), default=0))
+        if not batched and return_tensors is None and not return_overflowing_tokens:
+            single = {key: value[0] if isinstance(value[0], list) else value for key, value in data.items()}
+            return BatchEncoding(single, rows)
+        return BatchEncoding(data, rows, return_tensors)
+
+    encode_plus = batch_encode_plus = __call__  # older names, in many tutorials
+
+    def encode(self, text: Any, text_pair: Any = None, **options: Any) -> Any:
+        """The `input_ids` that calling the tokenizer gives."""
+        return self(text, text_pair, **options)["input_ids"]
+
+    def tokenize(
+        self, text: Any, pair: Any = None, add_special_tokens: bool = False, **options: Any
+    ) -> list[str]:
+        """The tokens of a text as strings."""
+        return self(text, pair, add_special_tokens=add_special_tokens, **options).tokens()
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        """How many tokens a text (or a pair) gets around it."""
+        return self.backend_tokenizer.num_special_tokens_to_add(pair)
+
+    @property
+    def max_len_single_sentence(self) -> int:
+        return self.model_max_length - self.num_special_tokens_to_add()
+
+    @property
+    def max_len_sentences_pair(self) -> int:
+        return self.model_max_length - self.num_special_tokens_to_add(pair=True)
+
+    def pad(self, encoded_inputs: Any, padding: bool | str = True, **options: Any) -> BatchEncoding:
+        """Pads what was encoded before: a BatchEncoding, or a list of them as a data loader collects.
+        `options`: `max_length`, `pad_to_multiple_of`, `padding_side`, `return_attention_mask`,
+        `return_tensors`."""
+        return pad(self, encoded_inputs, padding, **options)
+
+    def _strategies(
+        self,
+        padding: Any,
+        truncation: Any,
+        max_length: int | None,
+        multiple: int | None = None,
+        verbose: bool = True,
+    ) -> tuple[str, str, int | None]:
+        """`padding` and `truncation` by their full names, and the length they go to."""
+        if max_length is not None and padding is False and truncation is None:
+            truncation = "longest_first"
+        pads = _name(padding, _PADDING, ("longest", "max_length", "do_not_pad"), "padding")
+        cuts = _name(
+            truncation,
+            _TRUNCATION,
+            ("longest_first", "only_first", "only_second", "do_not_truncate"),
+            "truncation",
+        )
+        for name, value in (("max_length", max_length), ("pad_to_multiple_of", multiple)):
+            if value is not None and (type(value) is not int or value < (name != "max_length")):
+                raise TokenizerError(f"{name}={value!r}: expected a number of tokens")
+        if pads == "longest" and max_length is not None and cuts == "do_not_truncate" and verbose:
+            warnings.warn("max_length has no effect with padding=True and no truncation", stacklevel=3)
+        if max_length is None and (pads == "max_length" or cuts != "do_not_truncate"):
+            if self.model_max_length < UNLIMITED // 10**10:
+                max_length = self.model_max_length
+            else:  # no limit is known: there is nothing to pad or cut to
+                pads = "do_not_pad" if pads == "max_length" else pads
+                cuts = "do_not_truncate"
+        if pads != "do_not_pad" and (self.pad_token is None or self.pad_token_id is None):
+            raise TokenizerError(
+                "cannot pad without a padding token: set tokenizer.pad_token = tokenizer.eos_token "
+                "or add one with tokenizer.add_special_tokens({'pad_token': '[PAD]'})"
+            )
+        if pads != "do_not_pad" and cuts != "do_not_truncate" and multiple and (max_length or 0) % multiple:
+            raise TokenizerError(
+                f"max_length={max_length} is not a multiple of pad_to_multiple_of={multiple}"
+            )
+        return pads, cuts, max_length
+
+    def _check_room(self, max_length: int | None, stride: int, paired: bool, special: bool) -> None:
+        """The backend counts below zero, or panics, where the special tokens or the stride leave no room."""
+        around = self.num_special_tokens_to_add(paired) if special else 0
+        room = (max_length or 0) - around
+        if type(stride) is not int or stride < 0:
+            raise TokenizerError(f"stride={stride!r}: expected a number of tokens")
+        if room < 0:
+            raise TokenizerError(
+                f"max_length={max_length} is less than the {around} special tokens around a text"
+            )
+        if stride and stride >= room:
+            raise TokenizerError(
+                f"stride={stride} does not fit into max_length={max_length} with {around} special tokens"
+            )
+
+    def _encode_batch(
+        self,
+        inputs: Sequence[Any],
+        add_special_tokens: bool,
+        split: bool,
+        *,
+        truncation: Mapping[str, Any],
+        padding: Mapping[str, Any] | None,
+        split_special_tokens: bool,
+        overflow: bool = False,
+    ) -> list[Encoding]:
+        """The backend keeps truncation and padding as state; the lock makes them arguments of this call.
+
+        With `overflow`, texts are read to their end before they are cut: tokenizers 0.23 stops reading at the
+        truncation, and what comes after is lost (huggingface/tokenizers#2091)."""
+        backend = self.backend_tokenizer
+        whole: list[tuple[Encoding, Encoding | None]] = []
+        with self._lock:
+            try:
+                with backend_errors("encoding"):
+                    if backend.encode_special_tokens != split_special_tokens:
+                        backend.encode_special_tokens = split_special_tokens
+                    if overflow:
+                        whole = _whole(backend, inputs, split)
+                    if truncation["strategy"] != "do_not_truncate":
+                        backend.enable_truncation(direction=self.truncation_side, **truncation)
+                    if padding is not None:
+                        token: dict[str, Any] = {"pad_id": self.pad_token_id, "pad_token": self.pad_token}
+                        backend.enable_padding(pad_type_id=self.pad_token_type_id, **token, **padding)
+                    if overflow:
+                        return [backend.post_process(a, b, add_special_tokens) for a, b in whole]
+                    found: list[Encoding] = backend.encode_batch(
+                        inputs, is_pretokenized=split, add_special_tokens=add_special_tokens
+                    )
+                    return found
+            except TokenizerError:
+                _blame(inputs)
+                raise
+            finally:
+                backend.no_truncation()
+                backend.no_padding()
+
+    def _warn_too_long(self, length: int) -> None:
+        if length > self.model_max_length > 0:
+            self._warn_once(
+                "long",
+                "a text of %d tokens is longer than the %d that the model takes; pass truncation=True",
+                length,
+                self.model_max_length,
+            )
+
+    def _warn_once(self, key: str, message: str, *values: Any) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            logger.warning(message, *values)
+
+
+def _type_ids(row: Encoding, first: Encoding) -> list[int]:
+    """Of a window as of the first window of its text, which alone gets token types from the backend."""
+    if row is first:
+        return row.type_ids
+    types = dict(zip(first.sequence_ids, first.type_ids, strict=True))
+    return [t if s is None else types.get(s, t) for s, t in zip(row.sequence_ids, row.type_ids, strict=True)]
+
+
+def _whole(backend: Backend, inputs: Sequence[Any], split: bool) -> list[tuple[Encoding, Encoding | None]]:
+    """The tokens of each text, or of both texts of a pair, before anything is cut or put around them."""
+    pairs = [item if isinstance(item, tuple) else (item, None) for item in inputs]
+    processor, backend.post_processor = backend.post_processor, None
+    try:
+        firsts = backend.encode_batch([a for a, _ in pairs], is_pretokenized=split)
+        seconds = iter(backend.encode_batch([b for _, b in pairs if b is not None], is_pretokenized=split))
+    finally:
+        backend.post_processor = processor
+    return [(a, None if b is None else next(seconds)) for a, (_, b) in zip(firsts, pairs, strict=True)]
+
+
+def _asked(value: bool | None, default: bool) -> bool:
+    return default if value is None else value
+
+
+def _name(value: Any, short: Mapping[Any, str], allowed: Sequence[str], what: str) -> str:
+    value = getattr(value, "value", value)  # an enum of transformers
+    if isinstance(value, str) and value in allowed:
+        return value
+    if value is None or isinstance(value, bool):
+        return short[value]
+    raise TokenizerError(f"{what}={value!r}: expected True, False, {', '.join(map(repr, allowed))}")
+
+
+def _inputs(text: Any, pair: Any, split: bool) -> tuple[bool, list[Any]]:
+    """Whether there are several texts, and each as the backend wants it: a text, or a tuple of two."""
+    words = (list, tuple)
+    batched = isinstance(text, words) and (not split or bool(text and isinstance(text[0], words)))
+
+    def check(item: Any, where: str) -> Any:
+        if split and isinstance(item, words):
+            for word in item:
+                if not isinstance(word, str):
+                    raise TokenizerError(f"{where}: expected words as strings, got {word!r:.60}")
+            return list(item)
+        if not split and isinstance(item, str):
+            return item
+        wanted = "a list of words" if split else "a string"
+        hint = (
+            ""
+            if split or not isinstance(item, words)
+            else " (a list of words needs is_split_into_words=True)"
+        )
+        raise TokenizerError(f"{where}: expected {wanted}, got {item!r:.60}{hint}")
+
+    if not batched:
+        if not pair:
+            return False, [check(text, "text")]
+        return False, [(check(text, "text"), check(pair, "text_pair"))]
+    if pair is not None:
+        if not isinstance(pair, words) or len(pair) != len(text):
+            found = f"{len(pair)}" if isinstance(pair, words) else type(pair).__name__
+            raise TokenizerError(f"text_pair: expected a list of {len(text)} as text is, got {found}")
+        return True, [
+            (check(a, f"text[{i}]"), check(b, f"text_pair[{i}]"))
+            for i, (a, b) in enumerate(zip(text, pair, strict=True))
+        ]
+    rows: list[Any] = []
+    for i, item in enumerate(text):
+        is_pair = isinstance(item, words) and len(item) == 2 and (not split or isinstance(item[0], words))
+        rows.append(
+            tuple(check(part, f"text[{i}]") for part in item) if is_pair else check(item, f"text[{i}]")
+        )
+    return True, rows
+
+
+def _blame(inputs: Sequence[Any]) -> None:
+    """Raises for the text that is no text: half of a surrogate pair cannot be written as UTF-8."""
+    for index, item in enumerate(inputs):
+        for part in item if isinstance(item, tuple) else (item,):
+            for word in part if isinstance(part, list) else (part,):
+                try:
+                    word.encode()
+                except UnicodeEncodeError as problem:
+                    raise TokenizerError(
+                        f"text[{index}] is no valid Unicode: {problem.reason} at character {problem.start}"
+                    ) from None

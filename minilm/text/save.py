@@ -1,0 +1,79 @@
+"""Writes a tokenizer as files that minilm and transformers load."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+from .vocabulary import TokenizerError, backend_errors
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
+
+# tokenizer.json has the bos and eos that texts get, and transformers takes these two for a wish to change it.
+_NOT_SAVED = (
+    "add_bos_token",
+    "add_eos_token",
+    "auto_map",
+    "init_inputs",
+    "processor_class",
+    "backend",
+    "is_local",
+)
+
+
+def save(tokenizer: Tokenizer, folder: Path) -> tuple[str, ...]:
+    """See `Tokenizer.save_pretrained`. Everything is written under other names first and then renamed."""
+    if folder.exists() and not folder.is_dir():
+        raise TokenizerError(f"{folder}: expected a folder to save into, this is a file")
+    with backend_errors("saving the tokenizer"):
+        files = {"tokenizer.json": tokenizer.backend_tokenizer.to_str(pretty=True)}
+    files["tokenizer_config.json"] = (
+        json.dumps(_config(tokenizer), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+    )
+    templates = tokenizer.chat_template
+    for name, text in ({"default": templates} if isinstance(templates, str) else templates or {}).items():
+        if name == "default":
+            files["chat_template.jinja"] = text
+            continue
+        if PurePosixPath(name).name != name or "\\" in name:
+            raise TokenizerError(f"the chat template {name!r} cannot be saved: its name is no file name")
+        files[f"additional_chat_templates/{name}.jinja"] = text
+
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished: list[tuple[Path, Path]] = []
+    try:
+        for name, text in files.items():
+            final = folder / name
+            final.parent.mkdir(exist_ok=True)
+            temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+            unfinished.append((temporary, final))
+            temporary.write_text(text, encoding="utf-8", newline="")
+        for temporary, final in unfinished:
+            os.replace(temporary, final)
+    except OSError as problem:
+        raise TokenizerError(f"{folder}: cannot save the tokenizer: {problem}") from problem
+    finally:
+        for temporary, _ in unfinished:
+            temporary.unlink(missing_ok=True)
+    return tuple(str(final) for _, final in unfinished)
+
+
+def _config(tokenizer: Tokenizer) -> dict[str, Any]:
+    config = {key: value for key, value in tokenizer.init_kwargs.items() if key not in _NOT_SAVED}
+    config.update(tokenizer.special_tokens_map)
+    if tokenizer.extra_special_tokens:
+        config["extra_special_tokens"] = tokenizer.extra_special_tokens
+    config.update(
+        # The one class name with which transformers 4 and 5 take tokenizer.json as it stands.
+        tokenizer_class="PreTrainedTokenizerFast",
+        model_max_length=tokenizer.model_max_length,
+        model_input_names=tokenizer.model_input_names,
+        padding_side=tokenizer.padding_side,
+        truncation_side=tokenizer.truncation_side,
+        clean_up_tokenization_spaces=tokenizer.clean_up_tokenization_spaces,
+        split_special_tokens=tokenizer.split_special_tokens,
+    )
+    return config

@@ -1,0 +1,167 @@
+"""What the tokenizers of the model families have in common and where they differ, as a table.
+
+A family is known by the name of its transformers class (`tokenizer_class` in tokenizer_config.json) or by the
+`model_type` of config.json. It says which special tokens there are when no file does, which inputs the model
+takes, and how a text is framed:
+
+    bert          [CLS] A [SEP]      [CLS] A [SEP] B [SEP], the second text with token type 1
+    roberta       <s> A </s>         <s> A </s> </s> B </s>
+    xlm-roberta   the same, over sentencepiece
+    bos-eos       A, with <s> before and </s> after it as `add_bos_token` and `add_eos_token` say
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from .errors import TokenizerError, backend_errors
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Backend
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class Family:
+    """`adds_bos`: the default of `add_bos_token` for vocabulary files that say nothing.
+    `mask_takes_space`: "a <mask>" is the tokens "a", "<mask>", without one for the space."""
+
+    name: str
+    special_tokens: Mapping[str, str] = field(default_factory=dict)
+    input_names: tuple[str, ...] = ("input_ids", "attention_mask")
+    padding_side: str = "right"
+    frame: Literal["bert", "roberta", "xlm-roberta", "bos-eos"] = "bos-eos"
+    adds_bos: bool = False
+    mask_takes_space: bool = False
+
+
+_BERT_TOKENS = {
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
+_ROBERTA_TOKENS = {
+    "bos_token": "<s>",
+    "eos_token": "</s>",
+    "unk_token": "<unk>",
+    "sep_token": "</s>",
+    "pad_token": "<pad>",
+    "cls_token": "<s>",
+    "mask_token": "<mask>",
+}
+_END = "<|endoftext|>"
+
+GENERIC = Family("PreTrainedTokenizerFast")
+FAMILIES = {
+    family.name: family
+    for family in (
+        Family(
+            "BertTokenizer",
+            _BERT_TOKENS,
+            input_names=("input_ids", "token_type_ids", "attention_mask"),
+            frame="bert",
+        ),
+        Family("DistilBertTokenizer", _BERT_TOKENS, frame="bert"),
+        # transformers 5 forgot that the mask takes its space when there is only vocab.json; fairseq, which
+        # made these models, and transformers 4 agree on it, and fill-mask depends on it.
+        Family("RobertaTokenizer", _ROBERTA_TOKENS, frame="roberta", mask_takes_space=True),
+        Family("XLMRobertaTokenizer", _ROBERTA_TOKENS, frame="xlm-roberta", mask_takes_space=True),
+        Family("GPT2Tokenizer", {"unk_token": _END, "bos_token": _END, "eos_token": _END}),
+        Family("Qwen2Tokenizer", {"unk_token": _END, "eos_token": _END, "pad_token": _END}),
+        # The default of add_bos_token is True as in sentencepiece-based Llama since ever; transformers 5
+        # documents it so, and has False.
+        Family(
+            "LlamaTokenizer",
+            {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
+            padding_side="left",
+            adds_bos=True,
+        ),
+    )
+}
+# Not llama and mistral: their checkpoints mostly name a class, and those that do not are no LlamaTokenizer.
+_OF_MODEL_TYPE = {
+    "bert": "BertTokenizer",
+    "distilbert": "DistilBertTokenizer",
+    "roberta": "RobertaTokenizer",
+    "xlm-roberta": "XLMRobertaTokenizer",
+    "gpt2": "GPT2Tokenizer",
+    "qwen2": "Qwen2Tokenizer",
+    "qwen3": "Qwen2Tokenizer",
+}
+
+
+def family_of(class_name: str | None, model_type: str | None) -> Family:
+    """The family of a transformers class (with or without "Fast") or, when that is unknown, of a model
+    type."""
+    name = (class_name or "").removesuffix("Fast")
+    if name in FAMILIES:
+        return FAMILIES[name]
+    if class_name is None and model_type in _OF_MODEL_TYPE:
+        return FAMILIES[_OF_MODEL_TYPE[model_type]]
+    return GENERIC
+
+
+def set_frame(backend: Backend, frame: str, settings: Mapping[str, Any]) -> None:
+    """Makes `backend` put the special tokens of `frame` around texts. Those it needs must be in `settings`
+    and in the vocabulary."""
+    from tokenizers import processors
+
+    def token(name: str) -> tuple[str, int]:
+        text = settings.get(name)
+        index = backend.token_to_id(text) if text is not None else None
+        if text is None or index is None:
+            raise TokenizerError(f"the tokenizer needs a {name}, but {text!r} is not in its vocabulary")
+        return text, index
+
+    with backend_errors(f"special tokens of {frame}"):
+        if frame == "bert":
+            cls, sep = token("cls_token"), token("sep_token")
+            backend.post_processor = processors.TemplateProcessing(
+                single=[f"{cls[0]}:0", "$A:0", f"{sep[0]}:0"],
+                pair=[f"{cls[0]}:0", "$A:0", f"{sep[0]}:0", "$B:1", f"{sep[0]}:1"],
+                special_tokens=[cls, sep],
+            )
+        elif frame == "roberta":
+            backend.post_processor = processors.RobertaProcessing(
+                token("sep_token"),
+                token("cls_token"),
+                trim_offsets=bool(settings.get("trim_offsets", True)),
+                add_prefix_space=bool(settings.get("add_prefix_space", False)),
+            )
+        elif frame == "xlm-roberta":
+            bos, eos = token("bos_token"), token("eos_token")
+            backend.post_processor = processors.TemplateProcessing(
+                single=[bos[0], "$A", eos[0]],
+                pair=[bos[0], "$A", eos[0], eos[0], "$B", eos[0]],
+                special_tokens=[bos, eos],
+            )
+        else:
+            before = [token("bos_token")] if settings.get("add_bos_token") else []
+            after = [token("eos_token")] if settings.get("add_eos_token") else []
+            framed = [
+                [
+                    *(f"{text}:{n}" for text, _ in before),
+                    f"${text_name}:{n}",
+                    *(f"{text}:{n}" for text, _ in after),
+                ]
+                for n, text_name in enumerate("AB")
+            ]
+            backend.post_processor = processors.TemplateProcessing(
+                single=framed[0],
+                pair=framed[0] + framed[1],
+                special_tokens=list(dict([*before, *after]).items()),
+            )
+
+
+def adds(backend: Backend, token: str | None, at: int) -> bool:
+    """Whether `backend` puts `token` before (`at` = 0) or after (`at` = -1) a text."""
+    index = backend.token_to_id(token) if token is not None else None
+    if index is None:
+        return False
+    plain, framed = (backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+    return len(framed) > len(plain) and framed[at] == index

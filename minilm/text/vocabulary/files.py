@@ -1,0 +1,321 @@
+"""From the files of a checkpoint to a pipeline and its settings.
+
+tokenizer.json is the whole pipeline and is taken as it stands, before any older file; beside it
+tokenizer_config.json, special_tokens_map.json, added_tokens.json and chat_template.jinja say the rest. A
+padding or truncation that someone left in tokenizer.json is dropped: what rules is what the call asks for.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...files import read_json
+from .build import (
+    SPLITTINGS,
+    byte_level_bpe,
+    llama,
+    plain_sentencepiece,
+    read_merges,
+    read_vocab_json,
+    wordpiece,
+    xlm_roberta,
+)
+from .errors import TokenizerError, backend_errors
+from .families import FAMILIES, GENERIC, Family, adds, family_of, set_frame
+from .gguf import tokenizer_from_gguf
+from .sentencepiece import Algorithm, read_sentencepiece
+from .tokenizer_json import from_tokenizer_json
+
+if TYPE_CHECKING:
+    from tokenizers import AddedToken
+    from tokenizers import Tokenizer as Backend
+
+SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model")
+
+
+@dataclass
+class Parts:
+    """What a Tokenizer is made of. `settings`: tokenizer_config.json's names and values, special tokens as
+    plain strings."""
+
+    backend: Backend
+    settings: dict[str, Any]
+    family: Family = GENERIC
+
+
+def load(
+    path: Path,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    class_name: str | None = None,
+    merges_file: str | os.PathLike[str] | None = None,
+) -> Parts:
+    """The tokenizer in the folder or file `path`. `overrides` go before what the files say; `class_name`
+    names the family where the files do not, or where the caller knows better. `merges_file`: beside
+    vocab.json if None."""
+    overrides = {key: value for key, value in (overrides or {}).items() if value is not None}
+    config: dict[str, Any] = {}
+    model: dict[str, Any] = {}
+    if path.is_dir():
+        config = _read_config(path)
+        if (path / "config.json").is_file():
+            model = read_json(path / "config.json", error=TokenizerError)
+    names = [class_name, config.pop("tokenizer_class", None), model.get("tokenizer_class")]
+    named = next((name for name in names if isinstance(name, str)), None)
+    model_type = model.get("model_type") if isinstance(model.get("model_type"), str) else None
+    family = family_of(named, model_type)
+    source = _vocabulary(path, family) if path.is_dir() else path
+    if not source.is_file():
+        raise TokenizerError(f"{source}: no such file")
+    if named is None and model_type is None:
+        family = _guess(source)
+    if family is GENERIC and source.suffix == ".model" and model_type in ("llama", "mistral"):
+        config = {
+            "unk_token": "<unk>",
+            "bos_token": "<s>",
+            "eos_token": "</s>",
+            "add_bos_token": True,
+            **config,
+        }
+
+    explicit = {**config, **overrides}
+    if source.suffix == ".gguf":
+        backend, in_metadata = tokenizer_from_gguf(_read_gguf(source), source)
+        explicit, family = {**in_metadata, **overrides}, GENERIC
+    elif source.suffix == ".json" and source.name != "vocab.json":
+        backend = from_tokenizer_json(source, family, explicit, overrides)
+    else:
+        backend = _from_vocabulary(source, family, explicit, merges_file)
+    return _complete(backend, explicit, overrides, family, str(path))
+
+
+def from_object(backend: Backend, settings: Mapping[str, Any], class_name: str | None) -> Parts:
+    """A copy of a `tokenizers.Tokenizer` with settings."""
+    from tokenizers import Tokenizer
+
+    if not isinstance(backend, Tokenizer):
+        raise TokenizerError(
+            f"tokenizer_object: expected a tokenizers.Tokenizer, got {type(backend).__name__}"
+        )
+    copy = Tokenizer.from_str(backend.to_str())
+    return _complete(copy, dict(settings), settings, family_of(class_name, None), "tokenizer_object")
+
+
+def _complete(
+    backend: Backend, explicit: dict[str, Any], overrides: Mapping[str, Any], family: Family, source: str
+) -> Parts:
+    """Adds what goes around the pipeline: special tokens, and what is put around a text. `source` is named in
+    errors."""
+    flags = _read_special_tokens(explicit, source)
+    added = {key: explicit.pop(key, None) for key in ("added_tokens_decoder", "added_tokens")}
+    settings = explicit
+    for name, text in family.special_tokens.items():
+        # A default that the vocabulary lacks is left out: it would get an id for which the model has no
+        # embedding.
+        if name not in settings and backend.token_to_id(text) is not None:
+            settings[name] = text
+    if family.mask_takes_space and "mask_token" in settings:
+        flags.setdefault(settings["mask_token"], {"lstrip": True})
+    _add_tokens(backend, settings, flags, added, source)
+
+    framed = backend.post_processor is not None
+    for name, token, at, default in (
+        ("add_bos_token", "bos_token", 0, family.adds_bos),
+        ("add_eos_token", "eos_token", -1, False),
+    ):
+        if settings.get(name) is None:
+            settings[name] = adds(backend, settings.get(token), at) if framed else default
+        if not isinstance(settings[name], bool):
+            raise TokenizerError(f"{source}: {name} is {settings[name]!r:.60}, expected true or false")
+    asked = "add_bos_token" in overrides or "add_eos_token" in overrides
+    if not framed or (asked and family.frame == "bos-eos"):
+        set_frame(backend, family.frame, settings)
+    return Parts(backend, settings, family)
+
+
+def _vocabulary(folder: Path, family: Family) -> Path:
+    """The file of `folder` that the pipeline is made of."""
+    if (folder / "tokenizer.json").is_file():
+        return folder / "tokenizer.json"
+    older = {
+        "bert": ["vocab.txt"],
+        "roberta": ["vocab.json"],
+        "xlm-roberta": ["sentencepiece.bpe.model"],
+        "bos-eos": [],
+    }[family.frame]
+    for name in (*older, *SENTENCEPIECE_FILES, "vocab.json", "vocab.txt"):
+        if (folder / name).is_file():
+            return folder / name
+    quantised = sorted(folder.glob("*.gguf"))
+    if len(quantised) == 1:
+        return quantised[0]
+    if quantised:
+        raise TokenizerError(
+            f"{folder}: {len(quantised)} GGUF files, choose one with gguf_file=: "
+            f"{', '.join(file.name for file in quantised)}"
+        )
+    hint = " (tekken.json is not supported)" if (folder / "tekken.json").is_file() else ""
+    raise TokenizerError(
+        f"{folder}: no tokenizer: expected tokenizer.json, {', '.join(SENTENCEPIECE_FILES)}, vocab.json with "
+        f"merges.txt, vocab.txt, or a GGUF file{hint}"
+    )
+
+
+def _guess(source: Path) -> Family:
+    """The family of vocabulary files that stand alone."""
+    if source.name == "vocab.txt":
+        return FAMILIES["BertTokenizer"]
+    if source.name == "sentencepiece.bpe.model":
+        return FAMILIES["XLMRobertaTokenizer"]
+    if source.name == "vocab.json":
+        vocab = read_vocab_json(source)
+        roberta = {"<s>", "<pad>", "</s>", "<unk>", "<mask>"} <= vocab.keys()
+        return FAMILIES["RobertaTokenizer" if roberta else "GPT2Tokenizer"]
+    return FAMILIES["LlamaTokenizer"] if source.name == "tokenizer.model" else GENERIC
+
+
+def _from_vocabulary(
+    source: Path, family: Family, settings: Mapping[str, Any], merges: str | os.PathLike[str] | None
+) -> Backend:
+    def token(name: str, default: str) -> str:
+        text = settings.get(name, family.special_tokens.get(name, default))
+        return str(text["content"] if isinstance(text, dict) else text)
+
+    if source.suffix == ".model":
+        model = read_sentencepiece(source)
+        prefix = settings.get("add_prefix_space")
+        if family.frame == "xlm-roberta":
+            return xlm_roberta(
+                model, add_prefix_space=prefix is not False, mask_token=token("mask_token", "<mask>")
+            )
+        if family.name == "LlamaTokenizer" and model.algorithm is Algorithm.BPE:
+            return llama(
+                model, legacy=bool(settings.get("legacy", False)), add_prefix_space=prefix is not False
+            )
+        return plain_sentencepiece(model)
+    if source.suffix == ".txt":
+        return wordpiece(source, token("unk_token", "[UNK]"), settings)
+    merges_file = Path(merges) if merges is not None else source.with_name("merges.txt")
+    splitting = SPLITTINGS["qwen2" if family.name == "Qwen2Tokenizer" else "gpt-2"]
+    return byte_level_bpe(
+        read_vocab_json(source),
+        read_merges(merges_file),
+        splitting,
+        add_prefix_space=bool(settings.get("add_prefix_space", False)),
+        source=f"{source} and {merges_file.name}",
+    )
+
+
+def _read_gguf(path: Path) -> dict[str, Any]:
+    from ...files import read_gguf_metadata
+
+    try:
+        return read_gguf_metadata(path)
+    except ValueError as problem:  # WeightError
+        raise TokenizerError(str(problem)) from problem
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json with what the files beside it add to it."""
+    file = folder / "tokenizer_config.json"
+    config = read_json(file, error=TokenizerError) if file.is_file() else {}
+    for key in ("name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file"):
+        config.pop(key, None)  # paths on the machine of who saved it; never to be opened here
+    if (folder / "tokenizer.json").is_file():
+        config.pop("add_bos_token", None)  # what tokenizer.json does is what was meant
+        config.pop("add_eos_token", None)
+    if "added_tokens_decoder" not in config:
+        for name in ("special_tokens_map.json", "added_tokens.json"):
+            if (folder / name).is_file():
+                found = read_json(folder / name, error=TokenizerError)
+                config.update(found if name == "special_tokens_map.json" else {"added_tokens": found})
+    templates = {file.stem: file for file in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+    if (folder / "chat_template.jinja").is_file():
+        templates["default"] = folder / "chat_template.jinja"
+    if templates:
+        try:
+            texts = {name: file.read_text(encoding="utf-8") for name, file in templates.items()}
+        except (OSError, UnicodeDecodeError) as problem:
+            raise TokenizerError(f"{folder}: a chat template cannot be read: {problem}") from problem
+        config["chat_template"] = texts["default"] if list(texts) == ["default"] else texts
+    return config
+
+
+def _read_special_tokens(settings: dict[str, Any], path: str) -> dict[str, dict[str, bool]]:
+    """Turns the special tokens in `settings` into plain strings. Returns their flags, by token."""
+    flags: dict[str, dict[str, bool]] = {}
+
+    def text_of(key: str, value: Any) -> str:
+        if isinstance(value, dict) and isinstance(value.get("content"), str):
+            flags[value["content"]] = {
+                flag: bool(value[flag])
+                for flag in ("lstrip", "rstrip", "single_word", "normalized")
+                if flag in value
+            }
+            return str(value["content"])
+        if hasattr(value, "content") and hasattr(value, "lstrip"):  # a tokenizers.AddedToken
+            return text_of(
+                key, {name: getattr(value, name) for name in ("content", "lstrip", "rstrip", "normalized")}
+            )
+        if not isinstance(value, str):
+            raise TokenizerError(f"{path}: {key} is {value!r:.60}, expected a string")
+        return value
+
+    extra = settings.pop("additional_special_tokens", None) or []
+    extra = settings.pop("extra_special_tokens", None) or extra
+    for key in [key for key in settings if key.endswith("_token") and not isinstance(settings[key], bool)]:
+        if settings[key] is None:
+            del settings[key]
+        else:
+            settings[key] = text_of(key, settings[key])
+    if isinstance(extra, dict):  # named ones, of models that also see or hear
+        settings.update({key: text_of(key, value) for key, value in extra.items()})
+        extra = []
+    if not isinstance(extra, (list, tuple)):
+        raise TokenizerError(f"{path}: extra_special_tokens is {extra!r:.60}, expected a list")
+    settings["extra_special_tokens"] = [text_of("extra_special_tokens", value) for value in extra]
+    return flags
+
+
+def _add_tokens(
+    backend: Backend,
+    settings: Mapping[str, Any],
+    flags: Mapping[str, Mapping[str, bool]],
+    added: Mapping[str, Any],
+    path: str,
+) -> None:
+    """Makes the special tokens, and those that the files add to the vocabulary, known to `backend`."""
+    from tokenizers import AddedToken
+
+    special = [text for key, text in settings.items() if key.endswith("_token") and isinstance(text, str)]
+    special += settings["extra_special_tokens"]
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    numbered: dict[int, AddedToken] = {}
+    try:
+        for index, token in (added["added_tokens_decoder"] or {}).items():
+            numbered[int(index)] = token if isinstance(token, AddedToken) else AddedToken(**token)
+        for text, index in (added["added_tokens"] or {}).items():
+            numbered[int(index)] = AddedToken(text, normalized=text not in special, special=text in special)
+    except (TypeError, ValueError, AttributeError) as problem:
+        raise TokenizerError(f"{path}: the added tokens are damaged: {problem}") from problem
+    with backend_errors(f"{path}: special tokens"):
+        for index, token in sorted(numbered.items(), key=lambda item: item[0]):
+            if token.content in known:
+                continue
+            backend.add_tokens([token])
+            known.add(token.content)
+            if backend.token_to_id(token.content) != index:
+                raise TokenizerError(
+                    f"{path}: the added token {token.content!r} has id {index}, but the next one would be "
+                    f"{backend.token_to_id(token.content)}"
+                )
+        new = [
+            AddedToken(text, special=True, **flags.get(text, {}))
+            for text in dict.fromkeys(special)
+            if text not in known
+        ]
+        backend.add_tokens(new)

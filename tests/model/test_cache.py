@@ -1,0 +1,197 @@
+"""The paged KV cache against a list of tokens for each row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    multiple,
+    precondition,
+    rule,
+)
+from strategies import small
+
+import minilm
+from minilm import ops
+from minilm.model.cache import KVCache
+from minilm.config import ModelConfig
+from minilm.families import family_of
+
+
+def spec(layers: int = 2) -> ModelConfig:
+    """Two layers, one key/value head of size 4."""
+    config = minilm.PretrainedConfig.from_dict(small("mistral", num_hidden_layers=layers))
+    return family_of("mistral").config(config)
+
+
+def cache_of(**options: Any) -> KVCache:
+    return KVCache(spec(), dtype=torch.float32, device="cpu", **options)
+
+
+class Cache(RuleBasedStateMachine):
+    """Rows are begun, extended together or alone, cropped, forked, freed; each keeps its own tokens, in
+    every layer."""
+
+    rows = Bundle("rows")
+
+    @initialize(page_size=st.integers(1, 5))
+    def begin(self, page_size: int) -> None:
+        self.cache = cache_of(page_size=page_size)
+        self.tokens: dict[int, list[float]] = {}
+        self.next = 1.0
+
+    @rule(target=rows, count=st.integers(1, 2))
+    def add(self, count: int) -> Any:
+        new = self.cache.add_rows(count)
+        assert not set(new) & set(self.tokens)
+        self.tokens.update({row: [] for row in new})
+        return multiple(*new)
+
+    @precondition(lambda self: self.tokens)
+    @rule(data=st.data())
+    def extend(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.lists(st.sampled_from(sorted(self.tokens)), min_size=1, unique=True))
+        counts = [data.draw(st.integers(0, 7)) for _ in chosen]
+        fresh = all(not self.tokens[row] for row in chosen)
+        step = self.cache.extend(chosen, counts)
+        values = []
+        for row, count in zip(chosen, counts, strict=True):
+            new = [self.next + i for i in range(count)]
+            self.next += count
+            self.tokens[row] += new
+            values += new
+        assert step.fresh == fresh
+        assert len(step.slots) == len(values) == len(set(step.slots.tolist()))
+        assert step.context_lens.tolist() == [len(self.tokens[row]) for row in chosen]
+        assert step.max_context == max(len(self.tokens[row]) for row in chosen)
+        k = torch.tensor(values).view(-1, 1, 1).expand(-1, 1, 4)
+        for layer in range(2):
+            ops.append_kv(k + layer / 2, -k, self.cache.k_pages[layer], self.cache.v_pages[layer], step.slots)
+        for place, row in enumerate(chosen):  # what attention will read by the table
+            pages = step.block_table[place].long()
+            read = self.cache.v_pages[1][pages].flatten(0, 1)[: len(self.tokens[row]), 0, 0]
+            assert read.tolist() == [-value for value in self.tokens[row]]
+
+    @rule(length=st.integers(0, 12))
+    def crop(self, length: int) -> None:
+        self.cache.crop(length)
+        self.tokens = {row: tokens[:length] for row, tokens in self.tokens.items()}
+
+    @rule(row=rows, length=st.integers(0, 12))
+    def crop_row(self, row: int, length: int) -> None:
+        self.cache.crop_row(row, length)
+        self.tokens[row] = self.tokens[row][:length]
+
+    @rule(target=rows, row=rows)
+    def fork(self, row: int) -> int:
+        child = self.cache.fork(row)
+        assert child not in self.tokens
+        self.tokens[child] = list(self.tokens[row])
+        return child
+
+    @rule(row=consumes(rows))
+    def free(self, row: int) -> None:
+        self.cache.free_row(row)
+        del self.tokens[row]
+
+    @rule(tokens=st.integers(0, 20))
+    def reserve(self, tokens: int) -> None:
+        self.cache.reserve(tokens)
+        assert len(self.cache._free) * self.cache.page_size >= tokens
+
+    @invariant()
+    def every_row_holds_its_tokens(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        assert self.cache.rows == sorted(self.tokens)
+        assert self.cache.lengths == {row: len(tokens) for row, tokens in self.tokens.items()}
+        assert self.cache.get_seq_length() == max(map(len, self.tokens.values()), default=0)
+        for row, tokens in self.tokens.items():
+            for layer in range(2):
+                assert self.cache.keys(layer, row)[:, 0, 3].tolist() == [
+                    value + layer / 2 for value in tokens
+                ]
+
+    @invariant()
+    def every_page_is_owned_once(self) -> None:
+        if not hasattr(self, "cache"):
+            return
+        owned = [page for pages in self.cache._pages_of.values() for page in pages]
+        everything = [*owned, *self.cache._free]
+        assert sorted(everything) == list(range(len(self.cache.k_pages[0])))
+        for row, tokens in self.tokens.items():
+            assert len(self.cache._pages_of[row]) == -(-len(tokens) // self.cache.page_size), (
+                "pages kept without need"
+            )
+
+
+TestCache = Cache.TestCase
+TestCache.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+
+
+def test_growing_keeps_what_is_there_and_doubles() -> None:
+    """Adding one token at a time copies the pages a few times, not at each new page."""
+    cache = cache_of(rows=1, page_size=2)
+    sizes = []
+    for number in range(200):
+        step = cache.extend([0], [1])
+        ops.append_kv(
+            torch.full((1, 1, 4), float(number)),
+            torch.zeros(1, 1, 4),
+            cache.k_pages[0],
+            cache.v_pages[0],
+            step.slots,
+        )
+        sizes.append(cache.nbytes())
+    assert cache.keys(0, 0)[:, 0, 0].tolist() == [float(n) for n in range(200)]
+    assert len(set(sizes)) < 15
+    assert sizes[-1] < 2 * 2 * 200 * 4 * 4 * 2, "no more than twice of what is needed"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dtype_and_size(dtype: torch.dtype) -> None:
+    cache = KVCache(spec(3), rows=2, dtype=dtype, device="cpu", page_size=4)
+    assert cache.nbytes() == 0
+    cache.extend([0, 1], [4, 1])
+    assert (
+        cache.nbytes() == 2 * 3 * 2 * 4 * 1 * 4 * dtype.itemsize
+    )  # k and v, layers, pages, page size, heads, head size
+    assert all(pages.dtype == dtype for pages in (*cache.k_pages, *cache.v_pages))
+
+
+def test_rows_in_another_order() -> None:
+    """Beam search and the like: the batch's rows change places, and their past with them."""
+    cache = cache_of(rows=3, page_size=2)
+    step = cache.extend([0, 1, 2], [1, 2, 3])
+    k = torch.arange(6.0).view(-1, 1, 1).expand(-1, 1, 4)
+    for layer in range(2):
+        ops.append_kv(k, k, cache.k_pages[layer], cache.v_pages[layer], step.slots)
+    cache.reorder([2, 0, 1])
+    assert cache.rows == [2, 0, 1]
+    assert [cache.lengths[row] for row in cache.rows] == [3, 1, 2]
+    assert cache.keys(1, cache.rows[0])[:, 0, 0].tolist() == [3.0, 4.0, 5.0]
+
+
+def test_unknown_row() -> None:
+    with pytest.raises(KeyError):
+        cache_of(rows=1).free_row(5)
+
+
+def test_model_refuses_a_cache_of_another_batch() -> None:
+    model = minilm.AutoModelForCausalLM.from_config(minilm.PretrainedConfig.from_dict(small("mistral")))
+    with pytest.raises(ValueError, match=r"2 sequences.* 3|3.* 2"):
+        model(torch.tensor([[5]] * 3), past_key_values=model.new_cache(2))
+    with pytest.raises(ValueError, match="tuple"):
+        model(torch.tensor([[5]]), past_key_values=((torch.zeros(1),),))
+    encoder = minilm.AutoModel.from_config(minilm.PretrainedConfig.from_dict(small("bert")))
+    with pytest.raises(ValueError, match="encoder"):
+        encoder(torch.tensor([[5]]), past_key_values=model.new_cache(1))
