@@ -181,8 +181,8 @@ class Waterfall:
 def passes(name: str) -> tuple[Any, list[tuple[str, Callable[[], Any]]]]:
     """(model, [(situation, a function that runs one pass)]) for a model's name, folder or GGUF file."""
     from minilm import AutoModel, AutoModelForCausalLM
-    from minilm.model.auto import AutoConfig
     from minilm.families import family_of
+    from minilm.model.auto import AutoConfig
 
     from . import models
 

@@ -1,5 +1,5 @@
 // The weights of a Transformer in one uint8 tensor, the arena, and an int64 tensor that says what lies where
-// in it; minilm/fused.py writes both. Whatever the numbers say is checked against the sizes of the tensors
+// in it; minilm/native/blocks.py writes both. Whatever the numbers say is checked against the sizes of the tensors
 // before a pointer is made.
 #pragma once
 

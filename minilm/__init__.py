@@ -14,8 +14,6 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .attention_maps import attention_probs as attention_probs
-    from .model import AutoConfig as AutoConfig
-    from .model import KVCache as KVCache
     from .config import ConfigError as ConfigError
     from .config import ModelConfig as ModelConfig
     from .cross_encoder import CrossEncoder as CrossEncoder
@@ -24,6 +22,10 @@ if TYPE_CHECKING:
     from .generate import GenerationConfig as GenerationConfig
     from .generate import TextIteratorStreamer as TextIteratorStreamer
     from .generate import TextStreamer as TextStreamer
+    from .llm import LLM as LLM
+    from .llm import RequestOutput as RequestOutput
+    from .llm import SamplingParams as SamplingParams
+    from .model import AutoConfig as AutoConfig
     from .model import AutoModel as AutoModel
     from .model import AutoModelForCausalLM as AutoModelForCausalLM
     from .model import AutoModelForMaskedLM as AutoModelForMaskedLM
@@ -32,9 +34,7 @@ if TYPE_CHECKING:
     from .model import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
     from .model import AutoModelForSequenceClassification as AutoModelForSequenceClassification
     from .model import AutoModelForTokenClassification as AutoModelForTokenClassification
-    from .llm import LLM as LLM
-    from .llm import RequestOutput as RequestOutput
-    from .llm import SamplingParams as SamplingParams
+    from .model import KVCache as KVCache
     from .ops import BackendError as BackendError
     from .ops import backend as backend
     from .ops import explain as explain

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .model import Attention, Block
-from .model import Packed
+from .model import Attention, Block, Packed
 
 if TYPE_CHECKING:
     from .model import PreTrainedModel

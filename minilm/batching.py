@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from .model import BodyResult, PreTrainedModel
-from .model import pack
+from .model import BodyResult, PreTrainedModel, pack
 
 if TYPE_CHECKING:
     from .text import Tokenizer

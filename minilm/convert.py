@@ -20,7 +20,6 @@ from pathlib import Path
 
 import torch
 
-from .model import as_dtype, read_config
 from .families import Head
 from .files import (
     CONFIG_FILES,
@@ -32,8 +31,7 @@ from .files import (
     open_checkpoint,
     resolve,
 )
-from .model import MODELS
-from .model import PreTrainedModel
+from .model import MODELS, PreTrainedModel, as_dtype, read_config
 from .summary import fitting_head, named_head, on_meta, planned
 from .weights import LoadReport
 

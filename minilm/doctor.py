@@ -244,7 +244,6 @@ def _not_run(runnable: list[str]) -> list[str]:
 
 def _ops(devices: list[str]) -> tuple[list[dict[str, Any]], str | None]:
     """For each device, dtype and op: the backend that will run, and why the others will not."""
-    from . import pool
     from .model import heads  # noqa: F401 (they register the ops of whole models)
     from .ops import BackendError, dispatch
 

@@ -20,10 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .model import KVCache
 from .config import ModelConfig
-from .model import AutoModelForCausalLM
-from .model import Packed
+from .model import AutoModelForCausalLM, KVCache, Packed
 from .sampling import Sampling, draw, process
 
 

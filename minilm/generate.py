@@ -11,11 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .model import KVCache
 from .engine import Engine, Request, Sample, check_length, context_window, draw_by_seed
 from .generation_config import DEFAULTS, OPTIONS, UNSUPPORTED, WITHOUT_EFFECT
 from .generation_config import GenerationConfig as GenerationConfig
-from .model import ModelOutput
+from .model import KVCache, ModelOutput
 from .sampling import Sampling, draw_rows
 from .stopping import GrowingText
 from .streamers import Streamer

@@ -153,8 +153,8 @@ class GenerationConfig:
         cls, pretrained_model_name: str | os.PathLike[str], **overrides: Any
     ) -> GenerationConfig:
         """generation_config.json of a folder or of a name on the hub, with overrides."""
-        from .model import HUB_OPTIONS
         from .files import read_json, resolve
+        from .model import HUB_OPTIONS
 
         hub = {name: overrides.pop(name) for name in HUB_OPTIONS if name in overrides}
         folder = resolve(pretrained_model_name, files="config", **hub)

@@ -20,10 +20,10 @@ from typing import Any
 import torch
 
 from .engine import Engine, Request, Sample, check_length, context_window
-from .model import AutoModelForCausalLM
 from .llm_output import CompletionOutput as CompletionOutput
 from .llm_output import Logprob as Logprob
 from .llm_output import RequestOutput as RequestOutput
+from .model import AutoModelForCausalLM
 from .sampling_params import SamplingParams as SamplingParams
 from .stopping import GrowingText
 

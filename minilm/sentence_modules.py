@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .files import FileError, read_json
-from .model import Linear
-from .model import Packed
+from .model import Linear, Packed
 from .weights import WeightError, open_checkpoint
 
 

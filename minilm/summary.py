@@ -20,12 +20,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from .model import read_config
 from .config import ConfigError, ModelConfig
 from .families import Head, PretrainedConfig, family_of
 from .files import Checkpoint, WeightError, open_checkpoint, read_json, resolve
-from .model import MODELS
-from .model import PreTrainedModel
+from .model import MODELS, PreTrainedModel, read_config
 from .weights import MapEntry, weight_map
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

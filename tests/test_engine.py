@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from strategies import examples
 from tiny_decoders import EOS, VOCABULARY, decoder, prompts
 
-from minilm.model.cache import KVCache
 from minilm.config import ModelConfig, RopeConfig
 from minilm.engine import LEAST_ROOM, Engine, Request, best_logprobs, context_window
+from minilm.model.cache import KVCache
 from minilm.sampling import Sampling
 
 

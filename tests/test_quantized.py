@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from minilm import ops
 from minilm.model.layers import Embedding, Linear
+from minilm.model.quantized_layers import QuantizedEmbedding, QuantizedLinear
 from minilm.ops import dispatch
 from minilm.ops.quantized import (
     FORMATS,
@@ -30,7 +31,6 @@ from minilm.ops.quantized import (
     plane_shapes,
     quantise,
 )
-from minilm.model.quantized_layers import QuantizedEmbedding, QuantizedLinear
 
 GROUPED = ("q8_0", "q4_0", "q4_1")
 

@@ -13,10 +13,10 @@ import torch
 from ..config import ConfigError
 from ..families import PretrainedConfig, families
 from ..files import read_json, resolve
+from ..weights import Checkpoint, LoadReport, WeightError, load_weights, open_checkpoint, save_weights
 from .heads import MODELS
 from .pretrained import PreTrainedModel, initialise
 from .quantization import describe, install, quantized_matrices, wanted_formats
-from ..weights import Checkpoint, LoadReport, WeightError, load_weights, open_checkpoint, save_weights
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 

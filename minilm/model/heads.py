@@ -14,13 +14,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import decode_step, ops
-from .cache import KVCache
+from .. import ops
 from ..families import Head, PretrainedConfig
+from ..native import steps as decode_step
+from .cache import KVCache
 from .layers import Embedding, Linear, Norm
-from .pretrained import BodyResult, PreTrainedModel
-from .outputs import BaseModelOutput, CausalLMOutput, MaskedLMOutput, ModelOutput, NextSentencePredictorOutput, PreTrainingOutput, QuestionAnsweringModelOutput, SequenceClassifierOutput, TokenClassifierOutput
+from .outputs import (
+    BaseModelOutput,
+    CausalLMOutput,
+    MaskedLMOutput,
+    ModelOutput,
+    NextSentencePredictorOutput,
+    PreTrainingOutput,
+    QuestionAnsweringModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
 from .packing import Packed, check_columns
+from .pretrained import BodyResult, PreTrainedModel
 from .quantized_layers import QuantizedEmbedding
 
 
@@ -349,7 +360,7 @@ class AutoModelForCausalLM(PreTrainedModel):
 
     def step(self, tokens: Tensor, rows: Sequence[int], cache: KVCache) -> tuple[Tensor, Tensor]:
         """One step of decoding, tokens int64 [B] -> logits [B, V] and the likeliest tokens int64 [B]; see
-        `minilm.decode_step.run`."""
+        `minilm.native.steps.run`."""
         logits, best = decode_step.run(self, tokens, rows, cache)
         return logits, best[0]
 
@@ -358,7 +369,7 @@ class AutoModelForCausalLM(PreTrainedModel):
     ) -> tuple[Tensor, Tensor]:
         """Up to `count` steps of decoding, the likeliest token of one fed to the next, until one of `ends`
         comes: tokens int64 [B] -> logits of the last step [B, V] and the likeliest tokens int64 [steps, B];
-        see `minilm.decode_step.run`."""
+        see `minilm.native.steps.run`."""
         return decode_step.run(self, tokens, rows, cache, count, ends)
 
     def generate(self, *args: Any, **options: Any) -> Any:

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import embed, ops
-from .cache import CacheStep, KVCache
+from .. import ops
 from ..config import ModelConfig
+from ..native import embed
 from ..ops import dispatch, native
+from .cache import CacheStep, KVCache
 from .packing import Packed
 
 

@@ -17,13 +17,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import torch
 from torch import Tensor, nn
 
-from .. import fused
-from . import rope
-from .cache import KVCache
 from ..config import ModelConfig
 from ..families import Family, Head, PretrainedConfig, family_of
-from .layers import Block, Embedding, Embeddings, Norm, Pass
+from ..native import blocks as fused
 from ..ops import dispatch, native
+from . import rope
+from .cache import KVCache
+from .layers import Block, Embedding, Embeddings, Norm, Pass
 from .outputs import ModelOutput
 from .packing import Packed, check_columns, pack
 from .quantized_layers import Quantized, QuantizedEmbedding
@@ -68,7 +68,7 @@ def run_modules(body: Transformer, x: Tensor, run: Pass, hidden_states: list[Ten
     """All blocks, module by module, and the final norm: embedded tokens [T, C] -> hidden states [T, C].
 
     What the blocks are, and the way of every backend but the native one, which has all of them in one call
-    (`minilm.fused`). Each op in it is chosen for itself. With `run.stop`, the residual stream before that
+    (`minilm.native.blocks`). Each op in it is chosen for itself. With `run.stop`, the residual stream before that
     block.
     """
     delta: Tensor | None = None

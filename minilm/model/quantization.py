@@ -12,10 +12,10 @@ from pathlib import Path
 
 from torch import nn
 
-from .pretrained import PreTrainedModel
 from ..ops.quantized import FORMATS, QuantizedWeight, plane_shapes
-from .quantized_layers import Quantized, QuantizedEmbedding, QuantizedLinear
 from ..weights import KEEP
+from .pretrained import PreTrainedModel
+from .quantized_layers import Quantized, QuantizedEmbedding, QuantizedLinear
 
 METHOD = "minilm"
 """`quant_method` in the config.json of a folder that minilm quantised."""

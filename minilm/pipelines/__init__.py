@@ -13,9 +13,8 @@ from typing import Any
 
 import torch
 
-from ..model import HUB_OPTIONS, read_config
 from ..files import DEFAULT_DECODER, DEFAULT_ENCODER, resolve
-from ..model import PreTrainedModel
+from ..model import HUB_OPTIONS, PreTrainedModel, read_config
 from ..text import AutoTokenizer, Tokenizer
 from .base import Pipeline as Pipeline
 from .feature_extraction import FeatureExtractionPipeline as FeatureExtractionPipeline

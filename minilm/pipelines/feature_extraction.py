@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..batching import Tokens
-from ..model import AutoModel
-from ..model import BodyResult
+from ..model import AutoModel, BodyResult
 from .base import Pipeline, Work, split
 
 

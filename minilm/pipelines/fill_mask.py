@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from ..batching import Tokens
-from ..model import AutoModelForMaskedLM
-from ..model import BodyResult
+from ..model import AutoModelForMaskedLM, BodyResult
 from .base import Pipeline, Work
 
 logger = logging.getLogger(__name__)

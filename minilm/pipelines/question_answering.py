@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..batching import Tokens, window
-from ..model import AutoModelForQuestionAnswering
-from ..model import BodyResult
+from ..model import AutoModelForQuestionAnswering, BodyResult
 from .base import Pipeline, Work, split
 
 if TYPE_CHECKING:

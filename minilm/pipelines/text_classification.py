@@ -9,8 +9,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..batching import Tokens
-from ..model import AutoModelForSequenceClassification
-from ..model import BodyResult
+from ..model import AutoModelForSequenceClassification, BodyResult
 from .base import Pipeline, Work
 
 Function = Literal["default", "sigmoid", "softmax", "none"]

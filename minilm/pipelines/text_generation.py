@@ -10,8 +10,7 @@ import torch
 
 from ..batching import Tokens, chunks
 from ..engine import context_window
-from ..model import AutoModelForCausalLM
-from ..model import BodyResult
+from ..model import AutoModelForCausalLM, BodyResult
 from .base import Pipeline, Work
 
 SAMPLED = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}

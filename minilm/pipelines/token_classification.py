@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from ..batching import Tokens, window
-from ..model import AutoModelForTokenClassification
-from ..model import BodyResult
+from ..model import AutoModelForTokenClassification, BodyResult
 from .base import Pipeline, Work, split
 
 if TYPE_CHECKING:

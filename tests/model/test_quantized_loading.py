@@ -29,10 +29,10 @@ import minilm
 from minilm.config import ConfigError
 from minilm.evaluate import likeness, perplexity
 from minilm.files.checkpoint import WeightError
-from minilm.ops import backend
-from minilm.ops.quantized import dequantise, quantise
 from minilm.model.quantization import quantized_matrices
 from minilm.model.quantized_layers import Quantized, QuantizedEmbedding, QuantizedLinear
+from minilm.ops import backend
+from minilm.ops.quantized import dequantise, quantise
 
 SIZES = {
     "hidden_size": 64,

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .ops import native
-from .model import QuantizedEmbedding
+from ..model import QuantizedEmbedding
+from ..ops import native
 
 if TYPE_CHECKING:
-    from .model import Embeddings
+    from ..model import Embeddings
 
 
 def traits_of(embeddings: Embeddings) -> native.WholeTraits:
@@ -46,7 +46,7 @@ def _obstacle(embeddings: Embeddings) -> str | None:
 
 @cache
 def _kinds() -> dict[str, tuple[type, ...]]:
-    from .model import Embedding, Norm
+    from ..model import Embedding, Norm
 
     return {
         "tokens": (Embedding, QuantizedEmbedding),

@@ -33,8 +33,9 @@ from native_runs import (
 from torch import Tensor, nn
 
 import minilm
-from minilm import fused, ops
+from minilm import ops
 from minilm.model.packing import pack
+from minilm.native import blocks as fused
 
 FEW = [5, 1, 0, 3]
 MANY = [33, 1, 250, 0, 16, 101]

@@ -17,17 +17,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from . import fused
-from .model import rope
-from .model import KVCache
-from .config import RopeConfig
-from .model import Embedding, Embeddings, Linear
-from .ops import dispatch, native, packed
-from .model import Packed
-from .model import QuantizedEmbedding, QuantizedLinear
+from ..config import RopeConfig
+from ..model import Embedding, Embeddings, KVCache, Linear, Packed, QuantizedEmbedding, QuantizedLinear, rope
+from ..ops import dispatch, native, packed
+from . import blocks as fused
 
 if TYPE_CHECKING:
-    from .model import AutoModelForCausalLM
+    from ..model import AutoModelForCausalLM
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -210,7 +206,7 @@ def _sources(modules: tuple[nn.Module | None, ...]) -> tuple[Tensor | None, ...]
 
 
 def _look(model: AutoModelForCausalLM) -> _Ends:
-    from .model import CausalLMHead
+    from ..model import CausalLMHead
 
     embeddings, head = model.body.embeddings, model.head
     if type(embeddings) is not Embeddings or type(head) is not CausalLMHead:

@@ -28,11 +28,13 @@ from tiny_decoders import batch as padded
 from torch import Tensor, nn
 
 import minilm
-from minilm import decode_step, fused, ops
-from minilm.model.cache import KVCache
+from minilm import ops
 from minilm.engine import Engine, Request
-from minilm.ops.quantized import quantise
+from minilm.model.cache import KVCache
 from minilm.model.quantized_layers import QuantizedEmbedding
+from minilm.native import blocks as fused
+from minilm.native import steps as decode_step
+from minilm.ops.quantized import quantise
 from minilm.sampling import Sampling
 
 NATIVE = {"names": ("native",)}

@@ -18,12 +18,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from .model import Attention, Block, Linear, MLP, Norm, Pass
-from .ops import native, packed
-from .model import QuantizedLinear
+from ..model import MLP, Attention, Block, Linear, Norm, Pass, QuantizedLinear
+from ..ops import native, packed
 
 if TYPE_CHECKING:
-    from .model import Transformer
+    from ..model import Transformer
 
 ALIGNMENT = 64
 CACHES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
