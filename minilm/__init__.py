@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from .cross_encoder import CrossEncoder as CrossEncoder
     from .families import PretrainedConfig as PretrainedConfig
     from .files import HubError as HubError
-    from .generate import GenerationConfig as GenerationConfig
-    from .generate import TextIteratorStreamer as TextIteratorStreamer
-    from .generate import TextStreamer as TextStreamer
-    from .llm import LLM as LLM
-    from .llm import RequestOutput as RequestOutput
-    from .llm import SamplingParams as SamplingParams
+    from .generation import LLM as LLM
+    from .generation import GenerationConfig as GenerationConfig
+    from .generation import RequestOutput as RequestOutput
+    from .generation import SamplingParams as SamplingParams
+    from .generation import TextIteratorStreamer as TextIteratorStreamer
+    from .generation import TextStreamer as TextStreamer
     from .model import AutoConfig as AutoConfig
     from .model import AutoModel as AutoModel
     from .model import AutoModelForCausalLM as AutoModelForCausalLM
@@ -51,7 +51,7 @@ _HOME = {
     "model.cache": ("KVCache",),
     "cross_encoder": ("CrossEncoder",),
     "config": ("ConfigError", "ModelConfig"),
-    "generate": ("GenerationConfig", "TextIteratorStreamer", "TextStreamer"),
+    "generation.generate": ("GenerationConfig", "TextIteratorStreamer", "TextStreamer"),
     "model.heads": (
         "AutoModel",
         "AutoModelForCausalLM",
@@ -63,7 +63,7 @@ _HOME = {
         "AutoModelForTokenClassification",
     ),
     "files.hub": ("HubError",),
-    "llm": ("LLM", "RequestOutput", "SamplingParams"),
+    "generation.llm": ("LLM", "RequestOutput", "SamplingParams"),
     "ops": ("BackendError", "backend", "explain"),
     "pipelines": ("pipeline",),
     "families.pretrained_config": ("PretrainedConfig",),

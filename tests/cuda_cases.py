@@ -12,7 +12,7 @@ from close import assert_as_good_as_eager
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minilm import sampling
+from minilm.generation import sampling
 from minilm.ops import cuda, reference
 from minilm.ops.quantized import dequantise, quantise
 

@@ -84,10 +84,10 @@ class MiniLM(Engine):
         return self.model.encode(list(texts), batch_size=32, normalize_embeddings=True)
 
     def _requests(self, prompts: Sequence[Sequence[int]], new: int) -> tuple[Any, list[Any]]:
-        from minilm.engine import Engine as Runner
-        from minilm.engine import Request
-        from minilm.llm import CACHE_DTYPES
-        from minilm.sampling import Sampling
+        from minilm.generation.engine import Engine as Runner
+        from minilm.generation.engine import Request
+        from minilm.generation.llm import CACHE_DTYPES
+        from minilm.generation.sampling import Sampling
 
         cache = self.model.new_cache(dtype=CACHE_DTYPES[self.kv_cache])
         runner = Runner(self.model, max_num_batched_tokens=16384, together=True, cache=cache)

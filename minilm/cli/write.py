@@ -18,7 +18,7 @@ from .texts import Texts, chunks, read_items
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..llm import LLM, SamplingParams, TextStream
+    from ..generation import LLM, SamplingParams, TextStream
 
 PANEL = "Decoders"
 CHUNK = 256
@@ -78,7 +78,7 @@ class Sampling:
 
     def params(self) -> SamplingParams:
         """As `minilm.LLM` takes them."""
-        from ..llm import SamplingParams
+        from ..generation import SamplingParams
 
         return SamplingParams(**asdict(self))
 
@@ -164,7 +164,7 @@ def chat(
 
 
 def _llm(model: str, device: Any, run: Runtime) -> LLM:
-    from ..llm import LLM
+    from ..generation import LLM
 
     return LLM(model, device=device, dtype=run.dtype, weights=run.weights)
 

@@ -267,7 +267,7 @@ def _stored_dtype(config: PretrainedConfig, checkpoint: Any) -> torch.dtype:
 def _read_generation_config(model: PreTrainedModel, path: Path) -> None:
     if model.head_kind != "causal-lm":
         return
-    from ..generate import GenerationConfig
+    from ..generation import GenerationConfig
 
     file = path / "generation_config.json" if path.is_dir() else None
     stored = read_json(file, error=ConfigError) if file is not None and file.is_file() else {}

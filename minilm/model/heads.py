@@ -373,8 +373,8 @@ class AutoModelForCausalLM(PreTrainedModel):
         return decode_step.run(self, tokens, rows, cache, count, ends)
 
     def generate(self, *args: Any, **options: Any) -> Any:
-        """Write on from prompts; see `minilm.generate.generate`."""
-        from ..generate import generate
+        """Write on from prompts; see `minilm.generation.generate.generate`."""
+        from ..generation import generate
 
         return generate(self, *args, **options)
 

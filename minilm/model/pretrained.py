@@ -29,7 +29,7 @@ from .packing import Packed, check_columns, pack
 from .quantized_layers import Quantized, QuantizedEmbedding
 
 if TYPE_CHECKING:
-    from ..generate import GenerationConfig
+    from ..generation import GenerationConfig
     from ..weights import LoadReport
 
 Model = TypeVar("Model", bound="PreTrainedModel")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..batching import Tokens, chunks
-from ..engine import context_window
+from ..generation import context_window
 from ..model import AutoModelForCausalLM, BodyResult
 from .base import Pipeline, Work
 

@@ -29,13 +29,13 @@ from torch import Tensor, nn
 
 import minilm
 from minilm import ops
-from minilm.engine import Engine, Request
+from minilm.generation.engine import Engine, Request
+from minilm.generation.sampling import Sampling
 from minilm.model.cache import KVCache
 from minilm.model.quantized_layers import QuantizedEmbedding
 from minilm.native import blocks as fused
 from minilm.native import steps as decode_step
 from minilm.ops.quantized import quantise
-from minilm.sampling import Sampling
 
 NATIVE = {"names": ("native",)}
 MODULES = {"names": ("native",), "decode_step": "torch"}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tiny_decoders import EOS, VOCABULARY, WINDOW, decoder, prompts
 
 import minilm
-from minilm.generation_config import GenerationConfig
+from minilm.generation.config import GenerationConfig
 
 
 def test_the_checkpoint_then_the_config_then_the_call(tmp_path: Path) -> None:

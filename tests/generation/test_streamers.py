@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny_decoders import CORPUS, VOCABULARY, decoder, prompts
 
-from minilm.stopping import GrowingText
-from minilm.streamers import TextIteratorStreamer, TextStreamer
+from minilm.generation.stopping import GrowingText
+from minilm.generation.streamers import TextIteratorStreamer, TextStreamer
 
 
 def tokenizers() -> tuple[Any, Any]:

@@ -12,11 +12,11 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import __version__
-from .config import ConfigError
+from .. import __version__
+from ..config import ConfigError
 
 if TYPE_CHECKING:
-    from .families import PretrainedConfig
+    from ..families import PretrainedConfig
 
 DEFAULTS: dict[str, Any] = {
     "max_length": 20,
@@ -153,8 +153,8 @@ class GenerationConfig:
         cls, pretrained_model_name: str | os.PathLike[str], **overrides: Any
     ) -> GenerationConfig:
         """generation_config.json of a folder or of a name on the hub, with overrides."""
-        from .files import read_json, resolve
-        from .model import HUB_OPTIONS
+        from ..files import read_json, resolve
+        from ..model import HUB_OPTIONS
 
         hub = {name: overrides.pop(name) for name in HUB_OPTIONS if name in overrides}
         folder = resolve(pretrained_model_name, files="config", **hub)

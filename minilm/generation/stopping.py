@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from .text import IncrementalDecoder
+from ..text import IncrementalDecoder
 
 
 class GrowingText:

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.generation import logits_process as hf
 
-from minilm import sampling
-from minilm.sampling import Sampling, draw, draw_rows, process, uniform
+from minilm.generation import sampling
+from minilm.generation.sampling import Sampling, draw, draw_rows, process, uniform
 
 VOCABULARY = 23
 

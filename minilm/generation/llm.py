@@ -1,5 +1,5 @@
 """`LLM`: text in, text out, for many prompts at a time; vLLM's names over the decoding loop of
-`minilm.engine`.
+`minilm.generation.engine`.
 
     llm = LLM("SmolLM2-135M-Instruct")
     for output in llm.generate(["The sea is", "A list:"], SamplingParams(temperature=0, max_tokens=20)):
@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
+from ..model import AutoModelForCausalLM
 from .engine import Engine, Request, Sample, check_length, context_window
-from .llm_output import CompletionOutput as CompletionOutput
-from .llm_output import Logprob as Logprob
-from .llm_output import RequestOutput as RequestOutput
-from .model import AutoModelForCausalLM
-from .sampling_params import SamplingParams as SamplingParams
+from .outputs import CompletionOutput as CompletionOutput
+from .outputs import Logprob as Logprob
+from .outputs import RequestOutput as RequestOutput
+from .params import SamplingParams as SamplingParams
 from .stopping import GrowingText
 
 Message = dict[str, Any]
@@ -136,8 +136,8 @@ class LLM:
             raise ValueError("a loaded model comes without its tokenizer: give tokenizer= too")
         if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike):
             return tokenizer
-        from .model import HUB_OPTIONS
-        from .text import AutoTokenizer
+        from ..model import HUB_OPTIONS
+        from ..text import AutoTokenizer
 
         hub = {name: value for name, value in options.items() if name in HUB_OPTIONS and tokenizer is None}
         return AutoTokenizer.from_pretrained(model if tokenizer is None else tokenizer, **hub)

@@ -20,8 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .config import ModelConfig
-from .model import AutoModelForCausalLM, KVCache, Packed
+from ..config import ModelConfig
+from ..model import AutoModelForCausalLM, KVCache, Packed
 from .sampling import Sampling, draw, process
 
 

@@ -1,5 +1,5 @@
 """`model.generate`: transformers' way of asking a decoder to write on, over the decoding loop of
-`minilm.engine`."""
+`minilm.generation.engine`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ..model import KVCache, ModelOutput
+from .config import DEFAULTS, OPTIONS, UNSUPPORTED, WITHOUT_EFFECT
+from .config import GenerationConfig as GenerationConfig
 from .engine import Engine, Request, Sample, check_length, context_window, draw_by_seed
-from .generation_config import DEFAULTS, OPTIONS, UNSUPPORTED, WITHOUT_EFFECT
-from .generation_config import GenerationConfig as GenerationConfig
-from .model import KVCache, ModelOutput
 from .sampling import Sampling, draw_rows
 from .stopping import GrowingText
 from .streamers import Streamer
@@ -22,7 +22,7 @@ from .streamers import TextIteratorStreamer as TextIteratorStreamer
 from .streamers import TextStreamer as TextStreamer
 
 if TYPE_CHECKING:
-    from .model import AutoModelForCausalLM
+    from ..model import AutoModelForCausalLM
 
 NOT_ARGUMENTS = frozenset(
     {
@@ -73,7 +73,7 @@ def generate(
     `inputs` (or `input_ids`) int64 [B, S], prompts padded on either side; attention_mask [B, S], inferred
     from the padding token as transformers does. Options, in order of precedence: those given here, those of
     `generation_config`, of `model.generation_config` (the checkpoint's), and
-    `minilm.generation_config.DEFAULTS`:
+    `minilm.generation.config.DEFAULTS`:
 
     - length: max_new_tokens, or max_length (columns, prompt included; without either 20 new tokens),
       min_new_tokens, min_length (real tokens), max_time (seconds)

@@ -1,0 +1,17 @@
+"""From scores to texts: the decoding loop, what draws, what stops it, and what people call."""
+
+from .engine import context_window
+from .generate import GenerationConfig, TextIteratorStreamer, TextStreamer, generate
+from .llm import LLM, RequestOutput, SamplingParams, TextStream
+
+__all__ = [
+    "LLM",
+    "GenerationConfig",
+    "RequestOutput",
+    "SamplingParams",
+    "TextIteratorStreamer",
+    "TextStream",
+    "TextStreamer",
+    "context_window",
+    "generate",
+]
