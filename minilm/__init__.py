@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from .attention_maps import attention_probs as attention_probs
     from .config import ConfigError as ConfigError
     from .config import ModelConfig as ModelConfig
-    from .cross_encoder import CrossEncoder as CrossEncoder
     from .families import PretrainedConfig as PretrainedConfig
     from .files import HubError as HubError
     from .generation import LLM as LLM
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from .ops import backend as backend
     from .ops import explain as explain
     from .pipelines import pipeline as pipeline
+    from .sentence import CrossEncoder as CrossEncoder
     from .sentence import SentenceEncoder as SentenceEncoder
     from .sentence import SentenceTransformer as SentenceTransformer
     from .text import AutoTokenizer as AutoTokenizer
@@ -49,7 +49,7 @@ _HOME = {
     "attention_maps": ("attention_probs",),
     "model.auto": ("AutoConfig",),
     "model.cache": ("KVCache",),
-    "cross_encoder": ("CrossEncoder",),
+    "sentence.cross_encoder": ("CrossEncoder",),
     "config": ("ConfigError", "ModelConfig"),
     "generation.generate": ("GenerationConfig", "TextIteratorStreamer", "TextStreamer"),
     "model.heads": (
@@ -67,7 +67,7 @@ _HOME = {
     "ops": ("BackendError", "backend", "explain"),
     "pipelines": ("pipeline",),
     "families.pretrained_config": ("PretrainedConfig",),
-    "sentence": ("SentenceEncoder", "SentenceTransformer"),
+    "sentence.encoder": ("SentenceEncoder", "SentenceTransformer"),
     "text.tokenizer": ("AutoTokenizer", "Tokenizer"),
     "weights.loading": ("WeightError",),
 }

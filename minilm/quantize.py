@@ -91,7 +91,7 @@ def _perplexities(source: Path, folder: Path, texts: Sequence[str], tokens: int)
 
 
 def _likeness(source: Path, folder: Path, texts: Sequence[str]) -> Likeness:
-    log = logging.getLogger("minilm.sentence_files")  # that a model says nothing of pooling is no matter here
+    log = logging.getLogger("minilm.sentence.files")  # that a model says nothing of pooling is no matter here
     level = log.level
     log.setLevel(logging.ERROR)
     found = []

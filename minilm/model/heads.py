@@ -373,7 +373,7 @@ class AutoModelForCausalLM(PreTrainedModel):
         return decode_step.run(self, tokens, rows, cache, count, ends)
 
     def generate(self, *args: Any, **options: Any) -> Any:
-        """Write on from prompts; see `minilm.generation.generate.generate`."""
+        """Write on from prompts; see `minilm.generation.generate`."""
         from ..generation import generate
 
         return generate(self, *args, **options)

@@ -11,8 +11,8 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..batching import Tokens, by_length, check_batch_size, chunks, run, window
 from ..model import BodyResult, PreTrainedModel
+from ..sentence import Tokens, by_length, check_batch_size, chunks, run, window
 from ..text import Tokenizer
 
 OptionsT = TypeVar("OptionsT")

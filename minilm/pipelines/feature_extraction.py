@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..batching import Tokens
 from ..model import AutoModel, BodyResult
+from ..sentence import Tokens
 from .base import Pipeline, Work, split
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..batching import Tokens
 from ..model import AutoModelForMaskedLM, BodyResult
+from ..sentence import Tokens
 from .base import Pipeline, Work
 
 logger = logging.getLogger(__name__)

@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..batching import Tokens, window
 from ..model import AutoModelForQuestionAnswering, BodyResult
+from ..sentence import Tokens, window
 from .base import Pipeline, Work, split
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..batching import Tokens
 from ..model import AutoModelForSequenceClassification, BodyResult
+from ..sentence import Tokens
 from .base import Pipeline, Work
 
 Function = Literal["default", "sigmoid", "softmax", "none"]

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from ..batching import Tokens, chunks
 from ..generation import context_window
 from ..model import AutoModelForCausalLM, BodyResult
+from ..sentence import Tokens, chunks
 from .base import Pipeline, Work
 
 SAMPLED = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ..batching import Tokens, window
 from ..model import AutoModelForTokenClassification, BodyResult
+from ..sentence import Tokens, window
 from .base import Pipeline, Work, split
 
 if TYPE_CHECKING:

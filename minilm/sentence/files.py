@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .files import FileError, is_bundled, read_json, resolve
-from .sentence_modules import KINDS, Pooling
-from .sentence_transformer import Transformer
+from ..files import FileError, is_bundled, read_json, resolve
+from .modules import KINDS, Pooling
+from .transformer import Transformer
 
 logger = logging.getLogger(__name__)
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files import FileError, read_json, resolve
+from ..model import AutoModelForSequenceClassification, read_config
+from ..text import AutoTokenizer
 from .batching import by_length, check_batch_size, chunks, progress_bar, run, tokenise, window
-from .files import FileError, read_json, resolve
-from .model import AutoModelForSequenceClassification, read_config
-from .sentence_files import default_device, hub_options, listed_modules
-from .sentence_modules import activation
-from .text import AutoTokenizer
+from .files import default_device, hub_options, listed_modules
+from .modules import activation
 
 logger = logging.getLogger(__name__)
 

@@ -20,13 +20,13 @@ from tiny_sentence import build
 
 from minilm.files.hub import resolve
 from minilm.model.packing import pack
-from minilm.sentence import SentenceEncoder
-from minilm.sentence_modules import MODES, Features
-from minilm.sentence_modules import Dense as OurDense
-from minilm.sentence_modules import Normalize as OurNormalize
-from minilm.sentence_modules import Pooling as OurPooling
-from minilm.sentence_transformer import Transformer
-from minilm.similarity import SIMILARITIES, quantize_embeddings, semantic_search
+from minilm.sentence.encoder.encoder import SentenceEncoder
+from minilm.sentence.encoder.modules import MODES, Features
+from minilm.sentence.encoder.modules import Dense as OurDense
+from minilm.sentence.encoder.modules import Normalize as OurNormalize
+from minilm.sentence.encoder.modules import Pooling as OurPooling
+from minilm.sentence.encoder.similarity import SIMILARITIES, quantize_embeddings, semantic_search
+from minilm.sentence.encoder.transformer import Transformer
 
 ATOL = 1e-5
 
@@ -150,11 +150,13 @@ def test_token_embeddings_and_everything(minilm: SentenceEncoder, reference: Sen
 def test_similarities(minilm: SentenceEncoder, reference: SentenceTransformer, name: str) -> None:
     a, b = np.random.default_rng(0).normal(size=(2, 5, 7)).astype(np.float32)
     reference.similarity_fn_name = minilm.similarity_fn_name = name
-    torch.testing.assert_close(minilm.similarity(a, b[:3]), reference.similarity(a, b[:3]))
+    torch.testing.assert_close(minilm.sentence.similarity(a, b[:3]), reference.similarity(a, b[:3]))
     torch.testing.assert_close(minilm.similarity_pairwise(a, b), reference.similarity_pairwise(a, b))
-    torch.testing.assert_close(minilm.similarity(a[0], list(torch.tensor(b))), reference.similarity(a[0], b))
+    torch.testing.assert_close(
+        minilm.sentence.similarity(a[0], list(torch.tensor(b))), reference.similarity(a[0], b)
+    )
     half = torch.tensor(a).half()
-    torch.testing.assert_close(minilm.similarity(half, half), reference.similarity(half, half))
+    torch.testing.assert_close(minilm.sentence.similarity(half, half), reference.similarity(half, half))
     reference.similarity_fn_name = minilm.similarity_fn_name = "cosine"
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..files import read_json
+from ..model import AutoModel
+from ..text import AutoTokenizer, Tokenizer
+from ..weights import open_checkpoint
 from .batching import Tokens, tokenise, window
-from .files import read_json
-from .model import AutoModel
-from .sentence_modules import check_known, write_json
-from .text import AutoTokenizer, Tokenizer
-from .weights import open_checkpoint
+from .modules import check_known, write_json
 
 _CONFIGS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 

@@ -19,7 +19,7 @@ from tiny_models import CORPUS, save_model
 from minilm.pipelines import pipeline
 from minilm.pipelines.question_answering import _spans
 
-GOLDEN = Path(__file__).parent / "golden" / "question_answering"
+GOLDEN = Path(__file__).parents[1] / "golden" / "question_answering"
 FAMILIES = ("bert", "roberta")
 
 

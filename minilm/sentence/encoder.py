@@ -21,12 +21,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from . import __version__, pool
+from .. import __version__
+from . import pool
 from .batching import Tokens, by_length, check_batch_size, chunks, progress_bar, run
-from .sentence_files import default_device, load
-from .sentence_modules import Features, Module, write_json
-from .sentence_transformer import Transformer
+from .files import default_device, load
+from .modules import Features, Module, write_json
 from .similarity import PRECISIONS, SIMILARITIES, Precision, quantize_embeddings
+from .transformer import Transformer
 
 logger = logging.getLogger(__name__)
 
@@ -89,7 +90,7 @@ class SentenceEncoder(nn.Module):
             raise ValueError("the first module must be a Transformer")
         rest = [module for module in modules[1:] if isinstance(module, Module)]
         if len(rest) < len(modules) - 1:
-            raise ValueError("the modules after the Transformer must be of minilm.sentence_modules")
+            raise ValueError("the modules after the Transformer must be of minilm.sentence.modules")
         self.transformer = modules[0]
         self.heads = nn.ModuleList(rest).to(modules[0].model.dtype)
         self.to(device)
@@ -127,7 +128,7 @@ class SentenceEncoder(nn.Module):
             show_progress_bar: None shows one when the logger `minilm` is at INFO or below.
             output_value: "token_embeddings" gives a list of tensors [tokens, C], None a list of dicts with
                 both.
-            precision: int8, uint8, binary or ubinary, see `minilm.similarity.quantize_embeddings`.
+            precision: int8, uint8, binary or ubinary, see `minilm.sentence.similarity.quantize_embeddings`.
             convert_to_numpy, convert_to_tensor: False, True gives a tensor; False, False a list of tensors.
             device: moves the model there first.
             normalize_embeddings: True scales every vector to length 1; None leaves that to the model's

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .ops import dispatch, native
-from .sentence_modules import Features, Module, Normalize, Pooling
+from ..ops import dispatch, native
+from .modules import Features, Module, Normalize, Pooling
 
 
 def run(modules: Sequence[Module], features: Features) -> Features:

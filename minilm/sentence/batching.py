@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from .model import BodyResult, PreTrainedModel, pack
+from ..model import BodyResult, PreTrainedModel, pack
 
 if TYPE_CHECKING:
-    from .text import Tokenizer
+    from ..text import Tokenizer
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ import sentence_transformers
 import torch
 from tiny_models import TEXTS, save_model
 
-from minilm.cross_encoder import CrossEncoder
 from minilm.files.hub import FileError
+from minilm.sentence.encoder.cross_encoder import CrossEncoder
 
 PAIRS = [
     ("Who lives in Paris?", "John Smith lives in Paris."),

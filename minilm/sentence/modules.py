@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .files import FileError, read_json
-from .model import Linear, Packed
-from .weights import WeightError, open_checkpoint
+from ..files import FileError, read_json
+from ..model import Linear, Packed
+from ..weights import WeightError, open_checkpoint
 
 
 @dataclass

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from native_runs import at_the_end, examples, guarded, random, require_extension, with_threads
 from torch import Tensor, nn
 
-from minilm import ops, pool
+from minilm import ops
 from minilm.model.packing import Packed
-from minilm.sentence_modules import Dense, Features, Module, Normalize, Pooling
+from minilm.sentence.encoder import pool
+from minilm.sentence.encoder.modules import Dense, Features, Module, Normalize, Pooling
 
 
 @pytest.fixture(autouse=True)
