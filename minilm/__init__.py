@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
-    from .attention_maps import attention_probs as attention_probs
     from .config import ConfigError as ConfigError
     from .config import ModelConfig as ModelConfig
     from .families import PretrainedConfig as PretrainedConfig
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
     from .generation import SamplingParams as SamplingParams
     from .generation import TextIteratorStreamer as TextIteratorStreamer
     from .generation import TextStreamer as TextStreamer
+    from .interpret import attention_probs as attention_probs
     from .model import AutoConfig as AutoConfig
     from .model import AutoModel as AutoModel
     from .model import AutoModelForCausalLM as AutoModelForCausalLM
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from .weights import WeightError as WeightError
 
 _HOME = {
-    "attention_maps": ("attention_probs",),
+    "interpret.attention": ("attention_probs",),
     "model.auto": ("AutoConfig",),
     "model.cache": ("KVCache",),
     "sentence.cross_encoder": ("CrossEncoder",),

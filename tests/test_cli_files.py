@@ -15,7 +15,7 @@ from tiny_models import TEXTS, save_model
 
 import minilm
 from minilm import doctor
-from minilm.summary import summarise
+from minilm.conversion.summary import summarise
 
 
 @pytest.fixture(scope="module")

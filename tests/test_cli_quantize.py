@@ -13,8 +13,8 @@ from close import assert_close
 from tiny_models import TEXTS, save_decoder, save_model
 
 import minilm
+from minilm.conversion.quantize import quantize, shipped_texts
 from minilm.model.quantization import quantized_matrices
-from minilm.quantize import quantize, shipped_texts
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 

@@ -128,7 +128,7 @@ def inspect(
     """
     if model is not None and by_option is not None:
         raise CommandError(f"two models were named: {model} and {by_option}")
-    from ..summary import summarise
+    from ..conversion import summarise
 
     summary = summarise(model or by_option or ENCODER)
     if as_json:
@@ -156,7 +156,7 @@ def convert(
 
     The tokenizer comes along. An error leaves the destination as it was.
     """
-    from ..convert import convert as run
+    from ..conversion import convert as run
 
     done = run(source, destination, dtype=dtype, force=force, max_shard_size=max_shard_size)
     reasons: dict[str, list[str]] = {}

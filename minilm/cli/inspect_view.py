@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ..summary import DTYPES, Summary
+from ..conversion import DTYPES, Summary
 from .results import quantity, size
 
 if TYPE_CHECKING:

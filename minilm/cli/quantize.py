@@ -14,7 +14,7 @@ from .results import Record, quantity, size
 from .texts import read_items
 
 if TYPE_CHECKING:
-    from ..quantize import Quantization
+    from ..conversion import Quantization
 
 PANEL = "Files"
 
@@ -70,7 +70,7 @@ def quantize(
     perplexity beside that in float32. Every command and `from_pretrained` load the folder by its name.
     """
     given = [item.text for item in read_items([], texts, None)] if texts else None
-    from ..quantize import quantize as run
+    from ..conversion import quantize as run
 
     done = run(
         source,
@@ -101,7 +101,7 @@ def quantize(
 
 
 def _error(done: Quantization) -> str:
-    from ..quantize import Perplexities
+    from ..conversion import Perplexities
 
     error = done.error
     if isinstance(error, Perplexities):

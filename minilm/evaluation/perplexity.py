@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
-from . import ops
-from .model import AutoModelForCausalLM
+from .. import ops
+from ..model import AutoModelForCausalLM
 
 _ROWS = 256
 """Positions whose logits are computed at a time: 50 MB of them with 49,152 tokens."""

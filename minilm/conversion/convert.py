@@ -20,8 +20,8 @@ from pathlib import Path
 
 import torch
 
-from .families import Head
-from .files import (
+from ..families import Head
+from ..files import (
     CONFIG_FILES,
     SENTENCE_FILES,
     TOKENIZER_FILES,
@@ -31,9 +31,9 @@ from .files import (
     open_checkpoint,
     resolve,
 )
-from .model import MODELS, PreTrainedModel, as_dtype, read_config
+from ..model import MODELS, PreTrainedModel, as_dtype, read_config
+from ..weights import LoadReport
 from .summary import fitting_head, named_head, on_meta, planned
-from .weights import LoadReport
 
 
 @dataclass(frozen=True)
@@ -137,7 +137,7 @@ def _write_tokenizer(path: Path, folder: Path) -> bool:
     if path.is_dir() and any((path / name).is_file() for name in VOCABULARY_FILES):
         _copy(path, folder, [name for name in TOKENIZER_FILES if name not in CONFIG_FILES])
         return True
-    from .text import AutoTokenizer
+    from ..text import AutoTokenizer
 
     gguf = [path] if path.is_file() else sorted(path.glob("*.gguf"))
     if not gguf or gguf[0].suffix != ".gguf":

@@ -1,4 +1,4 @@
-"""minilm.summary: what it counts is what loading and running give."""
+"""minilm.conversion.summary: what it counts is what loading and running give."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tiny_models import save_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import minilm
+from minilm.conversion.summary import Summary, summarise
 from minilm.files.checkpoint import SafetensorsCheckpoint
 from minilm.model.heads import MODELS
-from minilm.summary import Summary, summarise
 
 DECODERS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 24, "n_layer": 3, "n_head": 3, "n_positions": 40, "n_inner": 52},

@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from torch import Tensor
 
-from . import ops
-from .model import Attention, Block, Packed
+from .. import ops
+from ..model import Attention, Block, Packed
 
 if TYPE_CHECKING:
-    from .model import PreTrainedModel
+    from ..model import PreTrainedModel
 
 Places: TypeAlias = int | Sequence[int] | slice
 

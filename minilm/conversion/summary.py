@@ -20,11 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from .config import ConfigError, ModelConfig
-from .families import Head, PretrainedConfig, family_of
-from .files import Checkpoint, WeightError, open_checkpoint, read_json, resolve
-from .model import MODELS, PreTrainedModel, read_config
-from .weights import MapEntry, weight_map
+from ..config import ConfigError, ModelConfig
+from ..families import Head, PretrainedConfig, family_of
+from ..files import Checkpoint, WeightError, open_checkpoint, read_json, resolve
+from ..model import MODELS, PreTrainedModel, read_config
+from ..weights import MapEntry, weight_map
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PER_TOKEN: frozenset[Head] = frozenset(
@@ -200,7 +200,7 @@ def planned(model: PreTrainedModel, checkpoint: Checkpoint) -> list[MapEntry]:
 
 
 def _given(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
-    from .files import GGUFCheckpoint
+    from ..files import GGUFCheckpoint
 
     if isinstance(checkpoint, GGUFCheckpoint) and not (path / "config.json").is_file():
         return checkpoint.hf_config()
@@ -234,7 +234,7 @@ def _linear_weights(model: PreTrainedModel) -> int:
 
 
 def _tokenizer(path: Path, checkpoint: Checkpoint) -> tuple[str | None, bool]:
-    from .files import VOCABULARY_FILES, GGUFCheckpoint
+    from ..files import VOCABULARY_FILES, GGUFCheckpoint
 
     folder = path if path.is_dir() else None
     names = [name for name in VOCABULARY_FILES if folder is not None and (folder / name).is_file()]
