@@ -87,7 +87,7 @@ def _options(
 
 
 def _add_commands() -> None:
-    from . import bench, encode, files, machine, quantize, tasks, tune, write
+    from .commands import bench, encode, files, machine, quantize, tasks, tune, write
 
     for module in (encode, tasks, write, files, quantize, machine, bench, tune):
         module.add_to(app)

@@ -61,7 +61,7 @@ def quantize(
 
     `weights`: as of `from_pretrained`. `dtype`: of what stays floating. `texts`: on which the error is
     measured (of a decoder: the first `tokens` tokens of all together); None takes documentation that comes
-    with Python. The rest as of `minilm.conversion.convert.convert`, whose errors this has too.
+    with Python. The rest as of `minilm.conversion.convert`, whose errors this has too.
     """
     texts = shipped_texts() if texts is None else texts
     path, folder = resolve(source), Path(destination).expanduser()

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .errors import CommandError, note
-from .options import command
-from .results import console
+from ..errors import CommandError, note
+from ..options import command
+from ..results import console
 
 if TYPE_CHECKING:
     from minilm.benchmarks.run import Plan

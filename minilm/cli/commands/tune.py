@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import CommandError
-from .options import command
+from ..errors import CommandError
+from ..options import command
 
 if TYPE_CHECKING:
     import torch
@@ -53,8 +53,8 @@ def tune(
         os.environ["TRITON_INTERPRET"] = "0"
     import torch
 
-    from ..model import as_dtype
-    from ..ops import triton
+    from ...model import as_dtype
+    from ...ops import triton
 
     if (reason := triton.unavailable()) is not None:
         raise CommandError(f"there is nothing to tune: {reason}")

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from ..conversion import DTYPES, Summary
-from .results import quantity, size
+from ...conversion import DTYPES, Summary
+from ..results import quantity, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

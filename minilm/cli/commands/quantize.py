@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .errors import warn
-from .options import MODEL_HELP, DType, command
-from .results import Record, quantity, size
-from .texts import read_items
+from ..errors import warn
+from ..options import MODEL_HELP, DType, command
+from ..results import Record, quantity, size
+from ..texts import read_items
 
 if TYPE_CHECKING:
-    from ..conversion import Quantization
+    from ...conversion import Quantization
 
 PANEL = "Files"
 
@@ -70,7 +70,7 @@ def quantize(
     perplexity beside that in float32. Every command and `from_pretrained` load the folder by its name.
     """
     given = [item.text for item in read_items([], texts, None)] if texts else None
-    from ..conversion import quantize as run
+    from ...conversion import quantize as run
 
     done = run(
         source,
@@ -101,7 +101,7 @@ def quantize(
 
 
 def _error(done: Quantization) -> str:
-    from ..conversion import Perplexities
+    from ...conversion import Perplexities
 
     error = done.error
     if isinstance(error, Perplexities):

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import CommandError, warn
-from .options import ENCODER, Encoder, Runtime, command
-from .results import Output, Record
-from .texts import FieldOption, FileOption, Texts, chunks, read_items
+from ..errors import CommandError, warn
+from ..options import ENCODER, Encoder, Runtime, command
+from ..results import Output, Record
+from ..texts import FieldOption, FileOption, Texts, chunks, read_items
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -214,7 +214,7 @@ def qa(
 
 def _pipeline(task: str, model: str, device: Any, run: Runtime, untrained: bool) -> Any:
     """The pipeline, unless its answers would be random and nobody asked for that."""
-    from ..pipelines import pipeline
+    from ...pipelines import pipeline
 
     log = logging.getLogger("minilm.weights.loading")  # what it says of a missing head is said below
     level = log.level

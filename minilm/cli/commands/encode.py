@@ -6,15 +6,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import CommandError
-from .options import ENCODER, Encoder, Runtime, command
-from .results import Output, Record
-from .texts import FieldOption, FileOption, Item, Texts, chunks, read_items
+from ..errors import CommandError
+from ..options import ENCODER, Encoder, Runtime, command
+from ..results import Output, Record
+from ..texts import FieldOption, FileOption, Item, Texts, chunks, read_items
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..sentence import SentenceEncoder
+    from ...sentence import SentenceEncoder
 
 PANEL = "Encoders"
 CHUNK = 1024
@@ -119,7 +119,7 @@ def similar(
 
 
 def _encoder(model: str, device: Any, run: Runtime) -> SentenceEncoder:
-    from ..sentence import SentenceEncoder
+    from ...sentence import SentenceEncoder
 
     return SentenceEncoder(model, device=device, dtype=run.dtype, weights=run.weights)
 

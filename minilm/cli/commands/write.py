@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import CommandError, note
-from .options import DECODER, Decoder, Runtime, command
-from .results import Output, Record
-from .texts import Texts, chunks, read_items
+from ..errors import CommandError, note
+from ..options import DECODER, Decoder, Runtime, command
+from ..results import Output, Record
+from ..texts import Texts, chunks, read_items
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-    from ..generation import LLM, SamplingParams, TextStream
+    from ...generation import LLM, SamplingParams, TextStream
 
 PANEL = "Decoders"
 CHUNK = 256
@@ -78,7 +78,7 @@ class Sampling:
 
     def params(self) -> SamplingParams:
         """As `minilm.LLM` takes them."""
-        from ..generation import SamplingParams
+        from ...generation import SamplingParams
 
         return SamplingParams(**asdict(self))
 
@@ -164,7 +164,7 @@ def chat(
 
 
 def _llm(model: str, device: Any, run: Runtime) -> LLM:
-    from ..generation import LLM
+    from ...generation import LLM
 
     return LLM(model, device=device, dtype=run.dtype, weights=run.weights)
 

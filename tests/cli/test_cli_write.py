@@ -10,7 +10,7 @@ import pytest
 from cli_runs import Terminal, failure, process, records, run, save_chat_model
 
 import minilm
-from minilm.cli.conversation import Conversation, Message
+from minilm.cli.commands.conversation import Conversation, Message
 
 PROMPTS = ["the old man", "mary works in london; anna was in", "river"]
 

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .options import command
-from .results import console, size
+from ..options import command
+from ..results import console, size
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -26,7 +26,7 @@ def doctor(
 
     Exit status 1 if something is missing that minilm cannot do without.
     """
-    from ..doctor import examine
+    from ...doctor import examine
 
     report = examine()
     if as_json:

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .errors import CommandError, note, warn
-from .options import ENCODER, MODEL_HELP, DType, Encoder, command
-from .results import Output, Record, console, quantity, size
-from .texts import Texts
+from ..errors import CommandError, note, warn
+from ..options import ENCODER, MODEL_HELP, DType, Encoder, command
+from ..results import Output, Record, console, quantity, size
+from ..texts import Texts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -65,7 +65,7 @@ def tokenize(
     out: Output,
 ) -> None:
     """How a model's tokenizer cuts texts: ids, tokens, and which characters each stands for."""
-    from ..text import AutoTokenizer
+    from ...text import AutoTokenizer
 
     out.check()
     items = source.read()
@@ -128,7 +128,7 @@ def inspect(
     """
     if model is not None and by_option is not None:
         raise CommandError(f"two models were named: {model} and {by_option}")
-    from ..conversion import summarise
+    from ...conversion import summarise
 
     summary = summarise(model or by_option or ENCODER)
     if as_json:
@@ -156,7 +156,7 @@ def convert(
 
     The tokenizer comes along. An error leaves the destination as it was.
     """
-    from ..conversion import convert as run
+    from ...conversion import convert as run
 
     done = run(source, destination, dtype=dtype, force=force, max_shard_size=max_shard_size)
     reasons: dict[str, list[str]] = {}
