@@ -121,7 +121,7 @@ def describe(device: str = "cpu") -> dict[str, Any]:
     """Machine, system, versions and commit, ready for JSON."""
     import torch
 
-    from minilm.ops import native
+    from minilm.ops.backends import native
 
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
     known = (

@@ -1,6 +1,6 @@
 // The normalisations as PyTorch sees them: schemas, checks, CPU registration. No files of the CPU extension
 // but the bindings include torch, and these only its stable ABI: the binary serves every PyTorch from 2.10
-// on. Fakes and autograd: minilm/ops/native.py.
+// on. Fakes and autograd: minilm/ops/backends/native.py.
 
 #include <torch/csrc/stable/library.h>
 

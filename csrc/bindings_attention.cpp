@@ -1,5 +1,5 @@
 // Attention on packed sequences and over a paged cache as PyTorch sees it. Fakes:
-// minilm/ops/native_attention.py.
+// minilm/ops/backends/native_attention.py.
 
 #include <torch/csrc/stable/library.h>
 

@@ -1,7 +1,7 @@
 // The CUDA ops as PyTorch sees them: schemas, checks, registration, on PyTorch's stable ABI alone. Kernels
 // run on the current stream of the tensors' device; nothing waits for the device, and all that is allocated
 // are results and the parts of a split context, so a step can be captured in a CUDA graph. Fakes:
-// minilm/ops/cuda.py.
+// minilm/ops/backends/cuda.py.
 //
 // With MINILM_CUDA_EMULATE the same file makes the library minilm_emulated, in which the same kernels run on
 // a CPU (csrc/cuda/emulation.h).

@@ -1,5 +1,5 @@
 // Rotary embedding and the append to a paged cache as PyTorch sees them. Fakes:
-// minilm/ops/native_attention.py.
+// minilm/ops/backends/native_attention.py.
 
 #include <torch/csrc/stable/library.h>
 

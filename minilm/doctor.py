@@ -223,7 +223,7 @@ def _gpus(torch: Any) -> tuple[list[dict[str, Any]], str | None]:
 def _extension() -> tuple[dict[str, Any], str | None]:
     """The native extension, and what is wrong with it if that is an error (an impossible MINILM_CPU_ISA)."""
     try:
-        from .ops import native
+        from .ops.backends import native
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         return {"built": False, "reason": reason, "isa": None, "isas": [], "not_run": []}, reason
@@ -277,7 +277,7 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
     """
     from . import ops
     from .model import KVCache
-    from .ops.native import WholeTraits
+    from .ops.backends.native import WholeTraits
 
     page_size = inspect.signature(KVCache).parameters["page_size"].default
     kinds: dict[type, tuple[str, ...]] = {

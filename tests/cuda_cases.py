@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from minilm.generation import sampling
-from minilm.ops import cuda, reference
+from minilm.ops import reference
+from minilm.ops.backends import cuda
 from minilm.ops.quantized import dequantise, quantise
 
 HALF, BF16 = torch.float16, torch.bfloat16

@@ -88,7 +88,7 @@ def build() -> Path:
 @cache
 def driver() -> ctypes.CDLL:
     """The library, loaded: its ops are registered, and the functions of cuda_driver.cpp can be called."""
-    from minilm.ops import cuda
+    from minilm.ops.backends import cuda
 
     file = str(build())
     torch.ops.load_library(file)

@@ -19,7 +19,7 @@ import torch
 from hypothesis import settings
 from torch import Tensor
 
-from minilm.ops import native
+from minilm.ops.backends import native
 
 
 def require_extension() -> None:

@@ -16,7 +16,8 @@ import torch
 
 import minilm
 from minilm import doctor
-from minilm.ops import dispatch, native
+from minilm.ops import dispatch
+from minilm.ops.backends import native
 
 
 @pytest.fixture(scope="module")

@@ -56,7 +56,7 @@ inline I32 round_to_integer(F32 x) {
 #endif
 }
 
-// The errors that are stated here are measured in tests/test_native_linear.py.
+// The errors that are stated here are measured in tests/ops/test_native_linear.py.
 
 // e^x, relative error below 2e-7; 0 below -87.3, which is where the result stops being a normal number;
 // infinity above 88.7; NaN stays NaN.

@@ -1,5 +1,5 @@
 // Who does what: the index arithmetic of the CUDA kernels, as functions that run on the host too, where
-// tests/test_cuda_tiling.py holds them to account.
+// tests/csrc/test_cuda_tiling.py holds them to account.
 #pragma once
 
 #include <cstdint>

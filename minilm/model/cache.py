@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..ops.packed import prefer_large_pages
+from ..ops.backends.packed import prefer_large_pages
 
 
 @dataclass

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import ModelConfig
 from ..native import embed
-from ..ops import dispatch, native
+from ..ops import dispatch
+from ..ops.backends import native
 from .cache import CacheStep, KVCache
 from .packing import Packed
 

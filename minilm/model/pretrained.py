@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..families import Family, Head, PretrainedConfig, family_of
 from ..native import blocks as fused
-from ..ops import dispatch, native
+from ..ops import dispatch
+from ..ops.backends import native
 from . import rope
 from .cache import KVCache
 from .layers import Block, Embedding, Embeddings, Norm, Pass

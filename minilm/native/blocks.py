@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..model import MLP, Attention, Block, Linear, Norm, Pass, QuantizedLinear
-from ..ops import native, packed
+from ..ops.backends import native, packed
 
 if TYPE_CHECKING:
     from ..model import Transformer

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..model import QuantizedEmbedding
-from ..ops import native
+from ..ops.backends import native
 
 if TYPE_CHECKING:
     from ..model import Embeddings

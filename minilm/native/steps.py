@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from ..config import RopeConfig
 from ..model import Embedding, Embeddings, KVCache, Linear, Packed, QuantizedEmbedding, QuantizedLinear, rope
-from ..ops import dispatch, native, packed
+from ..ops import dispatch
+from ..ops.backends import native, packed
 from . import blocks as fused
 
 if TYPE_CHECKING:

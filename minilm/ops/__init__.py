@@ -20,9 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks, cuda, dispatch, library, native, packed, quantized, reference, triton
+from . import checks, dispatch, quantized, reference
+from .backends import cuda, library, native, packed, triton
+from .backends.opaque import compilable
 from .dispatch import BackendError, Implementation, backend, explain, register, select
-from .opaque import compilable
 from .quantized import QuantizedWeight
 from .reference import ACTIVATIONS
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..ops import dispatch, native
+from ..ops import dispatch
+from ..ops.backends import native
 from .modules import Features, Module, Normalize, Pooling
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import minilm
 from minilm import ops
-from minilm.ops import native
+from minilm.ops.backends import native
 
 SAME = 1e-5
 BATCH = Batch((7, 1, 4), left=True, extra=1, seed=3)

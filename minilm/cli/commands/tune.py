@@ -54,7 +54,7 @@ def tune(
     import torch
 
     from ...model import as_dtype
-    from ...ops import triton
+    from ...ops.backends import triton
 
     if (reason := triton.unavailable()) is not None:
         raise CommandError(f"there is nothing to tune: {reason}")

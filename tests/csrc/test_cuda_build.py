@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("MINILM_BUILD_EXT", "MINILM_BUILD_CUDA", "MINILM_CUDA_ARCHS", "CUDA_HOME", "CXX")
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from .quantized import QuantizedWeight
+from ..quantized import QuantizedWeight
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, "int8": 3, "q8_0": 4, "q4_0": 5, "q4_1": 5}
 """Dtype, or quantised format, -> the kernels' number for it."""

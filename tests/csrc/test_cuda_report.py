@@ -10,7 +10,7 @@ from types import ModuleType
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 LOG = """ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_Z5firstPf' for 'sm_80'
 ptxas info    : Function properties for _Z5firstPf

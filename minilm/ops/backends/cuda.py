@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from . import dispatch
-from .quantized import QuantizedWeight
+from .. import dispatch
+from ..quantized import QuantizedWeight
 
 DTYPES = (torch.float16, torch.bfloat16)
 DECODE_HEADS = (32, 64, 80, 96, 128)

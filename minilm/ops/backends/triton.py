@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from . import dispatch
+from .. import dispatch
 
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 
 from minilm import ops
-from minilm.ops import cuda
+from minilm.ops.backends import cuda
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda"

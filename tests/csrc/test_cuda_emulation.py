@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from minilm import ops
-from minilm.ops import cuda, dispatch, reference
+from minilm.ops import dispatch, reference
+from minilm.ops.backends import cuda
 from minilm.ops.quantized import dequantise, quantise
 
 CPU = "cpu"

@@ -15,7 +15,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FILE = ROOT / "tools" / "compile_report.py"
 spec = util.spec_from_file_location("compile_report", FILE)
 assert spec is not None

@@ -20,7 +20,7 @@ from native_runs import OTHER_ISAS, passes_with, random, require_extension
 from torch import Tensor
 
 from minilm import ops
-from minilm.ops import native
+from minilm.ops.backends import native
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 WIDTHS = (1, 2, 3, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65, 127, 128, 200, 384, 768, 1000)
@@ -377,7 +377,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
         capture_output=True,
         text=True,
         env={**os.environ, **environment},
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
     )
 
 

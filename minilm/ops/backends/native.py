@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import dispatch, native_attention, packed
+from .. import dispatch
+from . import native_attention, packed
 
 OLDEST_TORCH = (2, 10)
 NORM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

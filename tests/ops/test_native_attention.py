@@ -23,7 +23,8 @@ from native_runs import (
 from torch import Tensor
 
 from minilm import ops
-from minilm.ops import native, reference
+from minilm.ops import reference
+from minilm.ops.backends import native
 
 CACHES = (torch.float32, torch.bfloat16, torch.float16)
 HEAD_SIZES = (1, 2, 8, 20, 31, 32, 33, 64, 80, 128, 136)

@@ -19,7 +19,7 @@ from minilm.kernels import heuristics, tuned
 from minilm.kernels.candidates import candidates
 from minilm.kernels.devices import CHIPS, INTERPRETER, assume, device_of
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 H100, A10 = CHIPS["sm_90"], CHIPS["sm_86"]
 ATTENTION = ["attention_block", "attention_dq_block", "attention_dkdv_block"]
 

@@ -34,7 +34,7 @@ from minilm.benchmarks import (
 from minilm.benchmarks.limits import Limits
 from minilm.benchmarks.peers.base import OpPeer, Skipped
 from minilm.benchmarks.results import Results, rows, times
-from minilm.ops import native
+from minilm.ops.backends import native
 
 TINY = harness.Settings(rounds=3, block_seconds=0.0002, budget_seconds=0.2, least_rounds=3, warmup_seconds=0)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import reference
+from .. import reference
 
 Attention = Callable[..., tuple[Tensor, Tensor | None]]
 

@@ -25,7 +25,8 @@ from native_runs import (
 from torch import Tensor, nn
 
 from minilm import ops
-from minilm.ops import native, packed, reference
+from minilm.ops import reference
+from minilm.ops.backends import native, packed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES: dict[int, str] = {0: "linear", 1: "gelu", 2: "gelu_new", 3: "silu", 4: "relu", 5: "quick_gelu"}

@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from minilm.ops import native
+from minilm.ops.backends import native
 
 INT8, Q8, Q4 = 3, 4, 5
 GROUP = 32
@@ -310,7 +310,7 @@ def test_every_instruction_set(isa: str) -> None:
         capture_output=True,
         text=True,
         env={**environment, "MINILM_CPU_ISA": isa},
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1],
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout.splitlines()[-1]

@@ -16,7 +16,8 @@ from torch import Tensor
 
 import minilm
 from minilm import ops
-from minilm.ops import dispatch, native
+from minilm.ops import dispatch
+from minilm.ops.backends import native
 
 OP = "gated"
 """An op that the tests give implementations to."""

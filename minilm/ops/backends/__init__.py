@@ -1,0 +1,1 @@
+"""The implementations of the ops beside the reference, by backend."""
