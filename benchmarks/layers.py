@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from minilm import ops
-from minilm.model import rope
-from minilm.model.layers import Pass
-from minilm.model.packing import pack
+from minilm.model import Batch, pack, rope
 
 from . import check, costs, harness, machine, shapes
 from .limits import Limits
@@ -59,11 +57,11 @@ def our_layer(model: Any, regime: Regime) -> Call:
     if spec.rope is not None:
         cos, sin = rope.angles(spec.rope, spec.head_dim, packed.positions, None)
         turn = cos.to(wide), sin.to(wide)
-    run = Pass(packed, turn)
+    shared = Batch(torch.empty(0), packed.positions, packed, rope=turn)
     block = model.body.layers[0]
 
     def call(x: Tensor) -> Tensor:
-        y, delta = block(x, None, run)
+        y, delta = block(x, None, shared)
         return y if delta is None else y + delta
 
     return call

@@ -333,7 +333,7 @@ gated_op.register_autograd(_gated_gradient, setup_context=_gated_setup)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """As `minilm.ops.linear`. Without an activation all of it is the library's, which adds the bias as it
+    """As `minilm.ops.project`. Without an activation all of it is the library's, which adds the bias as it
     stores."""
     if activation is None:
         return F.linear(x, weight, bias)

@@ -20,12 +20,10 @@ half of that if causal, and one exponential a score. Bytes: q, k, v, o once, if 
 sequences are bound by memory, long ones by the tensor cores or, for D <= 64, by the exponentials.
 
 Offsets are 64 bits wide where they grow with all tokens, 32 within a sequence, to spare registers:
-`laid_out` refuses what does not fit. The grid's third axis, the sequences, ends at 65,535 (`batches`).
+`laid_out` refuses what does not fit.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -34,14 +32,12 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
+from .attention_backward import attention_backward_op, needs_lse
+from .attention_shared import LN2, batches, dot, empty_outputs, kept, key_range, laid_out, scores
+from .attention_short import attention_short_op
 from .devices import device_of
 from .heuristics import attention_block, attention_is_short, next_power_of_2
-from .registration import INTERPRETED, kernel_op
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
-# The interpreter holds bfloat16 as integers, and would multiply those.
-IN_FLOAT32 = tl.constexpr(INTERPRETED)
+from .registration import kernel_op
 
 
 def twin(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, causal: bool, block: int) -> np.ndarray:
@@ -58,79 +54,6 @@ def twin(q: np.ndarray, k: np.ndarray, v: np.ndarray, scale: float, causal: bool
         p, shrink = np.exp2(s - base[:, None]), np.exp2(m - base)
         l, o, m = l * shrink + p.sum(1), o * shrink[:, None] + p @ v[j], new
     return o / np.where(l == 0, 1, l)[:, None]
-
-
-@triton.jit
-def dot(a, b, acc):
-    """acc + a b in float32."""
-    if IN_FLOAT32:
-        a, b = a.to(tl.float32), b.to(tl.float32)
-    return tl.dot(a, b, acc, input_precision="ieee")
-
-
-@triton.jit
-def scores(
-    qk, i, j, q_len, k_len, BIAS, bias_i, bias_j, slope, scale, cap, window,
-    CAUSAL: tl.constexpr, WINDOW: tl.constexpr, CAP: tl.constexpr, HAS_BIAS: tl.constexpr,
-    ALIBI: tl.constexpr, MASK: tl.constexpr,
-):  # fmt: skip
-    """log2(e) times the scores of queries i (column) against keys j (row), -inf where j is not seen. BIAS is
-    the head's own."""
-    if CAP:
-        s = qk * (scale / cap)
-        s = cap * (2.0 * tl.sigmoid(2.0 * s) - 1.0) * LOG2E
-    else:
-        s = qk * (scale * LOG2E)
-    inside = (i < q_len) & (j < k_len)
-    if HAS_BIAS:
-        s += tl.load(BIAS + i * bias_i + j * bias_j, mask=inside, other=0.0).to(tl.float32) * LOG2E
-    distance = i + (k_len - q_len) - j
-    if ALIBI:
-        s -= (slope * LOG2E) * tl.abs(distance).to(tl.float32)
-    if MASK:
-        seen = inside
-        if CAUSAL:
-            seen = seen & (distance >= 0)
-        if WINDOW:
-            seen = seen & (distance < window) & (distance > -window)
-        s = tl.where(seen, s, float("-inf"))
-    return s
-
-
-@triton.jit
-def kept(p, i, j, head, seed, q_start, keys, dropout, DROPOUT: tl.constexpr):
-    """The probabilities with a share `dropout` of them zeroed and the others raised, by a counter, so that
-    the backward draws the same in another order. It has 32 bits: after 2^32 scores of a head the draws
-    repeat."""
-    if DROPOUT:
-        random = tl.rand(seed + head, (q_start + i) * keys + j)
-        p = tl.where(random >= dropout, p / (1.0 - dropout), 0.0)
-    return p
-
-
-@triton.jit
-def key_range(
-    m0, q_len, k_len, window,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CAUSAL: tl.constexpr, WINDOW: tl.constexpr,
-):  # fmt: skip
-    """Keys for queries m0 .. m0 + BLOCK_M: first seen, bounds of the blocks that all see, last seen."""
-    offset = k_len - q_len
-    low, high, full_low, full_high = 0, k_len, 0, k_len
-    if CAUSAL:
-        high = min(high, m0 + BLOCK_M + offset)
-        full_high = min(full_high, m0 + 1 + offset)
-    if WINDOW:
-        low = max(low, m0 + offset - window + 1)
-        full_low = max(full_low, m0 + BLOCK_M - 1 + offset - window + 1)
-        if not CAUSAL:
-            high = min(high, m0 + BLOCK_M - 1 + offset + window)
-            full_high = min(full_high, m0 + offset + window)
-    low = max(low, 0) // BLOCK_N * BLOCK_N
-    full_low = tl.cdiv(full_low, BLOCK_N) * BLOCK_N
-    full_high = max(full_high, 0) // BLOCK_N * BLOCK_N
-    if full_high < full_low:  # no block is seen in full: the masked loops take all
-        full_low, full_high = high, high
-    return low, full_low, full_high, high
 
 
 @triton.jit
@@ -256,66 +179,9 @@ def attention_op(
     return o, lse
 
 
-FAR = 2**31
-"""Where offsets of 32 bits end."""
-MOST_SEQUENCES = 65520
-"""Of one launch: the second and third axis of a grid end at 65,535. A multiple of 16, for aligned loads."""
-
-
-def laid_out(x: Tensor, longest: int) -> Tensor:
-    """x [T, H, D] with contiguous D, such that offsets between heads, and between the tokens of the longest
-    sequence, fit into 32 bits. Raises ValueError where they cannot."""
-    reach = max(longest * x.stride(0), x.shape[1] * x.stride(1), x.shape[0] * x.shape[1])
-    if x.stride(-1) == 1 and reach < FAR:
-        return x
-    if longest * x.shape[1] * x.shape[2] >= FAR or x.shape[0] * x.shape[1] >= FAR:
-        raise ValueError(
-            f"attention: {list(x.shape)} with a sequence of {longest} tokens is beyond what the Triton "
-            "kernels can address (2^31)"
-        )
-    return x.contiguous()
-
-
-def batches(cu_q: Tensor, cu_k: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The sequences in as many parts as launches need."""
-    for start in range(0, len(cu_q) - 1, MOST_SEQUENCES):
-        part = slice(start, start + MOST_SEQUENCES + 1)
-        yield cu_q[part], cu_k[part]
-
-
-def empty_outputs(q: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
-    """(o, lse) to be filled."""
-    shape = (q.shape[1], q.shape[0]) if with_lse else (0,)
-    lse = torch.empty(shape, dtype=torch.float32, device=q.device)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse
-
-
 @attention_op.register_fake
 def _(q, k, v, bias, slopes, cu_q, cu_k, max_q, max_k, scale, causal, window, cap, dropout, seed, with_lse):
     return empty_outputs(q, with_lse)
-
-
-@kernel_op("minilm_triton::attention_backward", mutates_args={})
-def attention_backward_op(
-    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias: Tensor | None,
-    slopes: Tensor | None, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float, causal: bool,
-    window: int, cap: float,
-    dropout: float, seed: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """(dq, dk, dv, dbias); dbias is empty without a bias."""
-    from . import attention_backward
-
-    q, k, v = laid_out(q, max_q), laid_out(k, max_k), laid_out(v, max_k)
-    dq, dk, dv, db = attention_backward.launch(
-        do, q, k, v, o, lse, bias, slopes, cu_q, cu_k, max_q, max_k, scale, causal, window, cap, dropout, seed
-    )
-    return dq, dk, dv, q.new_empty(0) if db is None else db
-
-
-@attention_backward_op.register_fake
-def _(do, q, k, v, o, lse, bias, slopes, *rest):
-    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
-    return dq, dk, dv, q.new_empty(0) if bias is None else torch.empty_like(bias)
 
 
 def _setup(ctx, inputs, output):
@@ -335,12 +201,6 @@ def _gradient(ctx, do, _):
     return (dq, dk, dv, None if bias is None else db, *(None,) * 12)
 
 
-def needs_lse(with_lse: bool) -> None:
-    """The backward has no probabilities but those that it makes from the log-sum-exp."""
-    if not with_lse:
-        raise RuntimeError("attention without the log-sum-exp has no derivative: ask for it (with_lse)")
-
-
 attention_op.register_autograd(_gradient, setup_context=_setup)
 
 
@@ -352,8 +212,6 @@ def attention(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """As `minilm.ops.attention_with_lse`, with dropout. The log-sum-exp is written if `lse` asks for it or a
     gradient will, and is empty else."""
-    from .attention_short import attention_short_op
-
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     differentiated = (x for x in (q, k, v, bias) if x is not None)
     lse = lse or (torch.is_grad_enabled() and any(x.requires_grad for x in differentiated))

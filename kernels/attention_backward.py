@@ -22,9 +22,10 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .attention import LOG2E, batches, dot, kept, key_range, scores
+from .attention_shared import LOG2E, batches, dot, kept, key_range, laid_out, scores
 from .devices import device_of
 from .heuristics import AttentionBlock, attention_dkdv_block, attention_dq_block
+from .registration import kernel_op
 
 
 def twin(
@@ -223,7 +224,7 @@ def _dbias(
     tl.store(DB + out, total.to(DB.dtype.element_ty), mask=inside)
 
 
-def launch(
+def _launch(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias: Tensor | None,
     slopes: Tensor | None, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float, causal: bool,
     window: int, cap: float,
@@ -275,3 +276,30 @@ def launch(
             **constants, **tiles(by_queries),
         )  # fmt: skip
     return dq, dk, dv, db
+
+
+@kernel_op("minilm_triton::attention_backward", mutates_args={})
+def attention_backward_op(
+    do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, bias: Tensor | None,
+    slopes: Tensor | None, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float, causal: bool,
+    window: int, cap: float,
+    dropout: float, seed: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """(dq, dk, dv, dbias); dbias is empty without a bias."""
+    q, k, v = laid_out(q, max_q), laid_out(k, max_k), laid_out(v, max_k)
+    dq, dk, dv, db = _launch(
+        do, q, k, v, o, lse, bias, slopes, cu_q, cu_k, max_q, max_k, scale, causal, window, cap, dropout, seed
+    )
+    return dq, dk, dv, q.new_empty(0) if db is None else db
+
+
+@attention_backward_op.register_fake
+def _(do, q, k, v, o, lse, bias, slopes, *rest):
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
+    return dq, dk, dv, q.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+def needs_lse(with_lse: bool) -> None:
+    """The backward has no probabilities but those that it makes from the log-sum-exp."""
+    if not with_lse:
+        raise RuntimeError("attention without the log-sum-exp has no derivative: ask for it (with_lse)")

@@ -25,7 +25,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .attention import LN2, LOG2E, attention_backward_op, batches, dot, empty_outputs, laid_out, needs_lse
+from .attention_backward import attention_backward_op, needs_lse
+from .attention_shared import LN2, LOG2E, batches, dot, empty_outputs, laid_out
 from .devices import device_of
 from .heuristics import attention_short_block
 from .registration import kernel_op

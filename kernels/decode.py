@@ -36,7 +36,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.library import wrap_triton
 
-from .attention import LOG2E, dot
+from .attention_shared import LOG2E, dot
 from .devices import device_of
 from .heuristics import ContextParts, combine_block, context_parts, next_power_of_2, paged_block
 from .registration import kernel_op

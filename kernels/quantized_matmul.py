@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from .activation import KINDS, activate
-from .attention import IN_FLOAT32, dot
+from .attention_shared import IN_FLOAT32, dot
 from .devices import device_of
 from .heuristics import quantized_block
 from .registration import kernel_op

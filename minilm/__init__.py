@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from .config import ModelConfig as ModelConfig
     from .families import PretrainedConfig as PretrainedConfig
     from .files import HubError as HubError
+    from .files import WeightError as WeightError
     from .generation import LLM as LLM
     from .generation import GenerationConfig as GenerationConfig
     from .generation import RequestOutput as RequestOutput
@@ -43,16 +44,25 @@ if TYPE_CHECKING:
     from .sentence import SentenceTransformer as SentenceTransformer
     from .text import AutoTokenizer as AutoTokenizer
     from .text import Tokenizer as Tokenizer
-    from .weights import WeightError as WeightError
 
 _HOME = {
-    "interpret.attention": ("attention_probs",),
-    "model.auto": ("AutoConfig",),
-    "model.cache": ("KVCache",),
-    "sentence.cross_encoder": ("CrossEncoder",),
-    "config": ("ConfigError", "ModelConfig"),
-    "generation.generate": ("GenerationConfig", "TextIteratorStreamer", "TextStreamer"),
-    "model.heads": (
+    "config": (
+        "ConfigError",
+        "ModelConfig",
+    ),
+    "families": ("PretrainedConfig",),
+    "files": ("HubError", "WeightError"),
+    "generation": (
+        "GenerationConfig",
+        "LLM",
+        "RequestOutput",
+        "SamplingParams",
+        "TextIteratorStreamer",
+        "TextStreamer",
+    ),
+    "interpret": ("attention_probs",),
+    "model": (
+        "AutoConfig",
         "AutoModel",
         "AutoModelForCausalLM",
         "AutoModelForMaskedLM",
@@ -61,15 +71,23 @@ _HOME = {
         "AutoModelForQuestionAnswering",
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
+        "KVCache",
     ),
-    "files.hub": ("HubError",),
-    "generation.llm": ("LLM", "RequestOutput", "SamplingParams"),
-    "ops": ("BackendError", "backend", "explain"),
+    "ops": (
+        "BackendError",
+        "backend",
+        "explain",
+    ),
     "pipelines": ("pipeline",),
-    "families.pretrained_config": ("PretrainedConfig",),
-    "sentence.encoder": ("SentenceEncoder", "SentenceTransformer"),
-    "text.tokenizer": ("AutoTokenizer", "Tokenizer"),
-    "weights.loading": ("WeightError",),
+    "sentence": (
+        "CrossEncoder",
+        "SentenceEncoder",
+        "SentenceTransformer",
+    ),
+    "text": (
+        "AutoTokenizer",
+        "Tokenizer",
+    ),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -82,7 +100,7 @@ def __getattr__(name: str) -> Any:
     elif name[
         :1
     ].isupper():  # BertModel, GPT2LMHeadModel, LlamaConfig, ...: transformers' class names, by table
-        value = import_module(".model.auto", __name__).alias(name)
+        value = import_module(".model", __name__).alias(name)
     else:
         value = None
     if value is None:

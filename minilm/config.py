@@ -2,8 +2,8 @@
 
 A checkpoint's ``config.json`` speaks the dialect of its family (``n_embd`` or ``hidden_size``, ``rope_theta``
 here or there). Each family translates its dialect into this one (`minilm.families`), and the model code reads
-nothing else. So this page says what the one Transformer of `minilm.model.pretrained` can be; a field stands here only
-because two families really differ by it.
+nothing else. So this page says what the one Transformer of `minilm.model.pretrained` can be; a field stands
+here only because two families really differ by it.
 
 Alphabet of dimensions, used in every docstring: B sequences, T packed tokens, S context, H query heads, Hkv
 key/value heads, D head size, C channels, F inner channels of the MLP, L layers, P positions, V vocabulary.

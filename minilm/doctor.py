@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from ._version import __version__
 from .files import DEFAULT_DECODER, DEFAULT_ENCODER, HubError, resolve
 
 PACKAGES: dict[str, str] = {
@@ -244,7 +244,7 @@ def _not_run(runnable: list[str]) -> list[str]:
 
 def _ops(devices: list[str]) -> tuple[list[dict[str, Any]], str | None]:
     """For each device, dtype and op: the backend that will run, and why the others will not."""
-    from .model import heads  # noqa: F401 (they register the ops of whole models)
+    from . import model  # noqa: F401 (its modules are the reference of whole ops)
     from .ops import BackendError, dispatch
 
     rows: list[dict[str, Any]] = []
@@ -277,7 +277,6 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
     """
     from . import ops
     from .model import KVCache
-    from .ops.backends.native import WholeTraits
 
     page_size = inspect.signature(KVCache).parameters["page_size"].default
     kinds: dict[type, tuple[str, ...]] = {
@@ -285,7 +284,8 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
         ops.AttentionTraits: ("attention",),
         ops.PagedTraits: ("paged_attention", "append_kv", "rope_append"),
         ops.LinearTraits: ("linear",),
-        WholeTraits: ("blocks", "decode_step", "embed", "pool"),
+        ops.WholeTraits: ("blocks", "decode_step", "embed"),
+        ops.PoolTraits: ("pool",),
         ops.PointwiseTraits: ("rope", "gated", "cross_entropy", "linear_cross_entropy"),
         ops.QuantizedTraits: ("quantized_linear",),
     }
@@ -302,8 +302,10 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
         return ops.PointwiseTraits(device, dtype, "silu" if op == "gated" else None)
     if kind is ops.LinearTraits:
         return ops.LinearTraits(device, dtype, kept=True)
-    if kind is WholeTraits:
-        return WholeTraits(device, dtype)
+    if kind is ops.WholeTraits:
+        return ops.WholeTraits(device, dtype)
+    if kind is ops.PoolTraits:
+        return ops.PoolTraits(device, dtype)
     if kind is ops.QuantizedTraits:
         return ops.QuantizedTraits(device, dtype, "q8_0", None, few_rows=True, grad=False)
     raise ValueError(f"minilm.doctor does not know what a typical call of the op {op!r} is")

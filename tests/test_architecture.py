@@ -8,56 +8,30 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
-AREAS: dict[str, str] = {
-    "config": "config rules _version",
-    "ops": "ops ops.*",
-    "archs": "archs archs.*",
-    "files": "hub",
-    "weights": "checkpoint weights weight_plan gguf gguf_config gguf_file quantized_[cw]*",
-    "tokenizer": "tokenizer tokenizer_* sentencepiece_file chat_template tool_schema detokenizer",
-    "model": "pretrained_config packing cache rope layers *_layers embed fused decode_step outputs models "
-    "heads quantization",
-    "loading": "auto batching",
-    "generation": "engine generate generation_config sampling sampling_* stopping streamers llm llm_output",
-    "tasks": "attention_maps convert evaluate quantize summary pool sentence sentence_* similarity "
-    "cross_encoder pipelines*",
-    "entry": "__main__ cli cli.* doctor",
-    "integrations": "integrations integrations.*",
-}
-"""The parts of minilm, and their modules. A new module belongs to one of them."""
-
-MAY_IMPORT: dict[str, str] = {
-    "config": "",
-    "ops": "",
-    "files": "",
-    "archs": "config",
-    "weights": "config ops",
-    "tokenizer": "files weights",
-    "model": "config archs ops weights",
-    "loading": "config archs files weights model",
-    "generation": "config files model tokenizer",
-    "tasks": "config files weights tokenizer model loading generation ops archs",
-    "entry": "config files weights tokenizer model loading generation tasks ops archs",
-    "integrations": "ops",
-}
-"""The direction: entry -> tasks -> generation, loading -> model -> {ops, archs, weights} -> config."""
+ORDER = (
+    *("_version", "config", "ops", "files", "weights", "families", "text", "model", "native", "generation"),
+    *("sentence", "pipelines", "training", "peft", "evaluation", "interpret", "conversion", "serving"),
+    *("integrations", "doctor", "cli", "__main__", ""),
+)
+"""The folders and files of minilm/ as they stand on each other, and as a person reads them: each may import
+those before it. The last is the package itself."""
 
 UPWARD: dict[tuple[str, str], str] = {
-    ("models", "auto"): "from_pretrained is a method of the model, as people call it",
-    ("heads", "generate"): "generate is a method of the model, as people call it",
-    ("auto", "generate"): "a decoder comes with the checkpoint's generation defaults",
-    ("auto", "tokenizer"): "class aliases: BertTokenizer",
-    ("generation_config", "auto"): "GenerationConfig.from_pretrained takes a name",
-    ("llm", "auto"): "LLM takes a name",
+    ("model.causal", "generation"): "generate is a method of the model, as people call it",
 }
-"""Imports within functions that go up, each for a reason."""
+"""Imports that go up nevertheless, each for a reason; at most two."""
+
+MOST_FILES, MOST_LINES = 12, 2500
+"""Of a folder, its `__init__` not counted among the files."""
+
+LARGE: dict[str, str] = {"minilm.families": "one file a family"}
+"""Folders that are larger nevertheless, each for a reason."""
 
 AT_THE_TOP = {"torch", "numpy"}
 """Packages that modules may import when they are imported; the command line's may import typer too."""
@@ -139,7 +113,8 @@ IMPORTS = [found for name, path in MODULES.items() for found in imports_of(path,
 
 
 def own_module(imported: str) -> str | None:
-    """The module of minilm that an import is of: minilm.model.rope.angles -> rope. None for other packages."""
+    """The module of minilm that an import is of: minilm.model.rope.angles -> rope. None for other
+    packages."""
     parts = imported.split(".")
     if parts[0] != "minilm":
         return None
@@ -148,72 +123,135 @@ def own_module(imported: str) -> str | None:
     return ".".join(parts[1:])
 
 
-def area_of(module: str) -> str:
-    """The area of a module, without the leading `minilm.`."""
-    found = [area for area, names in AREAS.items() if any(fnmatch(module, name) for name in names.split())]
-    assert len(found) == 1, f"minilm.{module} belongs to {found or 'no area'}: put it in AREAS of this test"
-    return found[0]
+def room_of(module: str) -> str:
+    """The folder, or the file at the top, that a module stands in: model.rope -> model."""
+    return module.split(".")[0]
+
+
+def door_of(room: str) -> set[str]:
+    """The names that a folder hands on: its `__all__`."""
+    path = MODULES[f"minilm.{room}"]
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return set(ast.literal_eval(node.value))
+    return set()
+
+
+@dataclass(frozen=True)
+class Step:
+    """An import from one module of minilm to another, both without the leading `minilm.`."""
+
+    importer: str
+    imported: str
+    found: Import
+
+
+def steps() -> Iterator[Step]:
+    """All imports inside minilm/, but for those of the folders beside it (kernels/, benchmarks/)."""
+    for found in IMPORTS:
+        imported = own_module(found.imported)
+        beside = found.imported.split(".")[1:2] in (["kernels"], ["benchmarks"], ["_C"])
+        if imported is not None and not beside:
+            yield Step(found.importer.removeprefix("minilm").lstrip("."), imported, found)
 
 
 def test_every_module_has_its_place() -> None:
     for name in MODULES:
-        if name != "minilm":
-            area_of(name.removeprefix("minilm."))
+        room = room_of(name.removeprefix("minilm").lstrip("."))
+        assert room in ORDER, f"{name}: put {room} in ORDER of this test, and in the map of the README"
 
 
 def test_imports_go_down() -> None:
+    """Lazy ones, and those for types, included."""
     wrong, used = [], set()
-    for found in IMPORTS:
-        importer, imported = found.importer.removeprefix("minilm").lstrip("."), own_module(found.imported)
-        if (
-            imported is None
-            or not importer
-            or not imported
-            or found.when == "types"
-            or imported == "benchmarks"
-        ):
+    for step in steps():
+        one, other = ORDER.index(room_of(step.importer)), ORDER.index(room_of(step.imported))
+        if other <= one:
             continue
-        one, other = area_of(importer), area_of(imported)
-        if one == other or other in MAY_IMPORT[one].split():
+        if (step.importer, step.imported) in UPWARD:
+            used.add((step.importer, step.imported))
             continue
-        if found.when == "call" and (importer, imported) in UPWARD:
-            used.add((importer, imported))
-            continue
-        wrong.append(f"{found}: {one} may import {MAY_IMPORT[one] or 'nothing'}, and this is {other}")
+        wrong.append(f"{step.found}: {ORDER[other]} stands above {ORDER[one]}")
     assert not wrong, "\n".join(wrong)
     assert used == set(UPWARD), f"exceptions that nothing needs any more: {set(UPWARD) - used}"
+    assert len(UPWARD) <= 2
 
 
-def test_no_circles() -> None:
-    """At start, modules form a hierarchy."""
-    graph: dict[str, set[str]] = {name: set() for name in MODULES}
-    for found in IMPORTS:
-        target = own_module(found.imported)
-        if found.when == "start" and target is not None:
-            name = f"minilm.{target}" if target else "minilm"
-            if name not in (found.importer, "minilm"):
-                graph[found.importer].add(name)
+def test_folders_are_entered_by_their_doors() -> None:
+    """From elsewhere only the names in a folder's `__all__` are imported, or names of the modules in it."""
+    wrong = []
+    for step in steps():
+        room = room_of(step.imported)
+        if not step.importer or room == room_of(step.importer) or f"minilm.{room}" not in MODULES:
+            continue
+        if MODULES[f"minilm.{room}"].name != "__init__.py":
+            continue
+        inside = step.found.imported.removeprefix(f"minilm.{room}").lstrip(".").split(".")
+        if inside[0] and inside[0] not in door_of(room):
+            wrong.append(f"{step.found}: {inside[0]} is not in __all__ of minilm.{room}")
+    assert not wrong, "\n".join(wrong)
+
+
+def circles(graph: dict[str, set[str]]) -> list[str]:
+    """The circles of a graph, each as "a -> b -> a"; the first that each walk meets."""
     done: set[str] = set()
+    found: list[str] = []
 
     def visit(name: str, path: tuple[str, ...]) -> None:
-        assert name not in path, " -> ".join((*path[path.index(name) :], name))
-        if name not in done:
-            for target in sorted(graph[name]):
+        if name in path:
+            found.append(" -> ".join((*path[path.index(name) :], name)))
+        elif name not in done:
+            for target in sorted(graph.get(name, ())):
                 visit(target, (*path, name))
             done.add(name)
 
-    for name in graph:
+    for name in sorted(graph):
         visit(name, ())
+    return found
+
+
+def test_no_two_files_import_each_other() -> None:
+    """Nor in a larger circle, at whatever time; the exceptions above are left out."""
+    graph: dict[str, set[str]] = {}
+    for step in steps():
+        if (step.importer, step.imported) not in UPWARD and step.importer and step.imported != step.importer:
+            graph.setdefault(step.importer, set()).add(step.imported)
+    for name, path in KERNELS.items():
+        for found in imports_of(path, name):
+            target = found.imported
+            while target not in KERNELS and "." in target:
+                target = target.rpartition(".")[0]
+            if target in KERNELS and target != name:
+                graph.setdefault(name, set()).add(target)
+    assert not circles(graph), "\n".join(circles(graph))
+
+
+def test_circles_are_found() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}}) == ["a -> b -> c -> a"]
+    assert circles({"a": {"b", "c"}, "b": {"c"}}) == []
+
+
+def test_folders_are_of_a_size_to_be_read() -> None:
+    wrong = []
+    for folder in sorted({path.parent for path in MODULES.values()}):
+        name = ".".join(folder.relative_to(ROOT).parts)
+        files = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        lines = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in folder.glob("*.py"))
+        if (len(files) > MOST_FILES or lines > MOST_LINES) and name not in LARGE:
+            wrong.append(f"{name} has {len(files)} files and {lines} lines")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_a_family_knows_its_dialect_and_nothing_else() -> None:
-    """archs/ imports the configuration, the rules and other families."""
+    """families/ imports the configuration, the rules and other families."""
     for found in IMPORTS:
         if found.importer.startswith("minilm.families") and found.when != "types":
             top = found.imported.split(".")[0]
             assert top in ("minilm", "__future__") or top in sys.stdlib_module_names, found
             module = own_module(found.imported)
-            assert module is None or module.split(".")[0] in ("archs", "config", "rules"), found
+            assert module is None or module.split(".")[0] in ("families", "config", "weights", "_version"), (
+                found
+            )
 
 
 def test_other_packages_come_in_when_they_are_used() -> None:

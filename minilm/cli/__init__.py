@@ -8,6 +8,8 @@ commands share), `texts` (what goes in), `results` (what comes out), then the co
 
 from __future__ import annotations
 
+__all__ = ["main"]
+
 
 def main() -> None:
     """Run the command line on `sys.argv`; ends the process with its exit status."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import typer
 
-from .. import __version__
+from .._version import __version__
 from .errors import State, closed_pipe, report, tidy_messages
 
 

@@ -1,7 +1,7 @@
 """Checkpoints into other checkpoints, and what they are."""
 
-from .convert import convert
-from .quantize import Perplexities, Quantization, quantize
+from .checkpoints import convert
+from .quantization import Perplexities, Quantization, quantize
 from .summary import DTYPES, Summary, summarise
 
 __all__ = ["DTYPES", "Perplexities", "Quantization", "Summary", "convert", "quantize", "summarise"]

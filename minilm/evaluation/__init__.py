@@ -1,5 +1,5 @@
 """How good a model is."""
 
-from .perplexity import Likeness, likeness, perplexity
+from .scores import Likeness, likeness, perplexity
 
 __all__ = ["Likeness", "likeness", "perplexity"]

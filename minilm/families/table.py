@@ -26,7 +26,7 @@ def family_of(model_type: str) -> Family:
     """The family of a `model_type`. Raises ConfigError, with the supported ones, for any other."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
-    family: Family = import_module(f".{FAMILIES[model_type]}", __name__).FAMILY
+    family: Family = import_module(f".{FAMILIES[model_type]}", __package__).FAMILY
     return family
 
 

@@ -1,14 +1,6 @@
 """What lies on disk, opened strictly: the hub, safetensors, GGUF, quantised checkpoints."""
 
-from .checkpoint import (
-    INDEX,
-    SINGLE,
-    Checkpoint,
-    SafetensorsCheckpoint,
-    TensorInfo,
-    WeightError,
-    open_checkpoint,
-)
+from .checkpoint import Checkpoint, TensorInfo, WeightError
 from .gguf import GGUFCheckpoint
 from .gguf_file import read_gguf_metadata
 from .hub import (
@@ -25,6 +17,8 @@ from .hub import (
     read_json,
     resolve,
 )
+from .opening import open_checkpoint
+from .safetensors import INDEX, SINGLE, SafetensorsCheckpoint
 
 __all__ = [
     "CONFIG_FILES",

@@ -1,8 +1,8 @@
 """From scores to texts: the decoding loop, what draws, what stops it, and what people call."""
 
 from .engine import context_window
-from .generate import GenerationConfig, TextIteratorStreamer, TextStreamer, generate
 from .llm import LLM, RequestOutput, SamplingParams, TextStream
+from .model_generate import GenerationConfig, TextIteratorStreamer, TextStreamer, generate
 
 __all__ = [
     "LLM",

@@ -71,8 +71,8 @@ class LLM:
 
     `model`: a name, a folder, a GGUF file, or a loaded model. `tokenizer`: another name, or a loaded one.
     `dtype`: of the weights, by default the checkpoint's. `weights`: quantises them, as "q4" or "q8", or takes
-    those of a GGUF file as they are ("gguf"); see `minilm.model.auto.from_pretrained`. `device`: by default a GPU
-    if there is one. `seed`: with it, a program draws the same texts each time it runs (else they hang on
+    those of a GGUF file as they are ("gguf"); see `minilm.model.auto.from_pretrained`. `device`: by default a
+    GPU if there is one. `seed`: with it, a program draws the same texts each time it runs (else they hang on
     torch's global generator). `max_model_len`: a smaller window. `kv_cache_dtype`: what keys and values are
     kept in, one of `CACHE_DTYPES`; "int8", with a scale for each head of a token, is a quarter of float32.
     `max_num_seqs`, `max_num_batched_tokens`: see `Engine`. Further options go to `from_pretrained`.

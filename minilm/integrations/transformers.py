@@ -7,7 +7,7 @@
 
 transformers hands an attention function q, k and v as [B, H, S, D] and a mask, once a layer. The mask is
 made once a forward pass, by a function of ours too, which returns not a matrix [B, 1, Sq, Sk] but a `Mask`:
-which tokens are real, and what is seen. From it the tokens are packed, attended to by `minilm.ops.attention`
+which tokens are real, and what is seen. From it the tokens are packed, attended to by `minilm.ops.attend`
 (on a GPU the Triton kernels, chosen as everywhere: `minilm.backend`, `minilm.explain`), and laid out as they
 came.
 
@@ -67,7 +67,7 @@ class Mask:
     """Column of the keys in which the first query stands."""
     causal: bool
     window: int | None
-    """As `minilm.ops.attention` counts it."""
+    """As `minilm.ops.attend` counts it."""
     real: Tensor | None
     """bool [B, keys], or None if all are."""
     rows: Tensor | None = None

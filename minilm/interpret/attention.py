@@ -54,16 +54,16 @@ def attention_probs(
     block = layers[stop]
     assert isinstance(block, Block)
     heads = _places("head", head, model.spec.num_heads, "each layer", "heads")
-    result = model.run(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, stop=stop)
-    packed = result.packed
+    batch = model.pack(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, stop=stop)
+    hidden, packed = model.body(batch), batch.packed
     queries = [
         _places("rows", rows, length, f"sequence {row}", "tokens")
         for row, length in enumerate(packed.lengths)
     ]
-    x = block.attention_norm.norm(result.hidden) if block.pre_norm else result.hidden
+    x = block.attention_norm.norm(hidden) if block.pre_norm else hidden
     q, k, v = block.attention.heads(x)
-    if result.rope is not None:
-        q, k = ops.rope(q, k, *result.rope)
+    if batch.rope is not None:
+        q, k = ops.rope(q, k, *batch.rope)
     maps = _maps(block.attention, q, k, v, packed, heads, queries)
     found = [p[:, 0] if isinstance(rows, int) else p for p in maps]
     return [p[0] if isinstance(head, int) else p for p in found]

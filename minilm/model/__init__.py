@@ -1,24 +1,28 @@
-"""The one Transformer, from a padded batch to the answer of a head."""
+"""The one Transformer, from a padded batch to the answer of a head.
 
-from .auto import HUB_OPTIONS, AutoConfig, alias_names, as_device, as_dtype, read_config
+Reading order: `layers`, `transformer` (the body), `batch` (what goes through it), `pretrained` (the public
+API around it), `heads` and `causal`, then `loading`.
+"""
+
+from .auto import MODELS, AutoConfig, alias, alias_names
+from .batch import Batch, Packed, pack
 from .cache import KVCache
+from .causal import AutoModelForCausalLM, CausalLMHead
 from .heads import (
-    MODELS,
-    AutoModel,
-    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForNextSentencePrediction,
     AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
-    CausalLMHead,
 )
-from .layers import MLP, Attention, Block, Embedding, Embeddings, Linear, Norm, Pass
+from .layers import MLP, Attention, Block, Embedding, Embeddings, Linear, Norm
+from .loading import HUB_OPTIONS, as_device, as_dtype, read_config
 from .outputs import ModelOutput
-from .packing import Packed, pack
-from .pretrained import BodyResult, PreTrainedModel, Transformer
-from .quantized_layers import QuantizedEmbedding, QuantizedLinear
+from .pretrained import AutoModel, PreTrainedModel
+from .quantized import QuantizedEmbedding, QuantizedLinear
+from .rope import angles
+from .transformer import Transformer
 
 __all__ = [
     "HUB_OPTIONS",
@@ -34,8 +38,8 @@ __all__ = [
     "AutoModelForQuestionAnswering",
     "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification",
+    "Batch",
     "Block",
-    "BodyResult",
     "CausalLMHead",
     "Embedding",
     "Embeddings",
@@ -44,12 +48,13 @@ __all__ = [
     "ModelOutput",
     "Norm",
     "Packed",
-    "Pass",
     "PreTrainedModel",
     "QuantizedEmbedding",
     "QuantizedLinear",
     "Transformer",
+    "alias",
     "alias_names",
+    "angles",
     "as_device",
     "as_dtype",
     "pack",

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..ops.backends.packed import prefer_large_pages
+from ..ops.backends import packed
 
 
 @dataclass
@@ -138,7 +138,7 @@ class KVCache:
     def _grow(self, pages: int) -> None:
         def grown(old: Tensor) -> Tensor:
             new = old.new_empty(len(old), self._pages + pages, *old.shape[2:])
-            prefer_large_pages(new)
+            packed.prefer_large_pages(new)
             new.narrow(1, 0, self._pages).copy_(old)
             return new
 

@@ -7,7 +7,6 @@ computed in float32, by the rules of transformers: -100 is ignored, classificati
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,12 +15,9 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..families import Head, PretrainedConfig
-from ..native import steps as decode_step
-from .cache import KVCache
-from .layers import Embedding, Linear, Norm
+from .batch import Batch, Packed, check_columns
+from .layers import Linear, Norm
 from .outputs import (
-    BaseModelOutput,
-    CausalLMOutput,
     MaskedLMOutput,
     ModelOutput,
     NextSentencePredictorOutput,
@@ -30,50 +26,7 @@ from .outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from .packing import Packed, check_columns
-from .pretrained import BodyResult, PreTrainedModel
-from .quantized_layers import QuantizedEmbedding
-
-
-class Pooler(nn.Module):
-    """tanh(W x + b) of a sequence's first token (BERT)."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.dense = Linear(size, size)
-
-    def forward(self, hidden: Tensor, packed: Packed) -> Tensor:
-        """hidden [T, C] -> [B, C]."""
-        pooled: Tensor = self.dense(hidden[packed.first()], "tanh")
-        return pooled
-
-
-class AutoModel(PreTrainedModel):
-    """The body alone: last hidden states, and the pooler's output where the family has a pooler."""
-
-    output_class: ClassVar[type[ModelOutput]] = BaseModelOutput
-
-    def __init__(self, config: PretrainedConfig, add_pooling_layer: bool = True) -> None:
-        super().__init__(config)
-        self.pooler = Pooler(self.spec.hidden_size) if self.family.pooler and add_pooling_layer else None
-        self.initialise()
-
-    @classmethod
-    def sharing(cls, other: PreTrainedModel) -> AutoModel:
-        """The body and pooler of another model, without its head."""
-        model = cls.__new__(cls)
-        nn.Module.__init__(model)
-        model.__dict__.update({k: v for k, v in other.__dict__.items() if not k.startswith("_")})
-        model.body = other.body
-        model.pooler = getattr(other, "pooler", None)
-        return model
-
-    def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
-        """last_hidden_state [B, S, C] and pooler_output [B, C]."""
-        if labels is not None:
-            raise TypeError("a model without a head takes no labels")
-        pooled = None if self.pooler is None else self.pooler(result.hidden, result.packed)
-        return {"last_hidden_state": result.packed.pad(result.hidden), "pooler_output": pooled}
+from .pretrained import Pooler, PreTrainedModel
 
 
 class MaskedLMHead(nn.Module):
@@ -109,10 +62,10 @@ class AutoModelForMaskedLM(PreTrainedModel):
         self.head = MaskedLMHead(self)
         self.initialise()
 
-    def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
+    def answer(self, hidden: Tensor, batch: Batch, labels: Tensor | None) -> dict[str, Any]:
         """logits [B, S, V]; labels int64 [B, S]."""
-        logits = self.head(result.hidden, self.body.embeddings.tokens.weight)
-        return {"loss": token_loss(logits, labels, result.packed), "logits": result.packed.pad(logits)}
+        logits = self.head(hidden, self.body.embeddings.tokens.weight)
+        return {"loss": token_loss(logits, labels, batch.packed), "logits": batch.packed.pad(logits)}
 
 
 class NextSentenceHead(nn.Module):
@@ -135,9 +88,9 @@ class AutoModelForNextSentencePrediction(PreTrainedModel):
         self.head = NextSentenceHead(self.spec.hidden_size)
         self.initialise()
 
-    def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
+    def answer(self, hidden: Tensor, batch: Batch, labels: Tensor | None) -> dict[str, Any]:
         """logits [B, 2]; labels int64 [B]."""
-        logits = self.head.next_sentence(self.pooler(result.hidden, result.packed))
+        logits = self.head.next_sentence(self.pooler(hidden, batch.packed))
         loss = None if labels is None else ops.cross_entropy(logits, labels.view(-1))
         return {"loss": loss, "logits": logits}
 
@@ -155,21 +108,21 @@ class AutoModelForPreTraining(PreTrainedModel):
         self.initialise()
 
     def answer(
-        self, result: BodyResult, labels: Tensor | None, next_sentence_label: Tensor | None = None
+        self, hidden: Tensor, batch: Batch, labels: Tensor | None, next_sentence_label: Tensor | None = None
     ) -> dict[str, Any]:
         """prediction_logits [B, S, V] and seq_relationship_logits [B, 2]; the loss is the sum of both, if
         both are labelled."""
-        logits = self.head(result.hidden, self.body.embeddings.tokens.weight)
+        logits = self.head(hidden, self.body.embeddings.tokens.weight)
         assert self.head.next_sentence is not None
-        scores = self.head.next_sentence(self.pooler(result.hidden, result.packed))
+        scores = self.head.next_sentence(self.pooler(hidden, batch.packed))
         loss = None
         if labels is not None and next_sentence_label is not None:
-            tokens = token_loss(logits, labels, result.packed)
+            tokens = token_loss(logits, labels, batch.packed)
             assert tokens is not None
             loss = tokens + ops.cross_entropy(scores, next_sentence_label.view(-1))
         return {
             "loss": loss,
-            "prediction_logits": result.packed.pad(logits),
+            "prediction_logits": batch.packed.pad(logits),
             "seq_relationship_logits": scores,
         }
 
@@ -207,27 +160,27 @@ class AutoModelForSequenceClassification(PreTrainedModel):
         self.head = ClassificationHead(self)
         self.initialise()
 
-    def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
+    def answer(self, hidden: Tensor, batch: Batch, labels: Tensor | None) -> dict[str, Any]:
         """logits [B, num_labels]; labels int64 [B], or float [B] (regression), or float [B, num_labels]
         (multi-label)."""
         if self.pooler is not None:
-            pooled = self.pooler(result.hidden, result.packed)
+            pooled = self.pooler(hidden, batch.packed)
         elif self.family.sequence_head.pool == "first":
-            pooled = result.hidden[result.packed.first()]
+            pooled = hidden[batch.packed.first()]
         else:
-            pooled = result.hidden[self._last_tokens(result)]
+            pooled = hidden[self._last_tokens(batch)]
         logits = self.head(pooled)
         return {"loss": classification_loss(self.config, logits, labels), "logits": logits}
 
-    def _last_tokens(self, result: BodyResult) -> Tensor:
+    def _last_tokens(self, batch: Batch) -> Tensor:
         """The last token of each sequence that is not the padding token, as packed indices [B] (decoders)."""
-        last, pad = result.packed.last(), self.config.get("pad_token_id")
-        if pad is None or result.input_ids is None:
+        last, pad = batch.packed.last(), self.config.get("pad_token_id")
+        if pad is None or batch.input_ids is None:
             return last
-        tokens = result.packed.pack(result.input_ids)
-        real = [(ids != pad).nonzero().flatten() for ids in torch.split(tokens, result.packed.lengths)]
+        tokens = batch.packed.pack(batch.input_ids)
+        real = [(ids != pad).nonzero().flatten() for ids in torch.split(tokens, batch.packed.lengths)]
         ends = [
-            start + (at[-1] if len(at) else 0) for start, at in zip(result.packed.first(), real, strict=True)
+            start + (at[-1] if len(at) else 0) for start, at in zip(batch.packed.first(), real, strict=True)
         ]
         return torch.stack(ends) if ends else last
 
@@ -259,10 +212,10 @@ class AutoModelForTokenClassification(PreTrainedModel):
         )
         self.initialise()
 
-    def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
+    def answer(self, hidden: Tensor, batch: Batch, labels: Tensor | None) -> dict[str, Any]:
         """logits [B, S, num_labels]; labels int64 [B, S]."""
-        logits = self.head(result.hidden)
-        return {"loss": token_loss(logits, labels, result.packed), "logits": result.packed.pad(logits)}
+        logits = self.head(hidden)
+        return {"loss": token_loss(logits, labels, batch.packed), "logits": batch.packed.pad(logits)}
 
 
 class AutoModelForQuestionAnswering(PreTrainedModel):
@@ -278,7 +231,8 @@ class AutoModelForQuestionAnswering(PreTrainedModel):
 
     def answer(
         self,
-        result: BodyResult,
+        hidden: Tensor,
+        batch: Batch,
         labels: Tensor | None,
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
@@ -292,8 +246,8 @@ class AutoModelForQuestionAnswering(PreTrainedModel):
             raise TypeError(
                 "question answering is trained with start_positions and end_positions, not with labels"
             )
-        packed = result.packed
-        scores = self.head(result.hidden)
+        packed = batch.packed
+        scores = self.head(hidden)
         nowhere = torch.finfo(scores.dtype).min
         start, end = (_pad_with(packed, s, nowhere) for s in scores.unbind(-1))
         loss = None
@@ -312,71 +266,6 @@ def _pad_with(packed: Packed, x: Tensor, value: float) -> Tensor:
         return x.view(packed.batch, packed.columns)
     full = x.new_full((packed.batch * packed.columns,), value)
     return full.index_copy(0, packed.indices, x).view(packed.batch, packed.columns)
-
-
-class CausalLMHead(nn.Module):
-    """A score for each token of the vocabulary: the token table again, or a matrix of its own."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        super().__init__()
-        spec = model.spec
-        self.decoder = (
-            None if spec.tie_word_embeddings else Linear(spec.hidden_size, spec.vocab_size, bias=False)
-        )
-
-    def forward(self, hidden: Tensor, tokens: Embedding | QuantizedEmbedding) -> Tensor:
-        """hidden [T, C], the token table -> logits [T, V]."""
-        scores: Tensor = tokens.scores(hidden) if self.decoder is None else self.decoder(hidden)
-        return scores
-
-
-class AutoModelForCausalLM(PreTrainedModel):
-    """Which token comes next; `generate` writes on."""
-
-    head_kind: ClassVar[Head] = "causal-lm"
-    output_class: ClassVar[type[ModelOutput]] = CausalLMOutput
-
-    def __init__(self, config: PretrainedConfig) -> None:
-        super().__init__(config)
-        self.head = CausalLMHead(self)
-        self.initialise()
-
-    def answer(self, result: BodyResult, labels: Tensor | None, logits_to_keep: int = 0) -> dict[str, Any]:
-        """logits [B, S, V], or of the last `logits_to_keep` columns.
-
-        labels int64 [B, S], shifted here: each token is asked for the label of the next one of its row.
-        """
-        packed, hidden = result.packed, result.hidden
-        if logits_to_keep and labels is None:
-            packed, kept = packed.last_columns(logits_to_keep)
-            hidden = hidden if kept is None else hidden[kept]
-        logits = self.logits(hidden)
-        return {"loss": token_loss(logits, labels, packed, shift=True), "logits": packed.pad(logits)}
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [T, C] -> [T, V]."""
-        scores: Tensor = self.head(hidden, self.body.embeddings.tokens)
-        return scores
-
-    def step(self, tokens: Tensor, rows: Sequence[int], cache: KVCache) -> tuple[Tensor, Tensor]:
-        """One step of decoding, tokens int64 [B] -> logits [B, V] and the likeliest tokens int64 [B]; see
-        `minilm.native.steps.run`."""
-        logits, best = decode_step.run(self, tokens, rows, cache)
-        return logits, best[0]
-
-    def steps(
-        self, tokens: Tensor, rows: Sequence[int], cache: KVCache, count: int, ends: Iterable[int] = ()
-    ) -> tuple[Tensor, Tensor]:
-        """Up to `count` steps of decoding, the likeliest token of one fed to the next, until one of `ends`
-        comes: tokens int64 [B] -> logits of the last step [B, V] and the likeliest tokens int64 [steps, B];
-        see `minilm.native.steps.run`."""
-        return decode_step.run(self, tokens, rows, cache, count, ends)
-
-    def generate(self, *args: Any, **options: Any) -> Any:
-        """Write on from prompts; see `minilm.generation.generate`."""
-        from ..generation import generate
-
-        return generate(self, *args, **options)
 
 
 def token_loss(
@@ -423,19 +312,3 @@ def classification_loss(config: PretrainedConfig, logits: Tensor, labels: Tensor
         f"problem_type {config.problem_type!r} is unknown; expected regression, single_label_classification "
         "or multi_label_classification"
     )
-
-
-MODELS: dict[Head, type[PreTrainedModel]] = {
-    cls.head_kind: cls
-    for cls in (
-        AutoModel,
-        AutoModelForMaskedLM,
-        AutoModelForNextSentencePrediction,
-        AutoModelForPreTraining,
-        AutoModelForSequenceClassification,
-        AutoModelForTokenClassification,
-        AutoModelForQuestionAnswering,
-        AutoModelForCausalLM,
-    )
-}
-"""Head kind -> class."""

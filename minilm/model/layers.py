@@ -6,38 +6,14 @@ run on them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from ..config import ModelConfig
-from ..native import embed
-from ..ops import dispatch
-from ..ops.backends import native
-from .cache import CacheStep, KVCache
-from .packing import Packed
-
-
-@dataclass
-class Pass:
-    """What all layers of one forward pass share."""
-
-    packed: Packed
-    rope: tuple[Tensor, Tensor] | None
-    """cos and sin, [T, D/2]."""
-    cache: KVCache | None = None
-    rows: list[int] = field(default_factory=list)
-    """The cache's row of each sequence."""
-    step: CacheStep | None = None
-    unchanged: bool = False
-    """The weights are those of the pass before: what was made of them then need not be looked at again."""
-    stop: int | None = None
-    """Only so many blocks are run, and no final norm; None: all."""
-    attentions: list[Tensor] | None = None
-    """Filled with one [B, H, S, context] a layer when the caller wants to see the attention maps."""
+from .batch import Batch
+from .quantized import QuantizedEmbedding
 
 
 class Norm(nn.Module):
@@ -70,7 +46,7 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """x W^T + b, with an activation if asked for, through `minilm.ops.linear`."""
+    """x W^T + b, with an activation if asked for, through `minilm.ops.project`."""
 
     def reset_parameters(self) -> None:
         """Nothing: a checkpoint, or `PreTrainedModel.initialise`, fills the weights."""
@@ -110,7 +86,8 @@ class Embeddings(nn.Module):
         """tokens int64 [T], or float [T, C] already embedded; positions, types int64 [T]. Returns [T, C]."""
         if tokens.is_floating_point() or (self.config.types_are_tokens and types is not None):
             return self.by_modules(tokens, positions, types)
-        x: Tensor = dispatch.select("embed", embed.traits_of(self))(self, tokens, positions, types)
+        table = self.tokens.like if isinstance(self.tokens, QuantizedEmbedding) else self.tokens.weight
+        x: Tensor = ops.run_whole("embed", table.device, table.dtype, self, tokens, positions, types)
         return x
 
     def by_modules(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
@@ -127,9 +104,7 @@ class Embeddings(nn.Module):
         return F.dropout(x, self.config.embedding_dropout, self.training)
 
 
-dispatch.register(dispatch.Implementation("embed", "native", embed.run_native, native.supports_whole))
-for _backend in ("triton", "torch", "reference"):
-    dispatch.register(dispatch.Implementation("embed", _backend, Embeddings.by_modules))
+ops.register_modules("embed", Embeddings.by_modules)
 
 
 class Attention(nn.Module):
@@ -157,14 +132,14 @@ class Attention(nn.Module):
             q, k = self.q_norm.norm(q), self.k_norm.norm(k)
         return q, k, v
 
-    def forward(self, x: Tensor, run: Pass) -> Tensor:
+    def forward(self, x: Tensor, batch: Batch) -> Tensor:
         """x [T, C] -> [T, C]."""
         c = self.config
         q, k, v = self.heads(x)
-        q, k = self._rope_and_append(q, k, v, run)
-        if run.attentions is not None:
-            run.attentions.append(self._maps(q, k, run))
-        packed, step = run.packed, run.step
+        q, k = self._rope_and_append(q, k, v, batch)
+        if batch.attentions is not None:
+            batch.attentions.append(self._maps(q, k, batch))
+        packed, step = batch.packed, batch.step
         if step is None or step.fresh:
             out = ops.attention(
                 q,
@@ -180,12 +155,12 @@ class Attention(nn.Module):
                 dropout_p=c.attention_dropout if self.training else 0.0,
             )
         else:
-            assert run.cache is not None
-            k_scales, v_scales = run.cache.scales(self.layer)
+            assert batch.cache is not None
+            k_scales, v_scales = batch.cache.scales(self.layer)
             out = ops.paged_attention(
                 q,
-                run.cache.k_pages[self.layer],
-                run.cache.v_pages[self.layer],
+                batch.cache.k_pages[self.layer],
+                batch.cache.v_pages[self.layer],
                 step.block_table,
                 packed.cu_seqlens,
                 step.context_lens,
@@ -199,25 +174,25 @@ class Attention(nn.Module):
         projected: Tensor = self.out(out.flatten(1))
         return projected
 
-    def _rope_and_append(self, q: Tensor, k: Tensor, v: Tensor, run: Pass) -> tuple[Tensor, Tensor]:
-        if run.cache is None or run.step is None:
-            return ops.rope(q, k, *run.rope) if run.rope is not None else (q, k)
-        pages = run.cache.k_pages[self.layer], run.cache.v_pages[self.layer]
-        scales = run.cache.scales(self.layer)
-        if run.rope is not None:
-            return ops.rope_append(q, k, v, *run.rope, *pages, run.step.slots, *scales)
-        ops.append_kv(k, v, *pages, run.step.slots, *scales)
+    def _rope_and_append(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        if batch.cache is None or batch.step is None:
+            return ops.rope(q, k, *batch.rope) if batch.rope is not None else (q, k)
+        pages = batch.cache.k_pages[self.layer], batch.cache.v_pages[self.layer]
+        scales = batch.cache.scales(self.layer)
+        if batch.rope is not None:
+            return ops.rope_append(q, k, v, *batch.rope, *pages, batch.step.slots, *scales)
+        ops.append_kv(k, v, *pages, batch.step.slots, *scales)
         return q, k
 
-    def _maps(self, q: Tensor, k: Tensor, run: Pass) -> Tensor:
+    def _maps(self, q: Tensor, k: Tensor, batch: Batch) -> Tensor:
         """The attention probabilities as transformers shows them, [B, H, S, context], zero where there is no
         token."""
-        packed, cu_k = run.packed, run.packed.cu_seqlens
+        packed, cu_k = batch.packed, batch.packed.cu_seqlens
         context = packed.columns
-        if run.cache is not None and run.step is not None and not run.step.fresh:
-            k = torch.cat([run.cache.keys(self.layer, row) for row in run.rows]).to(q.dtype)
-            cu_k = F.pad(run.step.context_lens.cumsum(0, dtype=torch.int32), (1, 0))
-            context = run.step.max_context
+        if batch.cache is not None and batch.step is not None and not batch.step.fresh:
+            k = torch.cat([batch.cache.keys(self.layer, row) for row in batch.rows]).to(q.dtype)
+            cu_k = F.pad(batch.step.context_lens.cumsum(0, dtype=torch.int32), (1, 0))
+            context = batch.step.max_context
         maps = ops.attention_probs(
             q, k, packed.cu_seqlens, cu_k, scale=self.scale, causal=self.config.causal, window=self.window
         )
@@ -263,13 +238,13 @@ class Block(nn.Module):
         self.mlp_norm = Norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, delta: Tensor | None, run: Pass) -> tuple[Tensor, Tensor | None]:
+    def forward(self, x: Tensor, delta: Tensor | None, batch: Batch) -> tuple[Tensor, Tensor | None]:
         """x, delta [T, C] -> the next x and delta."""
         if self.pre_norm:
             h, x = self.attention_norm(x, delta)
-            h, x = self.mlp_norm(x, self._drop(self.attention(h, run)))
+            h, x = self.mlp_norm(x, self._drop(self.attention(h, batch)))
             return x, self._drop(self.mlp(h))
-        x, _ = self.attention_norm(x, self._drop(self.attention(x, run)))
+        x, _ = self.attention_norm(x, self._drop(self.attention(x, batch)))
         x, _ = self.mlp_norm(x, self._drop(self.mlp(x)))
         return x, None
 

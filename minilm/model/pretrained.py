@@ -1,116 +1,34 @@
-"""The one Transformer, and what every model made of it can do: run on padded batches, save itself, load
-itself.
+"""What every model made of the one Transformer can do: run on padded batches, grow its vocabulary, save and
+load itself.
 
-`Transformer` is the body, on packed tokens: embeddings, blocks, final norm. `PreTrainedModel` is a body with
-a border around it: it packs the [B, S] batch that it is called with, runs the body, and pads the result. The
-heads are in `minilm.model.heads`.
+`PreTrainedModel` is a body with the public API around it: `forward` packs the [B, S] batch that it is called
+with, runs the body, and pads the result. The heads are in `minilm.model.heads` and `causal`.
 """
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
 from ..families import Family, Head, PretrainedConfig, family_of
-from ..native import blocks as fused
-from ..ops import dispatch
-from ..ops.backends import native
 from . import rope
+from .batch import Batch, Packed, check_columns, pack
 from .cache import KVCache
-from .layers import Block, Embedding, Embeddings, Norm, Pass
-from .outputs import ModelOutput
-from .packing import Packed, check_columns, pack
-from .quantized_layers import Quantized, QuantizedEmbedding
-
-if TYPE_CHECKING:
-    from ..generation import GenerationConfig
-    from ..weights import LoadReport
-
-Model = TypeVar("Model", bound="PreTrainedModel")
+from .layers import Embedding, Linear
+from .loading import Checkpointed, initialise
+from .outputs import BaseModelOutput, ModelOutput
+from .quantized import Quantized, QuantizedEmbedding
+from .transformer import Transformer
 
 
-class Transformer(nn.Module):
-    """Embeddings, L blocks and, where the family has one, a final norm; on packed tokens."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = Norm(config) if config.final_norm else None
-
-    def forward(
-        self,
-        tokens: Tensor,
-        positions: Tensor,
-        types: Tensor | None,
-        run: Pass,
-        hidden_states: list[Tensor] | None = None,
-    ) -> Tensor:
-        """tokens int64 [T] or embedded [T, C]; positions, types int64 [T]. Returns the last hidden states,
-        [T, C].
-
-        `hidden_states`, when given, collects the residual stream before each layer and the result.
-        """
-        x: Tensor = self.embeddings(tokens, positions, types)
-        traits = native.WholeTraits(x.device.type, x.dtype, fused.obstacle(self, x, run, hidden_states))
-        result: Tensor = dispatch.select("blocks", traits)(self, x, run, hidden_states)
-        return result
-
-
-def run_modules(body: Transformer, x: Tensor, run: Pass, hidden_states: list[Tensor] | None) -> Tensor:
-    """All blocks, module by module, and the final norm: embedded tokens [T, C] -> hidden states [T, C].
-
-    What the blocks are, and the way of every backend but the native one, which has all of them in one call
-    (`minilm.native.blocks`). Each op in it is chosen for itself. With `run.stop`, the residual stream before that
-    block.
-    """
-    delta: Tensor | None = None
-    for block in body.layers if run.stop is None else body.layers[: run.stop]:
-        if hidden_states is not None:
-            hidden_states.append(x if delta is None else x + delta)
-        x, delta = block(x, delta, run)
-    if run.stop is not None:
-        return x if delta is None else x + delta
-    if body.norm is not None:
-        x, _ = body.norm(x, delta)
-    if hidden_states is not None:
-        hidden_states.append(x)
-    return x
-
-
-dispatch.register(dispatch.Implementation("blocks", "native", fused.run_blocks, native.supports_whole))
-for _backend in ("triton", "torch", "reference"):
-    dispatch.register(dispatch.Implementation("blocks", _backend, run_modules))
-
-
-@dataclass
-class BodyResult:
-    """What a body's run hands to the head."""
-
-    hidden: Tensor
-    """[T, C], packed."""
-    packed: Packed
-    input_ids: Tensor | None
-    """[B, S], as they were passed."""
-    cache: KVCache | None
-    hidden_states: tuple[Tensor, ...] | None
-    """Padded, [B, S, C] each."""
-    attentions: tuple[Tensor, ...] | None
-    """[B, H, S, context] each."""
-    rope: tuple[Tensor, Tensor] | None = None
-    """cos and sin of the packed tokens, [T, D/2]."""
-
-
-class PreTrainedModel(nn.Module):
-    """A body and its border. Subclasses (in `minilm.model.heads`) add a head and say how they are called.
+class PreTrainedModel(Checkpointed):
+    """A body and the public API around it. Subclasses add a head and say how they are called.
 
     `config` is the checkpoint's configuration under its own names, `spec` what minilm made of it.
     """
@@ -128,9 +46,7 @@ class PreTrainedModel(nn.Module):
         self.spec: ModelConfig = self.family.config(config)
         self.body = Transformer(self.spec)
         self.name_or_path = ""
-        self.load_report: LoadReport | None = None
-        """What loading did: tensors read, initialised, skipped with the reason."""
-        self.generation_config: GenerationConfig | None = None
+        self.load_report = None
 
     # Running
     def forward(
@@ -149,82 +65,88 @@ class PreTrainedModel(nn.Module):
         return_dict: bool | None = None,
         **head_options: Any,
     ) -> Any:
-        """Run a padded batch; arguments and results have transformers' names (see `run`, and `answer` of the
+        """Run a padded batch; arguments and results have transformers' names (see `pack`, and `answer` of the
         head)."""
-        result = self.run(
+        batch = self.pack(
             input_ids,
             attention_mask,
             token_type_ids,
             position_ids,
             inputs_embeds,
-            past_key_values,
-            self.config.use_cache if use_cache is None else use_cache,
-            output_attentions,
-            output_hidden_states,
+            past_key_values=past_key_values,
+            use_cache=self.config.use_cache if use_cache is None else use_cache,
+            output_attentions=self.config.output_attentions
+            if output_attentions is None
+            else output_attentions,
+            output_hidden_states=(
+                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+            ),
         )
-        fields = self.answer(result, labels, **head_options)
-        if result.cache is not None and "past_key_values" in self.output_class.__dataclass_fields__:  # type: ignore[attr-defined]
-            fields["past_key_values"] = result.cache
-        output = self.output_class(**fields, hidden_states=result.hidden_states, attentions=result.attentions)
+        fields = self.answer(self.body(batch), batch, labels, **head_options)
+        if batch.cache is not None and "past_key_values" in self.output_class.__dataclass_fields__:  # type: ignore[attr-defined]
+            fields["past_key_values"] = batch.cache
+        if batch.hidden_states is not None:
+            fields["hidden_states"] = tuple(map(batch.packed.pad, batch.hidden_states))
+        if batch.attentions is not None:
+            fields["attentions"] = tuple(batch.attentions)
+        output = self.output_class(**fields)
         return (
             output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
         )
 
-    def answer(self, result: BodyResult, labels: Tensor | None) -> dict[str, Any]:
-        """What the head makes of the hidden states: the fields of `output_class`."""
+    def answer(self, hidden: Tensor, batch: Batch, labels: Tensor | None) -> dict[str, Any]:
+        """What the head makes of the hidden states [T, C]: the fields of `output_class`."""
         raise NotImplementedError(f"{type(self).__name__} has no head")
 
-    def run(
+    def pack(
         self,
         input_ids: Tensor | None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         position_ids: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
+        *,
         past_key_values: KVCache | None = None,
         use_cache: bool = False,
-        output_attentions: bool | None = None,
-        output_hidden_states: bool | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
         stop: int | None = None,
-    ) -> BodyResult:
-        """Pack a padded batch, run the body, and keep the result packed for the head.
+    ) -> Batch:
+        """Check a padded batch and pack it, ready for the body; with a cache, take room there.
 
         input_ids int64 [B, S] or inputs_embeds [B, S, C]; attention_mask [B, S], or [B, past + S] with a
-        cache; the other ids [B, S] (position_ids also [1, S]). `stop`: the hidden states are the residual
+        cache; the other ids [B, S] (position_ids also [1, S]). `stop`: the body is to give the residual
         stream before this layer. Raises ValueError for shapes or ids that do not fit.
         """
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         self._check_inputs(input_ids, inputs_embeds)
-        batch, columns = given.shape[:2]
-        cache = self._cache(batch, past_key_values, use_cache)
+        rows, columns = given.shape[:2]
+        cache = self._cache(rows, past_key_values, use_cache)
         if past_key_values is not None and attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask[:, max(attention_mask.shape[1] - columns, 0) :]
-        packed = pack(batch, columns, attention_mask, given.device)
-        positions = self._positions(packed, input_ids, position_ids, cache)
-        types = None if token_type_ids is None else self._types(packed, token_type_ids)
-        run = Pass(packed, None, cache, stop=stop)
-        if cache is not None:
-            run.rows = cache.rows
-            run.step = cache.extend(run.rows, packed.lengths)
-        run.rope = self._rope(packed, positions, run)
-        want_attentions = self.config.output_attentions if output_attentions is None else output_attentions
-        want_hidden = (
-            self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        packed = pack(rows, columns, attention_mask, given.device)
+        batch = Batch(
+            tokens=packed.pack(given),
+            positions=self._positions(packed, input_ids, position_ids, cache),
+            packed=packed,
+            types=None if token_type_ids is None else self._types(packed, token_type_ids),
+            cache=cache,
+            input_ids=input_ids,
+            stop=stop,
+            hidden_states=[] if output_hidden_states else None,
+            attentions=[] if output_attentions else None,
         )
-        run.attentions = [] if want_attentions else None
-        hidden_states: list[Tensor] | None = [] if want_hidden else None
-        hidden = self.body(packed.pack(given), positions, types, run, hidden_states)
-        return BodyResult(
-            hidden,
-            packed,
-            input_ids,
-            cache,
-            None if hidden_states is None else tuple(packed.pad(h) for h in hidden_states),
-            None if run.attentions is None else tuple(run.attentions),
-            run.rope,
-        )
+        return self._placed(batch, [] if cache is None else cache.rows)
+
+    def _placed(self, batch: Batch, rows: Sequence[int]) -> Batch:
+        """The batch with its places in the cache and the angles of its positions."""
+        if batch.cache is not None:
+            batch.rows = list(rows)
+            batch.step = batch.cache.extend(batch.rows, batch.packed.lengths)
+        batch.rope = self._rope(batch)
+        return batch
 
     def run_packed(
         self,
@@ -241,11 +163,9 @@ class PreTrainedModel(nn.Module):
         ``rows[b]``. This is the entry of the decoding loop: no padding is made, and ids are not checked.
         `unchanged`: nobody has written to the weights since the call before.
         """
-        run = Pass(packed, None, cache, list(rows), unchanged=unchanged)
-        if cache is not None:
-            run.step = cache.extend(run.rows, packed.lengths)
-        run.rope = self._rope(packed, packed.positions, run)
-        hidden: Tensor = self.body(tokens, packed.positions + self.spec.position_offset, None, run)
+        offset = self.spec.position_offset
+        batch = Batch(tokens, packed.positions + offset, packed, cache=cache, unchanged=unchanged)
+        hidden: Tensor = self.body(self._placed(batch, rows))
         return hidden
 
     def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
@@ -339,14 +259,15 @@ class PreTrainedModel(nn.Module):
         self._check_ids("token_type_ids", token_type_ids, size, "the model has")
         return packed.pack(token_type_ids)
 
-    def _rope(self, packed: Packed, positions: Tensor, run: Pass) -> tuple[Tensor, Tensor] | None:
-        if self.spec.rope is None:
+    def _rope(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
+        spec, positions = self.spec, batch.positions
+        if spec.rope is None:
             return None
         context = None
-        if self.spec.rope.type == "dynamic":
-            rows = torch.split(positions, packed.lengths)
+        if spec.rope.type == "dynamic":
+            rows = torch.split(positions, batch.packed.lengths)
             context = torch.cat([row.max().expand(len(row)) + 1 for row in rows if len(row)] or [positions])
-        return rope.angles(self.spec.rope, self.spec.head_dim, positions, context)
+        return rope.angles(spec.rope, spec.head_dim, positions, context)
 
     # Being a model
     @property
@@ -362,8 +283,6 @@ class PreTrainedModel(nn.Module):
     @property
     def base_model(self) -> PreTrainedModel:
         """The same model without its head, sharing its parameters; the model itself if it has none."""
-        from .heads import AutoModel
-
         return self if isinstance(self, AutoModel) else AutoModel.sharing(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -436,56 +355,43 @@ class PreTrainedModel(nn.Module):
         self.spec = replace(self.spec, vocab_size=new_num_tokens)
         return table
 
-    def initialise(self) -> None:
-        """Fill all parameters at random (nothing on the meta device). Heads call it when they are made."""
-        std = float(self.config.get("initializer_range", 0.02))
-        if self.device.type != "meta":
-            with torch.no_grad():
-                for name, parameter in self.named_parameters():
-                    initialise(name, parameter, std)
 
-    # Files
+class Pooler(nn.Module):
+    """tanh(W x + b) of a sequence's first token (BERT)."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.dense = Linear(size, size)
+
+    def forward(self, hidden: Tensor, packed: Packed) -> Tensor:
+        """hidden [T, C] -> [B, C]."""
+        pooled: Tensor = self.dense(hidden[packed.first()], "tanh")
+        return pooled
+
+
+class AutoModel(PreTrainedModel):
+    """The body alone: last hidden states, and the pooler's output where the family has a pooler."""
+
+    output_class: ClassVar[type[ModelOutput]] = BaseModelOutput
+
+    def __init__(self, config: PretrainedConfig, add_pooling_layer: bool = True) -> None:
+        super().__init__(config)
+        self.pooler = Pooler(self.spec.hidden_size) if self.family.pooler and add_pooling_layer else None
+        self.initialise()
+
     @classmethod
-    def from_pretrained(
-        cls: type[Model], pretrained_model_name_or_path: str | os.PathLike[str], **options: Any
-    ) -> Model:
-        """Load a checkpoint; see `minilm.model.auto.from_pretrained` for the options."""
-        from .auto import from_pretrained
-
-        return from_pretrained(cls, pretrained_model_name_or_path, **options)
-
-    @classmethod
-    def from_config(
-        cls: type[Model],
-        config: PretrainedConfig,
-        *,
-        dtype: torch.dtype | str | None = None,
-        device: torch.device | str | None = None,
-    ) -> Model:
-        """A model with random weights, in evaluation mode off (as transformers' `from_config` leaves it:
-        training)."""
-        from .auto import as_dtype
-
-        with torch.device("meta"):
-            model = cls(config)
-        model.to(as_dtype(dtype) or torch.get_default_dtype())
-        model.to_empty(device=torch.device(device or "cpu"))
-        model.initialise()
+    def sharing(cls, other: PreTrainedModel) -> AutoModel:
+        """The body and pooler of another model, without its head."""
+        model = cls.__new__(cls)
+        nn.Module.__init__(model)
+        model.__dict__.update({k: v for k, v in other.__dict__.items() if not k.startswith("_")})
+        model.body = other.body
+        model.pooler = getattr(other, "pooler", None)
         return model
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *, max_shard_size: str = "5GB") -> None:
-        """Write config.json and safetensors into a folder that transformers loads; nothing partial stays
-        behind."""
-        from .auto import save_pretrained
-
-        save_pretrained(self, save_directory, max_shard_size=max_shard_size)
-
-
-def initialise(name: str, parameter: Tensor, std: float) -> None:
-    """Fill a fresh parameter: norms are the identity, biases zero, all else normal with mean 0."""
-    if name.endswith("bias"):
-        parameter.zero_()
-    elif "norm" in name.split(".")[-2:][0] and name.endswith("weight"):
-        parameter.fill_(1.0)
-    else:
-        parameter.normal_(0.0, std)
+    def answer(self, hidden: Tensor, batch: Batch, labels: Tensor | None) -> dict[str, Any]:
+        """last_hidden_state [B, S, C] and pooler_output [B, C]."""
+        if labels is not None:
+            raise TypeError("a model without a head takes no labels")
+        pooled = None if self.pooler is None else self.pooler(hidden, batch.packed)
+        return {"last_hidden_state": batch.packed.pad(hidden), "pooler_output": pooled}

@@ -13,16 +13,12 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterator
 from operator import attrgetter, is_
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from ..model import MLP, Attention, Block, Linear, Norm, Pass, QuantizedLinear
+from ..model import MLP, Attention, Batch, Block, Linear, Norm, QuantizedLinear, Transformer
 from ..ops.backends import native, packed
-
-if TYPE_CHECKING:
-    from ..model import Transformer
 
 ALIGNMENT = 64
 CACHES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -31,17 +27,15 @@ HEADER = 14
 """Numbers of the layout before those of the blocks; the last two are the places of the final norm."""
 
 
-def obstacle(body: Transformer, x: Tensor, run: Pass, hidden_states: object) -> str | None:
+def obstacle(body: Transformer, x: Tensor, batch: Batch) -> str | None:
     """What in this call, on the embedded tokens x, only the modules can do."""
-    if torch.compiler.is_compiling():
-        return "torch.compile traces the modules"
-    if not run.unchanged:
+    if not batch.unchanged:
         body.__dict__.pop("_fused_obstacle", None)
     if native.unavailable is not None:
         return native.unavailable
-    if hidden_states is not None or run.attentions is not None:
+    if batch.hidden_states is not None or batch.attentions is not None:
         return "the results of each layer are asked for"
-    cache = run.cache
+    cache = batch.cache
     if cache is not None and cache.dtype not in CACHES:
         return f"the extension has no kernel for a cache in {cache.dtype}"
     if "_fused_obstacle" not in body.__dict__:
@@ -77,19 +71,19 @@ def _look(body: Transformer, x: Tensor) -> str | None:
     return _plan(body).obstacle
 
 
-def run_blocks(body: Transformer, x: Tensor, run: Pass, hidden_states: list[Tensor] | None) -> Tensor:
+def run_blocks(body: Transformer, x: Tensor, batch: Batch) -> Tensor:
     """Embedded tokens [T, C] -> hidden states after the final norm [T, C]."""
     weights, layout = arena(body)  # as `obstacle` found them a moment ago
-    cos, sin = run.rope if run.rope is not None else (None, None)
-    cache, step = run.cache, run.step
+    cos, sin = batch.rope if batch.rope is not None else (None, None)
+    cache, step = batch.cache, batch.step
     stored: tuple[Tensor | None, ...] = (None,) * 5
     if cache is not None and step is not None:
         stored = (*cache.stores(), step.slots, step.block_table, step.context_lens)
     y: Tensor = torch.ops.minilm.transformer.default(
         x.float().contiguous(),
         weights,
-        layout if run.stop is None else _first(layout, run.stop, len(body.layers)),
-        run.packed.cu_seqlens,
+        layout if batch.stop is None else _first(layout, batch.stop, len(body.layers)),
+        batch.packed.cu_seqlens,
         cos,
         sin,
         *stored,

@@ -6,29 +6,15 @@ the op `embed`: of a short text, half a dozen calls of Python take as long as a 
 
 from __future__ import annotations
 
-from functools import cache
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-from ..model import QuantizedEmbedding
+from ..model import Embedding, Embeddings, Norm, QuantizedEmbedding
 from ..ops.backends import native
 
-if TYPE_CHECKING:
-    from ..model import Embeddings
 
-
-def traits_of(embeddings: Embeddings) -> native.WholeTraits:
-    """What the choice of an implementation depends on."""
-    table = embeddings.tokens
-    like = table.like if isinstance(table, QuantizedEmbedding) else table.weight
-    return native.WholeTraits(like.device.type, like.dtype, _obstacle(embeddings))
-
-
-def _obstacle(embeddings: Embeddings) -> str | None:
-    if torch.compiler.is_compiling():
-        return "torch.compile traces the modules"
+def obstacle(embeddings: Embeddings, *_: object) -> str | None:
+    """What in these embeddings only the modules can do."""
     if native.unavailable is not None:
         return native.unavailable
     if embeddings.training and embeddings.config.embedding_dropout:
@@ -39,24 +25,20 @@ def _obstacle(embeddings: Embeddings) -> str | None:
     if any(m is not None and (m._forward_hooks or m._forward_pre_hooks) for m in modules.values()):
         return "a module has forward hooks"
     for name, module in modules.items():
-        if module is not None and type(module) not in _kinds()[name]:
+        if module is not None and type(module) not in _KINDS[name]:
             return f"a part was replaced by a {type(module).__name__}"
     return None
 
 
-@cache
-def _kinds() -> dict[str, tuple[type, ...]]:
-    from ..model import Embedding, Norm
-
-    return {
-        "tokens": (Embedding, QuantizedEmbedding),
-        "positions": (Embedding,),
-        "types": (Embedding,),
-        "norm": (Norm,),
-    }
+_KINDS: dict[str, tuple[type, ...]] = {
+    "tokens": (Embedding, QuantizedEmbedding),
+    "positions": (Embedding,),
+    "types": (Embedding,),
+    "norm": (Norm,),
+}
 
 
-def run_native(embeddings: Embeddings, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
+def run_embed(embeddings: Embeddings, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
     """As `layers.Embeddings`."""
     table, norm = embeddings.tokens, embeddings.norm
     scale = minimum = None

@@ -1,56 +1,41 @@
 """Steps of decoding: the newest token of each sequence in, a score for each possible next one out.
 
-`by_modules` says what a step is: the tokens' embeddings, all blocks with the cache, the head. A small model
-does it in a few milliseconds, of which the calls between Python and the kernels are a good part. So
-`run_native` hands whole steps to the native extension as one call (csrc/cpu/transformer.cpp); where the
-likeliest token is what is written and nobody waits for each, that can be several. It is one more
-implementation behind the dispatch table, of the op `decode_step`.
+`AutoModelForCausalLM.run_steps` says what a step is: the tokens' embeddings, all blocks with the cache, the
+head. A small model does it in a few milliseconds, of which the calls between Python and the kernels are a
+good part. So whole steps are one call of the native extension here (csrc/cpu/transformer.cpp); where the
+likeliest token is what is written and nobody waits for each, several. It is one more implementation behind
+the dispatch table, of the op `decode_step`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..config import RopeConfig
-from ..model import Embedding, Embeddings, KVCache, Linear, Packed, QuantizedEmbedding, QuantizedLinear, rope
-from ..ops import dispatch
-from ..ops.backends import native, packed
-from . import blocks as fused
-
-if TYPE_CHECKING:
-    from ..model import AutoModelForCausalLM
+from ..model import (
+    AutoModelForCausalLM,
+    CausalLMHead,
+    Embedding,
+    Embeddings,
+    KVCache,
+    Linear,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    angles,
+)
+from ..ops.backends import packed
+from . import blocks
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def run(
-    model: AutoModelForCausalLM,
-    tokens: Tensor,
-    rows: Sequence[int],
-    cache: KVCache,
-    steps: int = 1,
-    ends: Iterable[int] = (),
-) -> tuple[Tensor, Tensor]:
-    """Sequence b, in the cache's row ``rows[b]``, goes on with ``tokens[b]``, int64 [B].
-
-    Up to `steps` steps: the likeliest token of each is fed to the next, and the first step that gives one of
-    `ends` is the last. Returns the logits of the last step, [B, V], and the likeliest tokens of all that were
-    made, int64 [steps, B]. The last ones have not been fed: the cache holds the tokens before them. Nobody
-    may have written to the weights since the model was last run.
-    """
-    traits = native.WholeTraits(tokens.device.type, model.dtype, _obstacle(model, cache))
-    call = dispatch.select("decode_step", traits)
-    result: tuple[Tensor, Tensor] = call(model, tokens, rows, cache, steps, frozenset(ends))
-    return result
-
-
-def by_modules(
+def run_steps(
     model: AutoModelForCausalLM,
     tokens: Tensor,
     rows: Sequence[int],
@@ -58,38 +43,10 @@ def by_modules(
     steps: int,
     ends: frozenset[int],
 ) -> tuple[Tensor, Tensor]:
-    """The steps as the embeddings, the blocks and the head make them, one after the other."""
-    device, batch = tokens.device, len(rows)
-    borders = torch.arange(batch + 1, dtype=torch.int32, device=device)
-    found: list[Tensor] = []
-    while True:
-        positions = torch.tensor([cache.lengths[row] for row in rows], device=device)
-        hidden = model.run_packed(
-            tokens,
-            Packed(batch, 1, None, [1] * batch, borders, positions),
-            cache=cache,
-            rows=rows,
-            unchanged=not torch.is_grad_enabled(),  # what was found may hold without gradients only
-        )
-        logits = model.logits(hidden)
-        tokens = logits.argmax(-1)
-        found.append(tokens)
-        if len(found) == steps or (ends and not ends.isdisjoint(tokens.tolist())):
-            return logits, torch.stack(found)
-
-
-def run_native(
-    model: AutoModelForCausalLM,
-    tokens: Tensor,
-    rows: Sequence[int],
-    cache: KVCache,
-    steps: int,
-    ends: frozenset[int],
-) -> tuple[Tensor, Tensor]:
-    """The steps in one call."""
-    frame: _Ends = model.__dict__["_step_ends"]  # as `_obstacle` found it a moment ago
+    """As `AutoModelForCausalLM.steps`, in one call."""
+    frame: _Ends = model.__dict__["_step_ends"]  # as `obstacle` found it a moment ago
     assert frame.head is not None
-    arena, layout = fused.arena(model.body)
+    arena, layout = blocks.arena(model.body)
     spec = model.spec
     room = cache.extend(rows, [steps] * len(rows))
     cos = sin = None
@@ -133,7 +90,7 @@ def _numbers(numbers: frozenset[int]) -> Tensor:
 def _angles(config: RopeConfig, head_dim: int, positions: int) -> tuple[Tensor, Tensor]:
     """cos and sin of the first positions, float32 [positions, D/2]."""
     with torch.inference_mode(False), torch.device("cpu"):
-        return rope.angles(config, head_dim, torch.arange(positions))
+        return angles(config, head_dim, torch.arange(positions))
 
 
 @dataclass
@@ -153,13 +110,13 @@ class _Ends:
     head: packed.Packed | None = None
 
 
-def _obstacle(model: AutoModelForCausalLM, cache: KVCache) -> str | None:
+def obstacle(
+    model: AutoModelForCausalLM, tokens: Tensor, rows: Sequence[int], cache: KVCache, *_: object
+) -> str | None:
     """What in this step only the modules can do."""
-    if torch.compiler.is_compiling():
-        return "torch.compile traces the modules"
     if torch.is_grad_enabled():
         return "gradients may be wanted (torch.inference_mode() or torch.no_grad() says that they are not)"
-    reason = fused.standing_obstacle(model.body, cache.dtype)
+    reason = blocks.standing_obstacle(model.body, cache.dtype)
     if reason is not None:
         return reason
     if model.training and model.spec.embedding_dropout:
@@ -207,8 +164,6 @@ def _sources(modules: tuple[nn.Module | None, ...]) -> tuple[Tensor | None, ...]
 
 
 def _look(model: AutoModelForCausalLM) -> _Ends:
-    from ..model import CausalLMHead
-
     embeddings, head = model.body.embeddings, model.head
     if type(embeddings) is not Embeddings or type(head) is not CausalLMHead:
         return _Ends("the embeddings or the head were replaced")
@@ -246,8 +201,3 @@ def _look(model: AutoModelForCausalLM) -> _Ends:
         None if positions is None else positions.weight.detach().contiguous(),
         packed.kept(matrix, getattr(decoder, "bias", None)),
     )
-
-
-dispatch.register(dispatch.Implementation("decode_step", "native", run_native, native.supports_whole))
-for _backend in ("triton", "torch", "reference"):
-    dispatch.register(dispatch.Implementation("decode_step", _backend, by_modules))

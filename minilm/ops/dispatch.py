@@ -22,6 +22,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from importlib import import_module
 from typing import Any, Protocol
 
 import torch
@@ -51,6 +52,9 @@ class Implementation:
     backend: str
     call: Callable[..., Any]
     supports: Callable[[Any], str | None] = lambda traits: None
+    examine: Callable[..., str | None] | None = None
+    """Of an op that stands for modules (`minilm.ops.whole`): given the arguments of a call, None or why the
+    modules have to run one by one."""
 
 
 @dataclass
@@ -77,7 +81,12 @@ PREFERENCE: dict[str, tuple[str, ...]] = {
 }
 DEFAULT_PREFERENCE = ("torch", "reference")
 
+PLUGINS = {"embed": "minilm.native", "blocks": "minilm.native", "decode_step": "minilm.native"}
+"""Ops with implementations in a folder that stands above this one: op -> the module that registers them. It
+is imported when such an op is first looked up."""
+
 _table: dict[str, dict[str, Implementation]] = {}
+_plugged: set[str] = set()
 _unavailable: dict[str, str] = {}
 _decisions: dict[tuple[str, Any, tuple[str, ...] | None], Decision] = {}
 
@@ -98,13 +107,16 @@ def register_unavailable(backend: str, reason: str) -> None:
 
 
 def implementations(op: str) -> dict[str, Implementation]:
-    """The implementations of `op` by backend."""
-    return dict(_table.get(op, {}))
+    """The implementations of `op` by backend. Not to be changed."""
+    if op in PLUGINS and op not in _plugged and not torch.compiler.is_compiling():
+        _plugged.add(op)
+        import_module(PLUGINS[op])
+    return _table.get(op, {})
 
 
 def ops() -> list[str]:
     """Names of all ops in the table."""
-    return sorted(_table)
+    return sorted({*_table, *PLUGINS})
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,7 @@ def backend(*names: str, **per_op: str | Sequence[str]) -> Iterator[None]:
     outer = _current()
     default = outer.default if not names else None if names == ("auto",) else _parse(names)
     for op in per_op:
-        if op not in _table:
+        if op not in ops():
             raise ValueError(f"unknown op {op!r}; expected one of {', '.join(ops())}")
     kept = outer.per_op if not names else {}
     chosen = _Choice(default, {**kept, **{op: _parse(value) for op, value in per_op.items()}})
@@ -175,15 +187,16 @@ def backend(*names: str, **per_op: str | Sequence[str]) -> Iterator[None]:
 def _decide(op: str, traits: Traits, wanted: tuple[str, ...] | None) -> Decision:
     refused: dict[str, str] = {}
     candidates = wanted or PREFERENCE.get(traits.device, DEFAULT_PREFERENCE)
+    known = implementations(op)
     for name in candidates:
-        implementation = _table.get(op, {}).get(name)
+        implementation = known.get(name)
         if implementation is None:
             refused[name] = _unavailable.get(name, f"there is no {name} implementation of {op}")
             continue
         reason = implementation.supports(traits)
         if reason is None:
             for other in BACKENDS:
-                if other not in refused and other != name and other in _table.get(op, {}):
+                if other not in refused and other != name and other in known:
                     refused[other] = (
                         f"not asked for (chosen: {', '.join(wanted)})"
                         if wanted and other not in wanted

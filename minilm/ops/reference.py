@@ -331,3 +331,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     return cross_entropy(F.linear(hidden, weight), labels, ignore_index)
+
+
+def pool(x: Tensor, cu_seqlens: Tensor, unit: bool) -> Tensor:
+    """As `minilm.ops.pool`."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    rows = torch.arange(len(x), device=x.device)
+    y = F.embedding_bag(rows, wide, cu_seqlens.long(), mode="mean", include_last_offset=True).to(x.dtype)
+    eps = max(1e-12, torch.finfo(x.dtype).tiny)  # 1e-12 is zero in float16
+    return F.normalize(y, dim=-1, eps=eps) if unit else y

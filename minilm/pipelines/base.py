@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from ..model import BodyResult, PreTrainedModel
+from ..model import Batch, PreTrainedModel
 from ..sentence import Tokens, by_length, check_batch_size, chunks, run, window
 from ..text import Tokenizer
 
@@ -67,7 +67,7 @@ class Pipeline(ABC, Generic[OptionsT]):
         """Tokenise one input. Raises TypeError or ValueError for what is none."""
 
     @abstractmethod
-    def head(self, result: BodyResult, windows: Sequence[Tokens]) -> Sequence[Any]:
+    def head(self, hidden: Tensor, batch: Batch, windows: Sequence[Tokens]) -> Sequence[Any]:
         """What the model says of each window."""
 
     @abstractmethod
@@ -121,9 +121,10 @@ class Pipeline(ABC, Generic[OptionsT]):
     def _outputs(self, windows: list[Tokens], batch_size: int) -> Iterator[Any]:
         outputs: list[Any] = [None] * len(windows)
         with torch.inference_mode():
-            for batch in by_length([len(tokens) for tokens in windows], batch_size):
-                chosen = [windows[i] for i in batch]
-                for i, output in zip(batch, self.head(run(self.model, chosen), chosen), strict=True):
+            for places in by_length([len(tokens) for tokens in windows], batch_size):
+                chosen = [windows[i] for i in places]
+                hidden, batch = run(self.model, chosen)
+                for i, output in zip(places, self.head(hidden, batch, chosen), strict=True):
                     outputs[i] = output
         return iter(outputs)
 
@@ -160,6 +161,6 @@ class Pipeline(ABC, Generic[OptionsT]):
         return Work([tokens], cut=not silent and len(encoded["input_ids"]) > 1)
 
 
-def split(packed: Tensor, result: BodyResult) -> list[Tensor]:
+def split(packed: Tensor, batch: Batch) -> list[Tensor]:
     """[T, ...] on the device -> float32 [tokens, ...] of each window, on the CPU."""
-    return list(torch.split(packed.float().cpu(), result.packed.lengths))
+    return list(torch.split(packed.float().cpu(), batch.packed.lengths))

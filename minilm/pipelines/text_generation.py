@@ -7,9 +7,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..generation import context_window
-from ..model import AutoModelForCausalLM, BodyResult
+from ..model import AutoModelForCausalLM, Batch
 from ..sentence import Tokens, chunks
 from .base import Pipeline, Work
 
@@ -124,7 +125,7 @@ class TextGenerationPipeline(Pipeline[Options]):
             )
         return longest - int(new)
 
-    def head(self, result: BodyResult, windows: Sequence[Tokens]) -> Sequence[Any]:
+    def head(self, hidden: Tensor, batch: Batch, windows: Sequence[Tokens]) -> Sequence[Any]:
         """Not used: `results` generates."""
         raise NotImplementedError
 

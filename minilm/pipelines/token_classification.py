@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ..model import AutoModelForTokenClassification, BodyResult
+from ..model import AutoModelForTokenClassification, Batch
 from ..sentence import Tokens, window
 from .base import Pipeline, Work, split
 
@@ -147,10 +147,10 @@ class TokenClassificationPipeline(Pipeline[Options]):
             end += len(self.text(word)) + len(options.delimiter)
         return options.delimiter.join(item), starts
 
-    def head(self, result: BodyResult, windows: Sequence[Tokens]) -> Sequence[Tensor]:
+    def head(self, hidden: Tensor, batch: Batch, windows: Sequence[Tokens]) -> Sequence[Tensor]:
         """Probabilities [tokens, num_labels] of each window."""
         assert isinstance(self.model, AutoModelForTokenClassification)
-        return [logits.softmax(-1) for logits in split(self.model.head(result.hidden), result)]
+        return [logits.softmax(-1) for logits in split(self.model.head(hidden), batch)]
 
     def finish(self, work: Work, outputs: list[Any], options: Options) -> Any:
         """Tokens or entities, without those that are to be ignored."""

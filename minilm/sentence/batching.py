@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor
 
-from ..model import BodyResult, PreTrainedModel, pack
+from ..model import Batch, PreTrainedModel, pack
 
 if TYPE_CHECKING:
     from ..text import Tokenizer
@@ -34,19 +34,22 @@ class Tokens:
         return len(self.ids)
 
 
-def run(model: PreTrainedModel, texts: Sequence[Tokens]) -> BodyResult:
-    """The body of `model` over at least one text; hidden states are packed, in the order of `texts`."""
+def run(model: PreTrainedModel, texts: Sequence[Tokens]) -> tuple[Tensor, Batch]:
+    """The body of `model` over at least one text: hidden states [T, C], packed in the order of
+    `texts`, and the batch that they are of."""
     lengths = torch.tensor([len(text) for text in texts])
     columns = int(lengths.max())
     if columns == 0:
         nothing = torch.zeros(0, model.spec.hidden_size, dtype=model.dtype, device=model.device)
-        return BodyResult(nothing, pack(len(texts), 0, None, model.device), None, None, None, None)
+        tokens = torch.zeros(0, dtype=torch.int64, device=model.device)
+        return nothing, Batch(tokens, tokens, pack(len(texts), 0, None, model.device))
     real = torch.arange(columns) < lengths[:, None]
     types = None
     if any(text.types is not None for text in texts):
         types = _padded([text.types or [0] * len(text) for text in texts], real).to(model.device)
     ids = _padded([text.ids for text in texts], real).to(model.device)
-    return model.run(ids, real.to(model.device), types)
+    batch = model.pack(ids, real.to(model.device), types)
+    return model.body(batch), batch
 
 
 def _padded(rows: Sequence[Sequence[int]], real: Tensor) -> Tensor:

@@ -147,9 +147,9 @@ class CrossEncoder(nn.Module):
                 tokens, too_long = tokenise(self.tokenizer, firsts, seconds, self.max_seq_length)
                 cut += too_long
                 for batch in by_length([len(t) for t in tokens], batch_size):
-                    result = run(self.model, [tokens[i] for i in batch])
+                    hidden, ran = run(self.model, [tokens[i] for i in batch])
                     rows = torch.tensor(batch, device=self.device) + start * _SLAB * batch_size
-                    scores[rows] = self.model.answer(result, None)["logits"].float()
+                    scores[rows] = self.model.answer(hidden, ran, None)["logits"].float()
                     bar.update()
             scores = (activation_fn or self.activation_fn)(scores)
             if apply_softmax and self.num_labels > 1:

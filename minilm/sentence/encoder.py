@@ -21,11 +21,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from .. import __version__
-from . import pool
+from .._version import __version__
 from .batching import Tokens, by_length, check_batch_size, chunks, progress_bar, run
 from .files import default_device, load
-from .modules import Features, Module, write_json
+from .modules import Features, Module, run_modules, write_json
 from .similarity import PRECISIONS, SIMILARITIES, Precision, quantize_embeddings
 from .transformer import Transformer
 
@@ -47,7 +46,8 @@ class SentenceEncoder(nn.Module):
         modules: instead of a name, a `Transformer` and what follows it.
         device: where to; None takes the GPU if there is one.
         dtype: of the weights; None: as the checkpoint says.
-        weights: quantises them, as "int8" or "q8" (`minilm.model.auto.from_pretrained`); dtype is then that of the
+        weights: quantises them, as "int8" or "q8" (`minilm.model.auto.from_pretrained`); dtype is then that
+        of the
             rest.
         prompts: name -> text that is put before the texts; prompts of the model that are not named stay.
         default_prompt_name: the prompt of calls that name none.
@@ -193,9 +193,10 @@ class SentenceEncoder(nn.Module):
         """For training: what `tokenize` gives -> the same with `token_embeddings` [B, S, C] and
         `sentence_embedding` [B, D]."""
         ids = input["input_ids"]
-        result = self.transformer.model.run(ids, input.get("attention_mask"), input.get("token_type_ids"))
+        model = self.transformer.model
+        batch = model.pack(ids, input.get("attention_mask"), input.get("token_type_ids"))
         skip = int(input.get("prompt_length", 0))
-        features = pool.run(self._modules_after(), Features(result.hidden, result.packed, skip))
+        features = run_modules(self._modules_after(), Features(model.body(batch), batch.packed, skip))
         tokens = features.packed.pad(features.tokens)
         return {**input, "token_embeddings": tokens, "sentence_embedding": features.sentence}
 
@@ -215,8 +216,8 @@ class SentenceEncoder(nn.Module):
                 cut += too_long
                 for batch in by_length([len(t) for t in tokens], batch_size):
                     chosen = [tokens[i] for i in batch]
-                    result = run(self.transformer.model, chosen)
-                    features = pool.run(modules, Features(result.hidden, result.packed, skip))
+                    hidden, ran = run(self.transformer.model, chosen)
+                    features = run_modules(modules, Features(hidden, ran.packed, skip))
                     yield [start * _SLAB * batch_size + i for i in batch], chosen, features
                     bar.update()
         if cut:

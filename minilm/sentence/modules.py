@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..files import FileError, read_json
+from .. import ops
+from ..files import FileError, WeightError, open_checkpoint, read_json
 from ..model import Linear, Packed
-from ..weights import WeightError, open_checkpoint
 
 
 @dataclass
@@ -398,3 +398,27 @@ def write_json(file: Path, value: Any) -> None:
     temporary = file.with_name(f".{file.name}.part")
     temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
     os.replace(temporary, file)
+
+
+def run_modules(modules: Sequence[Module], features: Features) -> Features:
+    """All modules after the Transformer. The usual ones, the mean of a text's tokens and then perhaps its
+    scaling to length 1, are one op."""
+    if _are_one_op(modules, features):
+        unit = len(modules) == 2
+        features.sentence = ops.pool(features.tokens, features.packed.cu_seqlens, unit=unit)
+        return features
+    for module in modules:
+        features = module(features)
+    return features
+
+
+def _are_one_op(modules: Sequence[Module], features: Features) -> bool:
+    pooling = modules[0] if modules else None
+    return (
+        type(pooling) is Pooling
+        and pooling.modes == ("mean",)
+        and (pooling.include_prompt or not features.prompt_length)
+        and len(modules) <= 2
+        and all(type(m) is Normalize and m.input == m.output == "sentence_embedding" for m in modules[1:])
+        and not any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+    )

@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..files import read_json
+from ..files import open_checkpoint, read_json
 from ..model import AutoModel
 from ..text import AutoTokenizer, Tokenizer
-from ..weights import open_checkpoint
 from .batching import Tokens, tokenise, window
 from .modules import check_known, write_json
 

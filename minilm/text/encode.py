@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .output import BatchEncoding
-from .pad import pad
 from .special import Vocabulary
 from .vocabulary import TokenizerError, backend_errors
 
@@ -161,12 +160,6 @@ class TextEncoder(Vocabulary):
     @property
     def max_len_sentences_pair(self) -> int:
         return self.model_max_length - self.num_special_tokens_to_add(pair=True)
-
-    def pad(self, encoded_inputs: Any, padding: bool | str = True, **options: Any) -> BatchEncoding:
-        """Pads what was encoded before: a BatchEncoding, or a list of them as a data loader collects.
-        `options`: `max_length`, `pad_to_multiple_of`, `padding_side`, `return_attention_mask`,
-        `return_tensors`."""
-        return pad(self, encoded_inputs, padding, **options)
 
     def _strategies(
         self,

@@ -5,12 +5,9 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from .vocabulary import TokenizerError, backend_errors
-
-if TYPE_CHECKING:
-    from .tokenizer import Tokenizer
 
 # tokenizer.json has the bos and eos that texts get, and transformers takes these two for a wish to change it.
 _NOT_SAVED = (
@@ -24,7 +21,25 @@ _NOT_SAVED = (
 )
 
 
-def save(tokenizer: Tokenizer, folder: Path) -> tuple[str, ...]:
+class Savable(Protocol):
+    """What of a `Tokenizer` is written."""
+
+    backend_tokenizer: Any
+    chat_template: str | dict[str, str] | None
+    init_kwargs: dict[str, Any]
+    extra_special_tokens: Any
+    model_max_length: int
+    model_input_names: list[str]
+    padding_side: str
+    truncation_side: str
+    clean_up_tokenization_spaces: bool
+    split_special_tokens: bool
+
+    @property
+    def special_tokens_map(self) -> dict[str, Any]: ...
+
+
+def save(tokenizer: Savable, folder: Path) -> tuple[str, ...]:
     """See `Tokenizer.save_pretrained`. Everything is written under other names first and then renamed."""
     if folder.exists() and not folder.is_dir():
         raise TokenizerError(f"{folder}: expected a folder to save into, this is a file")
@@ -61,7 +76,7 @@ def save(tokenizer: Tokenizer, folder: Path) -> tuple[str, ...]:
     return tuple(str(final) for _, final in unfinished)
 
 
-def _config(tokenizer: Tokenizer) -> dict[str, Any]:
+def _config(tokenizer: Savable) -> dict[str, Any]:
     config = {key: value for key, value in tokenizer.init_kwargs.items() if key not in _NOT_SAVED}
     config.update(tokenizer.special_tokens_map)
     if tokenizer.extra_special_tokens:

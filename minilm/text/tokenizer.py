@@ -16,11 +16,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import hub
+from ..files import TOKENIZER_FILES, resolve
 from . import chat_template as chat
-from .detokenize import IncrementalDecoder as IncrementalDecoder
 from .encode import UNLIMITED, TextEncoder
 from .output import BatchEncoding as BatchEncoding
+from .pad import pad
 from .save import save
 from .vocabulary import FAMILIES, SPECIAL_TOKENS, Parts, adds, backend_errors, from_object, load, set_frame
 from .vocabulary import TokenizerError as TokenizerError
@@ -98,14 +98,14 @@ class Tokenizer(TextEncoder):
         subfolder: str = "",
         **settings: Any,
     ) -> Tokenizer:
-        """The tokenizer of a local folder, file, or name on the hub (`hub.resolve` explains the first
-        arguments).
+        """The tokenizer of a local folder, file, or name on the hub (`minilm.files.resolve` explains the
+        first arguments).
 
         Errors: HubError if there is nothing of that name, TokenizerError if what is there is not a tokenizer.
         """
         settings = _checked(settings)
-        files: Any = [f"{subfolder}/{name}" for name in hub.TOKENIZER_FILES] if subfolder else "tokenizer"
-        path = hub.resolve(
+        files: Any = [f"{subfolder}/{name}" for name in TOKENIZER_FILES] if subfolder else "tokenizer"
+        path = resolve(
             pretrained_model_name_or_path,
             revision=revision,
             cache_dir=cache_dir,
@@ -195,6 +195,12 @@ class Tokenizer(TextEncoder):
         """The texts of several sequences of ids."""
         texts = self.decode(sequences, skip_special_tokens, **options)
         return [texts] if isinstance(texts, str) else list(texts)
+
+    def pad(self, encoded_inputs: Any, padding: bool | str = True, **options: Any) -> BatchEncoding:
+        """Pads what was encoded before: a BatchEncoding, or a list of them as a data loader collects.
+        `options`: `max_length`, `pad_to_multiple_of`, `padding_side`, `return_attention_mask`,
+        `return_tensors`."""
+        return pad(self, encoded_inputs, padding, **options)
 
     @staticmethod
     def clean_up_tokenization(text: str) -> str:

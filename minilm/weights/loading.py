@@ -3,7 +3,8 @@
 A checkpoint is a bag of named tensors, and the names are those of somebody else's program:
 `bert.encoder.layer.3.attention.self.query.weight`. Our models have other names, and partly other shapes:
 query, key and value are one matrix here. What happens between the two is said by the rules of the family,
-which are data (minilm/weights/rules.py says what a rule is, minilm/archs/ has them), and is done here in three steps.
+which are data (minilm/weights/rules.py says what a rule is, minilm/families/ has them), and is done here in
+three steps.
 
 1. *Names are normalised.* A BERT with a head calls its body `bert.…`, the bare model leaves that out. If any
    key starts with a prefix of the family, then keys with the prefix are the base model's and lose it, and the

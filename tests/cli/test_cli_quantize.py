@@ -13,7 +13,7 @@ from close import assert_close
 from tiny_models import TEXTS, save_decoder, save_model
 
 import minilm
-from minilm.conversion.quantize import quantize, shipped_texts
+from minilm.conversion.quantization import quantize, shipped_texts
 from minilm.model.quantization import quantized_matrices
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}

@@ -1,4 +1,5 @@
-"""minilm.conversion.convert: what is written loads in transformers and means the same; failures leave nothing behind."""
+"""minilm.conversion.checkpoints: what is written loads in transformers and means the same; failures leave
+nothing behind."""
 
 from __future__ import annotations
 
@@ -16,8 +17,8 @@ from test_summary import save_decoder
 from tiny_models import TEXTS, save_model
 
 import minilm
-from minilm.conversion import convert as module
-from minilm.conversion.convert import convert
+from minilm.conversion import checkpoints as module
+from minilm.conversion.checkpoints import convert
 
 
 def everything(folder: Path) -> dict[str, bytes]:

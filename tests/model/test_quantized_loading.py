@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import minilm
 from minilm.config import ConfigError
-from minilm.evaluation.perplexity import likeness, perplexity
+from minilm.evaluation.scores import likeness, perplexity
 from minilm.files.checkpoint import WeightError
 from minilm.model.quantization import quantized_matrices
 from minilm.model.quantized_layers import Quantized, QuantizedEmbedding, QuantizedLinear

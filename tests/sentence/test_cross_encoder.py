@@ -13,7 +13,7 @@ import torch
 from tiny_models import TEXTS, save_model
 
 from minilm.files.hub import FileError
-from minilm.sentence.encoder.cross_encoder import CrossEncoder
+from minilm.sentence.cross_encoder import CrossEncoder
 
 PAIRS = [
     ("Who lives in Paris?", "John Smith lives in Paris."),

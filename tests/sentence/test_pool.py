@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from minilm import ops
 from minilm.model.packing import Packed
-from minilm.sentence.encoder import pool
-from minilm.sentence.encoder.modules import Dense, Features, Module, Normalize, Pooling
+from minilm.sentence import pool
+from minilm.sentence.modules import Dense, Features, Module, Normalize, Pooling
 
 
 @pytest.fixture(autouse=True)

@@ -20,13 +20,13 @@ from tiny_sentence import build
 
 from minilm.files.hub import resolve
 from minilm.model.packing import pack
-from minilm.sentence.encoder.encoder import SentenceEncoder
-from minilm.sentence.encoder.modules import MODES, Features
-from minilm.sentence.encoder.modules import Dense as OurDense
-from minilm.sentence.encoder.modules import Normalize as OurNormalize
-from minilm.sentence.encoder.modules import Pooling as OurPooling
-from minilm.sentence.encoder.similarity import SIMILARITIES, quantize_embeddings, semantic_search
-from minilm.sentence.encoder.transformer import Transformer
+from minilm.sentence.encoder import SentenceEncoder
+from minilm.sentence.modules import MODES, Features
+from minilm.sentence.modules import Dense as OurDense
+from minilm.sentence.modules import Normalize as OurNormalize
+from minilm.sentence.modules import Pooling as OurPooling
+from minilm.sentence.similarity import SIMILARITIES, quantize_embeddings, semantic_search
+from minilm.sentence.transformer import Transformer
 
 ATOL = 1e-5
 

@@ -16,7 +16,7 @@ from sentence_transformers.sentence_transformer.modules import Pooling
 from tiny_sentence import build
 
 from minilm.files.hub import FileError
-from minilm.sentence.encoder.encoder import SentenceEncoder
+from minilm.sentence.encoder import SentenceEncoder
 from minilm.weights.loading.loading import WeightError
 
 

@@ -12,7 +12,7 @@ import tokenizer_folders as folders
 from hypothesis import given
 from strategies import examples
 
-from minilm.text.tokenizer import AutoTokenizer, IncrementalDecoder, Tokenizer
+from minilm.text import AutoTokenizer, IncrementalDecoder, Tokenizer
 
 KINDS: dict[str, Callable[[], Path]] = {
     "wordpiece": folders.wordpiece,

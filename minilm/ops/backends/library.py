@@ -15,7 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .. import reference
+from .. import dispatch, reference
+from .opaque import compilable
 
 
 def attention(
@@ -32,7 +33,7 @@ def attention(
     dropout_p: float,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, None]:
-    """As `minilm.ops.attention`, without the log-sum-exp, which PyTorch keeps to itself; no cap, no ALiBi."""
+    """As `minilm.ops.attend`, without the log-sum-exp, which PyTorch keeps to itself; no cap, no ALiBi."""
     if window is not None and window >= max_seqlen_k:
         window = None
     q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -152,3 +153,27 @@ class _ChunkedLoss(torch.autograd.Function):
             None,
             None,
         )
+
+
+def _supports_attention(traits: Any) -> str | None:
+    if traits.lse:
+        return "PyTorch's fused attention does not return the log-sum-exp"
+    if traits.alibi or traits.soft_cap:
+        return "PyTorch's fused attention has no ALiBi and no soft-cap"
+    if traits.bias not in (None, traits.dtype):
+        return f"PyTorch's fused attention takes a bias in {traits.dtype}, and it is in {traits.bias}"
+    return None
+
+
+def register_all() -> None:
+    """Add what PyTorch has fused kernels for to the dispatch table."""
+    for op, call, supports in (
+        ("attention", compilable("torch", attention), _supports_attention),
+        ("linear_cross_entropy", linear_cross_entropy, _anything),
+        ("paged_attention", paged_attention, _anything),
+    ):
+        dispatch.register(dispatch.Implementation(op, "torch", call, supports))
+
+
+def _anything(traits: Any) -> None:
+    return None

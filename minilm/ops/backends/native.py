@@ -12,7 +12,7 @@ from __future__ import annotations
 import importlib
 import re
 from types import ModuleType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,24 +36,6 @@ def _load() -> tuple[ModuleType | None, str | None]:
         return None, "the extension minilm._C is not built (setup.py tells what it needs)"
     except ImportError as error:  # a binary of another platform, a symbol that this PyTorch lacks
         return None, f"the extension minilm._C does not load: {error}"
-
-
-class WholeTraits(NamedTuple):
-    """A call that stands for several modules: embeddings, all blocks, a step of decoding."""
-
-    device: str
-    dtype: torch.dtype
-    obstacle: str | None = None
-    """Why the call needs the modules one by one; None: it does not."""
-
-
-def supports_whole(traits: WholeTraits) -> str | None:
-    """None, or why the extension cannot run this call."""
-    if traits.device != "cpu":
-        return f"the extension has no kernel for {traits.device}"
-    if traits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"the extension has no kernel for {traits.dtype}"
-    return traits.obstacle
 
 
 _extension, unavailable = _load()
@@ -244,6 +226,23 @@ def supports_norm(traits: Any) -> str | None:
     return None
 
 
+def pool(x: Tensor, cu_seqlens: Tensor, unit: bool) -> Tensor:
+    """As `minilm.ops.pool`."""
+    y: Tensor = torch.ops.minilm.pool.default(x.float().contiguous(), cu_seqlens, unit)
+    return y.to(x.dtype)
+
+
+def supports_pool(traits: Any) -> str | None:
+    """None, or why the extension cannot run this call (`minilm.ops.PoolTraits`)."""
+    if traits.device != "cpu":
+        return f"the extension has no kernel for {traits.device}"
+    if traits.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"the extension has no kernel for {traits.dtype}"
+    if traits.grad:
+        return "the extension's pooling has no derivative"
+    return None
+
+
 def register_all() -> None:
     """Add what the extension computes to the dispatch table, or say why it is absent."""
     if unavailable is not None:
@@ -259,6 +258,7 @@ def register_all() -> None:
         ("rope_append", native_attention.rope_append, native_attention.supports_paged),
         ("attention", native_attention.attention, native_attention.supports_attention),
         ("paged_attention", native_attention.paged_attention, native_attention.supports_paged),
+        ("pool", pool, supports_pool),
         ("linear", packed.linear, packed.supports_linear),
         ("quantized_linear", packed.quantized_linear, packed.supports_quantized_linear),
     ):

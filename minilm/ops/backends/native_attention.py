@@ -56,7 +56,7 @@ def attention(
     window: int | None,
     dropout_p: float,
 ) -> tuple[Tensor, None]:
-    """As `minilm.ops.attention`; the log-sum-exp is not computed."""
+    """As `minilm.ops.attend`; the log-sum-exp is not computed."""
     out = torch.ops.minilm.attention.default(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, window)
     return out, None
 

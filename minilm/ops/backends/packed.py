@@ -12,7 +12,7 @@ import importlib.util
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..quantized import QuantizedWeight
@@ -122,7 +122,7 @@ def _apply(x: Tensor, packed: Packed, activation: str | None) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """As `minilm.ops.linear`."""
+    """As `minilm.ops.project`."""
     return _apply(x, kept(weight, bias), activation)
 
 
@@ -163,12 +163,6 @@ def supports_quantized_linear(traits: Any) -> str | None:
     if not traits.kept:
         return "weights are packed outside of torch.compile only"
     return None
-
-
-def is_kept(weight: Tensor) -> bool:
-    """Whether a weight will be used again, by calls that can find its packed copy: parameters are, in eager
-    execution (a graph of torch.compile knows nothing of it)."""
-    return isinstance(weight, nn.Parameter) and not torch.compiler.is_compiling()
 
 
 def _pack_fake(

@@ -1,21 +1,25 @@
-"""The border between padded batches, as people pass them, and packed sequences, as everything inside works on
-them.
+"""A batch on its way through a model: padded as people pass it, packed as everything inside works on it.
 
     padded  [B, S]   mask           packed [T]        cu_seqlens
     a b c .          1 1 1 0        a b c d e         0 3 5
     . . d e          0 0 1 1
 
-Padding is dropped once, here, and put back (as zeros) once, on the way out: inside nothing is computed for
-it, and nothing can leak from it. A token's position is its column less the first real column of its row, so a
-row means the same with padding on either side.
+Padding is dropped once, by `pack`, and put back (as zeros) once, on the way out: inside nothing is computed
+for it, and nothing can leak from it. A token's position is its column less the first real column of its row,
+so a row means the same with padding on either side.
+
+`Packed` is that layout; `Batch` is all that the layers share of one batch. `PreTrainedModel.pack` makes it,
+and checks it: nothing behind it checks again.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from .cache import CacheStep, KVCache
 
 
 @dataclass
@@ -117,3 +121,33 @@ def pack(batch: int, columns: int, attention_mask: Tensor | None, device: torch.
     positions = (column - real.int().argmax(1, keepdim=True)).flatten()[indices]
     cu_seqlens = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
     return Packed(batch, columns, indices, counts.tolist(), cu_seqlens, positions)
+
+
+@dataclass
+class Batch:
+    """Packed tokens, and what every layer shares of them."""
+
+    tokens: Tensor
+    """Ids int64 [T], or embedded [T, C]."""
+    positions: Tensor
+    """int64 [T]: rows of the position table, or what rope turns by."""
+    packed: Packed
+    types: Tensor | None = None
+    """int64 [T]."""
+    rope: tuple[Tensor, Tensor] | None = None
+    """cos and sin, [T, D/2]."""
+    cache: KVCache | None = None
+    rows: list[int] = field(default_factory=list)
+    """The cache's row of each sequence."""
+    step: CacheStep | None = None
+    """Where the new tokens go in the cache."""
+    input_ids: Tensor | None = None
+    """[B, S], as they were passed."""
+    stop: int | None = None
+    """Only so many blocks are run, and no final norm; None: all."""
+    unchanged: bool = False
+    """The weights are those of the batch before: what was made of them then need not be looked at again."""
+    hidden_states: list[Tensor] | None = None
+    """Where asked for: filled with the residual stream before each layer, and the result, [T, C] each."""
+    attentions: list[Tensor] | None = None
+    """Where asked for: filled with one [B, H, S, context] a layer."""

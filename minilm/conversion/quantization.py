@@ -19,7 +19,7 @@ from ..files import open_checkpoint, resolve
 from ..model import AutoModelForCausalLM
 from ..sentence import SentenceEncoder
 from ..text import AutoTokenizer
-from .convert import Conversion, convert
+from .checkpoints import Conversion, convert
 
 TEXTS, TOKENS, WINDOW = 256, 2048, 512
 """How many of Python's own texts an encoder is judged on, of how many tokens a decoder, in which windows."""
@@ -61,7 +61,7 @@ def quantize(
 
     `weights`: as of `from_pretrained`. `dtype`: of what stays floating. `texts`: on which the error is
     measured (of a decoder: the first `tokens` tokens of all together); None takes documentation that comes
-    with Python. The rest as of `minilm.conversion.convert`, whose errors this has too.
+    with Python. The rest as of `minilm.conversion.checkpoints`, whose errors this has too.
     """
     texts = shipped_texts() if texts is None else texts
     path, folder = resolve(source), Path(destination).expanduser()

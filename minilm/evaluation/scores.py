@@ -40,7 +40,7 @@ def perplexity(
     with torch.inference_mode():
         for start in range(0, len(tokens), stride):
             stop = min(start + window, len(tokens))
-            hidden = model.run(tokens[None, start:stop]).hidden  # [stop - start, C]
+            hidden = model.body(model.pack(tokens[None, start:stop]))  # [stop - start, C]
             for first in range(counted, stop, _ROWS):
                 last = min(first + _ROWS, stop)
                 logits = model.logits(hidden[first - 1 - start : last - 1 - start])

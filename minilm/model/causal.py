@@ -1,0 +1,132 @@
+"""Decoders with their head: which token comes next, and steps of decoding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import ConfigError
+from ..families import Head, PretrainedConfig
+from ..files import read_json
+from .batch import Batch, Packed
+from .cache import KVCache
+from .heads import token_loss
+from .layers import Embedding, Linear
+from .outputs import CausalLMOutput, ModelOutput
+from .pretrained import PreTrainedModel
+from .quantized import QuantizedEmbedding
+
+if TYPE_CHECKING:
+    from ..generation import GenerationConfig
+
+
+class CausalLMHead(nn.Module):
+    """A score for each token of the vocabulary: the token table again, or a matrix of its own."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        spec = model.spec
+        self.decoder = (
+            None if spec.tie_word_embeddings else Linear(spec.hidden_size, spec.vocab_size, bias=False)
+        )
+
+    def forward(self, hidden: Tensor, tokens: Embedding | QuantizedEmbedding) -> Tensor:
+        """hidden [T, C], the token table -> logits [T, V]."""
+        scores: Tensor = tokens.scores(hidden) if self.decoder is None else self.decoder(hidden)
+        return scores
+
+
+class AutoModelForCausalLM(PreTrainedModel):
+    """Which token comes next; `generate` writes on."""
+
+    head_kind: ClassVar[Head] = "causal-lm"
+    output_class: ClassVar[type[ModelOutput]] = CausalLMOutput
+
+    def __init__(self, config: PretrainedConfig) -> None:
+        super().__init__(config)
+        self.head = CausalLMHead(self)
+        self.generation_config: GenerationConfig | None = None
+        self.initialise()
+
+    def answer(
+        self, hidden: Tensor, batch: Batch, labels: Tensor | None, logits_to_keep: int = 0
+    ) -> dict[str, Any]:
+        """logits [B, S, V], or of the last `logits_to_keep` columns.
+
+        labels int64 [B, S], shifted here: each token is asked for the label of the next one of its row.
+        """
+        packed = batch.packed
+        if logits_to_keep and labels is None:
+            packed, kept = packed.last_columns(logits_to_keep)
+            hidden = hidden if kept is None else hidden[kept]
+        logits = self.logits(hidden)
+        return {"loss": token_loss(logits, labels, packed, shift=True), "logits": packed.pad(logits)}
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [T, C] -> [T, V]."""
+        scores: Tensor = self.head(hidden, self.body.embeddings.tokens)
+        return scores
+
+    def step(self, tokens: Tensor, rows: Sequence[int], cache: KVCache) -> tuple[Tensor, Tensor]:
+        """One step of decoding, tokens int64 [B] -> logits [B, V] and the likeliest tokens int64 [B]; see
+        `steps`."""
+        logits, best = self.steps(tokens, rows, cache, 1)
+        return logits, best[0]
+
+    def steps(
+        self, tokens: Tensor, rows: Sequence[int], cache: KVCache, count: int, ends: Iterable[int] = ()
+    ) -> tuple[Tensor, Tensor]:
+        """Sequence b, in the cache's row ``rows[b]``, goes on with ``tokens[b]``, int64 [B].
+
+        Up to `count` steps: the likeliest token of each is fed to the next, and the first step that gives one
+        of `ends` is the last. Returns the logits of the last step, [B, V], and the likeliest tokens of all
+        that were made, int64 [steps, B]. The last ones have not been fed: the cache holds the tokens before
+        them. Nobody may have written to the weights since the model was last run.
+        """
+        arguments = (self, tokens, rows, cache, count, frozenset(ends))
+        found: tuple[Tensor, Tensor] = ops.run_whole("decode_step", tokens.device, self.dtype, *arguments)
+        return found
+
+    def run_steps(
+        self, tokens: Tensor, rows: Sequence[int], cache: KVCache, count: int, ends: frozenset[int]
+    ) -> tuple[Tensor, Tensor]:
+        """What `steps` are: the embeddings, the blocks and the head, one after the other."""
+        device, batch = tokens.device, len(rows)
+        borders = torch.arange(batch + 1, dtype=torch.int32, device=device)
+        found: list[Tensor] = []
+        while True:
+            positions = torch.tensor([cache.lengths[row] for row in rows], device=device)
+            hidden = self.run_packed(
+                tokens,
+                Packed(batch, 1, None, [1] * batch, borders, positions),
+                cache=cache,
+                rows=rows,
+                unchanged=not torch.is_grad_enabled(),  # what was found may hold without gradients only
+            )
+            logits = self.logits(hidden)
+            tokens = logits.argmax(-1)
+            found.append(tokens)
+            if len(found) == count or (ends and not ends.isdisjoint(tokens.tolist())):
+                return logits, torch.stack(found)
+
+    def generate(self, *args: Any, **options: Any) -> Any:
+        """Continue prompts; see `minilm.generation.model_generate`."""
+        from ..generation import generate
+
+        return generate(self, *args, **options)
+
+    def read_beside_weights(self, folder: Path) -> None:
+        """generation_config.json, or what config.json says in its place."""
+        from ..generation import GenerationConfig
+
+        file = folder / "generation_config.json"
+        stored = read_json(file, error=ConfigError) if file.is_file() else {}
+        self.generation_config = GenerationConfig.from_checkpoint(stored, self.config)
+
+
+ops.register_modules("decode_step", AutoModelForCausalLM.run_steps)

@@ -1,0 +1,51 @@
+"""The one Transformer: embeddings, L blocks and, where the family has one, a final norm; on packed tokens."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .. import ops
+from ..config import ModelConfig
+from .batch import Batch
+from .layers import Block, Embeddings, Norm
+
+
+class Transformer(nn.Module):
+    """The body of every model. What goes in is a `Batch`; what comes out, its last hidden states [T, C]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embeddings = Embeddings(config)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = Norm(config) if config.final_norm else None
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Returns the last hidden states, [T, C]; fills `batch.hidden_states` and `batch.attentions` where
+        they are lists."""
+        x: Tensor = self.embeddings(batch.tokens, batch.positions, batch.types)
+        result: Tensor = ops.run_whole("blocks", x.device, x.dtype, self, x, batch)
+        return result
+
+    def run_blocks(self, x: Tensor, batch: Batch) -> Tensor:
+        """All blocks, one by one, and the final norm: embedded tokens [T, C] -> hidden states [T, C].
+
+        What the blocks are, and the way of every backend but the native one, which has all of them in one
+        call (`minilm.native.blocks`). Each op in it is chosen for itself. With `batch.stop`, the residual
+        stream before that block.
+        """
+        delta: Tensor | None = None
+        for block in self.layers if batch.stop is None else self.layers[: batch.stop]:
+            if batch.hidden_states is not None:
+                batch.hidden_states.append(x if delta is None else x + delta)
+            x, delta = block(x, delta, batch)
+        if batch.stop is not None:
+            return x if delta is None else x + delta
+        if self.norm is not None:
+            x, _ = self.norm(x, delta)
+        if batch.hidden_states is not None:
+            batch.hidden_states.append(x)
+        return x
+
+
+ops.register_modules("blocks", Transformer.run_blocks)

@@ -1,0 +1,153 @@
+"""`pipeline(task, model)`: a model, its tokenizer and what is done with both, as transformers.pipeline.
+
+    ner = pipeline("ner", model="dslim/bert-base-NER", aggregation_strategy="simple")
+    ner("Wolfgang lives in Berlin.")   # [{"entity_group": "PER", "score": ..., "word": "Wolfgang", ...}, ...]
+
+Results have transformers' structure and values. One file a task; base.py is what they share.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+
+from ..files import DEFAULT_DECODER, DEFAULT_ENCODER, resolve
+from ..model import HUB_OPTIONS, PreTrainedModel, read_config
+from ..text import AutoTokenizer, Tokenizer
+from .base import Pipeline
+from .feature_extraction import FeatureExtractionPipeline
+from .fill_mask import FillMaskPipeline
+from .question_answering import QuestionAnsweringPipeline
+from .text_classification import TextClassificationPipeline
+from .text_generation import TextGenerationPipeline
+from .token_classification import TokenClassificationPipeline
+
+TASKS: dict[str, type[Pipeline[Any]]] = {
+    cls.task: cls
+    for cls in (
+        FeatureExtractionPipeline,
+        FillMaskPipeline,
+        QuestionAnsweringPipeline,
+        TextClassificationPipeline,
+        TextGenerationPipeline,
+        TokenClassificationPipeline,
+    )
+}
+ALIASES = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
+DEFAULT_MODELS = {"feature-extraction": DEFAULT_ENCODER, "text-generation": DEFAULT_DECODER}
+
+_HEADS = {
+    "ForMaskedLM": "fill-mask",
+    "ForQuestionAnswering": "question-answering",
+    "ForSequenceClassification": "text-classification",
+    "ForTokenClassification": "token-classification",
+    "ForCausalLM": "text-generation",
+    "LMHeadModel": "text-generation",
+    "Model": "feature-extraction",
+}
+"""The end of a class name in config.json -> the task of such a model."""
+
+_WITHOUT_EFFECT = ("trust_remote_code", "use_fast", "framework", "num_workers", "feature_extractor", "config")
+
+
+def pipeline(
+    task: str | None = None,
+    model: str | os.PathLike[str] | PreTrainedModel | None = None,
+    *,
+    tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
+    device: str | int | torch.device | None = None,
+    dtype: torch.dtype | str | None = None,
+    weights: str | None = None,
+    batch_size: int | None = None,
+    model_kwargs: dict[str, Any] | None = None,
+    **options: Any,
+) -> Any:
+    """A pipeline for a task, to be called with texts.
+
+    Args:
+        task: one of `TASKS`, or an alias of one; None: what the model was made for.
+        model: a folder, a name on the hub, or a loaded model. feature-extraction and text-generation have a
+            default.
+        tokenizer: None takes the model's own.
+        device: where to; -1 is the CPU, a number a GPU; None takes the GPU if there is one, or leaves a
+            loaded model.
+        dtype: of the weights; None: as the checkpoint says.
+        weights: quantises them, see `minilm.model.auto.from_pretrained`; not for a loaded model.
+        batch_size: the most texts that go through the model at once.
+        model_kwargs: for `from_pretrained` of the model.
+        options: of the task, see its class; `revision`, `cache_dir`, `token`, `local_files_only` are for
+            the hub.
+
+    Raises ValueError for an unknown task or a model without the head for it.
+    """
+    for name in _WITHOUT_EFFECT:
+        options.pop(name, None)
+    dtype = options.pop("torch_dtype", None) if dtype is None else dtype
+    device = options.pop("device_map", None) if device is None else device
+    hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}
+    if model is None:
+        model = DEFAULT_MODELS.get(_name(task)) if task is not None else None
+        if model is None:
+            raise ValueError(
+                f"{'pipeline' if task is None else task} needs a model=: a folder, or a name on the hub"
+            )
+    name = _name(_task_of(model, hub) if task is None else task)
+    cls = TASKS[name]
+    if isinstance(model, PreTrainedModel):
+        base = cls is FeatureExtractionPipeline
+        if not isinstance(model, PreTrainedModel if base else cls.model_class):
+            raise ValueError(
+                f"{name} needs an {cls.model_class.__name__}, and the model is a {type(model).__name__}"
+            )
+        if weights is not None:
+            raise ValueError("weights= quantises a model as it is loaded, and this one is: give its name")
+        loaded = model if device is None else model.to(_device(device))
+        if dtype is not None:
+            loaded = loaded.to(dtype=getattr(torch, str(dtype).removeprefix("torch.")))
+    else:
+        more = {"add_pooling_layer": False} if cls is FeatureExtractionPipeline else {}
+        made = {
+            "dtype": dtype,
+            "weights": weights,
+            "device": _device(device),
+            **more,
+            **hub,
+            **(model_kwargs or {}),
+        }
+        loaded = cls.model_class.from_pretrained(model, **made)
+    if not isinstance(tokenizer, Tokenizer):
+        source = tokenizer or (loaded.name_or_path if isinstance(model, PreTrainedModel) else model)
+        if not source:
+            raise ValueError("a model that was not loaded from files needs a tokenizer=")
+        tokenizer = AutoTokenizer.from_pretrained(source, **hub)
+    return cls(loaded, tokenizer, batch_size=batch_size, **options)
+
+
+def _name(task: str) -> str:
+    name = ALIASES.get(task, task)
+    if name not in TASKS:
+        raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(sorted([*TASKS, *ALIASES]))}")
+    return name
+
+
+def _device(device: str | int | torch.device | None) -> str | int | torch.device:
+    if device is None or device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return "cpu" if device == -1 else device
+
+
+def _task_of(model: str | os.PathLike[str] | PreTrainedModel, hub: dict[str, Any]) -> str:
+    """The task that a model was made for, by its class or the class that its config.json names."""
+    if isinstance(model, PreTrainedModel):
+        for name, cls in TASKS.items():
+            if type(model) is cls.model_class:
+                return name
+        raise ValueError(f"no task is known for {type(model).__name__}: give task=")
+    config = read_config(resolve(model, files="config", **hub))
+    architecture = str((config.get("architectures") or [""])[0])
+    for end, name in _HEADS.items():
+        if architecture.endswith(end):
+            return name
+    raise ValueError(f"the configuration of {model} does not say what the model is for: give task=")
