@@ -11,9 +11,9 @@ from strategies import ENCODERS, small
 from torch import Tensor, nn
 
 import minilm
-from minilm.model.heads import MODELS
-from minilm.model.packing import Packed, pack
-from minilm.model.quantized_layers import QuantizedLinear
+from minilm.model.auto import MODELS
+from minilm.model.batch import Packed, pack
+from minilm.model.quantized import QuantizedLinear
 from minilm.ops.quantized import quantise
 
 ODD = {"hidden_size": 40, "num_attention_heads": 2, "intermediate_size": 77, "num_hidden_layers": 2}

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import minilm
 from minilm.families import family_of
 from minilm.families.family import Head
-from minilm.model.heads import MODELS
+from minilm.model.auto import MODELS
 
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()

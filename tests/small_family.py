@@ -12,18 +12,10 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minilm.files.checkpoint import WeightError, open_checkpoint
-from minilm.weights.loading.loading import (
-    LoadReport,
-    Rule,
-    affine,
-    copy,
-    fuse,
-    ignore,
-    load_weights,
-    tied,
-    transpose,
-)
+from minilm.files.checkpoint import WeightError
+from minilm.files.opening import open_checkpoint
+from minilm.weights.loading import LoadReport, affine, load_weights
+from minilm.weights.rules import Rule, copy, fuse, ignore, tied, transpose
 
 C, KV, F, V = 6, 4, 10, 11
 """Channels, rows of k and of v, hidden size of the MLP, vocabulary."""

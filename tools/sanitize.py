@@ -2,7 +2,7 @@
 
     python tools/sanitize.py [arguments of pytest]
 
-First the driver of csrc/tests, then tests/test_native*.py and tests/native/test_decode_step.py on a package
+First the driver of csrc/tests, then tests/test_native*.py and tests/native/test_steps.py on a package
 that is built with the sanitizers into build/sanitize, apart from what is installed. Both with the instruction
 sets up
 to AVX2: with AVX-512 a compiler works for many minutes on attention's checks, and the sources are the same.

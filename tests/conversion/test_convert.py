@@ -13,7 +13,7 @@ import torch
 import transformers
 from close import assert_as_good_as_eager
 from safetensors.torch import load_file, save_file
-from test_summary import save_decoder
+from saved_decoders import save_decoder
 from tiny_models import TEXTS, save_model
 
 import minilm

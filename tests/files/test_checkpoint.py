@@ -26,7 +26,9 @@ from small_family import (
 )
 from torch import Tensor
 
-from minilm.files.checkpoint import SafetensorsCheckpoint, WeightError, blocks, open_checkpoint
+from minilm.files.checkpoint import WeightError
+from minilm.files.opening import open_checkpoint
+from minilm.files.safetensors import SafetensorsCheckpoint, blocks
 
 
 @given(

@@ -31,9 +31,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from minilm.files.checkpoint import WeightError, open_checkpoint
+from minilm.files.checkpoint import WeightError
 from minilm.files.gguf import GGUFCheckpoint, read_gguf_metadata
-from minilm.weights.loading.loading import copy, ignore, load_weights
+from minilm.files.opening import open_checkpoint
+from minilm.weights.loading import load_weights
+from minilm.weights.rules import copy, ignore
 
 READABLE = [
     "F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K",

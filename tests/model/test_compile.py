@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 from close import assert_close
+from packed_sequences import Sequences, ends
 from pairs import model_of
 from strategies import FAMILIES, small
-from test_ops import Sequences, ends
 from torch import Tensor
 
 from minilm import ops
-from minilm.model.packing import Packed, pack
+from minilm.model.batch import Packed, pack
 
 
 @pytest.fixture(autouse=True)

@@ -27,8 +27,8 @@ from strategies import (
 )
 from torch import Tensor
 
+from minilm.model.batch import pack
 from minilm.model.cache import KVCache
-from minilm.model.packing import pack
 
 SAME = 1e-5
 """The same sums in another order: float32 values near one, a few hundred terms."""

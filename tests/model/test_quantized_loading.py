@@ -29,8 +29,7 @@ import minilm
 from minilm.config import ConfigError
 from minilm.evaluation.scores import likeness, perplexity
 from minilm.files.checkpoint import WeightError
-from minilm.model.quantization import quantized_matrices
-from minilm.model.quantized_layers import Quantized, QuantizedEmbedding, QuantizedLinear
+from minilm.model.quantized import Quantized, QuantizedEmbedding, QuantizedLinear, quantized_matrices
 from minilm.ops import backend
 from minilm.ops.quantized import dequantise, quantise
 

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 import minilm
 from minilm import ops
-from minilm.model.heads import MODELS
+from minilm.model.auto import MODELS
 from minilm.model.layers import Embeddings, Norm
-from minilm.model.quantized_layers import QuantizedEmbedding
+from minilm.model.quantized import QuantizedEmbedding
 from minilm.ops.quantized import QuantizedWeight, quantise
 
 FAMILIES = ["bert", "roberta", "distilbert", "gpt2", "llama", "qwen3"]

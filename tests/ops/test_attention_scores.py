@@ -11,8 +11,8 @@ import torch
 from close import assert_as_good_as_eager, assert_close
 from hypothesis import given
 from hypothesis import strategies as st
+from packed_sequences import Sequences, ends, random, sequences
 from strategies import examples
-from test_ops import Sequences, ends, random, sequences
 from torch import Tensor
 
 from minilm import ops

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from minilm import ops
 from minilm.model.layers import Embedding, Linear
-from minilm.model.quantized_layers import QuantizedEmbedding, QuantizedLinear
+from minilm.model.quantized import QuantizedEmbedding, QuantizedLinear
 from minilm.ops import dispatch
 from minilm.ops.quantized import (
     FORMATS,

@@ -15,9 +15,8 @@ from native_runs import at_the_end, examples, guarded, random, require_extension
 from torch import Tensor, nn
 
 from minilm import ops
-from minilm.model.packing import Packed
-from minilm.sentence import pool
-from minilm.sentence.modules import Dense, Features, Module, Normalize, Pooling
+from minilm.model.batch import Packed
+from minilm.sentence.modules import Dense, Features, Module, Normalize, Pooling, run_modules
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +38,7 @@ def features_of(lengths: list[int], channels: int, dtype: torch.dtype = torch.fl
 def run(modules: list[Module], features: Features, backend: str = "native") -> Tensor:
     with torch.no_grad(), ops.backend(backend):
         fresh = Features(features.tokens, features.packed, features.prompt_length)
-        return pool.run(modules, fresh).get("sentence_embedding")
+        return run_modules(modules, fresh).get("sentence_embedding")
 
 
 def modules_of(channels: int, unit: bool) -> list[Module]:
@@ -97,21 +96,21 @@ class Doubled(Normalize):
 
 
 @pytest.mark.parametrize(
-    ("modules", "why"),
+    "modules",
     [
-        ([], "only the mean"),
-        ([Normalize("token_embeddings")], "only the mean"),
-        ([Pooling(8, "cls")], "only the mean"),
-        ([Pooling(8, ["mean", "max"])], "only the mean"),
-        ([Pooling(8), Dense(8, 8)], "other modules"),
-        ([Pooling(8), Doubled()], "other modules"),
-        ([Pooling(8), Normalize("token_embeddings")], "other modules"),
-        ([Pooling(8), Normalize(), Normalize()], "other modules"),
-        ([Pooling(8, include_prompt=False), Normalize()], "prompt"),
+        [],
+        [Normalize("token_embeddings")],
+        [Pooling(8, "cls")],
+        [Pooling(8, ["mean", "max"])],
+        [Pooling(8), Dense(8, 8)],
+        [Pooling(8), Doubled()],
+        [Pooling(8), Normalize("token_embeddings")],
+        [Pooling(8), Normalize(), Normalize()],
+        [Pooling(8, include_prompt=False), Normalize()],
     ],
     ids=str,
 )
-def test_what_is_left_to_the_modules(modules: list[Module], why: str) -> None:
+def test_what_is_left_to_the_modules(modules: list[Module]) -> None:
     features = features_of([3, 5], 8)
     features.prompt_length = 2
     expected = Features(features.tokens, features.packed, 2)
@@ -119,12 +118,37 @@ def test_what_is_left_to_the_modules(modules: list[Module], why: str) -> None:
         for module in modules:
             expected = module(expected)
         ops.explain(reset=True)
-        found = pool.run(modules, features)
-    (decision,) = [d for d in ops.explain().decisions if d.op == "pool"]
-    assert why in decision.refused["native"]
+        found = run_modules(modules, features)
+    assert not ops.explain().backends("pool")
     assert torch.equal(found.tokens, expected.tokens)
     if expected.sentence is not None:
         assert torch.equal(found.get("sentence_embedding"), expected.sentence)
+
+
+@pytest.mark.parametrize("unit", [False, True])
+def test_the_op_is_what_the_modules_are(unit: bool) -> None:
+    """In eager PyTorch, number by number: the reference is the specification of the fast path."""
+    features, modules = features_of([3, 0, 5], 8), modules_of(8, unit)
+    expected = Features(features.tokens, features.packed)
+    for module in modules:
+        expected = module(expected)
+    assert torch.equal(run(modules, features, "reference"), expected.get("sentence_embedding"))
+
+
+def test_what_the_extension_leaves_to_the_reference() -> None:
+    x, ends_ = torch.ones(4, 8), ends(0, 4)
+    for example, why in ((x.double(), "float64"), (x.clone().requires_grad_(), "no derivative")):
+        ops.explain(reset=True)
+        ops.pool(example, ends_)
+        (decision,) = [d for d in ops.explain().decisions if d.op == "pool"]
+        assert why in decision.refused["native"]
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"pool: x must be \[tokens, channels\], and is \[4\]"):
+        ops.pool(torch.ones(4), ends(0, 4))
+    with pytest.raises(ValueError, match="cu_seqlens must rise from 0 to 4"):
+        ops.pool(torch.ones(4, 8), ends(0, 3))
 
 
 def test_hooks_and_gradients_are_left_to_the_modules() -> None:
@@ -136,7 +160,7 @@ def test_hooks_and_gradients_are_left_to_the_modules() -> None:
     handle.remove()
     features = features_of([3, 1], 8)
     x = features.tokens.requires_grad_()
-    pool.run(modules, features).get("sentence_embedding").sum().backward()
+    run_modules(modules, features).get("sentence_embedding").sum().backward()
     assert x.grad is not None
     assert x.grad.abs().sum() > 0
 

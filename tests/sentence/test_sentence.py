@@ -19,7 +19,7 @@ from tiny_models import TEXTS, save_decoder, save_model
 from tiny_sentence import build
 
 from minilm.files.hub import resolve
-from minilm.model.packing import pack
+from minilm.model.batch import pack
 from minilm.sentence.encoder import SentenceEncoder
 from minilm.sentence.modules import MODES, Features
 from minilm.sentence.modules import Dense as OurDense

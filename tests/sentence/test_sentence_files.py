@@ -15,9 +15,9 @@ from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import Pooling
 from tiny_sentence import build
 
+from minilm.files.checkpoint import WeightError
 from minilm.files.hub import FileError
 from minilm.sentence.encoder import SentenceEncoder
-from minilm.weights.loading.loading import WeightError
 
 
 @pytest.fixture(scope="module")

@@ -266,7 +266,7 @@ def test_torch_compile_takes_a_model_whole(family: str) -> None:
     from pairs import model_of
     from strategies import small
 
-    from minilm.model.packing import pack
+    from minilm.model.batch import pack
 
     model = model_of(small(family), 0).to(GPU)
     mask = (torch.arange(9) < torch.tensor([[9], [1], [5]])).to(GPU)

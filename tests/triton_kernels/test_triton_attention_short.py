@@ -13,7 +13,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="Triton is not installed")
 
-from test_triton_attention import cumulative, formula
+from attention_formula import cumulative, formula
 
 from minilm import ops
 from minilm.kernels import heuristics

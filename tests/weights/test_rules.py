@@ -11,7 +11,7 @@ from small_family import (
     RULES,
 )
 
-from minilm.weights.loading.loading import Rule, copy, fuse, ignore, transpose
+from minilm.weights.rules import Rule, copy, fuse, ignore, transpose
 
 
 @given(st.integers(0, 10**6), st.sampled_from([r for r in RULES if r.target]))

@@ -31,8 +31,10 @@ from small_family import (
 )
 from torch import Tensor, nn
 
-from minilm.files.checkpoint import Checkpoint, TensorInfo, WeightError, open_checkpoint
-from minilm.weights.loading.loading import LoadReport, MapEntry, copy, load_weights, weight_map
+from minilm.files.checkpoint import Checkpoint, TensorInfo, WeightError
+from minilm.files.opening import open_checkpoint
+from minilm.weights.loading import LoadReport, MapEntry, load_weights, weight_map
+from minilm.weights.rules import copy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])

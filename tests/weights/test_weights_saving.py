@@ -25,7 +25,8 @@ from small_family import (
 from torch import Tensor, nn
 
 from minilm.files.checkpoint import WeightError
-from minilm.weights.loading.loading import affine, copy, fuse, save_weights
+from minilm.weights.loading import affine, save_weights
+from minilm.weights.rules import copy, fuse
 
 
 @given(

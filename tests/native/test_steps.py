@@ -32,7 +32,7 @@ from minilm import ops
 from minilm.generation.engine import Engine, Request
 from minilm.generation.sampling import Sampling
 from minilm.model.cache import KVCache
-from minilm.model.quantized_layers import QuantizedEmbedding
+from minilm.model.quantized import QuantizedEmbedding
 from minilm.native import blocks as fused
 from minilm.native import steps as decode_step
 from minilm.ops.quantized import quantise

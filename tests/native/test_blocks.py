@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 import minilm
 from minilm import ops
-from minilm.model.packing import pack
+from minilm.model.batch import pack
 from minilm.native import blocks as fused
 
 FEW = [5, 1, 0, 3]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from strategies import examples
 from torch import Tensor
 
-from minilm.model.packing import Packed, pack
+from minilm.model.batch import Packed, pack
 
 CPU = torch.device("cpu")
 
