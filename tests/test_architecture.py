@@ -11,16 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import reading
+from house import ORDER
 
 ROOT = Path(__file__).resolve().parent.parent
-
-ORDER = (
-    *("_version", "config", "ops", "files", "weights", "families", "text", "model", "native", "generation"),
-    *("sentence", "pipelines", "training", "peft", "evaluation", "interpret", "conversion", "serving"),
-    *("integrations", "doctor", "cli", "__main__", ""),
-)
-"""The folders and files of minilm/ as they stand on each other, and as a person reads them: each may import
-those before it. The last is the package itself."""
 
 UPWARD: dict[tuple[str, str], str] = {
     ("model.causal", "generation"): "generate is a method of the model, as people call it",
@@ -240,6 +234,14 @@ def test_folders_are_of_a_size_to_be_read() -> None:
         if (len(files) > MOST_FILES or lines > MOST_LINES) and name not in LARGE:
             wrong.append(f"{name} has {len(files)} files and {lines} lines")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("what", reading.MOST)
+def test_what_a_reader_reads_is_short(what: str) -> None:
+    patterns, most = reading.MOST[what]
+    lines = reading.lines_of(patterns)
+    assert len(lines) > 10
+    assert sum(lines.values()) <= most, lines
 
 
 def test_a_family_knows_its_dialect_and_nothing_else() -> None:

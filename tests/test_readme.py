@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import shlex
 import subprocess
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import typer
+from house import ORDER
 
 from minilm.cli.app import app
 from minilm.families import families
@@ -72,16 +74,32 @@ def test_the_table_of_families_is_complete() -> None:
         assert set(surplus) == set(family.heads)
 
 
-def test_the_files_of_the_map_exist() -> None:
-    section = README.split("## The code, in reading order")[1].split("\n## ")[0]
-    for row in section.splitlines():
-        if not row.startswith("| `"):
-            continue
-        folder = Path()
-        for name in re.findall(r"`([^`]+?)`", row.split("|")[1]):
-            path = ROOT / name if (ROOT / name).exists() else ROOT / folder / name
-            assert path.exists(), name
-            folder = path.parent.relative_to(ROOT)
+SECTION = README.split("## The code, in reading order")[1].split("\n## ")[0]
+MAP = dict(re.findall(r"^\| `([\w/.]+)` \| (.*) \|$", SECTION, re.M))
+
+
+def first_sentence(path: Path) -> str:
+    """Of the docstring of a file, or of a folder's `__init__`."""
+    file = path / "__init__.py" if path.is_dir() else path
+    text = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return re.split(r"(?<=\.)\s", " ".join(text.split("\n\n")[0].split()) + " ")[0]
+
+
+@pytest.mark.parametrize("place", [place for place in MAP if place.startswith(("minilm/", "kernels/"))])
+def test_the_map_says_what_the_folders_say(place: str) -> None:
+    assert MAP[place] == first_sentence(ROOT / place)
+
+
+def test_the_map_is_complete_and_in_order() -> None:
+    """Every folder and file at the top of minilm/, in the order in which they stand on each other."""
+    shown = [place.removeprefix("minilm/").rstrip("/").removesuffix(".py") for place in MAP]
+    top = [place for place in shown if "/" not in place and (ROOT / "minilm" / place).exists()]
+    top += [place for place in shown if (ROOT / "minilm" / f"{place}.py").exists()]
+    inside = (ROOT / "minilm").iterdir()
+    there = {path.stem for path in inside if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert set(top) == there - {"__init__", "__main__", "_version"}
+    places = [ORDER.index(place.split("/")[0]) for place in shown if place.split("/")[0] in ORDER]
+    assert places == sorted(places)
 
 
 @pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md"])

@@ -1,4 +1,4 @@
-"""One file a family: how it differs from the others, in prose, and its configuration and names.
+"""One file a family: how it differs from the others, its configuration and its weight names.
 
 To add one: a file that says how it differs (`FAMILY = Family(...)`), and a line in `table.FAMILIES`.
 """

@@ -1,1 +1,1 @@
-"""minilm's kernels inside other people's libraries. Nothing here is imported by minilm itself."""
+"""minilm's kernels inside other libraries; nothing of minilm imports this folder."""

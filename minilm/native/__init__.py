@@ -1,5 +1,7 @@
-"""Whole passes of a model as one call of the native extension. The model knows nothing of this folder: the
-dispatch table imports it when one of its ops is first looked up (`minilm.ops.dispatch.PLUGINS`).
+"""Whole passes of a model as one call of the native extension.
+
+The model knows nothing of this folder: the dispatch table imports it when one of its ops is first looked up
+(`minilm.ops.dispatch.PLUGINS`). Skip it on a first reading.
 """
 
 from __future__ import annotations

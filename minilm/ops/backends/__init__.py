@@ -1,4 +1,4 @@
-"""The implementations of the ops beside the reference, by backend."""
+"""The implementations of the ops beside the reference, by backend: PyTorch, the native extension, Triton."""
 
 from . import cuda, library, native, packed, triton
 
