@@ -17,7 +17,11 @@ Environment
     MINILM_BUILD_EXT=1      build it; whatever is missing is an error too.
     MINILM_BUILD_EXT=0      leave it out.
     MINILM_BUILD_ISA=avx2,..  compile the CPU kernels for these instruction sets only, of those below.
+    MAX_JOBS                so many compilers at once, by default one for each core that may be used.
     CXX, CXXFLAGS, LDFLAGS  as usual.
+
+Objects are kept in build/objects/, and used again until a source, a header, a flag or the compiler changes.
+`python setup.py build_kernels` compiles those that need no PyTorch, which may meanwhile be on its way.
 
 The CUDA kernels of csrc/cuda/ become a library of their own beside it, minilm._C_cuda, which is loaded
 when a CUDA tensor first asks for one of its ops.
@@ -32,6 +36,8 @@ when a CUDA tensor first asks for one of its ops.
 
 from __future__ import annotations
 
+import copy
+import hashlib
 import json
 import os
 import platform
@@ -41,8 +47,10 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -198,6 +206,32 @@ def cuda_extension(wanted: str) -> tuple[Extension | None, str]:
     )
 
 
+class Job(NamedTuple):
+    """One source to compile."""
+
+    source: str
+    macros: list[tuple[str, str]]
+    include_dirs: list[str]
+    flags: list[str]
+
+
+def kernel_jobs() -> list[Job]:
+    """The sources in csrc/cpu/, once per instruction set."""
+    sources = sorted(str(file) for file in (CSRC / "cpu").glob("*.cpp") if file.name != "dispatch.cpp")
+    return [
+        Job(source, [("MINILM_ISA", name)], [str(CSRC)], [*COMPILE_FLAGS, *KERNEL_FLAGS, *flags])
+        for name, flags in INSTRUCTION_SETS.items()
+        for source in sources
+    ]
+
+
+def cores() -> int:
+    """How many compilers run at once."""
+    if "MAX_JOBS" in os.environ:
+        return max(1, int(os.environ["MAX_JOBS"]))
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class BuildExtension(build_ext):  # type: ignore[misc]
     """Compiles the sources in csrc/cpu/ once per instruction set and links the objects with the rest; the
     CUDA library is compiled and linked by nvcc, but for its bindings."""
@@ -206,18 +240,38 @@ class BuildExtension(build_ext):  # type: ignore[misc]
         if ext.name == "minilm._C_cuda":
             self.build_cuda(ext)
             return
-        objects: list[str] = []
-        for name, flags in INSTRUCTION_SETS.items():
-            objects += self.compiler.compile(
-                sorted(str(file) for file in (CSRC / "cpu").glob("*.cpp") if file.name != "dispatch.cpp"),
-                output_dir=os.path.join(self.build_temp, name),
-                macros=[("MINILM_ISA", name)],
-                include_dirs=[str(CSRC)],
-                extra_postargs=[*COMPILE_FLAGS, *KERNEL_FLAGS, *flags],
-            )
-        ext.define_macros += [(f"MINILM_HAS_{name.upper()}", "1") for name in INSTRUCTION_SETS]
-        ext.extra_objects = [*ext.extra_objects, *objects]
-        super().build_extension(ext)
+        macros = [*ext.define_macros, *((f"MINILM_HAS_{name.upper()}", "1") for name in INSTRUCTION_SETS)]
+        jobs = [Job(source, macros, ext.include_dirs, ext.extra_compile_args) for source in ext.sources]
+        linked = copy.copy(ext)
+        linked.sources, linked.extra_objects = [], [*ext.extra_objects, *self.compile(kernel_jobs() + jobs)]
+        super().build_extension(linked)
+
+    def compile(self, jobs: list[Job]) -> list[str]:
+        """Compile what has changed, `cores()` at once; returns all objects. After an error no compiler is
+        started any more."""
+        compiler = self.compiler
+        version = subprocess.run([*compiler.compiler_cxx, "--version"], capture_output=True).stdout
+        newest = max(file.stat().st_mtime for file in CSRC.rglob("*.h"))
+        begun = time.time()
+
+        def one(job: Job) -> str:
+            made_by = repr((job, compiler.compiler_so, compiler.compiler_so_cxx, version))
+            folder = Path("build", "objects", hashlib.sha256(made_by.encode()).hexdigest()[:16])
+            source, kept = Path(job.source), folder / Path(job.source).with_suffix(".o").name
+            changed = max(newest, source.stat().st_mtime)
+            if self.force or not kept.is_file() or kept.stat().st_mtime <= changed:
+                # Elsewhere at first: what an interrupted compiler leaves is not taken for an object.
+                elsewhere = folder / str(os.getpid())
+                (made,) = compiler.compile(
+                    [job.source], str(elsewhere), job.macros, job.include_dirs, extra_postargs=job.flags
+                )
+                os.utime(made, (begun, begun))  # a source that was saved in the meantime is newer
+                os.replace(made, kept)
+                shutil.rmtree(elsewhere)
+            return str(kept)
+
+        with ThreadPoolExecutor(cores()) as pool:
+            return list(pool.map(one, jobs))
 
     def build_cuda(self, ext: Extension) -> None:
         """One binary for every chip in `cuda_archs`, with PTX for the chips to come."""
@@ -242,6 +296,21 @@ class BuildExtension(build_ext):  # type: ignore[misc]
         target.parent.mkdir(parents=True, exist_ok=True)
         libraries = [f"-L{folder}" for folder in ext.library_dirs] + [f"-l{name}" for name in ext.libraries]
         self.spawn([nvcc, "-shared", *objects, *libraries, "-o", str(target)])
+
+
+class BuildKernels(BuildExtension):
+    """The objects that need no PyTorch, for a later build_ext; nothing where that would build nothing."""
+
+    description = "compile the CPU kernels only"
+
+    def run(self) -> None:
+        if os.environ.get("MINILM_BUILD_EXT") == "0" or sys.platform == "win32" or find_compiler() is None:
+            return
+        self.extensions = [Extension("minilm._C", [])]
+        super().run()
+
+    def build_extension(self, ext: Extension) -> None:
+        self.compile(kernel_jobs())
 
 
 def configuration() -> dict[str, Any]:
@@ -292,5 +361,5 @@ if __name__ == "__main__":
             "minilm.kernels": ["*.json"],
             "minilm.benchmarks": ["*.cpp", "*.css"],
         },
-        **configuration(),
+        **({"cmdclass": {"build_kernels": BuildKernels}} if "build_kernels" in sys.argv else configuration()),
     )
