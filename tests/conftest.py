@@ -1,4 +1,4 @@
-"""Settings for all tests: no network, few threads, the same examples every time, GPU tests skipped in sight.
+"""Settings for all tests: no network, few threads, the same numbers every time, GPU tests skipped in sight.
 
 Environment: ``HYPOTHESIS_PROFILE=thorough`` draws many more examples, anew each time.
 """
@@ -33,6 +33,10 @@ _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "p
 settings.register_profile("ci", max_examples=25, derandomize=True, **_common)
 settings.register_profile("thorough", max_examples=500, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_runtest_setup() -> None:
+    torch.manual_seed(0)  # a test draws the same numbers whatever ran before it in this process
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -3,11 +3,12 @@ files."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from close import assert_close
+from close import assert_agree, in_dtype_of
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import (
@@ -47,26 +48,34 @@ def per_token(head: Head, name: str) -> bool:
     )
 
 
-def assert_same(head: Head, batch: Batch, ours: Any, theirs: Any, their_batch: Batch) -> None:
-    """All results of a head agree, and minilm's are zero at padding."""
+def assert_same(
+    head: Head, batch: Batch, ours: Any, reference: Any, run: Callable[[Any], Any], their_batch: Batch
+) -> None:
+    """All results of a head agree with `run(reference)`, and minilm's are zero at padding."""
+    theirs = run(reference)
     assert fields(head, ours) == fields(head, theirs)
     for name in fields(head, theirs):
-        a, b = ours[name], theirs[name]
+        a, pick = ours[name], lambda output, name=name: output[name]
         if per_token(head, name):
             if head != "question-answering":
                 assert not a[batch.mask() == 0].any(), f"{name} is not zero at padding"
-            a, b = rows(batch, a), rows(their_batch, b)
-        assert_close(a, b, what=name)
+            a, pick = rows(batch, a), lambda output, name=name: rows(their_batch, output[name])
+        assert_agree(a, pick(theirs), reference, lambda model, pick=pick: pick(run(model)), what=name)
     surplus = set(theirs.keys()) ^ set(ours.keys())
     assert surplus <= {"cross_attentions"}, f"fields that only one of the two has: {surplus}"
-    if theirs.get("hidden_states") is not None:
-        assert len(ours.hidden_states) == len(theirs.hidden_states)
-        for layer, (a, b) in enumerate(zip(ours.hidden_states, theirs.hidden_states, strict=True)):
-            assert_close(rows(batch, a), rows(their_batch, b), what=f"hidden_states[{layer}]")
-    if theirs.get("attentions") is not None:
-        assert len(ours.attentions) == len(theirs.attentions)
-        for layer, (a, b) in enumerate(zip(ours.attentions, theirs.attentions, strict=True)):
-            assert_close(maps(batch, a), maps(their_batch, b), what=f"attentions[{layer}]")
+    for name, part in (("hidden_states", rows), ("attentions", maps)):
+        if theirs.get(name) is None:
+            continue
+        assert len(ours[name]) == len(theirs[name])
+        for layer, a in enumerate(ours[name]):
+
+            def again(
+                model: Any, name: str = name, part: Callable[..., Tensor] = part, layer: int = layer
+            ) -> Tensor:
+                return part(their_batch, run(model)[name][layer])
+
+            b = part(their_batch, theirs[name][layer])
+            assert_agree(part(batch, a), b, reference, again, what=f"{name}[{layer}]")
 
 
 def maps(batch: Batch, x: Tensor) -> Tensor:
@@ -87,9 +96,11 @@ def test_model_is_transformers(family: str, head: Head) -> None:
         their_batch = pooled_where_they_look(config, head, batch)
         show = {"output_hidden_states": True, "output_attentions": True} if seed % 2 else {}
         with pair(config, head, seed) as p, torch.no_grad():
+            call = their_arguments(config, their_batch)
             ours = p.model(**arguments(config, batch), **show)
-            theirs = p.reference(**their_arguments(config, their_batch), **show)
-        assert_same(head, batch, ours, theirs, their_batch)
+            assert_same(
+                head, batch, ours, p.reference, lambda m: m(**in_dtype_of(m, call), **show), their_batch
+            )
 
     check()
 
@@ -109,9 +120,11 @@ def test_tokens_may_be_hidden_in_the_middle(family: str) -> None:
             mask[:, -1] = 1
         head: Head = "causal-lm" if family in DECODERS else "masked-lm"
         with pair(config, head, seed) as p, torch.no_grad():
-            ours = p.model(batch.ids(config), attention_mask=mask).logits
-            theirs = p.reference(batch.ids(config), attention_mask=mask).logits
-        assert_close(ours[mask.bool()], theirs[mask.bool()])
+
+            def seen(model: Any) -> Tensor:
+                return model(batch.ids(config), attention_mask=mask).logits[mask.bool()]
+
+            assert_agree(seen(p.model), seen(p.reference), p.reference, seen)
 
     check()
 
@@ -127,6 +140,6 @@ def test_plain_call(family: str) -> None:
         ids[0, columns // 2] = padding_id(config)
         head: Head = "causal-lm" if family in DECODERS else "masked-lm"
         with pair(config, head, seed) as p, torch.no_grad():
-            assert_close(p.model(ids).logits, p.reference(ids).logits)
+            assert_agree(p.model(ids).logits, p.reference(ids).logits, p.reference, lambda m: m(ids).logits)
 
     check()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close
+from close import assert_agree, assert_close, in_dtype_of
 from hypothesis import given
 from hypothesis import strategies as st
 from pairs import arguments, model_of, rows
@@ -31,7 +31,8 @@ from minilm.model.batch import pack
 from minilm.model.cache import KVCache
 
 SAME = 1e-5
-"""The same sums in another order: float32 values near one, a few hundred terms."""
+"""The same sums in another order: float32 values near one, a few hundred terms. Drawn models may be harder on
+float32 than that, and are held to what it costs them (`assert_agree`)."""
 
 
 def static(config: Config) -> bool:
@@ -100,9 +101,14 @@ def test_row_is_what_it_is_alone(family: str) -> None:
             shuffled = model(**{name: value[order] for name, value in call.items()}).logits
             for place, row in enumerate(order):
                 alone = {k: v[row : row + 1, mask[row]] for k, v in call.items() if k != "attention_mask"}
-                expected = model(**alone).logits[0]
-                assert_close(together[row, mask[row]], expected, atol=SAME, what=f"row {row}")
-                assert_close(shuffled[place, mask[row]], expected, atol=SAME, what=f"row {row} at {place}")
+
+                def again(model: Any, alone: dict[str, Tensor] = alone) -> Tensor:
+                    return model(**in_dtype_of(model, alone)).logits[0]
+
+                expected, found = again(model), together[row, mask[row]]
+                assert_agree(found, expected, model, again, atol=SAME, what=f"row {row}")
+                found = shuffled[place, mask[row]]
+                assert_agree(found, expected, model, again, atol=SAME, what=f"row {row} at {place}")
 
     check()
 
@@ -121,7 +127,7 @@ def test_later_tokens_change_nothing(family: str) -> None:
         changed["input_ids"][:, at:] = (changed["input_ids"][:, at:] + 1) % config["vocab_size"]
         with torch.no_grad():
             before, after = (model(**c).logits[:, :at] for c in (call, changed))
-        assert_close(after, before, atol=SAME)
+        assert_agree(after, before, model, lambda m: m(**in_dtype_of(m, call)).logits[:, :at], atol=SAME)
 
     check()
 
@@ -164,7 +170,8 @@ def test_cache_changes_nothing(family: str) -> None:
                 assert output.past_key_values is cache
                 parts.append(output.logits)
             start = end
-        assert_close(rows(batch, torch.cat(parts, dim=1)), expected, atol=SAME)
+        found = rows(batch, torch.cat(parts, dim=1))
+        assert_agree(found, expected, model, lambda m: scores(m, batch, in_dtype_of(m, call)), atol=SAME)
         assert list(cache.lengths.values()) == list(batch.lengths)
 
     check()
@@ -186,7 +193,11 @@ def test_attention_maps_with_a_cache(family: str) -> None:
                 ids[:, split:], past_key_values=first.past_key_values, output_attentions=True, use_cache=True
             ).attentions
         for layer, (a, b) in enumerate(zip(rest, whole, strict=True)):
-            assert_close(a, b[:, :, split:], atol=SAME, what=f"layer {layer}")
+
+            def again(model: Any, layer: int = layer) -> Tensor:
+                return model(ids, output_attentions=True).attentions[layer][:, :, split:]
+
+            assert_agree(a, b[:, :, split:], model, again, atol=SAME, what=f"layer {layer}")
 
     check()
 
@@ -204,8 +215,11 @@ def test_cache_is_cropped_forked_and_freed(family: str) -> None:
         ids, V = batch.ids(config), config["vocab_size"]
         new = torch.randint(V, (3, 2), generator=torch.Generator().manual_seed(seed))
 
-        def alone(*tokens: Tensor) -> Tensor:
-            return model(torch.cat(tokens)[None]).logits[0, -2:]
+        def check_alone(found: Tensor, *tokens: Tensor, what: str) -> None:
+            def again(model: Any) -> Tensor:
+                return model(torch.cat(tokens)[None]).logits[0, -2:]
+
+            assert_agree(found, again(model), model, again, atol=SAME, what=what)
 
         with torch.no_grad():
             cache = KVCache(model.spec, rows=2, dtype=model.dtype, device=model.device, page_size=page_size)
@@ -215,15 +229,13 @@ def test_cache_is_cropped_forked_and_freed(family: str) -> None:
             child = cache.fork(0)
             assert cache.rows == [0, 1, child]
             out = model(new, past_key_values=cache, use_cache=True).logits
-            assert_close(out[0], alone(ids[0, :kept], new[0]), atol=SAME, what="cropped")
-            assert_close(out[1], alone(ids[1, : min(kept, 4)], new[1]), atol=SAME, what="shorter row")
-            assert_close(out[2], alone(ids[0, :kept], new[2]), atol=SAME, what="fork")
+            check_alone(out[0], ids[0, :kept], new[0], what="cropped")
+            check_alone(out[1], ids[1, : min(kept, 4)], new[1], what="shorter row")
+            check_alone(out[2], ids[0, :kept], new[2], what="fork")
             cache.free_row(1)
             out = model(new[:2], past_key_values=cache, use_cache=True).logits
-            assert_close(
-                out[0], alone(ids[0, :kept], new[0], new[0]), atol=SAME, what="after a row was freed"
-            )
-            assert_close(out[1], alone(ids[0, :kept], new[2], new[1]), atol=SAME, what="fork, after it")
+            check_alone(out[0], ids[0, :kept], new[0], new[0], what="after a row was freed")
+            check_alone(out[1], ids[0, :kept], new[2], new[1], what="fork, after it")
 
     check()
 
@@ -238,11 +250,15 @@ def test_packed_is_one_by_one(family: str) -> None:
         model = model_of(config, seed)
         batch = replace(batch, left=False, embedded=False, with_types=False, with_positions=False)
         call = arguments(config, batch)
+
+        def again(model: Any) -> Tensor:
+            return rows(batch, model(**call, output_hidden_states=True).hidden_states[-1])
+
         with torch.no_grad():
-            expected = rows(batch, model(**call, output_hidden_states=True).hidden_states[-1])
+            expected = again(model)
             packed = pack(*batch.mask().shape, batch.mask(), model.device)
             tokens = packed.pack(call["input_ids"])
-            assert_close(model.run_packed(tokens, packed), expected, atol=SAME)
+            assert_agree(model.run_packed(tokens, packed), expected, model, again, atol=SAME)
             if family in ENCODERS:
                 return
             # Every row is cut at the same place; the rows of the second call come in another order.
@@ -264,7 +280,7 @@ def test_packed_is_one_by_one(family: str) -> None:
                 for row, values in zip(chosen, torch.split(hidden, lengths), strict=True):
                     found[row].append(values)
             together = torch.cat([value for row in sorted(found) for value in found[row]])
-        assert_close(together, expected, atol=SAME, what="with a cache")
+        assert_agree(together, expected, model, again, atol=SAME, what="with a cache")
 
     check()
 
@@ -277,7 +293,13 @@ def test_logits_to_keep(family: str) -> None:
         model, call = model_of(config, seed), arguments(config, batch)
         with torch.no_grad():
             whole, part = model(**call).logits, model(**call, logits_to_keep=keep).logits
-        assert_close(part, whole[:, -keep:], atol=SAME)
+        assert_agree(
+            part,
+            whole[:, -keep:],
+            model,
+            lambda m: m(**in_dtype_of(m, call)).logits[:, -keep:],
+            atol=SAME,
+        )
 
     check()
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from close import assert_close
+from close import assert_agree, assert_close, in_dtype_of
 from hypothesis import given
 from pairs import Pair, arguments, class_of, heads_of, pair, pooled_where_they_look, their_arguments
 from safetensors.torch import save_file
@@ -113,15 +113,22 @@ def test_gradient_of_vectors_is_transformers(family: str) -> None:
         batch = replace(batch, left=False, embedded=True, extra=0)
         labels = {"labels": batch.lay_out(batch.integers(0, 2, 9), -100)}
         with pair(config, "token-classification", seed) as p:
-            vectors = [batch.vectors(p.model.spec.hidden_size).requires_grad_() for _ in range(2)]
-            p.model(**{**arguments(config, batch), "inputs_embeds": vectors[0]}, **labels).loss.backward()
-            p.reference(
-                **{**their_arguments(config, batch), "inputs_embeds": vectors[1]}, **labels
-            ).loss.backward()
-        a, b = (v.grad for v in vectors)
-        assert a is not None
-        assert b is not None
-        assert_close(a, b, atol=1e-5 * max(1.0, float(b.abs().max())))
+
+            def gradient(model: Any, call: dict[str, Any]) -> Tensor:
+                vectors = in_dtype_of(model, {"inputs_embeds": batch.vectors(p.model.spec.hidden_size)})
+                vectors["inputs_embeds"].requires_grad_()
+                with torch.enable_grad():
+                    model(**{**call, **vectors}, **labels).loss.backward()
+                found = vectors["inputs_embeds"].grad
+                assert found is not None
+                return found
+
+            def again(model: Any) -> Tensor:
+                return gradient(model, their_arguments(config, batch))
+
+            expected = again(p.reference)
+            atol = 1e-5 * max(1.0, float(expected.abs().max()))
+            assert_agree(gradient(p.model, arguments(config, batch)), expected, p.reference, again, atol=atol)
 
     check()
 
