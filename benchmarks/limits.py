@@ -7,7 +7,9 @@ and PyTorch stand in, and the result says so. Beside them, the best matrix produ
 reaches: a limit that somebody has reached.
 
 The clock is read by a chain of dependent additions, one a clock; peak / (clock x threads) must then come
-out near the operations a clock of the processor's design, which is the independent check of the peak."""
+out near the operations a clock of the processor's design, which is the independent check of the peak. The
+bandwidths are held against NumPy's own loops. Each run does both (`CpuProbe.doubts`) and notes what does not
+agree."""
 
 from __future__ import annotations
 
@@ -22,6 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 
 from . import machine
@@ -181,6 +184,21 @@ class CpuProbe:
             self._matrix_products(threads)
         return self.limits
 
+    def doubts(self) -> list[str]:
+        """What independent loops say against the limits so far, a sentence each; none in toy sizes, or where
+        other loops were the limits. Takes about a second."""
+        if self.loops is None or machine.tiny():
+            return []
+        x, y = self.x.numpy(), self.y.numpy()
+        others: dict[str, float] = {}
+        for _ in range(3):
+            for name, moved, run in (
+                ("read", x.nbytes, x.max),
+                ("copy", 2 * x.nbytes, lambda: numpy.copyto(y, x)),
+            ):
+                others[name] = max(others.get(name, 0.0), moved / _seconds(run))
+        return contradictions(self.limits, others, self.loops.float_lanes())
+
     def _compiled(self, loops: ctypes.CDLL, threads: int) -> None:
         x, y, n = self.x.data_ptr(), self.y.data_ptr(), self.count
         loops.fill(x, n, threads)
@@ -221,6 +239,25 @@ class CpuProbe:
                     torch.mm(a, b)  # the first product plans, allocates and wakes the threads
                 seconds = _seconds(lambda a=a, b=b: torch.mm(a, b))
                 self.limits.add(f"gemm {name}", threads, 2 * n**3 / seconds, f"torch.mm, {n} x {n} x {n}")
+
+
+def contradictions(limits: Limits, others: dict[str, float], lanes: int) -> list[str]:
+    """Where the best of the limits for one thread are not what `others` (bytes a second by "read" and "copy")
+    and a processor of `lanes` floats make likely. The ranges are wide, since other programs may run: they
+    tell a loop that was optimised away, a wrong unit, or a vector width that was not used."""
+    best = {name: max(limit.repeats) for name, limit in limits.table.items() if limit.repeats}
+    clock, found = best.get("clock@1", 0.0), []
+    measured = [
+        (f"{name} bandwidth / that of NumPy", best[f"{name}@1"] / v, 0.5, 3.0) for name, v in others.items()
+    ]
+    if clock:
+        a_clock = best["fma@1"] / clock  # one or two multiply-adds of that width
+        measured += [("the clock in GHz", clock / 1e9, 1.0, 7.0)]
+        measured += [(f"operations a clock / {2 * lanes}", a_clock / (2 * lanes), 0.5, 2.6)]
+    for what, value, low, high in measured:
+        if not low < value < high:
+            found.append(f"{what} is {value:.2f}, and should be between {low:g} and {high:g}")
+    return found
 
 
 def _seconds(run: Callable[[], Any]) -> float:

@@ -156,6 +156,7 @@ def summary_lines(results: Results, limits: bool = True) -> list[str]:
         f"commit {machine.get('commit')}{dirty}; "
         + ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
     )
+    found += [f"A limit is in doubt: {doubt}." for doubt in results.settings.get("doubts", ())]
     if results.settings.get("busy_share", 0) > 0.1:
         found.append(
             f"The machine was not quiet at the start: {results.settings['busy_share']:.0%} of it was in use."

@@ -73,6 +73,10 @@ def run(plan: Plan, on_cell: Callable[[Results], None] = lambda results: None) -
     rounds = 2 if machine.tiny() else plan.limit_rounds
     for _ in range(rounds):
         probe.round()
+    if plan.device == "cpu":
+        results.settings["doubts"] = probe.doubts()
+        for doubt in results.settings["doubts"]:
+            plan.say(f"a limit is in doubt: {doubt}")
     for threads in plan.threads if plan.device == "cpu" else plan.threads[:1]:
         with torch_threads(threads):
             for level in plan.levels:

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -252,32 +251,48 @@ def test_without_a_compiler_the_limits_come_from_pytorch_and_say_so(monkeypatch:
     assert found.peak("float32", 1)[1] == "gemm float32"
 
 
-@pytest.mark.slow
-def test_limits_agree_with_independent_loops() -> None:
-    """Against NumPy's and PyTorch's own loops and against clock x width. The bound is wide: other programs
-    may run."""
-    numpy = pytest.importorskip("numpy")
-    probe = limits.CpuProbe([1])
-    if probe.loops is None:
-        pytest.skip("no C++ compiler")
-    best: dict[str, float] = {}
-    for _ in range(4):
-        probe.round()
-        x = probe.x.numpy()
-        y = numpy.empty_like(x)
-        for name, moved, run in (
-            ("copy", 2 * x.nbytes, partial(numpy.copyto, y, x)),
-            ("read", x.nbytes, x.max),
-        ):
-            seconds = limits._seconds(run)
-            best[name] = max(best.get(name, 0.0), moved / seconds)
-    for name, value in best.items():
-        assert 0.5 < max(probe.limits.table[f"{name}@1"].repeats) / value < 3.0, name
-    clock = max(probe.limits.table["clock@1"].repeats)
-    a_clock = max(probe.limits.table["fma@1"].repeats) / clock
-    lanes = probe.loops.float_lanes()
-    assert 1e9 < clock < 7e9
-    assert 0.5 * 2 * lanes < a_clock < 1.3 * 4 * lanes  # one or two multiply-adds of that width a clock
+def test_limits_that_contradict_other_loops_are_in_doubt() -> None:
+    """The self-check of each run (`CpuProbe.doubts`), on rates that are made up: a processor of 3 GHz and two
+    multiply-adds of 8 floats a clock."""
+    good = {"read": 20e9, "copy": 14e9, "fma": 3e9 * 2 * 2 * 8, "clock": 3e9}
+    others = {"read": 15e9, "copy": 16e9}
+
+    def doubts(**changed: float) -> list[str]:
+        table = limits.Limits("cpu", "")
+        for name, value in {**good, **changed}.items():
+            table.add(name, 1, 0.1 * value)  # a moment in which another program ran
+            table.add(name, 1, value)
+        return limits.contradictions(table, others, 8)
+
+    assert doubts() == []
+    for name, factor, words in (
+        ("read", 4, "read bandwidth / that of NumPy is 5.33"),  # a loop that was optimised away
+        ("copy", 0.5, "copy bandwidth / that of NumPy is 0.44"),  # bytes that were counted once
+        ("fma", 0.2, "operations a clock / 16 is 0.40"),  # scalar code
+        ("fma", 2, "operations a clock / 16 is 4.00"),
+        ("clock", 1e-3, "the clock in GHz is 0.00"),
+    ):
+        found = doubts(**{name: factor * good[name]})
+        assert any(doubt.startswith(words) for doubt in found), (name, factor, found)
+
+
+def test_the_loops_move_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a clock: they fill, read and copy every element, with any number of threads."""
+    monkeypatch.setenv("MINILM_BENCH_CACHE", str(tmp_path))
+    loops, reason = limits.compiled_loops()
+    if loops is None:
+        pytest.skip(reason)
+    n = 3 << 16
+    for threads in (1, 2, 3):
+        x, y = torch.full((n,), torch.nan), torch.full((n,), torch.nan)
+        loops.fill(x.data_ptr(), n, threads)
+        assert x.isfinite().all()
+        assert loops.copy_all(x.data_ptr(), y.data_ptr(), n, threads) > 0
+        assert torch.equal(x, y)
+        assert loops.read_all(x.data_ptr(), n, threads) > 0
+        assert loops.fma_all(1000, threads) > 0
+    assert loops.float_lanes() in (4, 8, 16)
+    assert loops.fma_operations() % (2 * loops.float_lanes()) == 0
 
 
 # Costs
