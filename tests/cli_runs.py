@@ -52,7 +52,7 @@ def failure(*arguments: str | Path, stdin: str | bytes = "", status: int = 2) ->
 def process(*arguments: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
     """Run the command in a process of its own."""
     command = [sys.executable, "-m", "minilm", *map(str, arguments)]
-    options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "timeout": 120, **options}
+    options = {"capture_output": True, "text": True, "stdin": subprocess.DEVNULL, "timeout": 600, **options}
     finished: subprocess.CompletedProcess[str] = subprocess.run(command, **options)
     return finished
 
@@ -76,7 +76,7 @@ class Terminal:
         """Type; \\x03 is Ctrl-C, \\x04 Ctrl-D."""
         os.write(self._end, text.encode())
 
-    def wait_for(self, text: str, seconds: float = 90.0) -> str:
+    def wait_for(self, text: str, seconds: float = 600.0) -> str:
         """Read until `text` is shown; returns what was shown until then, and forgets it."""
         deadline = time.monotonic() + seconds
         while text not in self.shown:
@@ -85,7 +85,7 @@ class Terminal:
         before, _, self.shown = self.shown.partition(text)
         return before
 
-    def finish(self, seconds: float = 90.0) -> int:
+    def finish(self, seconds: float = 600.0) -> int:
         """Read to the end; the exit status. `shown` has what was not waited for."""
         deadline = time.monotonic() + seconds
         while self._read():

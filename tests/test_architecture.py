@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -286,9 +287,7 @@ def test_integrations_stand_outside() -> None:
         assert touched, f"minilm.{module} does not import {library}"
     wrong = [str(f) for f in IMPORTS if "integrations" in f.imported and "integrations" not in f.importer]
     assert not wrong, "\n".join(wrong)
-    assert (
-        run("import sys, minilm.integrations.transformers; print('transformers' in sys.modules)") == "False"
-    )
+    assert "transformers" not in loaded()["import minilm.integrations.transformers"]
 
 
 def test_nothing_is_unpickled_or_evaluated() -> None:
@@ -323,7 +322,7 @@ def test_kernels_import_nothing_of_minilm() -> None:
 
 def test_the_folder_of_kernels_shadows_nobody() -> None:
     """`kernels` is another package's name on PyPI, which transformers imports when it is there."""
-    assert run("import sys, minilm.ops; print('kernels' in sys.modules)") == "False"
+    assert "kernels" not in loaded()["import minilm.ops"]
 
 
 # --- at run time ---
@@ -357,20 +356,36 @@ def run(code: str, *options: str, **environment: str) -> str:
     return result.stdout.strip()
 
 
+API = "AutoModel, AutoTokenizer, AutoConfig, SentenceEncoder, LLM, SamplingParams, pipeline"
+STEPS = (
+    "import minilm",
+    "import minilm.ops",
+    f"from minilm import {API}",
+    "import minilm.integrations.transformers",
+)
+
+
+@functools.cache
+def loaded() -> dict[str, list[str]]:
+    """The modules that have come in beyond torch's own after each of `STEPS`, one after the other."""
+    code = f"""
+import sys, torch
+before = set(sys.modules)
+for step in {STEPS!r}:
+    exec(step)
+    print(repr((step, sorted(set(sys.modules) - before))))
+"""
+    return dict(ast.literal_eval(line) for line in run(code).splitlines())
+
+
 def test_import_brings_in_nothing_heavy() -> None:
     """Beyond torch's own modules: no tokenizers, no command line, no reference library, and hardly anything
     of ours."""
-    code = """
-import sys, torch
-before = set(sys.modules)
-import minilm
-new = set(sys.modules) - before
-print(sorted(name for name in new if name.startswith("minilm") or "." not in name))
-"""
-    new = ast.literal_eval(run(code))
+    new = loaded()["import minilm"]
     assert not [name for name in new if name in HEAVY]
     ours = [name for name in new if name.startswith("minilm")]
     assert len(ours) <= 3, f"importing minilm imports {ours}"
+    assert len(new) <= 6, f"importing minilm imports {new}"
 
 
 def test_models_bring_in_only_what_they_use() -> None:
@@ -386,48 +401,22 @@ print(sorted((set(sys.modules) - before) & set({HEAVY!r})))
     assert ast.literal_eval(run(code)) == []
 
 
-def test_import_takes_no_time() -> None:
-    """At most 0.3 s beyond torch; the best of three, since machines have other things to do."""
-    code = """
-import time, torch
-start = time.perf_counter()
-import minilm
-print(time.perf_counter() - start)
-"""
-    best = min(float(run(code)) for _ in range(3))
-    if best > 0.3:
-        pytest.fail(
-            f"import minilm takes {best:.2f} s beyond import torch:\n{slowest('import torch, minilm')}"
-        )
+FAMILIES = [
+    path.stem for path in sorted((ROOT / "minilm" / "archs").glob("[a-z]*.py")) if path.stem != "family"
+]
 
 
-def test_the_whole_api_comes_in_quickly() -> None:
-    """Classes for models, texts and tasks together; what they load from elsewhere comes when it is used."""
-    names = "AutoModel, AutoTokenizer, AutoConfig, SentenceEncoder, LLM, SamplingParams, pipeline"
-    code = f"""
-import time, torch
-start = time.perf_counter()
-from minilm import {names}
-print(time.perf_counter() - start)
-"""
-    best = min(float(run(code)) for _ in range(3))
-    if best > 1.0:
-        imports = slowest(f"import torch; from minilm import {names}")
-        pytest.fail(f"the API takes {best:.2f} s beyond import torch:\n{imports}")
-
-
-def slowest(code: str) -> str:
-    """The twenty imports that take longest, by -X importtime."""
-    result = subprocess.run(
-        [sys.executable, "-X", "importtime", "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        cwd=ROOT / "tests",
-    )
-    lines = [line.split("|") for line in result.stderr.splitlines() if line.count("|") == 2][1:]
-    lines.sort(key=lambda parts: -int(parts[1]))
-    return "\n".join(f"{int(total) / 1e6:8.3f} s {name.strip()}" for _, total, name in lines[:20])
+def test_the_whole_api_is_light() -> None:
+    """Classes for models, texts and tasks together: no family, no command line, no kernels in Triton, nothing
+    of others beyond what torch has brought in. Modules are counted, since seconds are the machine's."""
+    new = loaded()[f"from minilm import {API}"]
+    ours = [name for name in new if name.split(".")[0] == "minilm"]
+    others = {name.split(".")[0] for name in new} - {"minilm", *AT_THE_TOP, *sys.stdlib_module_names}
+    assert not others, f"the API imports {sorted(others)}"
+    late = [f"minilm.archs.{family}" for family in FAMILIES]
+    late += ["minilm.cli", "minilm.kernels", "minilm.benchmarks", "minilm.integrations", "minilm.doctor"]
+    assert not [name for name in ours if name.startswith(tuple(late)) and name != "minilm.archs.family"]
+    assert len(ours) <= 100, f"{len(ours)} modules of minilm: {ours}"
 
 
 def test_runs_without_the_optional_packages() -> None:

@@ -225,7 +225,7 @@ def ask(endpoint: str, cache: Path, call: str, **environment: str) -> str:
     variables = {"HF_ENDPOINT": endpoint, "HF_HUB_CACHE": str(cache), "HF_HUB_OFFLINE": "0", "NO_PROXY": "*"}
     variables |= {"PATH": "/usr/bin:/bin", "HOME": str(cache), "HF_HUB_DISABLE_XET": "1", **environment}
     done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=variables, cwd=cache, timeout=120
+        [sys.executable, "-c", code], capture_output=True, text=True, env=variables, cwd=cache, timeout=600
     )
     assert done.returncode == 0, done.stderr
     return done.stdout.strip()

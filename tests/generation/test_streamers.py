@@ -64,7 +64,7 @@ def test_a_streamer_prints(capsys: pytest.CaptureFixture[str]) -> None:
 def test_another_thread_iterates_over_the_pieces() -> None:
     d = decoder("llama")
     call = d.tokenizer("once upon a time", return_tensors="pt")
-    streamer = TextIteratorStreamer(d.tokenizer, skip_prompt=True, timeout=60)
+    streamer = TextIteratorStreamer(d.tokenizer, skip_prompt=True, timeout=600)
     thread = Thread(target=d.ours.generate, kwargs={**call, "streamer": streamer, "max_new_tokens": 25})
     thread.start()
     text = "".join(streamer)

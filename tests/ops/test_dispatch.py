@@ -116,7 +116,7 @@ def test_choice_ends_with_the_block_even_after_an_error() -> None:
 @pytest.mark.usefixtures("three")
 def test_choice_is_of_one_thread() -> None:
     found: dict[str, float] = {}
-    started, chosen = threading.Barrier(3, timeout=30), threading.Barrier(3, timeout=30)
+    started, chosen = threading.Barrier(3, timeout=600), threading.Barrier(3, timeout=600)
 
     def run(name: str) -> None:
         started.wait()

