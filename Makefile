@@ -3,6 +3,7 @@
 #
 #   MINILM_PYTHON=python3.12 make test     another interpreter for a new .venv
 #   HYPOTHESIS_PROFILE=thorough make test  many more drawn examples
+#   make test-slow test-isa                what takes long and seldom breaks; the numbers on other processors
 #
 # PyTorch comes from wherever pip is set up to look (on Linux the package index serves its CUDA build, some gigabytes;
 # PIP_FIND_LINKS or PIP_INDEX_URL can name a place that has the CPU build). It is installed first, in the version that
@@ -10,19 +11,29 @@
 
 PYTHON := $(or $(MINILM_PYTHON),python3)
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# What is imported is byte-compiled then: PyTorch alone has thousands of modules that nobody imports.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 NATIVE := setup.py $(wildcard csrc/* csrc/*/*)
 export MINILM_BUILD_EXT ?= auto
 export PYTHONWARNINGS ?= ignore:Editable installation
 
-.PHONY: demo test lint format clean bench bench-peers gpu-check compile-report cuda-report kernel-table neon-check sanitize
+.PHONY: demo test test-slow test-isa lint format clean bench bench-peers gpu-check compile-report cuda-report kernel-table \
+	neon-check sanitize pytorch kernels
 .DELETE_ON_ERROR:
 
 demo: .venv/.models
 	$(BIN)/python tools/demo.py
 
+PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal --durations 15
+
 test: .venv/.test
-	$(BIN)/pytest --numprocesses auto --dist worksteal --durations 15
+	$(PYTEST) -m "not slow"
+
+test-slow: .venv/.test
+	$(PYTEST) -m slow
+
+test-isa: .venv/.test
+	$(BIN)/python tools/test_isa.py
 
 lint: .venv/.lint
 	$(BIN)/ruff check
@@ -43,9 +54,15 @@ clean:
 .venv/.base: tools/make_venv.py constraints.txt
 	$(PYTHON) tools/make_venv.py .venv
 	$(PIP) --upgrade pip setuptools wheel
-	@echo "installing PyTorch ..."
-	$(PIP) torch numpy
+	@echo "installing PyTorch, and compiling the CPU kernels meanwhile ..."
+	@$(MAKE) --no-print-directory --jobs=2 pytorch kernels
 	@touch $@
+
+pytorch:
+	$(PIP) torch numpy
+
+kernels:
+	$(BIN)/python setup.py --quiet build_kernels
 
 .venv/.minilm: .venv/.base pyproject.toml $(NATIVE)
 	$(PIP) --no-build-isolation --editable .

@@ -59,16 +59,16 @@ OTHER_ISAS = (
 """Those that this process does not use; none in a process that was told which to use."""
 
 
-def passes_with(isa: str, file: str, chosen: str) -> None:
-    """The tests `chosen` (pytest's -k) of `file` pass in a process that uses this instruction set."""
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file, "-k", chosen]
+def passes_with(isa: str, *files: str, chosen: str) -> None:
+    """The tests `chosen` (pytest's -k) of `files` pass in a process that uses this instruction set."""
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files, "-k", chosen]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
     done = subprocess.run(
         command,
         capture_output=True,
         text=True,
         env={**environment, "MINILM_CPU_ISA": isa},
-        cwd=Path(file).parent,
+        cwd=Path(__file__).parent,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout.splitlines()[-1]

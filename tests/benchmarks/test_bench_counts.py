@@ -27,6 +27,7 @@ def tool() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_kernels_need_no_more_instructions_than_committed(tool: ModuleType) -> None:
     if shutil.which("valgrind") is None:
         pytest.skip("valgrind is not installed (apt install valgrind)")
@@ -51,6 +52,7 @@ def test_a_kernel_that_grew_is_caught(tool: ModuleType) -> None:
     assert "nothing to compare" in tool.compare(found, figures, "clang 19 x86_64")[1][0]
 
 
+@pytest.mark.slow
 def test_a_planted_slow_kernel_is_caught(
     tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

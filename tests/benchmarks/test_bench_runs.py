@@ -224,7 +224,13 @@ def test_native_linear_layers_are_measured_with_the_weight_packed() -> None:
 
 
 # Every op
-@pytest.mark.parametrize("op", sorted({c.op for c in shapes.op_cases()}))
+@pytest.mark.parametrize(
+    "op",
+    [
+        pytest.param(op, marks=pytest.mark.slow) if "rope" in op or op == "append_kv" else op
+        for op in sorted({c.op for c in shapes.op_cases()})
+    ],
+)
 def test_every_op_has_cases_and_right_implementations(op: str) -> None:
     case = case_of(op)
     cells = ops.run_case(case, "cpu", torch.float32, TINY, lambda name: name.startswith("minilm"))
@@ -270,7 +276,14 @@ def test_an_engine_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch
         peers.engine_class("x")
 
 
-@pytest.mark.parametrize(("size", "limit"), [(1 << 10, None), (None, 1 << 10), (1 << 40, 1 << 10)])
+@pytest.mark.parametrize(
+    ("size", "limit"),
+    [
+        (1 << 40, 1 << 10),
+        pytest.param(1 << 10, None, marks=pytest.mark.slow),
+        pytest.param(None, 1 << 10, marks=pytest.mark.slow),
+    ],
+)
 def test_engines_that_do_not_fit_into_memory_are_left_out(
     size: int | None, limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -338,14 +351,14 @@ with contextlib.suppress(WorkerError):  # its answer to what it cannot do yet: i
     worker.ask("peak")
 worker.pause()
 print(worker._process.pid, flush=True)
-time.sleep(60)
+time.sleep(3600)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as bench:
         assert bench.stdout is not None
         worker = Path("/proc") / bench.stdout.readline().strip()
         assert " (stopped)" in (worker / "status").read_text()
         bench.kill()
-    for _ in range(100):
+    for _ in range(6000):  # ten minutes: a busy machine may take its time
         state = (worker / "status").read_text() if worker.exists() else "(zombie)"
         if "(zombie)" in state:
             return

@@ -635,9 +635,10 @@ def test_opcheck(family: str) -> None:
     torch.library.opcheck(torch.ops.minilm.transformer.default, tuple(arguments.values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """This file again, in a process that is told to use another instruction set than the best."""
     passes_with(
-        isa, __file__, "body_is_close or 16_bit or quantised or depend or whole or stretches or behind"
+        isa, __file__, chosen="body_is_close or 16_bit or quantised or depend or whole or stretches or behind"
     )

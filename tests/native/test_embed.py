@@ -220,7 +220,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.minilm.embed.default, raw(**quantised(CODES)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """This file again, in a process that is told to use another instruction set than the best."""
-    passes_with(isa, __file__, "close or depend or norms")
+    passes_with(isa, __file__, chosen="close or depend or norms")

@@ -1068,8 +1068,9 @@ def test_opcheck(valid: dict[str, dict[str, Any]], kind: str) -> None:
     torch.library.opcheck(torch.ops.minilm.decode_steps.default, tuple(valid[kind].values()))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", OTHER_ISAS[:2])
 def test_other_instruction_sets(isa: str) -> None:
     """This file again, in a process that is told to use shorter vectors than the best. (The kernels of a step
     have tests with every instruction set.)"""
-    passes_with(isa, __file__, "a_step_is_that or any_size or quantised_models or best or behind")
+    passes_with(isa, __file__, chosen="a_step_is_that or any_size or quantised_models or best or behind")

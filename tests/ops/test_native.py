@@ -382,10 +382,19 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("isa", OTHER_ISAS)
+def test_every_instruction_set_in_short(isa: str) -> None:
+    """The results of each kind of kernel; the rest of these files again is in `make test-slow`."""
+    kinds = ("", "_attention", "_linear", "_quantized")
+    files = [str(Path(__file__).with_name(f"test_native{kind}.py")) for kind in kinds]
+    passes_with(isa, *files, chosen="(close and not gradients) or bound or long_sums or rows_do")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """This file again, in a process that is told to use another instruction set than the best."""
     chosen = "close or 16_bit or depend or beyond or stay or equal_channels or far_from_zero"
-    passes_with(isa, __file__, f"({chosen}) and not eager")
+    passes_with(isa, __file__, chosen=f"({chosen}) and not eager")
     assert (
         run("from minilm.ops import native; print(native.cpu_isa())", MINILM_CPU_ISA=isa).stdout.strip()
         == isa

@@ -830,7 +830,8 @@ def test_compiles_without_a_graph_break() -> None:
     torch.testing.assert_close(pages, (k_pages, v_pages), equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """This file again, in a process that is told to use another instruction set than the best."""
-    passes_with(isa, __file__, "(close and not eager) or depend or nan or beyond or rounded or zeros")
+    passes_with(isa, __file__, chosen="(close and not eager) or depend or nan or beyond or rounded or zeros")

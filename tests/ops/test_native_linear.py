@@ -512,7 +512,8 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.minilm.pack_linear.default, pack_arguments())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """This file again, in a process that is told to use another instruction set than the best."""
-    passes_with(isa, __file__, "close or bound or depend or infinity or beyond or refuses or rounded")
+    passes_with(isa, __file__, chosen="close or bound or depend or infinity or beyond or refuses or rounded")

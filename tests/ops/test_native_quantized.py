@@ -300,6 +300,7 @@ OTHER_ISAS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_every_instruction_set(isa: str) -> None:
     """This file again, in a process that is told to use another instruction set than the best."""

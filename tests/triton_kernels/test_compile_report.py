@@ -172,6 +172,7 @@ CASES = (
 '''
 
 
+@pytest.mark.slow
 def test_planted_kernels_that_spill_and_outgrow_their_chip_fail_it(tmp_path: Path) -> None:
     """The whole command, on kernels of which one is good, one spills, and one needs too much memory."""
     (tmp_path / "planted_cases.py").write_text(PLANTED)

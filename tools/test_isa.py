@@ -1,0 +1,62 @@
+"""Runs the tests of numbers as other processors would: test_isa.py [arguments of pytest]
+
+PyTorch, its matrix products (MKL, oneDNN), NumPy's (OpenBLAS, in Triton's interpreter) and minilm's kernels
+each choose code for the processor that they find, and sum in another order on each. Here they are told to
+take it for an older one. A test that passes on one processor only does not hold what it says.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+PROCESSORS: dict[str, dict[str, str]] = {
+    "of 2008, SSE4": {
+        "ATEN_CPU_CAPABILITY": "default",
+        "ONEDNN_MAX_CPU_ISA": "SSE41",
+        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
+        "OPENBLAS_CORETYPE": "Nehalem",
+        "MINILM_CPU_ISA": "generic",
+    },
+    "of 2013, AVX2": {
+        "ATEN_CPU_CAPABILITY": "avx2",
+        "ONEDNN_MAX_CPU_ISA": "AVX2",
+        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
+        "OPENBLAS_CORETYPE": "Haswell",
+        "MINILM_CPU_ISA": "avx2",
+    },
+}
+
+FILES = (
+    "attention_maps", "attention_scores", "cache", "cross_encoder", "decode_step", "embed", "engine", "fused",
+    "generate", "golden", "heads", "linear_cross_entropy", "llm", "models", "native*", "ops", "pool",
+    "properties", "quantized*", "sentence", "training", "triton_*",
+)  # fmt: skip
+
+
+def main() -> int:
+    """The command; the exit status is that of the first run that fails."""
+    from minilm.ops import native
+
+    files = sorted({str(file) for name in FILES for file in (ROOT / "tests").glob(f"test_{name}.py")})
+    command = [sys.executable, "-m", "pytest", "--quiet", "--numprocesses", "auto", "--dist", "worksteal"]
+    for name, variables in PROCESSORS.items():
+        if native.unavailable is None and variables["MINILM_CPU_ISA"] not in native.cpu_isas():
+            print(f"left out, since this machine cannot do it: a processor {name}")
+            continue
+        print(f"as on a processor {name}: {' '.join(f'{k}={v}' for k, v in variables.items())}", flush=True)
+        environment = os.environ | variables
+        done = subprocess.run(
+            [*command, "-m", "not slow", *files, *sys.argv[1:]], cwd=ROOT, env=environment, check=False
+        )
+        if done.returncode:
+            return done.returncode
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
