@@ -255,7 +255,9 @@ class BuildExtension(build_ext):  # type: ignore[misc]
         begun = time.time()
 
         def one(job: Job) -> str:
-            made_by = repr((job, compiler.compiler_so, compiler.compiler_so_cxx, version))
+            made_by = repr(
+                (job, compiler.include_dirs, compiler.compiler_so, compiler.compiler_so_cxx, version)
+            )
             folder = Path("build", "objects", hashlib.sha256(made_by.encode()).hexdigest()[:16])
             source, kept = Path(job.source), folder / Path(job.source).with_suffix(".o").name
             changed = max(newest, source.stat().st_mtime)
