@@ -351,7 +351,7 @@ with contextlib.suppress(WorkerError):  # its answer to what it cannot do yet: i
     worker.ask("peak")
 worker.pause()
 print(worker._process.pid, flush=True)
-time.sleep(3600)
+time.sleep(600)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as bench:
         assert bench.stdout is not None
