@@ -396,7 +396,9 @@ def test_every_instruction_set(isa: str) -> None:
     chosen = "close or 16_bit or depend or beyond or stay or equal_channels or far_from_zero"
     passes_with(isa, __file__, chosen=f"({chosen}) and not eager")
     assert (
-        run("from minilm.ops.backends import native; print(native.cpu_isa())", MINILM_CPU_ISA=isa).stdout.strip()
+        run(
+            "from minilm.ops.backends import native; print(native.cpu_isa())", MINILM_CPU_ISA=isa
+        ).stdout.strip()
         == isa
     )
 
