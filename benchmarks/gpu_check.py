@@ -156,7 +156,7 @@ class Check:
         """All tests; where hypothesis is missing, the files about a GPU that do without it."""
         if importlib.util.find_spec("hypothesis") is not None:
             return [str(ROOT / "tests")]
-        files = sorted((ROOT / "tests").glob("test_*gpu*.py"))
+        files = sorted((ROOT / "tests").rglob("test_*gpu*.py"))
         return ["--noconftest", *(str(file) for file in files if "hypothesis" not in file.read_text())]
 
     def _extension(self, python: str) -> None:

@@ -124,7 +124,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     os.environ["TRITON_INTERPRET"] = "1"
     recorder = Recorder()
-    files = dict.fromkeys(str(ROOT / "tests" / name) for names in TESTS.values() for name in names)
+    names = dict.fromkeys(name for names in TESTS.values() for name in names)
+    files = [str(file) for name in names for file in (ROOT / "tests").rglob(name)]
     extra = sys.argv[1:] if arguments is None else arguments
     status = pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", *files, *extra], [recorder])
     if status != 0:
