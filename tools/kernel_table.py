@@ -25,6 +25,7 @@ TESTS: dict[str, tuple[str, ...]] = {
     "norm": ("test_triton_norm.py",),
     "attention": ("test_triton_attention.py", "test_attention_scores.py"),
     "attention_backward": ("test_triton_attention.py",),
+    "attention_shared": ("test_triton_attention.py", "test_triton_attention_short.py"),
     "attention_short": ("test_triton_attention_short.py",),
     "decode": ("test_triton_decode.py",),
     "rope": ("test_triton_rope.py",),
