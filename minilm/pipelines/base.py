@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..model import Batch, PreTrainedModel
-from ..sentence import Tokens, by_length, check_batch_size, chunks, run, window
+from ..sentence import Ran, Tokens, by_length, check_batch_size, chunks, in_order, run, window
 from ..text import Tokenizer
 
 OptionsT = TypeVar("OptionsT")
@@ -67,7 +67,7 @@ class Pipeline(ABC, Generic[OptionsT]):
         """Tokenise one input. Raises TypeError or ValueError for what is none."""
 
     @abstractmethod
-    def head(self, hidden: Tensor, batch: Batch, windows: Sequence[Tokens]) -> Sequence[Any]:
+    def head(self, result: Ran, windows: Sequence[Tokens]) -> Sequence[Any]:
         """What the model says of each window."""
 
     @abstractmethod
@@ -88,9 +88,7 @@ class Pipeline(ABC, Generic[OptionsT]):
             return result
         if isinstance(inputs, (list, tuple)):
             return list(self.results(inputs, parsed, size or self.default_batch_size))
-        if isinstance(inputs, (bytes, Tensor)) or not isinstance(inputs, Iterable):
-            raise TypeError(f"{self.task} takes a text or several, and got {type(inputs).__name__}")
-        return self.results(inputs, parsed, size or 1, slab=1)
+        return self.results(in_order(inputs, self.task), parsed, size or 1, slab=1)
 
     def parse(self, options: dict[str, Any]) -> OptionsT:
         """Options by name -> the task's options. Raises TypeError, ValueError."""
@@ -123,8 +121,8 @@ class Pipeline(ABC, Generic[OptionsT]):
         with torch.inference_mode():
             for places in by_length([len(tokens) for tokens in windows], batch_size):
                 chosen = [windows[i] for i in places]
-                hidden, batch = run(self.model, chosen)
-                for i, output in zip(places, self.head(hidden, batch, chosen), strict=True):
+                result = run(self.model, chosen)
+                for i, output in zip(places, self.head(result, chosen), strict=True):
                     outputs[i] = output
         return iter(outputs)
 

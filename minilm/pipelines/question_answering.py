@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..model import AutoModelForQuestionAnswering, Batch
-from ..sentence import Tokens, window
+from ..model import AutoModelForQuestionAnswering
+from ..sentence import Ran, Tokens, window
 from .base import Pipeline, Work, split
 
 if TYPE_CHECKING:
@@ -133,10 +133,10 @@ class QuestionAnsweringPipeline(Pipeline[Options]):
         ][0]
         return question if len(offsets) <= tokens else question[: offsets[tokens - 1][1]]
 
-    def head(self, hidden: Tensor, batch: Batch, windows: Sequence[Tokens]) -> Sequence[Tensor]:
+    def head(self, result: Ran, windows: Sequence[Tokens]) -> Sequence[Tensor]:
         """Logits [tokens, 2] of each window: is it the first, the last token of the answer?"""
         assert isinstance(self.model, AutoModelForQuestionAnswering)
-        return split(self.model.head(hidden), batch)
+        return split(self.model.head(result.hidden), result.batch)
 
     def finish(self, work: Work, outputs: list[Any], options: Options) -> Any:
         """The best answers of all windows together."""

@@ -8,8 +8,8 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..model import AutoModelForSequenceClassification, Batch
-from ..sentence import Tokens
+from ..model import AutoModelForSequenceClassification
+from ..sentence import Ran, Tokens
 from .base import Pipeline, Work
 
 Function = Literal["default", "sigmoid", "softmax", "none"]
@@ -65,9 +65,9 @@ class TextClassificationPipeline(Pipeline[Options]):
         pair = None if pair is None else self.text(pair)
         return self.encode(self.text(text), pair, options.truncation, options.max_length)
 
-    def head(self, hidden: Tensor, batch: Batch, windows: Sequence[Tokens]) -> Sequence[Tensor]:
+    def head(self, result: Ran, windows: Sequence[Tokens]) -> Sequence[Tensor]:
         """Logits [num_labels] of each window."""
-        logits: Tensor = self.model.answer(hidden, batch, None)["logits"]
+        logits: Tensor = self.model.answer(result.hidden, result.batch, None)["logits"]
         return list(logits.float().cpu())
 
     def finish(self, work: Work, outputs: list[Any], options: Options) -> Any:

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..generation import context_window
-from ..model import AutoModelForCausalLM, Batch
-from ..sentence import Tokens, chunks
+from ..model import AutoModelForCausalLM
+from ..sentence import Ran, Tokens, chunks
 from .base import Pipeline, Work
 
 SAMPLED = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}
@@ -125,7 +124,7 @@ class TextGenerationPipeline(Pipeline[Options]):
             )
         return longest - int(new)
 
-    def head(self, hidden: Tensor, batch: Batch, windows: Sequence[Tokens]) -> Sequence[Any]:
+    def head(self, result: Ran, windows: Sequence[Tokens]) -> Sequence[Any]:
         """Not used: `results` generates."""
         raise NotImplementedError
 
