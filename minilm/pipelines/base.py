@@ -88,7 +88,9 @@ class Pipeline(ABC, Generic[OptionsT]):
             return result
         if isinstance(inputs, (list, tuple)):
             return list(self.results(inputs, parsed, size or self.default_batch_size))
-        return self.results(in_order(inputs, self.task), parsed, size or 1, slab=1)
+        return self.results(
+            in_order(inputs, f"{self.task} takes a text or several, and got"), parsed, size or 1, slab=1
+        )
 
     def parse(self, options: dict[str, Any]) -> OptionsT:
         """Options by name -> the task's options. Raises TypeError, ValueError."""

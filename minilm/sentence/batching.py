@@ -83,11 +83,11 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
         yield chunk
 
 
-def in_order(items: Any, what: str) -> Iterator[Any]:
+def in_order(items: Any, expected: str) -> Iterator[Any]:
     """The items of a sequence, an iterator, or what has a length and items by number (a torch Dataset).
 
     Raises TypeError for what is none or has no order: a dict, of which only the keys would be seen, a set,
-    bytes, a tensor, an array or table of other than one dimension. `what`: who wants them.
+    bytes, a tensor, an array or table of other than one dimension. `expected`: how the message begins.
     """
     dimensions = getattr(items, "ndim", 1)
     none = isinstance(items, (bytes, bytearray, Mapping, Set, Tensor))
@@ -97,7 +97,7 @@ def in_order(items: Any, what: str) -> Iterator[Any]:
         if hasattr(items, "__getitem__") and hasattr(items, "__len__"):
             return (items[i] for i in range(len(items)))
     shape = "" if dimensions == 1 else f" of {dimensions} dimensions"
-    raise TypeError(f"{what} takes a text or a list of texts, and got {type(items).__name__}{shape}")
+    raise TypeError(f"{expected} {type(items).__name__}{shape}")
 
 
 class _NoBar:
