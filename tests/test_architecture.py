@@ -15,9 +15,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 ORDER = (
-    *("_version", "config", "ops", "files", "weights", "families", "text", "model", "native", "generation"),
-    *("sentence", "pipelines", "training", "peft", "evaluation", "interpret", "conversion", "serving"),
-    *("integrations", "doctor", "cli", "__main__", ""),
+    *("_version", "differences", "config", "ops", "files", "weights", "families", "text", "model", "native"),
+    *("generation", "sentence", "pipelines", "training", "peft", "evaluation", "interpret", "conversion"),
+    *("serving", "integrations", "doctor", "cli", "__main__", ""),
 )
 """The folders and files of minilm/ as they stand on each other, and as a person reads them: each may import
 those before it. The last is the package itself."""

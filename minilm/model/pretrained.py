@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..differences import tell
 from ..families import Family, Head, PretrainedConfig, family_of
 from . import rope
 from .batch import Batch, Packed, check_columns, pack
@@ -127,6 +128,8 @@ class PreTrainedModel(Checkpointed):
         if past_key_values is not None and attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask[:, max(attention_mask.shape[1] - columns, 0) :]
         packed = pack(rows, columns, attention_mask, given.device)
+        if packed.padded_left and position_ids is None and self._counts_columns(input_ids):
+            tell("left-padding")
         batch = Batch(
             tokens=packed.pack(given),
             positions=self._positions(packed, input_ids, position_ids, cache),
@@ -258,6 +261,11 @@ class PreTrainedModel(Checkpointed):
             return None
         self._check_ids("token_type_ids", token_type_ids, size, "the model has")
         return packed.pack(token_type_ids)
+
+    def _counts_columns(self, input_ids: Tensor | None) -> bool:
+        """Whether positions are rows of a table, and those of transformers are the columns of the batch."""
+        skips = self.spec.positions_skip_padding_id is not None and input_ids is not None
+        return self.spec.positions == "learned" and not skips
 
     def _rope(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         spec, positions = self.spec, batch.positions

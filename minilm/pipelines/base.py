@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ..differences import renamed
 from ..model import Batch, PreTrainedModel
 from ..sentence import Ran, Tokens, by_length, check_batch_size, chunks, in_order, run, window
 from ..text import Tokenizer
@@ -42,6 +43,8 @@ class Pipeline(ABC, Generic[OptionsT]):
     task: ClassVar[str]
     model_class: ClassVar[type[PreTrainedModel]]
     options_class: ClassVar[type[Any]]
+    older_names: ClassVar[Mapping[str, str]] = {}
+    """Options by the names that transformers had for them."""
     default_batch_size: ClassVar[int] = 32
 
     def __init__(
@@ -94,6 +97,7 @@ class Pipeline(ABC, Generic[OptionsT]):
 
     def parse(self, options: dict[str, Any]) -> OptionsT:
         """Options by name -> the task's options. Raises TypeError, ValueError."""
+        options = renamed(self.task, options, self.older_names)
         known = [field.name for field in fields(self.options_class)]
         unknown = sorted(set(options) - set(known))
         if unknown:

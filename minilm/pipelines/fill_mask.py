@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -46,6 +46,7 @@ class FillMaskPipeline(Pipeline[Options]):
     task = "fill-mask"
     model_class = AutoModelForMaskedLM
     options_class = Options
+    older_names: ClassVar[Mapping[str, str]] = {"topk": "top_k"}
 
     def __call__(self, inputs: Any, *, batch_size: int | None = None, **options: Any) -> Any:
         """As `Pipeline`, but a list of a single text gives that text's result, as in transformers."""

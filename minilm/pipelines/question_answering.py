@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..differences import once
 from ..model import AutoModelForQuestionAnswering
 from ..sentence import Ran, Tokens, window
 from .base import Pipeline, Work, split
@@ -77,6 +78,7 @@ class QuestionAnsweringPipeline(Pipeline[Options]):
     task = "question-answering"
     model_class = AutoModelForQuestionAnswering
     options_class = Options
+    older_names: ClassVar[Mapping[str, str]] = {"topk": "top_k"}
 
     def __call__(
         self,
@@ -86,7 +88,16 @@ class QuestionAnsweringPipeline(Pipeline[Options]):
         batch_size: int | None = None,
         **options: Any,
     ) -> Any:
-        """Answer one question, or several. A list of one gives that one's result, as in transformers."""
+        """Answer one question, or several. A list of one gives that one's result, as in transformers. `data`
+        and `X` are its older names for examples."""
+        for name in ("data", "X"):
+            if name in options:
+                once(
+                    f"{self.task}({name}=)",
+                    f"{self.task}: {name}= is now passed without a name",
+                    FutureWarning,
+                )
+                args = (*args, options.pop(name))
         inputs = _inputs(args, question, context)
         if isinstance(inputs, (list, tuple)) and len(inputs) == 1:
             inputs = inputs[0]

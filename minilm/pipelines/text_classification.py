@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from ..differences import once
 from ..model import AutoModelForSequenceClassification
 from ..sentence import Ran, Tokens
 from .base import Pipeline, Work
@@ -20,9 +21,11 @@ class Options:
     """`top_k`: so many classes, best first; None for all; if it is not said, only the best.
     `function_to_apply`: what makes scores of logits; "default" is no function for a regression, the sigmoid
     for one or independent labels, softmax otherwise. `truncation`: True cuts texts to `max_length` or the
-    window of the model without a word, False never cuts."""
+    window of the model without a word, False never cuts. `return_all_scores`: the older way to ask for all
+    classes, which are then in the order of the model."""
 
     top_k: int | Literal[""] | None = ""
+    return_all_scores: bool | None = None
     function_to_apply: Function | None = None
     truncation: bool | str | None = None
     max_length: int | None = None
@@ -83,6 +86,11 @@ class TextClassificationPipeline(Pipeline[Options]):
         )
         labels = self.model.config.id2label
         found = [{"label": labels[i], "score": score} for i, score in enumerate(scores.tolist())]
+        if options.return_all_scores is not None and options.top_k == "":
+            message = f"{self.task}: return_all_scores is now written top_k=None, or top_k=1"
+            once(f"{self.task}(return_all_scores=)", message, FutureWarning)
+            if options.return_all_scores:
+                return found
         best = sorted(found, key=lambda answer: -answer["score"])
         return best[0] if options.top_k == "" else best[: options.top_k]
 

@@ -76,6 +76,14 @@ class TextGenerationPipeline(Pipeline[Options]):
     options_class = Options
     default_batch_size = 1
 
+    def __call__(self, inputs: Any = None, *, batch_size: int | None = None, **options: Any) -> Any:
+        """As `Pipeline`; `text_inputs` is transformers' name for the texts."""
+        if "text_inputs" in options:
+            if inputs is not None:
+                raise TypeError("text-generation takes the texts once: text_inputs is their other name")
+            inputs = options.pop("text_inputs")
+        return super().__call__(inputs, batch_size=batch_size, **options)
+
     def is_single(self, inputs: Any) -> bool:
         """A text, or a chat."""
         return isinstance(inputs, str) or _is_chat(inputs)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
+from ..differences import once
 from ..model import AutoModelForTokenClassification
 from ..sentence import Ran, Tokens, window
 from .base import Pipeline, Work, split
@@ -102,6 +103,21 @@ class TokenClassificationPipeline(Pipeline[Options]):
     task = "token-classification"
     model_class = AutoModelForTokenClassification
     options_class = Options
+
+    def parse(self, options: dict[str, Any]) -> Options:
+        """As `Pipeline`; `grouped_entities` and `ignore_subwords` are older names for two strategies."""
+        older = [name for name in ("grouped_entities", "ignore_subwords") if name in options]
+        if older:
+            named = " and ".join(older)
+            if "aggregation_strategy" in options:
+                raise TypeError(f"{self.task}: {named} is the older way to give an aggregation_strategy")
+            options = dict(options)
+            grouped, whole = (options.pop(name, False) for name in ("grouped_entities", "ignore_subwords"))
+            strategy = "none" if not grouped else "first" if whole else "simple"
+            options["aggregation_strategy"] = strategy
+            message = f"{self.task}: {named} is now written aggregation_strategy={strategy!r}"
+            once(f"{self.task}({named})", message, FutureWarning)
+        return super().parse(options)
 
     def is_single(self, inputs: Any) -> bool:
         """A text (or what is none: a dict); lists are several texts, or several lists of words."""

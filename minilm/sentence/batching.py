@@ -6,7 +6,7 @@ border of the model, so that a text's result does not depend on what it is batch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -90,7 +90,7 @@ def in_order(items: Any, expected: str) -> Iterator[Any]:
     bytes, a tensor, an array or table of other than one dimension. `expected`: how the message begins.
     """
     dimensions = getattr(items, "ndim", 1)
-    none = isinstance(items, (bytes, bytearray, Mapping, Set, Tensor))
+    none = isinstance(items, (bytes, bytearray, Mapping, set, frozenset, Tensor))
     if not none and dimensions == 1:
         if isinstance(items, Iterable):
             return iter(items)
