@@ -17,6 +17,10 @@ DIFFERENCES = {
         "first of them, as with padding on the right (transformers counts the padding, unless it is given "
         "position_ids)"
     ),
+    "first-token": (
+        "a text that is padded on the left is judged by its own first token (transformers takes the first "
+        "column of the batch, which is padding)"
+    ),
     "labels-at-padding": (
         "labels stand at padding, and are left out of the loss (transformers counts all but -100, so that "
         "its loss is another)"

@@ -167,6 +167,8 @@ class AutoModelForSequenceClassification(PreTrainedModel):
         if self.pooler is not None:
             pooled = self.pooler(hidden, batch.packed)
         elif self.family.sequence_head.pool == "first":
+            if batch.packed.padded_left:
+                tell("first-token")
             pooled = hidden[batch.packed.first()]
         else:
             pooled = hidden[self._last_tokens(batch)]

@@ -381,6 +381,8 @@ class Pooler(nn.Module):
 
     def forward(self, hidden: Tensor, packed: Packed) -> Tensor:
         """hidden [T, C] -> [B, C]."""
+        if packed.padded_left:
+            tell("first-token")
         pooled: Tensor = self.dense(hidden[packed.first()], "tanh")
         return pooled
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..files import FileError, read_json, resolve
 from ..model import AutoModelForSequenceClassification, read_config
 from ..text import AutoTokenizer
-from .batching import by_length, check_batch_size, chunks, progress_bar, run, tokenise, window
+from .batching import by_length, check_batch_size, chunks, in_order, progress_bar, run, tokenise, window
 from .files import default_device, hub_options, listed_modules
 from .modules import activation
 from .names import answering_to
@@ -247,9 +247,10 @@ class CrossEncoder(nn.Module):
 
 def _pairs(sentences: Any) -> tuple[list[tuple[str, str]], bool]:
     """The pairs, and whether there was a single one."""
-    if isinstance(sentences, (str, bytes)) or not isinstance(sentences, Iterable):
-        raise TypeError(f"expected a pair of texts or a list of pairs, got {type(sentences).__name__}")
-    listed = list(sentences)
+    expected = "expected a pair of texts or a list of pairs, got"
+    if isinstance(sentences, str):
+        raise TypeError(f"{expected} str")
+    listed = list(in_order(sentences, expected))
     single = bool(listed) and isinstance(listed[0], str)
     pairs = [listed] if single else listed
     for index, pair in enumerate(pairs):

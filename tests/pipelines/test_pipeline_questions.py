@@ -421,5 +421,5 @@ def test_bad_input(answerers: dict[str, Any]) -> None:
         answer(question="where is the old city of france", context="anna", max_seq_len=10)
     with pytest.raises(ValueError, match="too few for a doc_stride of 95"):
         answer(question="who?", context="anna", doc_stride=95)
-    with pytest.raises(TypeError, match="question-answering has no option topk"):
-        answer(question="who?", context="anna", topk=2)
+    with pytest.raises(TypeError, match="question-answering has no option topp"):
+        answer(question="who?", context="anna", topp=2)
