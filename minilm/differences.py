@@ -7,6 +7,7 @@ happens.
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -41,10 +42,14 @@ def tell(difference: str) -> None:
 
 
 def once(key: str, message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn, the first time that it is asked for under `key`."""
-    if key not in said:
-        said.add(key)
-        warnings.warn(message, category, stacklevel=4)
+    """Warn, the first time that it is asked for under `key`, of the program's line that called minilm."""
+    if key in said:
+        return
+    said.add(key)
+    level, frame = 1, sys._getframe(0)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith(("minilm", "torch.")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)
 
 
 def renamed(who: str, options: Mapping[str, Any], older: Mapping[str, str]) -> dict[str, Any]:

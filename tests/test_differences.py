@@ -81,6 +81,13 @@ def test_every_warning_leads_there_and_has_a_row() -> None:
             differences.tell(name)
 
 
+def test_the_warning_is_of_the_line_of_the_program() -> None:
+    config = minilm.BertConfig(hidden_size=12, num_attention_heads=3, num_hidden_layers=1, vocab_size=20)
+    with pytest.warns(UserWarning, match="padded on the left") as caught:
+        minilm.BertModel(config)(LEFT, (LEFT != 0).long())
+    assert {Path(w.filename).name for w in caught} == {Path(__file__).name}
+
+
 # Padding on the left
 
 

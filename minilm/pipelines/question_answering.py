@@ -70,7 +70,8 @@ class QuestionAnsweringPipeline(Pipeline[Options]):
     the context.
 
     The score is the probability of the answer's first token times that of its last. Of a text that a window
-    has at several places it is the sum of all, and of windows that say the same it is the highest: what two
+    has at several places it is the sum of all that are among its best candidates (2 `top_k` + 10, as in
+    transformers), and of windows that say the same it is the highest: what two
     windows have in common does not count twice, and no score is above 1. The place is the most probable one
     of that window.
     """

@@ -25,11 +25,11 @@ class Options:
     classes, which are then in the order of the model."""
 
     top_k: int | Literal[""] | None = ""
-    return_all_scores: bool | None = None
     function_to_apply: Function | None = None
     truncation: bool | str | None = None
     max_length: int | None = None
     padding: Any = None
+    return_all_scores: bool | None = None
 
     def __post_init__(self) -> None:
         if self.top_k not in ("", None) and (not isinstance(self.top_k, int) or self.top_k < 1):
