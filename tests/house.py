@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 ORDER = (
-    *("_version", "config", "ops", "files", "weights", "families", "text", "model", "native", "generation"),
+    *(
+        "_version",
+        "differences",
+        "config",
+        "ops",
+        "files",
+        "weights",
+        "families",
+        "text",
+        "model",
+        "native",
+        "generation",
+    ),
     *("sentence", "pipelines", "training", "peft", "evaluation", "interpret", "conversion", "serving"),
     *("integrations", "doctor", "cli", "__main__", ""),
 )

@@ -35,6 +35,8 @@ class Packed:
     """int32 [B + 1]."""
     positions: Tensor
     """int64 [T], from 0 in each row."""
+    padded_left: bool = False
+    """Whether there is padding before the first token of a row."""
 
     @property
     def max_seqlen(self) -> int:
@@ -118,9 +120,11 @@ def pack(batch: int, columns: int, attention_mask: Tensor | None, device: torch.
     column = column.expand(batch, columns)
     counts = real.sum(1, dtype=torch.int32)
     indices = real.flatten().nonzero().squeeze(1)
-    positions = (column - real.int().argmax(1, keepdim=True)).flatten()[indices]
+    starts = real.int().argmax(1, keepdim=True)
+    positions = (column - starts).flatten()[indices]
     cu_seqlens = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    return Packed(batch, columns, indices, counts.tolist(), cu_seqlens, positions)
+    *lengths, first = torch.cat((counts, starts.sum()[None])).tolist()  # one look at the device for both
+    return Packed(batch, columns, indices, lengths, cu_seqlens, positions, first > 0)
 
 
 @dataclass

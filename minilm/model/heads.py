@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
+from ..differences import said, tell
 from ..families import Head, PretrainedConfig
 from .batch import Batch, Packed, check_columns
 from .layers import Linear, Norm
@@ -166,6 +167,8 @@ class AutoModelForSequenceClassification(PreTrainedModel):
         if self.pooler is not None:
             pooled = self.pooler(hidden, batch.packed)
         elif self.family.sequence_head.pool == "first":
+            if batch.packed.padded_left:
+                tell("first-token")
             pooled = hidden[batch.packed.first()]
         else:
             pooled = hidden[self._last_tokens(batch)]
@@ -276,11 +279,26 @@ def token_loss(
         return None
     check_columns("labels", labels, packed.batch, packed.columns)
     targets = packed.pack(labels.to(logits.device))
+    _tell_of_padding(labels, targets, packed, shift)
     if shift:  # after packing, so that no label at padding comes in from the side
         ends = packed.cu_seqlens[1:].long()
         targets = F.pad(targets[1:], (0, 1), value=-100)[: len(targets)]
         targets = targets.index_fill(0, ends[ends > 0] - 1, -100)
     return ops.cross_entropy(logits, targets)
+
+
+def _tell_of_padding(labels: Tensor, targets: Tensor, packed: Packed, shift: bool) -> None:
+    """Warn of labels that are left out here and count in transformers. A device is asked in one step only."""
+    if "labels" in said or torch.compiler.is_compiling() or packed.indices is None:
+        return
+    if labels.device.type != "cpu" or {"labels-at-padding", "labels-after-padding"} <= said:
+        said.add("labels")
+    if int((labels != -100).sum()) > int((targets != -100).sum()):
+        tell("labels-at-padding")
+    if shift and packed.padded_left:
+        first = packed.cu_seqlens[:-1][packed.cu_seqlens.diff() > 0].long()
+        if bool(((targets[first] != -100) & (packed.indices[first] % packed.columns > 0)).any()):
+            tell("labels-after-padding")
 
 
 def classification_loss(config: PretrainedConfig, logits: Tensor, labels: Tensor | None) -> Tensor | None:

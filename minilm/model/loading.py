@@ -276,6 +276,21 @@ def initialise(name: str, parameter: Tensor, std: float) -> None:
         parameter.normal_(0.0, std)
 
 
+@torch.no_grad()
+def resized(name: str, old: Tensor, rows: int, near_mean: bool, std: float) -> Tensor:
+    """`old` with fewer or more rows: fresh ones, or `near_mean` drawn around the mean of the old, with 1e-9
+    of their covariance (transformers' `mean_resizing`)."""
+    new, kept = old.new_empty(rows, *old.shape[1:]), min(len(old), rows)
+    initialise(name, new, std)
+    if near_mean and rows > kept and old.device.type != "meta":
+        mean = old.float().mean(0)
+        some = old[torch.randperm(len(old), device=old.device)[:1024]].float() - mean
+        noise = torch.randn(rows - kept, len(some), device=old.device) @ some
+        new[kept:] = (mean + noise * (1e-9 / len(some)) ** 0.5).to(old.dtype)
+    new[:kept] = old[:kept]
+    return new
+
+
 def _stored_untied(model: Checkpointed, checkpoint: Checkpoint) -> bool:
     """Whether the checkpoint of a model that ties its output matrix to the token table has both, and they
     differ.

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
+from ..differences import tell
 from ..families import Family, Head, PretrainedConfig, family_of
 from . import rope
 from .batch import Batch, Packed, check_columns, pack
 from .cache import KVCache
 from .layers import Embedding, Linear
-from .loading import Checkpointed, initialise
+from .loading import Checkpointed, resized
 from .outputs import BaseModelOutput, ModelOutput
 from .quantized import Quantized, QuantizedEmbedding
 from .transformer import Transformer
@@ -127,6 +128,8 @@ class PreTrainedModel(Checkpointed):
         if past_key_values is not None and attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask[:, max(attention_mask.shape[1] - columns, 0) :]
         packed = pack(rows, columns, attention_mask, given.device)
+        if packed.padded_left and position_ids is None and self._counts_columns(input_ids):
+            tell("left-padding")
         batch = Batch(
             tokens=packed.pack(given),
             positions=self._positions(packed, input_ids, position_ids, cache),
@@ -259,6 +262,11 @@ class PreTrainedModel(Checkpointed):
         self._check_ids("token_type_ids", token_type_ids, size, "the model has")
         return packed.pack(token_type_ids)
 
+    def _counts_columns(self, input_ids: Tensor | None) -> bool:
+        """Whether positions are rows of a table, and those of transformers are the columns of the batch."""
+        skips = self.spec.positions_skip_padding_id is not None and input_ids is not None
+        return self.spec.positions == "learned" and not skips
+
     def _rope(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         spec, positions = self.spec, batch.positions
         if spec.rope is None:
@@ -328,31 +336,39 @@ class PreTrainedModel(Checkpointed):
             "gate_up": (s.intermediate_size, s.intermediate_size),
         }
 
-    def resize_token_embeddings(self, new_num_tokens: int) -> Embedding:
-        """Grow or shrink the vocabulary; new rows are random. Output matrices and biases follow."""
-        if new_num_tokens < 1:
-            raise ValueError(
-                f"the vocabulary must have at least 1 token, and {new_num_tokens} were asked for"
-            )
-        table = self.body.embeddings.tokens
-        if isinstance(table, Quantized):
-            raise ValueError(f"a token table in {table.format} cannot be resized: load it without weights=")
-        std = float(self.config.get("initializer_range", 0.02))
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Embedding:
+        """Grow or shrink the vocabulary to `new_num_tokens` (None: as it is), rounded up to a multiple.
+
+        Output matrices and biases follow; new rows are near the mean of the old, or if not `mean_resizing`
+        random.
+        """
+        table, output = self.body.embeddings.tokens, getattr(getattr(self, "head", None), "decoder", None)
+        for name, size in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
+            if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+                raise ValueError(f"{name} must be a whole number of at least 1, and is {size!r}")
+        for matrix in (table, output):
+            if isinstance(matrix, Quantized):
+                raise ValueError(f"a matrix in {matrix.format} cannot be resized: load it without weights=")
+        step, asked = pad_to_multiple_of or 1, new_num_tokens or self.spec.vocab_size
+        rows, std = -(-asked // step) * step, float(self.config.get("initializer_range", 0.02))
         parameters = dict(self.named_parameters())
-        with torch.no_grad():
-            for name in ("body.embeddings.tokens.weight", "head.decoder.weight", "head.bias"):
-                if name not in parameters:
-                    continue
-                old = parameters[name]
-                new = old.new_empty(new_num_tokens, *old.shape[1:])
-                initialise(name, new, std)
-                kept = min(len(old), new_num_tokens)
-                new[:kept] = old[:kept]
-                owner, _, attribute = name.rpartition(".")
-                setattr(self.get_submodule(owner), attribute, nn.Parameter(new, old.requires_grad))
-        table.num_embeddings = new_num_tokens
-        self.config.vocab_size = new_num_tokens
-        self.spec = replace(self.spec, vocab_size=new_num_tokens)
+        for name in ("body.embeddings.tokens.weight", "head.decoder.weight", "head.bias"):
+            if name in parameters and rows != len(parameters[name]):
+                owner, _, leaf = name.rpartition(".")
+                near = mean_resizing and (output is not None or leaf == "weight")  # a tied one's bias is 0
+                new = resized(name, parameters[name], rows, near, std)
+                setattr(self.get_submodule(owner), leaf, nn.Parameter(new, parameters[name].requires_grad))
+        if output is not None:
+            output.out_features = rows
+        table.num_embeddings = self.config.vocab_size = rows
+        if table.padding_idx is not None and table.padding_idx >= rows:
+            table.padding_idx = None
+        self.spec = replace(self.spec, vocab_size=rows)
         return table
 
 
@@ -365,6 +381,8 @@ class Pooler(nn.Module):
 
     def forward(self, hidden: Tensor, packed: Packed) -> Tensor:
         """hidden [T, C] -> [B, C]."""
+        if packed.padded_left:
+            tell("first-token")
         pooled: Tensor = self.dense(hidden[packed.first()], "tanh")
         return pooled
 

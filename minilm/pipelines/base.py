@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from ..differences import renamed
 from ..model import Batch, PreTrainedModel
-from ..sentence import Tokens, by_length, check_batch_size, chunks, run, window
+from ..sentence import Ran, Tokens, by_length, check_batch_size, chunks, in_order, run, window
 from ..text import Tokenizer
 
 OptionsT = TypeVar("OptionsT")
@@ -42,6 +43,8 @@ class Pipeline(ABC, Generic[OptionsT]):
     task: ClassVar[str]
     model_class: ClassVar[type[PreTrainedModel]]
     options_class: ClassVar[type[Any]]
+    older_names: ClassVar[Mapping[str, str]] = {}
+    """Options by the names that transformers had for them."""
     default_batch_size: ClassVar[int] = 32
 
     def __init__(
@@ -67,7 +70,7 @@ class Pipeline(ABC, Generic[OptionsT]):
         """Tokenise one input. Raises TypeError or ValueError for what is none."""
 
     @abstractmethod
-    def head(self, hidden: Tensor, batch: Batch, windows: Sequence[Tokens]) -> Sequence[Any]:
+    def head(self, result: Ran, windows: Sequence[Tokens]) -> Sequence[Any]:
         """What the model says of each window."""
 
     @abstractmethod
@@ -88,12 +91,13 @@ class Pipeline(ABC, Generic[OptionsT]):
             return result
         if isinstance(inputs, (list, tuple)):
             return list(self.results(inputs, parsed, size or self.default_batch_size))
-        if isinstance(inputs, (bytes, Tensor)) or not isinstance(inputs, Iterable):
-            raise TypeError(f"{self.task} takes a text or several, and got {type(inputs).__name__}")
-        return self.results(inputs, parsed, size or 1, slab=1)
+        return self.results(
+            in_order(inputs, f"{self.task} takes a text or several, and got"), parsed, size or 1, slab=1
+        )
 
     def parse(self, options: dict[str, Any]) -> OptionsT:
         """Options by name -> the task's options. Raises TypeError, ValueError."""
+        options = renamed(self.task, options, self.older_names)
         known = [field.name for field in fields(self.options_class)]
         unknown = sorted(set(options) - set(known))
         if unknown:
@@ -123,8 +127,8 @@ class Pipeline(ABC, Generic[OptionsT]):
         with torch.inference_mode():
             for places in by_length([len(tokens) for tokens in windows], batch_size):
                 chosen = [windows[i] for i in places]
-                hidden, batch = run(self.model, chosen)
-                for i, output in zip(places, self.head(hidden, batch, chosen), strict=True):
+                result = run(self.model, chosen)
+                for i, output in zip(places, self.head(result, chosen), strict=True):
                     outputs[i] = output
         return iter(outputs)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..differences import renamed
 from ..files import DEFAULT_DECODER, DEFAULT_ENCODER, resolve
 from ..model import HUB_OPTIONS, PreTrainedModel, read_config
 from ..text import AutoTokenizer, Tokenizer
@@ -84,6 +85,7 @@ def pipeline(
     """
     for name in _WITHOUT_EFFECT:
         options.pop(name, None)
+    options = renamed("pipeline", options, {"use_auth_token": "token"})
     dtype = options.pop("torch_dtype", None) if dtype is None else dtype
     device = options.pop("device_map", None) if device is None else device
     hub = {name: options.pop(name) for name in HUB_OPTIONS if name in options}

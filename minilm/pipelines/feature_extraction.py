@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..model import AutoModel, Batch
-from ..sentence import Tokens
+from ..model import AutoModel
+from ..sentence import Ran, Tokens
 from .base import Pipeline, Work, split
 
 
@@ -48,9 +48,9 @@ class FeatureExtractionPipeline(Pipeline[Options]):
         }
         return self.encode(self.text(item), None, asked["truncation"], asked["max_length"])
 
-    def head(self, hidden: Tensor, batch: Batch, windows: Sequence[Tokens]) -> Sequence[Tensor]:
+    def head(self, result: Ran, windows: Sequence[Tokens]) -> Sequence[Tensor]:
         """[tokens, C] of each window."""
-        return split(hidden, batch)
+        return split(result.hidden, result.batch)
 
     def finish(self, work: Work, outputs: list[Any], options: Options) -> Any:
         """With the batch dimension of one that transformers has."""

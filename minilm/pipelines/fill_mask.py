@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..model import AutoModelForMaskedLM, Batch
-from ..sentence import Tokens
+from ..model import AutoModelForMaskedLM
+from ..sentence import Ran, Tokens
 from .base import Pipeline, Work
 
 logger = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class FillMaskPipeline(Pipeline[Options]):
     task = "fill-mask"
     model_class = AutoModelForMaskedLM
     options_class = Options
+    older_names: ClassVar[Mapping[str, str]] = {"topk": "top_k"}
 
     def __call__(self, inputs: Any, *, batch_size: int | None = None, **options: Any) -> Any:
         """As `Pipeline`, but a list of a single text gives that text's result, as in transformers."""
@@ -64,12 +65,12 @@ class FillMaskPipeline(Pipeline[Options]):
             raise ValueError(f"there is no {mask} {where} the text {item!r:.80}")
         return work
 
-    def head(self, hidden: Tensor, batch: Batch, windows: Sequence[Tokens]) -> Sequence[Tensor]:
+    def head(self, result: Ran, windows: Sequence[Tokens]) -> Sequence[Tensor]:
         """Probabilities [masks, V] of each window; the output matrix is applied at the masks only."""
         assert isinstance(self.model, AutoModelForMaskedLM)
         mask = self.tokenizer.mask_token_id
         masked = torch.tensor([token == mask for window in windows for token in window.ids])
-        at_masks = hidden[masked.to(hidden.device)]
+        at_masks = result.hidden[masked.to(result.hidden.device)]
         logits: Tensor = self.model.head(at_masks, self.model.body.embeddings.tokens.weight)
         counts = [sum(token == mask for token in window.ids) for window in windows]
         return torch.split(logits.float().softmax(-1).cpu(), counts)

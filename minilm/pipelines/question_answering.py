@@ -8,20 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..model import AutoModelForQuestionAnswering, Batch
-from ..sentence import Tokens, window
+from ..differences import once
+from ..model import AutoModelForQuestionAnswering
+from ..sentence import Ran, Tokens, window
 from .base import Pipeline, Work, split
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
 
 Answer = dict[str, Any]
+Floats = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -67,13 +69,17 @@ class QuestionAnsweringPipeline(Pipeline[Options]):
     {"score", "start", "end", "answer"}, or a list of them with `top_k`. `start` and `end` are characters of
     the context.
 
-    The score is the probability of the answer's first token times that of its last, summed over places and
-    windows that give the same text.
+    The score is the probability of the answer's first token times that of its last. Of a text that a window
+    has at several places it is the sum of all that are among its best candidates (2 `top_k` + 10, as in
+    transformers), and of windows that say the same it is the highest: what two
+    windows have in common does not count twice, and no score is above 1. The place is the most probable one
+    of that window.
     """
 
     task = "question-answering"
     model_class = AutoModelForQuestionAnswering
     options_class = Options
+    older_names: ClassVar[Mapping[str, str]] = {"topk": "top_k"}
 
     def __call__(
         self,
@@ -83,7 +89,16 @@ class QuestionAnsweringPipeline(Pipeline[Options]):
         batch_size: int | None = None,
         **options: Any,
     ) -> Any:
-        """Answer one question, or several. A list of one gives that one's result, as in transformers."""
+        """Answer one question, or several. A list of one gives that one's result, as in transformers. `data`
+        and `X` are its older names for examples."""
+        for name in ("data", "X"):
+            if name in options:
+                once(
+                    f"{self.task}({name}=)",
+                    f"{self.task}: {name}= is now passed without a name",
+                    FutureWarning,
+                )
+                args = (*args, options.pop(name))
         inputs = _inputs(args, question, context)
         if isinstance(inputs, (list, tuple)) and len(inputs) == 1:
             inputs = inputs[0]
@@ -133,10 +148,10 @@ class QuestionAnsweringPipeline(Pipeline[Options]):
         ][0]
         return question if len(offsets) <= tokens else question[: offsets[tokens - 1][1]]
 
-    def head(self, hidden: Tensor, batch: Batch, windows: Sequence[Tokens]) -> Sequence[Tensor]:
+    def head(self, result: Ran, windows: Sequence[Tokens]) -> Sequence[Tensor]:
         """Logits [tokens, 2] of each window: is it the first, the last token of the answer?"""
         assert isinstance(self.model, AutoModelForQuestionAnswering)
-        return split(self.model.head(hidden), batch)
+        return split(self.model.head(result.hidden), result.batch)
 
     def finish(self, work: Work, outputs: list[Any], options: Options) -> Any:
         """The best answers of all windows together."""
@@ -144,38 +159,64 @@ class QuestionAnsweringPipeline(Pipeline[Options]):
         answers: dict[str, Answer] = {}
         nothing = 1.0
         for encoding, logits in zip(asked.encodings, outputs, strict=True):
-            start, end = self._probabilities(encoding, logits, asked.sequence)
-            nothing = min(nothing, float(start[0] * end[0]))
-            # More candidates than answers: different tokens may be the same words.
-            count = options.top_k * 2 + 10 if options.align_to_words else options.top_k
-            inside = np.array([s == asked.sequence for s in encoding.sequence_ids])
-            for first, last, score in _spans(start * inside, end * inside, count, options.max_answer_len):
-                a, b = _characters(encoding, first, last, asked.sequence, options.align_to_words)
-                text = asked.context[a:b]
-                found = answers.setdefault(text.lower(), {"score": 0.0, "start": a, "end": b, "answer": text})
-                found["score"] += score
+            start, end, none = self._probabilities(encoding, logits, asked.sequence)
+            nothing = min(nothing, none)
+            for key, answer in self._in_window(asked, encoding, start, end, options).items():
+                if key not in answers or answer["score"] > answers[key]["score"]:
+                    answers[key] = answer
         listed = list(answers.values())
         if options.handle_impossible_answer or not listed:
             listed.append({"score": nothing, "start": 0, "end": 0, "answer": ""})
         best = sorted(listed, key=lambda answer: -answer["score"])[: options.top_k]
         return best[0] if options.top_k == 1 else best
 
+    def _in_window(
+        self, asked: _Question, encoding: Encoding, start: Floats, end: Floats, options: Options
+    ) -> dict[str, Answer]:
+        """The answers that a window gives, by their text in lower case."""
+        # More candidates than answers: different tokens may be the same words. If there are too few words
+        # among them, more candidates are looked at, for other words only.
+        count = options.top_k * 2 + 10 if options.align_to_words else options.top_k
+        places: dict[str, dict[tuple[int, int], float]] = {}
+        done = 0
+        while True:
+            spans = _spans(start, end, count, options.max_answer_len)
+            for first, last, score in spans[done:]:
+                a, b = _characters(encoding, first, last, asked.sequence, options.align_to_words)
+                key = asked.context[a:b].lower()
+                if not done or key not in places:
+                    found = places.setdefault(key, {})
+                    found[a, b] = found.get((a, b), 0.0) + score
+            if len(places) >= options.top_k or len(spans) < count:
+                break
+            done, count = count, 2 * count
+        answers = {}
+        for key, scores in places.items():
+            a, b = max(scores, key=lambda place: scores[place])
+            total = min(1.0, sum(scores.values()))  # rounding aside, it is at most 1
+            answers[key] = {"score": total, "start": a, "end": b, "answer": asked.context[a:b]}
+        return answers
+
     def _probabilities(
         self, encoding: Encoding, logits: Tensor, sequence: int
-    ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Of each token to be the answer's first and last: among those of the context and [CLS], which
-        stands for there being no answer."""
-        allowed = [
-            s == sequence or token == self.tokenizer.cls_token_id
-            for s, token in zip(encoding.sequence_ids, encoding.ids, strict=True)
+    ) -> tuple[Floats, Floats, float]:
+        """Of each token to be the answer's first and last, among those of the context and [CLS], which stands
+        for there being no answer; elsewhere 0. And of there being none (0 without a [CLS])."""
+        inside = np.array([s == sequence for s in encoding.sequence_ids])
+        columns = zip(encoding.special_tokens_mask, encoding.ids, strict=True)
+        none = [i for i, (special, t) in enumerate(columns) if special and t == self.tokenizer.cls_token_id][
+            :1
         ]
-        values = np.where(np.array(allowed)[:, None], logits.double().numpy(), -10000.0)
+        allowed = inside.copy()
+        allowed[none] = True
+        values = np.where(allowed[:, None], logits.double().numpy(), -10000.0)
         weights = np.exp(values - values.max(axis=0))
         start, end = (weights / weights.sum(axis=0)).T
-        return start, end
+        nothing = float(start[none[0]] * end[none[0]]) if none else 0.0
+        return start * inside, end * inside, nothing
 
 
-def _spans(start: NDArray[Any], end: NDArray[Any], count: int, longest: int) -> list[tuple[int, int, float]]:
+def _spans(start: Floats, end: Floats, count: int, longest: int) -> list[tuple[int, int, float]]:
     """The `count` most probable (first, last, probability) with first <= last < first + longest."""
     n = len(start)
     scores = np.triu(np.tril(np.outer(start, end), longest - 1)).ravel()

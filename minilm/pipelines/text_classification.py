@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from ..model import AutoModelForSequenceClassification, Batch
-from ..sentence import Tokens
+from ..differences import once
+from ..model import AutoModelForSequenceClassification
+from ..sentence import Ran, Tokens
 from .base import Pipeline, Work
 
 Function = Literal["default", "sigmoid", "softmax", "none"]
@@ -20,13 +21,15 @@ class Options:
     """`top_k`: so many classes, best first; None for all; if it is not said, only the best.
     `function_to_apply`: what makes scores of logits; "default" is no function for a regression, the sigmoid
     for one or independent labels, softmax otherwise. `truncation`: True cuts texts to `max_length` or the
-    window of the model without a word, False never cuts."""
+    window of the model without a word, False never cuts. `return_all_scores`: the older way to ask for all
+    classes, which are then in the order of the model."""
 
     top_k: int | Literal[""] | None = ""
     function_to_apply: Function | None = None
     truncation: bool | str | None = None
     max_length: int | None = None
     padding: Any = None
+    return_all_scores: bool | None = None
 
     def __post_init__(self) -> None:
         if self.top_k not in ("", None) and (not isinstance(self.top_k, int) or self.top_k < 1):
@@ -65,9 +68,9 @@ class TextClassificationPipeline(Pipeline[Options]):
         pair = None if pair is None else self.text(pair)
         return self.encode(self.text(text), pair, options.truncation, options.max_length)
 
-    def head(self, hidden: Tensor, batch: Batch, windows: Sequence[Tokens]) -> Sequence[Tensor]:
+    def head(self, result: Ran, windows: Sequence[Tokens]) -> Sequence[Tensor]:
         """Logits [num_labels] of each window."""
-        logits: Tensor = self.model.answer(hidden, batch, None)["logits"]
+        logits: Tensor = self.model.answer(result.hidden, result.batch, None)["logits"]
         return list(logits.float().cpu())
 
     def finish(self, work: Work, outputs: list[Any], options: Options) -> Any:
@@ -83,6 +86,11 @@ class TextClassificationPipeline(Pipeline[Options]):
         )
         labels = self.model.config.id2label
         found = [{"label": labels[i], "score": score} for i, score in enumerate(scores.tolist())]
+        if options.return_all_scores is not None and options.top_k == "":
+            message = f"{self.task}: return_all_scores is now written top_k=None, or top_k=1"
+            once(f"{self.task}(return_all_scores=)", message, FutureWarning)
+            if options.return_all_scores:
+                return found
         best = sorted(found, key=lambda answer: -answer["score"])
         return best[0] if options.top_k == "" else best[: options.top_k]
 

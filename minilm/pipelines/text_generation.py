@@ -7,11 +7,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..generation import context_window
-from ..model import AutoModelForCausalLM, Batch
-from ..sentence import Tokens, chunks
+from ..model import AutoModelForCausalLM
+from ..sentence import Ran, Tokens, chunks
 from .base import Pipeline, Work
 
 SAMPLED = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}
@@ -77,6 +76,14 @@ class TextGenerationPipeline(Pipeline[Options]):
     options_class = Options
     default_batch_size = 1
 
+    def __call__(self, inputs: Any = None, *, batch_size: int | None = None, **options: Any) -> Any:
+        """As `Pipeline`; `text_inputs` is transformers' name for the texts."""
+        if "text_inputs" in options:
+            if inputs is not None:
+                raise TypeError("text-generation takes the texts once: text_inputs is their other name")
+            inputs = options.pop("text_inputs")
+        return super().__call__(inputs, batch_size=batch_size, **options)
+
     def is_single(self, inputs: Any) -> bool:
         """A text, or a chat."""
         return isinstance(inputs, str) or _is_chat(inputs)
@@ -125,7 +132,7 @@ class TextGenerationPipeline(Pipeline[Options]):
             )
         return longest - int(new)
 
-    def head(self, hidden: Tensor, batch: Batch, windows: Sequence[Tokens]) -> Sequence[Any]:
+    def head(self, result: Ran, windows: Sequence[Tokens]) -> Sequence[Any]:
         """Not used: `results` generates."""
         raise NotImplementedError
 

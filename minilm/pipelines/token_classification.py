@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from ..model import AutoModelForTokenClassification, Batch
-from ..sentence import Tokens, window
+from ..differences import once
+from ..model import AutoModelForTokenClassification
+from ..sentence import Ran, Tokens, window
 from .base import Pipeline, Work, split
+from .entities import Labels, same_word, visible
 
 if TYPE_CHECKING:
     from tokenizers import Encoding
@@ -33,7 +35,7 @@ class Options:
     aggregation_strategy: none gives every token; simple groups neighbours of the same class; first, average
         and max do so after they have given all tokens of a word the class of its first token, of the
         highest mean score, or of its most certain token.
-    ignore_labels: what is left out of the result.
+    ignore_labels: what is left out of the result: labels, or with a strategy kinds of entities (PER).
     stride: tokens that windows of a long text have in common. If it is given, entities of overlapping
         windows are merged as transformers does it (the longer one stays); if not, every token gets its
         scores from the window where it has more context around it, and the text is treated as one.
@@ -84,22 +86,42 @@ class _Token:
     start: int
     end: int
     index: int
+    number: int | None
+    """Of its word, as the tokenizer counts, or of the word that was given."""
     continues: bool
     """Whether it is part of the word before."""
 
 
 class TokenClassificationPipeline(Pipeline[Options]):
     """A text -> its tokens {"entity", "score", "index", "word", "start", "end"}, or, with an aggregation
-    strategy, its entities {"entity_group", "score", "word", "start", "end"}. `start` and `end` are
-    characters of the text."""
+    strategy, its entities {"entity_group", "score", "word", "start", "end"}.
+
+    `start` and `end` are characters of the text as it was given (of words: joined by `delimiter`). The `word`
+    of an entity is the text there, as it is written; that of a token is the token.
+    """
 
     task = "token-classification"
     model_class = AutoModelForTokenClassification
     options_class = Options
 
+    def parse(self, options: dict[str, Any]) -> Options:
+        """As `Pipeline`; `grouped_entities` and `ignore_subwords` are older names for two strategies."""
+        older = [name for name in ("grouped_entities", "ignore_subwords") if name in options]
+        if older:
+            named = " and ".join(older)
+            if "aggregation_strategy" in options:
+                raise TypeError(f"{self.task}: {named} is the older way to give an aggregation_strategy")
+            options = dict(options)
+            grouped, whole = (options.pop(name, False) for name in ("grouped_entities", "ignore_subwords"))
+            strategy = "none" if not grouped else "first" if whole else "simple"
+            options["aggregation_strategy"] = strategy
+            message = f"{self.task}: {named} is now written aggregation_strategy={strategy!r}"
+            once(f"{self.task}({named})", message, FutureWarning)
+        return super().parse(options)
+
     def is_single(self, inputs: Any) -> bool:
-        """A text; lists are several texts, or several lists of words."""
-        return isinstance(inputs, str)
+        """A text (or what is none: a dict); lists are several texts, or several lists of words."""
+        return isinstance(inputs, (str, Mapping))
 
     def __call__(self, inputs: Any, *, batch_size: int | None = None, **options: Any) -> Any:
         """The result for one text, or the results for several; a list of words is one text."""
@@ -147,27 +169,29 @@ class TokenClassificationPipeline(Pipeline[Options]):
             end += len(self.text(word)) + len(options.delimiter)
         return options.delimiter.join(item), starts
 
-    def head(self, hidden: Tensor, batch: Batch, windows: Sequence[Tokens]) -> Sequence[Tensor]:
+    def head(self, result: Ran, windows: Sequence[Tokens]) -> Sequence[Tensor]:
         """Probabilities [tokens, num_labels] of each window."""
         assert isinstance(self.model, AutoModelForTokenClassification)
-        return [logits.softmax(-1) for logits in split(self.model.head(hidden), batch)]
+        return [logits.softmax(-1) for logits in split(self.model.head(result.hidden), result.batch)]
 
     def finish(self, work: Work, outputs: list[Any], options: Options) -> Any:
         """Tokens or entities, without those that are to be ignored."""
         text: _Text = work.state
+        if self._prefix is None and options.aggregation_strategy in ("first", "average", "max"):
+            message = "the tokenizer does not tell words apart; they are taken to end at white space"
+            warnings.warn(message, stacklevel=2)
         if options.stride is None or len(outputs) < 2:
-            tokens = [token for part in self._windows(text, outputs, options, share=True) for token in part]
-            return _kept(self._entities(tokens, options), options)
-        parts = self._windows(text, outputs, options, share=False)
-        return _merged([entity for part in parts for entity in _kept(self._entities(part, options), options)])
+            tokens = [token for part in self._windows(text, outputs, share=True) for token in part]
+            return self._entities(text.text, tokens, options)
+        parts = self._windows(text, outputs, share=False)
+        return _merged([entity for part in parts for entity in self._entities(text.text, part, options)])
 
     # Tokens
-    def _windows(
-        self, text: _Text, outputs: list[Tensor], options: Options, *, share: bool
-    ) -> Iterator[list[_Token]]:
+    def _windows(self, text: _Text, outputs: list[Tensor], *, share: bool) -> Iterator[list[_Token]]:
         """The tokens of each window, without the special ones. With `share`, windows have no token in
         common: each keeps the half of the overlap that is farther from its edge."""
         last, seen = len(outputs) - 1, 0
+        before: _Token | None = None
         for number, (encoding, scores) in enumerate(zip(text.encodings, outputs, strict=False)):
             real = [i for i, special in enumerate(encoding.special_tokens_mask) if not special]
             columns = list(
@@ -176,15 +200,17 @@ class TokenClassificationPipeline(Pipeline[Options]):
             if number == 0 and real:
                 seen = real[0]
             if share:
-                before = text.overlap // 2 if number else 0
-                after = text.overlap - text.overlap // 2 if number < last else 0
-                real = real[before : len(real) - after]
+                skipped = text.overlap // 2 if number else 0
+                left = text.overlap - text.overlap // 2 if number < last else 0
+                real = real[skipped : len(real) - left]
             indices = range(seen, seen + len(real)) if share else real
             seen += len(real)
-            yield [
-                self._token(text, columns[i], index, scores[i], options)
-                for i, index in zip(real, indices, strict=True)
-            ]
+            before = before if share else None
+            found: list[_Token] = []
+            for i, index in zip(real, indices, strict=True):
+                before = self._token(text, columns[i], index, scores[i], before)
+                found.append(before)
+            yield found
 
     def _token(
         self,
@@ -192,67 +218,79 @@ class TokenClassificationPipeline(Pipeline[Options]):
         column: tuple[str, int, tuple[int, int], int | None],
         index: int,
         scores: Tensor,
-        options: Options,
+        before: _Token | None,
     ) -> _Token:
         token, token_id, (start, end), word = column
         if text.words is not None and word is not None:
             start, end = start + text.words[word], end + text.words[word]
-        written = text.text[start:end]
-        if getattr(self.tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None):
-            continues = len(token) != len(written)  # the prefix of a token within a word makes the difference
+        if before is None or (text.words is not None and word != before.number):
+            continues = False
+        elif self._prefix:
+            continues = word == before.number and token.startswith(self._prefix)
         else:
-            if options.aggregation_strategy in ("first", "average", "max"):
-                message = "the tokenizer does not tell words apart; they are taken to end at spaces"
-                warnings.warn(message, stacklevel=2)
-            continues = start > 0 and " " not in text.text[start - 1 : start + 1]
+            continues = same_word(text.text, start, before.end)
         if token_id == self.tokenizer.unk_token_id:
-            token, continues = written, False
-        return _Token(token, scores, start, end, index, continues)
+            token = text.text[start:end]
+        return _Token(token, scores, start, end, index, word, continues)
+
+    @property
+    def _prefix(self) -> str | None:
+        """What tokens within a word begin with, where the tokenizer marks them so (BERT's ##)."""
+        found = getattr(self.tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
+        return str(found) if found else None
 
     # Entities
-    def _entities(self, tokens: list[_Token], options: Options) -> list[Entity]:
-        if options.aggregation_strategy in ("none", "simple"):
-            found = [self._classified(token.scores, [token], token.word) for token in tokens]
-            for entity, token in zip(found, tokens, strict=True):
-                entity["index"] = token.index
+    def _entities(self, text: str, tokens: list[_Token], options: Options) -> list[Entity]:
+        """The tokens or entities that are not to be ignored."""
+        strategy, names = options.aggregation_strategy, self.model.config.id2label
+        if strategy in ("none", "simple"):
+            words = [[token] for token in tokens]
         else:
-            found = [self._word(word, options.aggregation_strategy) for word in _words(tokens)]
-        if options.aggregation_strategy == "none":
-            order = ("entity", "score", "index", "word", "start", "end")
-            return [{key: entity[key] for key in order} for entity in found]
-        return [self._group(group) for group in _groups(found)]
+            words = list(_words(tokens))
+        scores = [_of_word(word, strategy) for word in words]
+        best = [int(row.argmax()) for row in scores]
+        certain = [float(row[i]) for row, i in zip(scores, best, strict=True)]
+        labels = [names[i] for i in best]
+        if strategy == "none":
+            return [
+                {
+                    "entity": label,
+                    "score": score,
+                    "index": token.index,
+                    "word": token.word,
+                    "start": token.start,
+                    "end": token.end,
+                }
+                for token, label, score in zip(tokens, labels, certain, strict=True)
+                if label not in options.ignore_labels
+            ]
+        scheme = Labels(names.values())
+        return [
+            {
+                "entity_group": scheme.read(labels[group[0]]).kind,
+                "score": sum(certain[i] for i in group) / len(group),
+                **_span(text, [token for i in group for token in words[i]]),
+            }
+            for group in scheme.groups(range(len(words)), labels)
+            if not scheme.ignored(labels[group[0]], options.ignore_labels)
+        ]
 
-    def _classified(self, scores: Tensor, tokens: list[_Token], word: str) -> Entity:
-        best = int(scores.argmax())
-        return {
-            "entity": self.model.config.id2label[best],
-            "score": float(scores[best]),
-            "word": word,
-            "start": tokens[0].start,
-            "end": tokens[-1].end,
-        }
 
-    def _word(self, tokens: list[_Token], strategy: Strategy) -> Entity:
-        """The tokens of a word, with one class for all."""
-        if strategy == "first":
-            scores = tokens[0].scores
-        elif strategy == "max":
-            scores = max(tokens, key=lambda token: float(token.scores.max())).scores
-        else:
-            scores = torch.stack([token.scores for token in tokens]).mean(0)
-        return self._classified(
-            scores, tokens, self.tokenizer.convert_tokens_to_string([t.word for t in tokens])
-        )
+def _span(text: str, tokens: list[_Token]) -> Entity:
+    """Where tokens stand in the text, and the text there: without white space at its ends, which some
+    tokenizers count to a token."""
+    there = [token for token in tokens if token.start < token.end] or tokens
+    start, end = visible(text, min(t.start for t in there), max(t.end for t in there))
+    return {"word": text[start:end], "start": start, "end": end}
 
-    def _group(self, entities: list[Entity]) -> Entity:
-        """Neighbours of one class as one entity."""
-        return {
-            "entity_group": entities[0]["entity"].split("-", 1)[-1],
-            "score": sum(entity["score"] for entity in entities) / len(entities),
-            "word": self.tokenizer.convert_tokens_to_string([entity["word"] for entity in entities]),
-            "start": entities[0]["start"],
-            "end": entities[-1]["end"],
-        }
+
+def _of_word(tokens: list[_Token], strategy: Strategy) -> Tensor:
+    """The scores of a word."""
+    if strategy == "max":
+        return max(tokens, key=lambda token: float(token.scores.max())).scores
+    if strategy == "average":
+        return torch.stack([token.scores for token in tokens]).mean(0)
+    return tokens[0].scores
 
 
 def _words(tokens: Sequence[_Token]) -> Iterator[list[_Token]]:
@@ -265,32 +303,6 @@ def _words(tokens: Sequence[_Token]) -> Iterator[list[_Token]]:
         word.append(token)
     if word:
         yield word
-
-
-def _groups(entities: Sequence[Entity]) -> Iterator[list[Entity]]:
-    """Neighbours of the same class; one that begins an entity (B-) begins a group."""
-    group: list[Entity] = []
-    for entity in entities:
-        begins, tag = _tag(entity["entity"])
-        if group and (begins or tag != _tag(group[-1]["entity"])[1]):
-            yield group
-            group = []
-        group.append(entity)
-    if group:
-        yield group
-
-
-def _tag(label: str) -> tuple[bool, str]:
-    """B-PER -> (True, PER); I-PER and PER -> (False, PER)."""
-    return label.startswith("B-"), label[2:] if label.startswith(("B-", "I-")) else label
-
-
-def _kept(entities: list[Entity], options: Options) -> list[Entity]:
-    return [
-        entity
-        for entity in entities
-        if entity.get("entity", entity.get("entity_group")) not in options.ignore_labels
-    ]
 
 
 def _merged(entities: list[Entity]) -> list[Entity]:

@@ -6,10 +6,10 @@ border of the model, so that a text's result does not depend on what it is batch
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -34,22 +34,29 @@ class Tokens:
         return len(self.ids)
 
 
-def run(model: PreTrainedModel, texts: Sequence[Tokens]) -> tuple[Tensor, Batch]:
-    """The body of `model` over at least one text: hidden states [T, C], packed in the order of
-    `texts`, and the batch that they are of."""
+class Ran(NamedTuple):
+    """What the body of a model gave for some texts."""
+
+    hidden: Tensor
+    """[T, C], packed in the order of the texts."""
+    batch: Batch
+
+
+def run(model: PreTrainedModel, texts: Sequence[Tokens]) -> Ran:
+    """The body of `model` over at least one text."""
     lengths = torch.tensor([len(text) for text in texts])
     columns = int(lengths.max())
     if columns == 0:
         nothing = torch.zeros(0, model.spec.hidden_size, dtype=model.dtype, device=model.device)
         tokens = torch.zeros(0, dtype=torch.int64, device=model.device)
-        return nothing, Batch(tokens, tokens, pack(len(texts), 0, None, model.device))
+        return Ran(nothing, Batch(tokens, tokens, pack(len(texts), 0, None, model.device)))
     real = torch.arange(columns) < lengths[:, None]
     types = None
     if any(text.types is not None for text in texts):
         types = _padded([text.types or [0] * len(text) for text in texts], real).to(model.device)
     ids = _padded([text.ids for text in texts], real).to(model.device)
     batch = model.pack(ids, real.to(model.device), types)
-    return model.body(batch), batch
+    return Ran(model.body(batch), batch)
 
 
 def _padded(rows: Sequence[Sequence[int]], real: Tensor) -> Tensor:
@@ -74,6 +81,23 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
             chunk = []
     if chunk:
         yield chunk
+
+
+def in_order(items: Any, expected: str) -> Iterator[Any]:
+    """The items of a sequence, an iterator, or what has a length and items by number (a torch Dataset).
+
+    Raises TypeError for what is none or has no order: a dict, of which only the keys would be seen, a set,
+    bytes, a tensor, an array or table of other than one dimension. `expected`: how the message begins.
+    """
+    dimensions = getattr(items, "ndim", 1)
+    none = isinstance(items, (bytes, bytearray, Mapping, set, frozenset, Tensor))
+    if not none and dimensions == 1:
+        if isinstance(items, Iterable):
+            return iter(items)
+        if hasattr(items, "__getitem__") and hasattr(items, "__len__"):
+            return (items[i] for i in range(len(items)))
+    shape = "" if dimensions == 1 else f" of {dimensions} dimensions"
+    raise TypeError(f"{expected} {type(items).__name__}{shape}")
 
 
 class _NoBar:

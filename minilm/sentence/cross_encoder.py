@@ -21,14 +21,30 @@ from torch import Tensor, nn
 from ..files import FileError, read_json, resolve
 from ..model import AutoModelForSequenceClassification, read_config
 from ..text import AutoTokenizer
-from .batching import by_length, check_batch_size, chunks, progress_bar, run, tokenise, window
+from .batching import by_length, check_batch_size, chunks, in_order, progress_bar, run, tokenise, window
 from .files import default_device, hub_options, listed_modules
 from .modules import activation
+from .names import answering_to
 
 logger = logging.getLogger(__name__)
 
 _SLAB = 256
 """Batches that are tokenised and sorted by length together."""
+
+
+_OPTIONS = (
+    *("batch_size", "show_progress_bar", "activation_fn", "apply_softmax", "convert_to_numpy"),
+    "convert_to_tensor",
+)
+
+
+def _order(values: Sequence[Any]) -> Sequence[str]:
+    """The options of `predict` and `rank` by position: as in sentence-transformers 6 (prompts first), in 4
+    and 5, or in 3 (with the number of workers)."""
+    if not isinstance(values[0], int):
+        return ("prompt_name", "prompt", *_OPTIONS)
+    workers = len(values) > 2 and isinstance(values[2], int)
+    return (*_OPTIONS[:2], "num_workers", *_OPTIONS[2:]) if workers else _OPTIONS
 
 
 class CrossEncoder(nn.Module):
@@ -43,10 +59,21 @@ class CrossEncoder(nn.Module):
         weights: quantises them, see `minilm.model.auto.from_pretrained`.
         activation_fn: what makes scores of logits; None: as the model says, or else the sigmoid if there is
             one label and nothing if there are several.
-        options: `revision`, `cache_folder`, `token`, `local_files_only` for the hub; `model_kwargs` and
-            `processor_kwargs` for `from_pretrained` of the model and of the tokenizer.
+        options: `revision`, `cache_folder`, `token`, `local_files_only` for the hub; `model_kwargs`,
+            `config_kwargs` and `processor_kwargs` for `from_pretrained` of the model, of its configuration
+            and of the tokenizer.
+
+    Here and in its methods, the names and orders of arguments that sentence-transformers had before are taken
+    too (`automodel_args`, `default_activation_function`, `activation_fct`, ...); each name warns once.
     """
 
+    @answering_to(
+        older={
+            "model_name": "model_name_or_path",
+            "default_activation_function": "activation_fn",
+        },
+        order=lambda values: ("num_labels", "max_length", "activation_fn", "device"),
+    )
     def __init__(
         self,
         model_name_or_path: str | os.PathLike[str],
@@ -60,6 +87,9 @@ class CrossEncoder(nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
+        if "classifier_dropout" in options:
+            dropout = {"classifier_dropout": options.pop("classifier_dropout")}
+            options["config_kwargs"] = {**dropout, **(options.get("config_kwargs") or {})}
         name, hub, model_options, tokenizer_options = hub_options(
             model_name_or_path, "cross-encoder", options
         )
@@ -72,6 +102,7 @@ class CrossEncoder(nn.Module):
                     f"{path / 'modules.json'}: expected a Transformer alone, and it lists {kinds}"
                 )
         config = read_config(path)
+        num_labels = model_options.pop("num_labels", None) if num_labels is None else num_labels
         trained = str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
         if num_labels is None and not trained:
             num_labels = 1
@@ -117,6 +148,17 @@ class CrossEncoder(nn.Module):
         """Where the weights are."""
         return self.model.device
 
+    @property
+    def default_activation_function(self) -> Callable[[Tensor], Tensor]:
+        """`activation_fn`, by its older name."""
+        return self.activation_fn
+
+    @answering_to(
+        older={"activation_fct": "activation_fn"},
+        also={"inputs": "sentences"},
+        order=_order,
+        without_effect=("num_workers",),
+    )
     def predict(
         self,
         sentences: Sequence[str] | Iterable[Sequence[str]],
@@ -156,13 +198,19 @@ class CrossEncoder(nn.Module):
                 scores = scores.softmax(-1)
         if cut:
             message = f"{cut} of {len(pairs)} pairs have more than {self.max_seq_length} tokens, and were cut"
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, stacklevel=3)
         scores = scores.squeeze(-1) if self.num_labels == 1 else scores
         found: Any = (
             scores if convert_to_tensor else scores.cpu().numpy() if convert_to_numpy else list(scores)
         )
         return found[0] if single else found
 
+    @answering_to(
+        older={"activation_fct": "activation_fn"},
+        order=_order,
+        places=4,
+        without_effect=("num_workers", "apply_softmax", "convert_to_numpy", "convert_to_tensor"),
+    )
     def rank(
         self,
         query: str,
@@ -199,9 +247,10 @@ class CrossEncoder(nn.Module):
 
 def _pairs(sentences: Any) -> tuple[list[tuple[str, str]], bool]:
     """The pairs, and whether there was a single one."""
-    if isinstance(sentences, (str, bytes)) or not isinstance(sentences, Iterable):
-        raise TypeError(f"expected a pair of texts or a list of pairs, got {type(sentences).__name__}")
-    listed = list(sentences)
+    expected = "expected a pair of texts or a list of pairs, got"
+    if isinstance(sentences, str):
+        raise TypeError(f"{expected} str")
+    listed = list(in_order(sentences, expected))
     single = bool(listed) and isinstance(listed[0], str)
     pairs = [listed] if single else listed
     for index, pair in enumerate(pairs):

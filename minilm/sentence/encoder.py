@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from .._version import __version__
-from .batching import Tokens, by_length, check_batch_size, chunks, progress_bar, run
+from .batching import Tokens, by_length, check_batch_size, chunks, in_order, progress_bar, run
 from .files import default_device, load
 from .modules import Features, Module, run_modules, write_json
+from .names import answering_to
 from .similarity import PRECISIONS, SIMILARITIES, Precision, quantize_embeddings
 from .transformer import Transformer
 
@@ -34,6 +35,15 @@ Output = Literal["sentence_embedding", "token_embeddings"]
 
 _SLAB = 256
 """Batches that are tokenised and sorted by length together: bounds the memory that token ids take."""
+
+
+def _order(values: Sequence[Any]) -> Sequence[str]:
+    """The options of `encode` by position: since sentence-transformers 3, or before there were prompts."""
+    last = ("convert_to_numpy", "convert_to_tensor", "device", "normalize_embeddings")
+    if isinstance(values[0], int):
+        return ("batch_size", "show_progress_bar", "output_value", *last)
+    first = ("prompt_name", "prompt", "batch_size", "show_progress_bar", "output_value", "precision")
+    return (*first, *last, "truncate_dim")
 
 
 class SentenceEncoder(nn.Module):
@@ -53,8 +63,9 @@ class SentenceEncoder(nn.Module):
         default_prompt_name: the prompt of calls that name none.
         similarity_fn_name: cosine, dot, euclidean or manhattan; None: as the model says, or cosine.
         truncate_dim: keep only so many dimensions.
-        options: `revision`, `cache_folder`, `token`, `local_files_only` for the hub; `model_kwargs` for
-            AutoModel.from_pretrained, `processor_kwargs` for AutoTokenizer.from_pretrained.
+        options: `revision`, `cache_folder`, `token`, `local_files_only` for the hub; `model_kwargs` and
+            `config_kwargs` for AutoModel.from_pretrained, `processor_kwargs` for
+            AutoTokenizer.from_pretrained.
 
     Raises HubError, FileError, ConfigError or WeightError for a model that cannot be read.
     """
@@ -104,6 +115,7 @@ class SentenceEncoder(nn.Module):
         self.eval()
 
     # Encoding
+    @answering_to(also={"inputs": "sentences"}, order=_order)
     def encode(
         self,
         sentences: str | Iterable[str],
@@ -177,12 +189,14 @@ class SentenceEncoder(nn.Module):
             return found[0]
         return found if convert_to_tensor else list(found)
 
+    @answering_to(also={"inputs": "sentences"}, order=_order)
     def encode_query(self, sentences: str | Iterable[str], batch_size: int = 32, **options: Any) -> Any:
         """`encode` with the prompt `query`, unless another is asked for."""
         if options.get("prompt") is None and options.get("prompt_name") is None:
             options["prompt_name"] = "query"
         return self.encode(sentences, batch_size, **options)
 
+    @answering_to(also={"inputs": "sentences"}, order=_order)
     def encode_document(self, sentences: str | Iterable[str], batch_size: int = 32, **options: Any) -> Any:
         """`encode` with the prompt `document`, unless another is asked for."""
         if options.get("prompt") is None and options.get("prompt_name") is None:
@@ -222,7 +236,7 @@ class SentenceEncoder(nn.Module):
                     bar.update()
         if cut:
             message = f"{cut} of {len(texts)} texts have more than {self.max_seq_length} tokens, and were cut"
-            warnings.warn(message, stacklevel=3)
+            warnings.warn(message, stacklevel=4)
 
     def _prompt(self, prompt: str | None, name: str | None) -> str:
         if prompt is not None:
@@ -345,9 +359,7 @@ SentenceTransformer = SentenceEncoder
 def _texts(sentences: Any) -> tuple[list[str], bool]:
     """The texts as a list, and whether there was a single one."""
     single = isinstance(sentences, str)
-    if not single and (isinstance(sentences, (bytes, dict)) or not isinstance(sentences, Iterable)):
-        raise TypeError(f"expected a text or a list of texts, got {type(sentences).__name__}")
-    texts = [sentences] if single else list(sentences)
+    texts = [sentences] if single else list(in_order(sentences, "expected a text or a list of texts, got"))
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"expected texts, but number {index} is {type(text).__name__}: {text!r:.60}")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..differences import renamed
 from ..files import FileError, is_bundled, read_json, resolve
 from .modules import KINDS, Pooling
 from .transformer import Transformer
@@ -24,6 +25,18 @@ _WITHOUT_OWNER = (
 """Beginnings of names on the hub that have no owner and are not of sentence-transformers."""
 
 
+_OLDER = {
+    "tokenizer_kwargs": "processor_kwargs",
+    "tokenizer_args": "processor_kwargs",
+    "automodel_args": "model_kwargs",
+    "model_args": "model_kwargs",
+    "config_args": "config_kwargs",
+    "cache_dir": "cache_folder",
+    "use_auth_token": "token",
+}
+"""Options of constructors by the names that sentence-transformers had for them."""
+
+
 def default_device() -> str:
     """The GPU if there is one."""
     return "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,10 +48,9 @@ def hub_options(
     """The full name of a model (of `owner`, if it has none), and the options of a constructor for the hub,
     for the model and for the tokenizer. Raises TypeError for others."""
     name = os.fspath(name_or_path)
-    hub = dict(options)
-    model_options = hub.pop("model_kwargs", None) or {}
-    older = hub.pop("tokenizer_kwargs", None)
-    tokenizer_options = hub.pop("processor_kwargs", None) or older or {}
+    hub = renamed("SentenceEncoder" if owner == "sentence-transformers" else "CrossEncoder", options, _OLDER)
+    model_options = {**(hub.pop("config_kwargs", None) or {}), **(hub.pop("model_kwargs", None) or {})}
+    tokenizer_options = hub.pop("processor_kwargs", None) or {}
     hub.pop("trust_remote_code", None)  # code of a model is never run
     if "cache_folder" in hub:
         hub["cache_dir"] = hub.pop("cache_folder")

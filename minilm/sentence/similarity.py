@@ -2,7 +2,9 @@
 
 A similarity takes vectors or matrices (torch, numpy, lists), compares all rows of one with all rows of the
 other, and returns a tensor [N, M]; distances are negated, so that more is always more alike. The `pairwise`
-ones compare row with row: [N].
+ones compare row with row: [N]. float16 and bfloat16 are computed in float32, integers (int8 and uint8 of
+quantised embeddings, bool) in float64, which is exact for them. The codes of binary and ubinary embeddings
+are eight dimensions to a number: unpack them (np.unpackbits) before they are compared.
 """
 
 from __future__ import annotations
@@ -25,43 +27,55 @@ logger = logging.getLogger(__name__)
 
 def cos_sim(a: Any, b: Any) -> Tensor:
     """Cosine of the angle between each row of `a` and each of `b`, [N, M]."""
-    return normalize(_matrix(a), dim=-1) @ normalize(_matrix(b), dim=-1).T
+    a, b = _matrices(a, b)
+    return normalize(a, dim=-1) @ normalize(b, dim=-1).T
 
 
 def dot_score(a: Any, b: Any) -> Tensor:
     """Dot products, [N, M]."""
-    return _matrix(a) @ _matrix(b).T
+    a, b = _matrices(a, b)
+    product: Tensor = a @ b.T
+    return product
 
 
 def euclidean_sim(a: Any, b: Any) -> Tensor:
     """Negative Euclidean distances, [N, M]."""
-    return -torch.cdist(_matrix(a), _matrix(b), p=2.0)
+    a, b = _matrices(a, b)
+    # In float64, thus of integers, without the detour over products, which cancels out near 0.
+    exact = a.dtype == torch.float64
+    mode = f"{'donot_use' if exact else 'use'}_mm_for_euclid_dist{'' if exact else '_if_necessary'}"
+    return -torch.cdist(a, b, p=2.0, compute_mode=mode)
 
 
 def manhattan_sim(a: Any, b: Any) -> Tensor:
     """Negative Manhattan distances, [N, M]."""
-    return -torch.cdist(_matrix(a), _matrix(b), p=1.0)
+    a, b = _matrices(a, b)
+    return -torch.cdist(a, b, p=1.0)
 
 
 def pairwise_cos_sim(a: Any, b: Any) -> Tensor:
     """Cosine of the angle between rows of the same number, [N]."""
-    return (normalize(_tensor(a), dim=-1) * normalize(_tensor(b), dim=-1)).sum(-1)
+    one, other = _wide(a, b)
+    return (normalize(one, dim=-1) * normalize(other, dim=-1)).sum(-1)
 
 
 def pairwise_dot_score(a: Any, b: Any) -> Tensor:
     """Dot products of rows of the same number, [N]."""
-    return (_tensor(a) * _tensor(b)).sum(-1)
+    one, other = _wide(a, b)
+    return (one * other).sum(-1)
 
 
 def pairwise_euclidean_sim(a: Any, b: Any) -> Tensor:
     """Negative Euclidean distances of rows of the same number, [N]."""
-    distances: Tensor = torch.linalg.vector_norm(_tensor(a) - _tensor(b), dim=-1)
+    a, b = _wide(a, b)
+    distances: Tensor = torch.linalg.vector_norm(a - b, dim=-1)
     return -distances
 
 
 def pairwise_manhattan_sim(a: Any, b: Any) -> Tensor:
     """Negative Manhattan distances of rows of the same number, [N]."""
-    return -(_tensor(a) - _tensor(b)).abs().sum(-1)
+    one, other = _wide(a, b)
+    return -(one - other).abs().sum(-1)
 
 
 SIMILARITIES: dict[str, tuple[Callable[[Any, Any], Tensor], Callable[[Any, Any], Tensor]]] = {
@@ -74,27 +88,125 @@ SIMILARITIES: dict[str, tuple[Callable[[Any, Any], Tensor], Callable[[Any, Any],
 
 
 def semantic_search(
-    query: Any, corpus: Any, *, top_k: int = 10, score_function: Callable[[Any, Any], Tensor] = cos_sim
+    query_embeddings: Any,
+    corpus_embeddings: Any,
+    query_chunk_size: int = 100,
+    corpus_chunk_size: int = 100_000,
+    top_k: int = 10,
+    score_function: Callable[[Any, Any], Tensor] = cos_sim,
 ) -> list[list[dict[str, Any]]]:
-    """For each row of `query` the `top_k` rows of `corpus` most like it: {"corpus_id": row, "score": ...}."""
-    scores = score_function(query, corpus)
-    best, rows = scores.topk(min(top_k, scores.shape[1]), dim=1)
+    """For each row of the one the `top_k` rows of the other most like it, best first, of equal ones the
+    earlier first: {"corpus_id": row, "score": ...}.
+
+    Scores of `query_chunk_size` x `corpus_chunk_size` pairs exist at a time; the sizes do not change the
+    result. `score_function` takes tensors [N, D] and [M, D] and gives [N, M]. Raises ValueError for sizes
+    below 1, for embeddings of different dimensions, and for a score that is no number.
+    """
+    sizes = {"query_chunk_size": query_chunk_size, "corpus_chunk_size": corpus_chunk_size, "top_k": top_k}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} must be a positive integer, and is {size!r}")
+    queries = _matrix(query_embeddings)
+    corpus = _rows(corpus_embeddings)
+    best: list[tuple[Tensor, Tensor] | None] = [None] * -(-len(queries) // query_chunk_size)
+    for start in range(0, len(corpus), corpus_chunk_size):
+        chunk = _matrix(corpus[start : start + corpus_chunk_size])
+        score = score_function
+        if score is cos_sim:  # each chunk of the corpus is scaled once
+            chunk, score = normalize(chunk if chunk.is_floating_point() else chunk.double(), dim=-1), _scaled
+        for number in range(len(best)):
+            some = queries[number * query_chunk_size : (number + 1) * query_chunk_size].to(chunk.device)
+            values, places = _best(score(some, chunk), top_k)
+            _check_scores(values, places, number * query_chunk_size, start)
+            found, places = values.cpu(), places.cpu() + start
+            before = best[number]
+            if before is not None:
+                found, places = torch.cat((before[0], found), 1), torch.cat((before[1], places), 1)
+                found, order = found.sort(dim=1, descending=True, stable=True)
+                found, places = found[:, :top_k], places.gather(1, order[:, :top_k])
+            best[number] = found, places
     return [
         [{"corpus_id": row, "score": value} for row, value in zip(ids, values, strict=True)]
-        for ids, values in zip(rows.tolist(), best.tolist(), strict=True)
+        for number, part in enumerate(best)
+        for ids, values in (
+            zip(part[1].tolist(), part[0].tolist(), strict=True)
+            if part is not None
+            else [((), ())] * len(queries[number * query_chunk_size : (number + 1) * query_chunk_size])
+        )
     ]
+
+
+def _scaled(a: Tensor, scaled: Tensor) -> Tensor:
+    """`cos_sim` with rows of length 1."""
+    a, scaled = _matrices(a, scaled)
+    return normalize(a, dim=-1) @ scaled.T
+
+
+def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The highest of each row, and where: of equal ones the first, in order. [N, M] -> [N, count] twice."""
+    values, places = scores.topk(min(count, scores.shape[1]), dim=1)
+    rows = (scores >= values[:, -1:]).sum(1) > values.shape[1]  # the last place is claimed by several
+    for row in rows.nonzero().flatten().tolist():
+        least = values[row, -1]
+        above = (scores[row] > least).nonzero().flatten()
+        equal = (scores[row] == least).nonzero().flatten()
+        places[row] = torch.cat((above, equal))[: values.shape[1]]
+    places = places.sort(dim=1).values
+    values, order = scores.gather(1, places).sort(dim=1, descending=True, stable=True)
+    return values, places.gather(1, order)
+
+
+def _check_scores(values: Tensor, places: Tensor, query: int, corpus: int) -> None:
+    wrong = values.isnan().nonzero()
+    if len(wrong):
+        row, column = wrong[0].tolist()
+        at = int(places[row, column]) + corpus
+        raise ValueError(f"the score of query {query + row} and row {at} of the corpus is no number (NaN)")
+
+
+def _rows(x: Any) -> Any:
+    """What can be cut into rows [N, D] without being converted as a whole."""
+    if isinstance(x, (Tensor, np.ndarray)):
+        return x[None] if x.ndim == 1 else x
+    if isinstance(x, (list, tuple)):
+        return x if not len(x) or np.ndim(x[0]) else [x]
+    return _matrix(x)
 
 
 def _tensor(x: Any) -> Tensor:
     if isinstance(x, (list, tuple)) and x and isinstance(x[0], (Tensor, np.ndarray)):
         x = torch.stack([torch.as_tensor(row) for row in x])
-    found = torch.as_tensor(x)
+    try:
+        found = torch.as_tensor(x)
+    except (TypeError, ValueError, RuntimeError) as problem:
+        kind = f"an array of {x.dtype}" if isinstance(x, np.ndarray) else f"a {type(x).__name__}"
+        raise TypeError(f"embeddings must be numbers [N, D], and are {kind}: {problem}") from problem
+    if found.is_complex():
+        raise TypeError(f"embeddings must be real numbers, and are {found.dtype}")
+    found = found.to_dense() if found.is_sparse else found
     return found.float() if found.is_floating_point() and found.itemsize < 4 else found
 
 
 def _matrix(x: Any) -> Tensor:
     found = _tensor(x)
     return found[None] if found.dim() == 1 else found
+
+
+def _wide(a: Any, b: Any) -> tuple[Tensor, Tensor]:
+    """Both as tensors of one floating type that holds their values, and products of integers."""
+    one, other = _tensor(a), _tensor(b)
+    if one.dim() and other.dim() and one.shape[-1] != other.shape[-1]:
+        raise ValueError(
+            f"embeddings of {one.shape[-1]} and of {other.shape[-1]} dimensions cannot be compared"
+        )
+    kinds = [x.dtype if x.is_floating_point() else torch.float64 for x in (one, other)]
+    kind = torch.promote_types(*kinds)
+    return one.to(kind), other.to(kind)
+
+
+def _matrices(a: Any, b: Any) -> tuple[Tensor, Tensor]:
+    one, other = _wide(a, b)
+    return (one[None] if one.dim() == 1 else one), (other[None] if other.dim() == 1 else other)
 
 
 def quantize_embeddings(

@@ -199,8 +199,8 @@ def test_text_classification_bad_input(folders: Any) -> None:
         classify({"text": "a", "pair": "b"})
     with pytest.raises(ValueError, match="function_to_apply must be"):
         classify("a", function_to_apply="tanh")
-    with pytest.raises(TypeError, match="text-classification has no option topk; it has top_k, function"):
-        classify("a", topk=3)
+    with pytest.raises(TypeError, match="text-classification has no option topp; it has top_k, function"):
+        classify("a", topp=3)
 
 
 # What all pipelines share
@@ -300,8 +300,8 @@ def test_bad_calls(folders: Any) -> None:
         ValueError, match="needs an AutoModelForMaskedLM, and the model is a AutoModelForTokenCl"
     ):
         pipeline("fill-mask", model=model)
-    with pytest.raises(TypeError, match="fill-mask has no option topk"):
-        pipeline("fill-mask", model=folder, topk=3)
+    with pytest.raises(TypeError, match="fill-mask has no option topp"):
+        pipeline("fill-mask", model=folder, topp=3)
     with pytest.raises(minilm.HubError, match="no such file or folder"):
         pipeline("fill-mask", model=folder / "missing")
     extract = pipeline("feature-extraction", model=folder, device="cpu")

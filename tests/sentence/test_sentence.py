@@ -150,13 +150,11 @@ def test_token_embeddings_and_everything(minilm: SentenceEncoder, reference: Sen
 def test_similarities(minilm: SentenceEncoder, reference: SentenceTransformer, name: str) -> None:
     a, b = np.random.default_rng(0).normal(size=(2, 5, 7)).astype(np.float32)
     reference.similarity_fn_name = minilm.similarity_fn_name = name
-    torch.testing.assert_close(minilm.sentence.similarity(a, b[:3]), reference.similarity(a, b[:3]))
+    torch.testing.assert_close(minilm.similarity(a, b[:3]), reference.similarity(a, b[:3]))
     torch.testing.assert_close(minilm.similarity_pairwise(a, b), reference.similarity_pairwise(a, b))
-    torch.testing.assert_close(
-        minilm.sentence.similarity(a[0], list(torch.tensor(b))), reference.similarity(a[0], b)
-    )
+    torch.testing.assert_close(minilm.similarity(a[0], list(torch.tensor(b))), reference.similarity(a[0], b))
     half = torch.tensor(a).half()
-    torch.testing.assert_close(minilm.sentence.similarity(half, half), reference.similarity(half, half))
+    torch.testing.assert_close(minilm.similarity(half, half), reference.similarity(half, half))
     reference.similarity_fn_name = minilm.similarity_fn_name = "cosine"
 
 
