@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .cache import CacheStep, KVCache
+from .cache import CacheStep, KVCache, Layout
 
 
 @dataclass
@@ -139,6 +139,8 @@ class Batch:
     cache: KVCache | None = None
     rows: list[int] = field(default_factory=list)
     """The cache's row of each sequence."""
+    layouts: list[Layout] | None = None
+    """Where the tokens of each row then stand; None: one behind the other, without padding."""
     step: CacheStep | None = None
     """Where the new tokens go in the cache."""
     input_ids: Tensor | None = None

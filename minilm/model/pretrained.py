@@ -19,7 +19,7 @@ from ..config import ModelConfig
 from ..families import Family, Head, PretrainedConfig, family_of
 from . import rope
 from .batch import Batch, Packed, check_columns, pack
-from .cache import KVCache
+from .cache import KVCache, Layout
 from .layers import Embedding, Linear
 from .loading import Checkpointed, initialise
 from .outputs import BaseModelOutput, ModelOutput
@@ -67,6 +67,7 @@ class PreTrainedModel(Checkpointed):
     ) -> Any:
         """Run a padded batch; arguments and results have transformers' names (see `pack`, and `answer` of the
         head)."""
+        before = past_key_values.state() if isinstance(past_key_values, KVCache) else {}
         batch = self.pack(
             input_ids,
             attention_mask,
@@ -82,7 +83,12 @@ class PreTrainedModel(Checkpointed):
                 self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
             ),
         )
-        fields = self.answer(self.body(batch), batch, labels, **head_options)
+        try:
+            fields = self.answer(self.body(batch), batch, labels, **head_options)
+        except BaseException:
+            if past_key_values is not None:
+                past_key_values.restore(before)
+            raise
         if batch.cache is not None and "past_key_values" in self.output_class.__dataclass_fields__:  # type: ignore[attr-defined]
             fields["past_key_values"] = batch.cache
         if batch.hidden_states is not None:
@@ -124,15 +130,19 @@ class PreTrainedModel(Checkpointed):
         self._check_inputs(input_ids, inputs_embeds)
         rows, columns = given.shape[:2]
         cache = self._cache(rows, past_key_values, use_cache)
-        if past_key_values is not None and attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = attention_mask[:, max(attention_mask.shape[1] - columns, 0) :]
+        past, layouts = None, None
+        if cache is not None:
+            attention_mask, past = cache.new_columns(attention_mask, columns)
         packed = pack(rows, columns, attention_mask, given.device)
+        if cache is not None and cache.is_padded(packed.indices is not None, past):
+            layouts = cache.lay_out(packed.flat_indices() % max(columns, 1), packed.lengths, columns, past)
         batch = Batch(
             tokens=packed.pack(given),
-            positions=self._positions(packed, input_ids, position_ids, cache),
+            positions=self._positions(packed, input_ids, position_ids, cache, layouts),
             packed=packed,
             types=None if token_type_ids is None else self._types(packed, token_type_ids),
             cache=cache,
+            layouts=layouts,
             input_ids=input_ids,
             stop=stop,
             hidden_states=[] if output_hidden_states else None,
@@ -145,6 +155,8 @@ class PreTrainedModel(Checkpointed):
         if batch.cache is not None:
             batch.rows = list(rows)
             batch.step = batch.cache.extend(batch.rows, batch.packed.lengths)
+            for row, layout in zip(batch.rows, batch.layouts or (), strict=False):
+                batch.cache.set_layout(row, layout)
         batch.rope = self._rope(batch)
         return batch
 
@@ -211,7 +223,12 @@ class PreTrainedModel(Checkpointed):
         return KVCache(self.spec, rows=rows, dtype=dtype or self.dtype, device=self.device)
 
     def _positions(
-        self, packed: Packed, input_ids: Tensor | None, position_ids: Tensor | None, cache: KVCache | None
+        self,
+        packed: Packed,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        cache: KVCache | None,
+        layouts: list[Layout] | None,
     ) -> Tensor:
         """The position of each packed token, int64 [T]: a row of the position table, or an angle of rope."""
         spec = self.spec
@@ -234,7 +251,14 @@ class PreTrainedModel(Checkpointed):
                 high, low = packed.max_seqlen - 1 + spec.position_offset, 0
             if spec.position_offset:
                 positions = positions + spec.position_offset
-            if cache is not None and cache.get_seq_length():
+            if layouts is not None:
+                high = low = None
+                ends = [
+                    layout.columns[len(layout.columns) - new :] - layout.origin
+                    for layout, new in zip(layouts, packed.lengths, strict=True)
+                ]
+                positions = torch.cat(ends).to(positions.device) + spec.position_offset
+            elif cache is not None and cache.get_seq_length():
                 high = low = None
                 past = torch.tensor([cache.lengths[row] for row in cache.rows], device=positions.device)
                 positions = positions + past.repeat_interleave(
