@@ -310,13 +310,9 @@ class LLM:
         """One step of the engine, for other threads too, as theirs may have been for these jobs."""
         if all(job.request.finished for job in jobs):
             return
-        if not self._engine.busy:
-            raise RuntimeError("the texts were given up after an error in another call")
-        try:
-            self._engine.step()
-        except BaseException:
-            self._engine.clear()
-            raise
+        if any(job.request.given_up for job in jobs):
+            raise RuntimeError("the text was given up after an error in another call")
+        self._engine.step()
 
     def _output(self, job: _Job) -> RequestOutput:
         """The job's state, finished or not."""
@@ -364,35 +360,63 @@ class LLM:
         return job.texts[sample.index].finish(sample.tokens[-1:] if with_end else ())
 
 
-def _pieces(llm: LLM, job: _Job) -> Generator[str, None, None]:
-    """The pieces of a stream. Apart from it, so that one that is dropped ends then, and not in some later
-    garbage collection."""
-    (text,), (sample,) = job.texts, job.request.samples
-    for _ in llm._run([job]):
-        with llm._lock:  # another thread's step may be writing
-            if sample.finish_reason is not None:
-                llm._finish(job, sample)
-            piece = text.piece()
-        if piece:
-            yield piece
-
-
 class TextStream(Iterator[str]):
-    """The pieces of one text. `output` is what was written so far, and why it ended; `close` gives up."""
+    """The pieces of one text. `output` is what was written so far, and why it ended; `close` gives up.
+
+    Every piece is given, whoever makes the steps that write it: this stream, or another call on the same
+    `LLM` that takes it along. Several threads may read one stream; each piece goes to one of them.
+    """
 
     def __init__(self, llm: LLM, job: _Job) -> None:
         if job.params.n != 1 or not job.params.detokenize:
             raise ValueError("a stream is one text: n must be 1, and detokenize True")
         self._llm = llm
         self._job = job
-        self._pieces = _pieces(llm, job)
+        self._state = "new"
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        llm, job = self._llm, self._job
+        (text,), (sample,) = job.texts, job.request.samples
+        while True:
+            with llm._lock:  # another thread's step may be writing
+                if self._state == "over":
+                    raise StopIteration
+                try:
+                    if self._state == "new":
+                        llm._engine.add(job.request)
+                        self._state = "open"
+                    piece = text.piece()
+                    if not piece and sample.finish_reason is None:
+                        llm._step([job])
+                        piece = text.piece()
+                    if not piece and sample.finish_reason is not None:
+                        llm._finish(job, sample)
+                        piece = text.piece()
+                        if not piece:
+                            self.close()
+                except BaseException:
+                    self.close()
+                    raise
+            if piece:
+                return piece
 
     def close(self) -> None:
         """Stop writing."""
-        self._pieces.close()
+        with self._llm._lock:
+            self._state = "over"
+            self._llm._engine.abort(self._job.request)
+
+    def __del__(self) -> None:
+        if getattr(self, "_state", "over") != "open":
+            return
+        # This may run in a garbage collection anywhere, so it waits for nobody.
+        if self._llm._lock.acquire(blocking=False):
+            try:
+                self.close()
+            finally:
+                self._llm._lock.release()
+        else:
+            self._llm._engine.abort_later(self._job.request)
 
     @property
     def output(self) -> RequestOutput:
