@@ -23,6 +23,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..model import AutoModelForCausalLM, KVCache, Packed
 from .sampling import Sampling, draw, process
+from .values import whole
 
 
 @dataclass(eq=False)
@@ -144,8 +145,7 @@ class Engine:
             ("max_num_seqs", max_num_seqs),
             ("max_num_batched_tokens", max_num_batched_tokens),
         ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, and is {value}")
+            whole(name, value, 1)
         self.model = model
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens

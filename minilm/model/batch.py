@@ -94,8 +94,18 @@ class Packed:
             )
 
 
+def integers(name: str, x: Tensor) -> Tensor:
+    """`x` as int64, or ValueError where it holds no integers."""
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        what = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be a tensor of integers, and is {what}")
+    return x.long()
+
+
 def check_columns(name: str, x: Tensor, batch: int, columns: int) -> None:
     """`x` is [B, S], or ValueError."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor, and is {type(x).__name__}")
     if x.shape != (batch, columns):
         raise ValueError(f"{name} must be [batch, tokens] = [{batch}, {columns}], and is {list(x.shape)}")
 

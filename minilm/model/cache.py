@@ -145,7 +145,7 @@ class KVCache:
         everything in it is seen.
         """
         past = self.get_seq_length()
-        if mask is None or mask.dim() != 2 or mask.shape[1] == columns or past == 0:
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] == columns or past == 0:
             return mask, None
         if mask.shape != (len(self.lengths), past + columns):
             b, both = len(self.lengths), past + columns

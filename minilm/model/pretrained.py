@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..config import ModelConfig
 from ..families import Family, Head, PretrainedConfig, family_of
 from . import rope
-from .batch import Batch, Packed, check_columns, pack
+from .batch import Batch, Packed, check_columns, integers, pack
 from .cache import KVCache, Layout
 from .layers import Embedding, Linear
 from .loading import Checkpointed, initialise
@@ -38,6 +38,11 @@ class PreTrainedModel(Checkpointed):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
+        if not isinstance(config, PretrainedConfig):
+            how = f"{type(self).__name__}.from_pretrained loads by name"  # type: ignore[unreachable]
+            raise TypeError(
+                f"config must be a PretrainedConfig, and is {type(config).__name__}: {config!r:.60}; {how}"
+            )
         self.config = config
         self.family: Family = family_of(config.model_type)
         if self.head_kind != "base" and self.head_kind not in self.family.heads:
@@ -127,7 +132,10 @@ class PreTrainedModel(Checkpointed):
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        self._check_inputs(input_ids, inputs_embeds)
+        if input_ids is not None:
+            given = input_ids = self._checked_ids(input_ids)
+        else:
+            self._check_vectors(given)
         rows, columns = given.shape[:2]
         cache = self._cache(rows, past_key_values, use_cache)
         past, layouts = None, None
@@ -180,21 +188,19 @@ class PreTrainedModel(Checkpointed):
         hidden: Tensor = self.body(self._placed(batch, rows))
         return hidden
 
-    def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
-        if input_ids is None:
-            assert inputs_embeds is not None
-            if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.spec.hidden_size:
-                raise ValueError(
-                    f"inputs_embeds must be [batch, tokens, {self.spec.hidden_size}], and is "
-                    f"{list(inputs_embeds.shape)}"
-                )
-            return
-        if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-            raise ValueError(
-                f"input_ids must be integers [batch, tokens], and is {input_ids.dtype} "
-                f"{list(input_ids.shape)}"
-            )
-        self._check_ids("input_ids", input_ids, self.spec.vocab_size, "the vocabulary has")
+    def _check_vectors(self, x: Tensor) -> None:
+        size = self.spec.hidden_size
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != size or not x.is_floating_point():
+            what = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"inputs_embeds must be floats, [batch, tokens, {size}], and is {what}")
+
+    def _checked_ids(self, ids: Tensor) -> Tensor:
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:
+            ids = integers("input_ids", ids)
+            if ids.dim() != 2:
+                raise ValueError(f"input_ids must be integers [batch, tokens], and is {list(ids.shape)}")
+        self._check_ids("input_ids", ids, self.spec.vocab_size, "the vocabulary has")
+        return ids
 
     @staticmethod
     def _check_ids(name: str, ids: Tensor, size: int, what: str) -> None:
@@ -234,6 +240,7 @@ class PreTrainedModel(Checkpointed):
         spec = self.spec
         high = low = None  # of the positions, where they are known without a look at them
         if position_ids is not None:
+            position_ids = integers("position_ids", position_ids)
             if position_ids.dim() == 1 or position_ids.shape[:1] == (1,):  # one row for all
                 position_ids = position_ids.view(1, -1).expand(packed.batch, -1)
             check_columns("position_ids", position_ids, packed.batch, packed.columns)
@@ -277,6 +284,7 @@ class PreTrainedModel(Checkpointed):
 
     def _types(self, packed: Packed, token_type_ids: Tensor) -> Tensor | None:
         size = self.spec.vocab_size if self.spec.types_are_tokens else self.spec.type_vocab_size
+        token_type_ids = integers("token_type_ids", token_type_ids)
         check_columns("token_type_ids", token_type_ids, packed.batch, packed.columns)
         if size == 0:  # a tokenizer may make them for a model that has none
             return None
