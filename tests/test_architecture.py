@@ -32,7 +32,7 @@ MOST_FILES, MOST_LINES = 12, 2500
 
 LARGE: dict[str, str] = {
     "minilm.families": "one file a family",
-    "minilm.model": "all that a batch meets between the call and the answer, its cache and its checks among it",
+    "minilm.model": "all that a batch meets from the call to the answer, cache and checks among it",
 }
 """Folders that are larger nevertheless, each for a reason."""
 
