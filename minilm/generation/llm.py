@@ -174,7 +174,11 @@ class LLM:
         """
         if hasattr(prompts, "tolist"):
             prompts = prompts.tolist()
-        one = isinstance(prompts, str | dict) or (len(prompts) > 0 and is_whole(plain(prompts[0])))
+        one = (
+            isinstance(prompts, str | dict)
+            or not isinstance(prompts, Sequence)
+            or (len(prompts) > 0 and is_whole(plain(prompts[0])))
+        )
         several: Any = [prompts] if one else prompts
         return self._generate([self._encode(prompt) for prompt in several], sampling_params, use_tqdm)
 

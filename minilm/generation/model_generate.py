@@ -271,7 +271,8 @@ def _prompts(
     if ids is None:
         if settings["bos_token_id"] is None:
             raise ValueError("there is no prompt: give input_ids, or a bos_token_id to begin with")
-        ids = torch.tensor([[_whole(settings, "bos_token_id", 0)]])
+        bos = whole("bos_token_id", settings["bos_token_id"], 0, model.spec.vocab_size - 1)
+        ids = torch.tensor([[bos]])
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         what = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"input_ids must be a tensor of integers [batch, tokens], and is {what}")

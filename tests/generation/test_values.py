@@ -205,3 +205,15 @@ def test_ids_of_arrays_are_saved(tmp_path: Any) -> None:
     GenerationConfig(eos_token_id=np.array([3, 4]), pad_token_id=torch.tensor(2)).save_pretrained(tmp_path)
     loaded = GenerationConfig.from_pretrained(tmp_path)
     assert (loaded.eos_token_id, loaded.pad_token_id) == ([3, 4], 2)
+
+
+@pytest.mark.parametrize("bos", [-1, VOCABULARY, 2**80, True, 1.0, "a"])
+def test_what_a_text_begins_with_is_a_token(bos: Any) -> None:
+    with pytest.raises(ValueError, match=f"bos_token_id must be a whole number from 0 to {VOCABULARY - 1}"):
+        decoder("llama").ours.generate(bos_token_id=bos, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("prompts_", [None, 5, [True], [1.5], object(), [None]], ids=str)
+def test_what_is_no_prompt_is_named(prompts_: Any) -> None:
+    with pytest.raises(ValueError, match="a prompt must be a text, token ids, or a dict"):
+        llm().generate(prompts_, use_tqdm=False)
