@@ -179,7 +179,8 @@ class GenerationConfig:
 
     def to_json_string(self) -> str:
         """The text of generation_config.json."""
-        return json.dumps({**self.to_dict(), "minilm_version": __version__}, indent=2, sort_keys=True) + "\n"
+        held = {**self.to_dict(), "minilm_version": __version__}
+        return json.dumps(held, indent=2, sort_keys=True, default=_plain) + "\n"
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write generation_config.json into a folder, which is made if need be."""
@@ -196,3 +197,12 @@ class GenerationConfig:
 
     def __repr__(self) -> str:
         return f"GenerationConfig {self.to_json_string()}"
+
+
+def _plain(value: Any) -> Any:
+    """Arrays, tensors and sets of token ids, as JSON holds them."""
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    if isinstance(value, set | frozenset):
+        return sorted(value)
+    raise TypeError(f"generation_config.json cannot hold {value!r:.80}")

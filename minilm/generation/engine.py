@@ -23,6 +23,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..model import AutoModelForCausalLM, KVCache, Packed
 from .sampling import Sampling, draw, process
+from .values import whole
 
 
 @dataclass(eq=False)
@@ -44,10 +45,13 @@ class Sample:
     """For each token: token -> (log-probability, rank from 1) of the best ones and of the one taken."""
     row: int = -1
     """Its sequence in the cache; -1 before and after."""
+    whole: bool = True
+    """False where an error came while a token was taken: whoever watches may have missed it."""
 
     def take(self, token: int) -> bool:
         """Write one more token; returns whether the text ends with it."""
         request = self.request
+        self.whole = False
         self.tokens.append(token)
         if token in request.ends:
             self.finish_reason, self.stop_reason = "stop", token
@@ -55,6 +59,7 @@ class Sample:
             self.finish_reason, self.stop_reason = "stop", found
         elif len(self.tokens) >= request.max_new_tokens:
             self.finish_reason = "length"
+        self.whole = True
         return self.finish_reason is not None
 
 
@@ -77,6 +82,8 @@ class Request:
     row: int = -1
     """The sequence in the cache that the prompt is read into; given by the caller to go on from what it
     holds."""
+    given_up: bool = field(default=False, init=False)
+    """It is no longer in the engine, finished or not."""
     samples: list[Sample] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -138,8 +145,7 @@ class Engine:
             ("max_num_seqs", max_num_seqs),
             ("max_num_batched_tokens", max_num_batched_tokens),
         ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, and is {value}")
+            whole(name, value, 1)
         self.model = model
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -152,7 +158,8 @@ class Engine:
         self._draw = drawer
         self._record = recorder
         self._stepping = False
-        self._given_up: list[Request] = []
+        self._begun: list[Request] = []
+        self._given_up: deque[Request] = deque()
 
     def add(self, request: Request) -> None:
         """Put a request in the queue. The caller has checked that it fits the model's window
@@ -161,11 +168,16 @@ class Engine:
             raise ValueError("the prompt is empty: there is no token to continue from")
         self.waiting.append(request)
 
+    def abort_later(self, request: Request) -> None:
+        """Forget a request at the end of this step or of the next: for threads that must not wait."""
+        self._given_up.append(request)
+
     def abort(self, request: Request) -> None:
         """Forget a request, finished or not, and take its pages back; within a step, at its end."""
         if self._stepping:  # a stream can be dropped anywhere, also by a garbage collection in here
             self._given_up.append(request)
             return
+        request.given_up = True
         if request in self.waiting:
             self.waiting.remove(request)
         if request.row >= 0:
@@ -193,14 +205,61 @@ class Engine:
 
     def step(self) -> list[Sample]:
         """Read what prompts there is room for, and write one token of each running text (or several, see
-        `Request.at_once`); returns what grew."""
-        self._stepping = True
+        `Request.at_once`); returns what grew.
+
+        After an error everything stands as before the step, so that it can be tried again, save texts that
+        have taken their token already, and requests that an error in their own `watch` has broken: those are
+        given up.
+        """
+        if self._stepping:
+            raise RuntimeError(
+                "a step cannot be made within a step: the model, a hook or a watch called back"
+            )
+        lengths = dict(self.cache.lengths)
+        self._stepping, self._begun = True, []
         try:
             return self._step()
+        except BaseException:
+            self._recover(lengths)
+            raise
         finally:
             self._stepping = False
             while self._given_up:
-                self.abort(self._given_up.pop())
+                self.abort(self._given_up.popleft())
+
+    def _recover(self, lengths: dict[int, int]) -> None:
+        """Take back what a step has begun; `lengths` are those of the cache before it."""
+        samples = [*self.running, *(s for r in self._begun for s in r.samples if s not in self.running)]
+        for request in reversed(self._begun):
+            started = [bool(sample.tokens) for sample in request.samples]
+            if not any(started):  # its prompt is read, as far as it was new, once more
+                for sample in request.samples:
+                    if sample.row >= 0 and sample.index:
+                        self.cache.free_row(sample.row)
+                    elif sample.row >= 0:
+                        request.row = sample.row
+                    sample.row = -1
+                if request not in self.waiting:
+                    self.waiting.appendleft(request)
+            elif not all(started):
+                self.abort_later(request)
+        for request in self.waiting:
+            if request.row >= 0:
+                self.cache.crop_row(request.row, lengths.get(request.row, 0))
+        self.running = []
+        for sample in samples:
+            request = sample.request
+            if not sample.tokens:
+                continue
+            del sample.logprobs[len(sample.tokens) :]
+            if not sample.whole:
+                self.abort_later(request)
+            if sample.finish_reason is None:
+                self.running.append(sample)
+                if sample.row >= 0:
+                    self.cache.crop_row(sample.row, len(request.prompt) + len(sample.tokens) - 1)
+            elif sample.row >= 0 and not self._keep_rows:
+                self._free(sample)
 
     def _step(self) -> list[Sample]:
         with self._grad_mode():
@@ -277,6 +336,7 @@ class Engine:
         hidden = self.model.run_packed(
             torch.tensor(tokens, device=device), packed, cache=self.cache, rows=rows
         )
+        self._begun += [sample.request for sample in samples if sample.index == 0]
         for sample in samples:
             request = sample.request
             if sample.index == 0:
@@ -346,6 +406,7 @@ class Engine:
         for row, (sample, token) in enumerate(zip(samples, tokens, strict=True)):
             if sample.request.logprobs is not None:
                 sample.logprobs.append(best_logprobs(logits[row], sample.request.logprobs, token))
+        for sample, token in zip(samples, tokens, strict=True):
             sample.take(token)
 
     def _likeliest(self, samples: list[Sample], logits: Tensor, best: Tensor | None) -> list[int] | None:

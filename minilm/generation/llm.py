@@ -26,6 +26,7 @@ from .outputs import Logprob as Logprob
 from .outputs import RequestOutput as RequestOutput
 from .params import SamplingParams as SamplingParams
 from .stopping import GrowingText
+from .values import in_vocabulary, is_whole, plain, token_ids, whole
 
 Message = dict[str, Any]
 Prompt = str | dict[str, Any] | list[int]
@@ -94,6 +95,10 @@ class LLM:
         tensor_parallel_size: int = 1,
         **options: Any,
     ) -> None:
+        if seed is not None and not (is_whole(seed) and -(2**63) <= seed < 2**64):
+            raise ValueError(f"seed must be a whole number of 64 bits, and is {seed!r}")
+        if max_model_len is not None:
+            max_model_len = whole("max_model_len", max_model_len, 1)
         if tensor_parallel_size != 1:
             raise ValueError(f"tensor_parallel_size must be 1, and is {tensor_parallel_size}")
         if kv_cache_dtype not in CACHE_DTYPES:
@@ -128,7 +133,7 @@ class LLM:
             cache=self.model.new_cache(dtype=CACHE_DTYPES[kv_cache_dtype]),
         )
         self._lock = threading.RLock()
-        self._generator = None if seed is None else torch.Generator().manual_seed(seed)
+        self._generator = None if seed is None else torch.Generator().manual_seed(int(seed))
         self._numbers = itertools.count()
 
     def _tokenizer(self, tokenizer: Any, model: Any, options: dict[str, Any]) -> Any:
@@ -167,7 +172,13 @@ class LLM:
         `sampling_params`: one for all, or one for each; None is what the checkpoint recommends. Raises
         ValueError, before anything runs, for a prompt that is empty or leaves no room in the window.
         """
-        one = isinstance(prompts, str | dict) or (bool(prompts) and isinstance(prompts[0], int))
+        if hasattr(prompts, "tolist"):
+            prompts = prompts.tolist()
+        one = (
+            isinstance(prompts, str | dict)
+            or not isinstance(prompts, Sequence)
+            or (len(prompts) > 0 and is_whole(plain(prompts[0])))
+        )
         several: Any = [prompts] if one else prompts
         return self._generate([self._encode(prompt) for prompt in several], sampling_params, use_tqdm)
 
@@ -204,12 +215,15 @@ class LLM:
         text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
         if ids is None and isinstance(text, str):
             ids = self.tokenizer(text, verbose=False)["input_ids"]
-        if not isinstance(ids, list) or not all(isinstance(token, int) for token in ids):
+        if ids is not None and hasattr(ids, "tolist"):
+            ids = ids.tolist()
+        ids = [plain(token) for token in ids] if isinstance(ids, list | tuple) else None
+        if ids is None or not all(map(is_whole, ids)):
             raise ValueError(
                 "a prompt must be a text, token ids, or a dict with prompt or prompt_token_ids, and is "
                 f"{prompt!r:.80}"
             )
-        return text, ids
+        return text, [int(token) for token in ids]
 
     def _render(self, messages: Sequence[Message], template: dict[str, Any]) -> tuple[str, list[int]]:
         options = {"add_generation_prompt": not template.get("continue_final_message"), **template}
@@ -231,7 +245,13 @@ class LLM:
             )
         check_length(len(ids), 1, self.max_model_len)
         room = self.max_model_len - len(ids)
-        ends = frozenset([*(() if params.ignore_eos else self._eos()), *(params.stop_token_ids or ())])
+        own = token_ids("stop_token_ids", params.stop_token_ids)
+        ends = frozenset(
+            [
+                *(() if params.ignore_eos else in_vocabulary("eos_token_id", self._eos(), vocabulary)),
+                *in_vocabulary("stop_token_ids", own, vocabulary),
+            ]
+        )
         with self._lock:
             seed = (
                 int(torch.randint(2**62, (), generator=self._generator))
@@ -261,7 +281,7 @@ class LLM:
     def _eos(self) -> list[int]:
         """The model's end tokens; the tokenizer's comes first."""
         stored = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
-        found = [] if stored is None else torch.as_tensor(stored).flatten().tolist()
+        found = token_ids("eos_token_id", stored)
         own = self.tokenizer.eos_token_id
         return found if own is None else [own, *found]
 
@@ -310,13 +330,9 @@ class LLM:
         """One step of the engine, for other threads too, as theirs may have been for these jobs."""
         if all(job.request.finished for job in jobs):
             return
-        if not self._engine.busy:
-            raise RuntimeError("the texts were given up after an error in another call")
-        try:
-            self._engine.step()
-        except BaseException:
-            self._engine.clear()
-            raise
+        if any(job.request.given_up for job in jobs):
+            raise RuntimeError("the text was given up after an error in another call")
+        self._engine.step()
 
     def _output(self, job: _Job) -> RequestOutput:
         """The job's state, finished or not."""
@@ -364,35 +380,63 @@ class LLM:
         return job.texts[sample.index].finish(sample.tokens[-1:] if with_end else ())
 
 
-def _pieces(llm: LLM, job: _Job) -> Generator[str, None, None]:
-    """The pieces of a stream. Apart from it, so that one that is dropped ends then, and not in some later
-    garbage collection."""
-    (text,), (sample,) = job.texts, job.request.samples
-    for _ in llm._run([job]):
-        with llm._lock:  # another thread's step may be writing
-            if sample.finish_reason is not None:
-                llm._finish(job, sample)
-            piece = text.piece()
-        if piece:
-            yield piece
-
-
 class TextStream(Iterator[str]):
-    """The pieces of one text. `output` is what was written so far, and why it ended; `close` gives up."""
+    """The pieces of one text. `output` is what was written so far, and why it ended; `close` gives up.
+
+    Every piece is given, whoever makes the steps that write it: this stream, or another call on the same
+    `LLM` that takes it along. Several threads may read one stream; each piece goes to one of them.
+    """
 
     def __init__(self, llm: LLM, job: _Job) -> None:
         if job.params.n != 1 or not job.params.detokenize:
             raise ValueError("a stream is one text: n must be 1, and detokenize True")
         self._llm = llm
         self._job = job
-        self._pieces = _pieces(llm, job)
+        self._state = "new"
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        llm, job = self._llm, self._job
+        (text,), (sample,) = job.texts, job.request.samples
+        while True:
+            with llm._lock:  # another thread's step may be writing
+                if self._state == "over":
+                    raise StopIteration
+                try:
+                    if self._state == "new":
+                        llm._engine.add(job.request)
+                        self._state = "open"
+                    piece = text.piece()
+                    if not piece and sample.finish_reason is None:
+                        llm._step([job])
+                        piece = text.piece()
+                    if not piece and sample.finish_reason is not None:
+                        llm._finish(job, sample)
+                        piece = text.piece()
+                        if not piece:
+                            self.close()
+                except BaseException:
+                    self.close()
+                    raise
+            if piece:
+                return piece
 
     def close(self) -> None:
         """Stop writing."""
-        self._pieces.close()
+        with self._llm._lock:
+            self._state = "over"
+            self._llm._engine.abort(self._job.request)
+
+    def __del__(self) -> None:
+        if getattr(self, "_state", "over") != "open":
+            return
+        # This may run in a garbage collection anywhere, so it waits for nobody.
+        if self._llm._lock.acquire(blocking=False):
+            try:
+                self.close()
+            finally:
+                self._llm._lock.release()
+        else:
+            self._llm._engine.abort_later(self._job.request)
 
     @property
     def output(self) -> RequestOutput:

@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..model import KVCache, ModelOutput
+from ..model import KVCache, Layout, ModelOutput
 from .config import DEFAULTS, OPTIONS, UNSUPPORTED, WITHOUT_EFFECT
 from .config import GenerationConfig as GenerationConfig
 from .engine import Engine, Request, Sample, check_length, context_window, draw_by_seed
 from .sampling import Sampling, draw_rows
-from .stopping import GrowingText
+from .stopping import GrowingText, stop_texts
 from .streamers import Streamer
 from .streamers import TextIteratorStreamer as TextIteratorStreamer
 from .streamers import TextStreamer as TextStreamer
+from .values import MOST_TEXTS, in_vocabulary, number, token_ids, whole
 
 if TYPE_CHECKING:
     from ..model import AutoModelForCausalLM
@@ -99,12 +100,39 @@ def generate(
     Raises ValueError for prompts that are empty or too long, and for options that are not supported;
     TypeError for unknown ones.
     """
+    try:
+        return _generate(
+            model,
+            generation_config,
+            (inputs, input_ids, attention_mask, token_type_ids),
+            past_key_values,
+            streamer,
+            tokenizer,
+            generator,
+            options,
+        )
+    except BaseException as error:
+        if isinstance(streamer, TextIteratorStreamer):
+            streamer.fail(error)
+        raise
+
+
+def _generate(
+    model: AutoModelForCausalLM,
+    generation_config: GenerationConfig | None,
+    given: tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None],
+    past_key_values: KVCache | None,
+    streamer: Streamer | None,
+    tokenizer: Any,
+    generator: torch.Generator | None,
+    options: dict[str, Any],
+) -> Tensor | GenerateDecoderOnlyOutput:
     settings, asked = _settings(model, generation_config, options)
     if generator is not None and settings["seed"] is not None:
         raise ValueError("give a seed or a generator, not both")
-    ids, rows = _prompts(model, inputs, input_ids, attention_mask, token_type_ids, settings)
-    eos, pad = _special_tokens(settings)
-    n = _whole(settings, "num_return_sequences", 1)
+    ids, rows, columns = _prompts(model, *given, settings)
+    eos, pad = _special_tokens(settings, model.spec.vocab_size)
+    n = whole("num_return_sequences", settings["num_return_sequences"], 1, MOST_TEXTS)
     requests = _requests(model, rows, ids.shape[1], n, eos, settings, asked)
     watches = _stop_strings(settings["stop_strings"], tokenizer, requests)
     if watches and pad is None and len(rows) * n > 1:
@@ -137,16 +165,50 @@ def generate(
         drawer=draw_together if settings["seed"] is None else draw_by_seed,
         recorder=record,
     )
+    before = engine.cache.state()
+    try:
+        _run(engine, requests, settings, ids, pad or 0, streamer)
+    except BaseException:
+        if past_key_values is not None:
+            past_key_values.restore(before)
+        raise
+    sequences = _padded(ids.repeat_interleave(n, dim=0), [sample.tokens for sample in samples], pad or 0)
+    if not as_dict:
+        return sequences
+    if keep:
+        engine.cache.reorder([sample.row for sample in samples])
+        _place(engine.cache, samples, columns, ids.shape[1])
+    return GenerateDecoderOnlyOutput(
+        sequences=sequences,
+        scores=tuple(record.scores) if record and settings["output_scores"] else None,
+        logits=tuple(record.logits) if record and settings["output_logits"] else None,
+        past_key_values=engine.cache if keep else None,
+    )
+
+
+def _run(
+    engine: Engine,
+    requests: list[Request],
+    settings: dict[str, Any],
+    ids: Tensor,
+    pad: int,
+    streamer: Streamer | None,
+) -> None:
+    """Step until the texts have ended, or their time has."""
+    samples = [sample for request in requests for sample in request.samples]
+    places = {sample: place for place, sample in enumerate(samples)}
     for request in requests:
         request.at_once = streamer is None and settings["max_time"] is None
         engine.add(request)
     if streamer is not None:
-        streamer.put(ids.repeat_interleave(n, dim=0).cpu())
-    deadline = None if settings["max_time"] is None else time.monotonic() + float(settings["max_time"])
+        streamer.put(ids.repeat_interleave(len(samples) // len(ids), dim=0).cpu())
+    deadline = None
+    if settings["max_time"] is not None:
+        deadline = time.monotonic() + number("max_time", settings["max_time"])
     while engine.busy:
         grown = engine.step()
         if streamer is not None:
-            new = torch.full((len(samples),), pad or 0)
+            new = torch.full((len(samples),), pad)
             for sample in grown:
                 new[places[sample]] = sample.tokens[-1]
             streamer.put(new)
@@ -154,17 +216,16 @@ def generate(
             break
     if streamer is not None:
         streamer.end()
-    sequences = _padded(ids.repeat_interleave(n, dim=0), [sample.tokens for sample in samples], pad or 0)
-    if not as_dict:
-        return sequences
-    if keep:
-        engine.cache.reorder([sample.row for sample in samples])
-    return GenerateDecoderOnlyOutput(
-        sequences=sequences,
-        scores=tuple(record.scores) if record and settings["output_scores"] else None,
-        logits=tuple(record.logits) if record and settings["output_logits"] else None,
-        past_key_values=engine.cache if keep else None,
-    )
+
+
+def _place(cache: KVCache, samples: list[Sample], columns: list[list[int]], width: int) -> None:
+    """Say in which columns of the result the tokens in the cache stand; positions count tokens."""
+    each = len(samples) // len(columns)
+    for place, sample in enumerate(samples):
+        length, prompt = cache.lengths[sample.row], columns[place // each]
+        new = range(width, width + length - len(prompt))
+        stand = torch.tensor([*prompt, *new])
+        cache.set_layout(sample.row, Layout(stand, width + len(new), width - len(prompt)))
 
 
 def _settings(
@@ -200,8 +261,8 @@ def _prompts(
     attention_mask: Tensor | None,
     token_type_ids: Tensor | None,
     settings: dict[str, Any],
-) -> tuple[Tensor, list[list[int]]]:
-    """The prompts as they were passed, int64 [B, S], and the real tokens of each."""
+) -> tuple[Tensor, list[list[int]], list[list[int]]]:
+    """The prompts as they were passed, int64 [B, S], the real tokens of each, and their columns."""
     if inputs is not None and input_ids is not None:
         raise ValueError("inputs and input_ids are the same argument: give one of them")
     if token_type_ids is not None and (model.spec.type_vocab_size or model.spec.types_are_tokens):
@@ -210,7 +271,8 @@ def _prompts(
     if ids is None:
         if settings["bos_token_id"] is None:
             raise ValueError("there is no prompt: give input_ids, or a bos_token_id to begin with")
-        ids = torch.tensor([[_whole(settings, "bos_token_id", 0)]])
+        bos = whole("bos_token_id", settings["bos_token_id"], 0, model.spec.vocab_size - 1)
+        ids = torch.tensor([[bos]])
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         what = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, Tensor) else type(ids).__name__
         raise ValueError(f"input_ids must be a tensor of integers [batch, tokens], and is {what}")
@@ -219,25 +281,25 @@ def _prompts(
             f"the prompts are empty: input_ids is {list(ids.shape)}, and needs a row and a token at least"
         )
     if attention_mask is None:
-        attention_mask = _infer_mask(ids, *_special_tokens(settings))
-    elif attention_mask.shape != ids.shape:
-        raise ValueError(
-            f"attention_mask must be [batch, tokens] = {list(ids.shape)}, and is {list(attention_mask.shape)}"
-        )
+        attention_mask = _infer_mask(ids.long(), *_special_tokens(settings, model.spec.vocab_size))
+    elif not isinstance(attention_mask, Tensor) or attention_mask.shape != ids.shape:
+        is_tensor = isinstance(attention_mask, Tensor)
+        what = str(list(attention_mask.shape)) if is_tensor else type(attention_mask).__name__
+        raise ValueError(f"attention_mask must be [batch, tokens] = {list(ids.shape)}, and is {what}")
     mask = (attention_mask != 0).tolist()
     rows = [
         [i for i, real in zip(row, m, strict=True) if real] for row, m in zip(ids.tolist(), mask, strict=True)
     ]
-    for number, row in enumerate(rows):
+    for place, row in enumerate(rows):
         if not row:
-            raise ValueError(f"the prompt in row {number} is empty: it is all padding")
+            raise ValueError(f"the prompt in row {place} is empty: it is all padding")
         if min(row) < 0 or max(row) >= model.spec.vocab_size:
             wrong = min(row) if min(row) < 0 else max(row)
             raise ValueError(
                 f"input_ids holds {wrong}, and the vocabulary has {model.spec.vocab_size} entries "
                 f"(0 to {model.spec.vocab_size - 1})"
             )
-    return ids, rows
+    return ids.long(), rows, [[c for c, real in enumerate(m) if real] for m in mask]
 
 
 def _infer_mask(ids: Tensor, eos: list[int], pad: int | None) -> Tensor:
@@ -247,16 +309,13 @@ def _infer_mask(ids: Tensor, eos: list[int], pad: int | None) -> Tensor:
     return (ids != pad).long()
 
 
-def _special_tokens(settings: dict[str, Any]) -> tuple[list[int], int | None]:
-    """eos_token_id as a list, and what to pad with."""
-    eos, pad = settings["eos_token_id"], settings["pad_token_id"]
-    eos = eos.tolist() if isinstance(eos, Tensor) else eos
-    ends = [] if eos is None else list(eos) if isinstance(eos, list | tuple) else [eos]
-    pad = int(pad) if isinstance(pad, Tensor) else pad
-    for name, ids in (("eos_token_id", ends), ("pad_token_id", [] if pad is None else [pad])):
-        if not all(isinstance(token, int) for token in ids):
-            raise ValueError(f"{name} must be token ids, and is {settings[name]!r}")
-    return ends, pad if pad is not None else ends[0] if ends else None
+def _special_tokens(settings: dict[str, Any], vocabulary: int) -> tuple[list[int], int | None]:
+    """eos_token_id as a list, and what to pad with; without those that the vocabulary does not have."""
+    found = []
+    for name in ("eos_token_id", "pad_token_id"):
+        found.append(in_vocabulary(name, token_ids(name, settings[name]), vocabulary))
+    ends, pads = found
+    return ends, pads[0] if pads else ends[0] if ends else None
 
 
 def _requests(
@@ -287,7 +346,7 @@ def _requests(
     for row in rows:
         shortest = settings["min_new_tokens"]
         if shortest is None:
-            shortest = max(0, _or(settings["min_length"], 0) - len(row))
+            shortest = max(0, whole("min_length", _or(settings["min_length"], 0), 0) - len(row))
         sampling = Sampling(
             do_sample=sampled,
             repetition_penalty=_or(settings["repetition_penalty"], 1.0),
@@ -306,10 +365,7 @@ def _or(value: Any, default: Any) -> Any:
 
 
 def _whole(settings: dict[str, Any], name: str, least: int) -> int:
-    value = settings[name]
-    if not isinstance(value, int) or value < least:
-        raise ValueError(f"{name} must be a whole number from {least}, and is {value!r}")
-    return value
+    return whole(name, settings[name], least)
 
 
 def _new_tokens(
@@ -337,11 +393,11 @@ def _new_tokens(
 
 def _stop_strings(strings: str | Sequence[str] | None, tokenizer: Any, requests: list[Request]) -> bool:
     """Let each sample look for the stop strings."""
-    if not strings:
+    stop = stop_texts("stop_strings", strings)
+    if not stop:
         return False
     if tokenizer is None:
         raise ValueError("stop_strings are found in text: give the tokenizer too")
-    stop = [strings] if isinstance(strings, str) else list(strings)
     for request in requests:
         for sample in request.samples:
             sample.watch = GrowingText(
@@ -365,6 +421,12 @@ def _continue(cache: KVCache, requests: list[Request]) -> None:
             raise ValueError(
                 f"past_key_values holds {cache.lengths[row]} tokens of a prompt of {len(request.prompt)}: "
                 "the prompts must begin with what it holds, and have at least one token more"
+            )
+        layout = cache.layout(row)
+        if len(layout.columns) and int(layout.columns[-1]) - layout.origin >= len(layout.columns):
+            raise ValueError(
+                "past_key_values holds a row with padding between its tokens, which their positions count; "
+                "generate counts tokens only: let it read the prompts itself"
             )
         request.row = row
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .sampling import Sampling
+from .stopping import stop_texts
+from .values import MOST_TEXTS, is_whole, number, token_ids, whole
 
 _GREEDY_BELOW = 1e-5
 
@@ -51,7 +52,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
-        self._whole("n", 1)
+        self.n = whole("n", self.n, 1, MOST_TEXTS)
         for name in ("presence_penalty", "frequency_penalty"):
             self._check(name, -2 <= self._number(name) <= 2, "between -2 and 2")
         self._check("repetition_penalty", self._number("repetition_penalty") > 0, "above 0")
@@ -59,7 +60,7 @@ class SamplingParams:
         self._check("top_p", 0 < self._number("top_p") <= 1, "above 0, and at most 1")
         self._whole("top_k", -1)
         self._check("min_p", 0 <= self._number("min_p") <= 1, "between 0 and 1")
-        self._check("seed", self.seed is None or isinstance(self.seed, int), "a whole number")
+        self._check("seed", self.seed is None or is_whole(self.seed), "a whole number")
         if self.max_tokens is not None:
             self._whole("max_tokens", 1)
         self._whole("min_tokens", 0)
@@ -67,10 +68,8 @@ class SamplingParams:
             raise ValueError(f"min_tokens={self.min_tokens} is more than max_tokens={self.max_tokens}")
         if self.logprobs is not None:
             self._whole("logprobs", -1)
-        self.stop = [] if not self.stop else [self.stop] if isinstance(self.stop, str) else list(self.stop)
-        self._check("stop", all(isinstance(s, str) and s for s in self.stop), "texts that are not empty")
-        self.stop_token_ids = list(self.stop_token_ids or ())
-        self._check("stop_token_ids", all(isinstance(t, int) for t in self.stop_token_ids), "token ids")
+        self.stop = stop_texts("stop", self.stop)
+        self.stop_token_ids = token_ids("stop_token_ids", self.stop_token_ids)
         if self.stop and not self.detokenize:
             raise ValueError("stop strings are found in text, and detokenize=False makes none")
         if self.greedy and self.n > 1:
@@ -81,13 +80,10 @@ class SamplingParams:
             raise ValueError(f"{name} must be {expected}, and is {getattr(self, name)!r}")
 
     def _number(self, name: str) -> float:
-        value = getattr(self, name)
-        self._check(name, isinstance(value, int | float) and math.isfinite(value), "a number")
-        return float(value)
+        return number(name, getattr(self, name))
 
     def _whole(self, name: str, least: int) -> None:
-        value = getattr(self, name)
-        self._check(name, isinstance(value, int) and value >= least, f"a whole number from {least}")
+        setattr(self, name, whole(name, getattr(self, name), least))
 
     @property
     def greedy(self) -> bool:

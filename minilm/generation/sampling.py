@@ -16,6 +16,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from .values import is_whole, number, whole
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -41,7 +43,7 @@ class Sampling:
     no_repeat_ngram_size: int = 0
     min_new_tokens: int = 0
     ends: frozenset[int] = frozenset()
-    """Tokens that are ruled out until the text has `min_new_tokens`."""
+    """Tokens, of the vocabulary, that are ruled out until the text has `min_new_tokens`."""
     seed: int | None = None
     """What is drawn depends on (seed, index of the sample, step) alone; None: on the caller's generator."""
 
@@ -53,14 +55,11 @@ class Sampling:
         for name in ("presence_penalty", "frequency_penalty"):
             self._number(name)
         for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens"):
-            value = getattr(self, name)
-            self._check(name, isinstance(value, int) and value >= 0, "a whole number from 0 (off)")
-        self._check("seed", self.seed is None or isinstance(self.seed, int), "a whole number")
+            whole(name, getattr(self, name), 0, note=" (off)")
+        self._check("seed", self.seed is None or is_whole(self.seed), "a whole number")
 
     def _number(self, name: str) -> float:
-        value = getattr(self, name)
-        self._check(name, isinstance(value, int | float) and math.isfinite(value), "a number")
-        return float(value)
+        return number(name, getattr(self, name))
 
     def _check(self, name: str, fine: bool, expected: str) -> None:
         if not fine:
@@ -213,7 +212,7 @@ def _filter(logits: Tensor, rules: Sequence[Sampling]) -> Tensor:
     if any(rule.temperature != 1 for rule in drawn):
         logits = logits / _column([rule.temperature for rule in drawn], logits)
     if any(rule.top_k for rule in drawn):
-        ks = [rule.top_k for rule in drawn]
+        ks = [min(rule.top_k, logits.shape[1]) for rule in drawn]
         same = len(set(ks)) == 1
         logits = keep_top_k(logits, ks[0] if same else torch.tensor(ks, device=logits.device)[:, None])
     if any(rule.top_p < 1 for rule in drawn):

@@ -3,10 +3,19 @@ shown."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..text import IncrementalDecoder
+
+
+def stop_texts(name: str, value: Any) -> list[str]:
+    """None, a text or several -> stop strings; a ValueError for what is none, or empty."""
+    texts = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(texts, Iterable) or not all(isinstance(text, str) and text for text in texts):
+        raise ValueError(f"{name} must be texts that are not empty, and is {value!r:.80}")
+    return list(texts)
 
 
 class GrowingText:
@@ -16,9 +25,10 @@ class GrowingText:
         found = text.push(token)      # the stop string that this token completes, or None
         text.piece()                  # what can be shown since the last call
 
-    A stop string may begin and end within tokens. Found, it ends the text: before it, or behind it with
-    `include_stop`. It is not looked for in the first `min_tokens` tokens. `prompt_ids` are the tokens before,
-    which give context to the first word; with `search_prompt` a stop string may begin in them.
+    A stop string may begin and end within tokens, and have special tokens in it, whether they are shown or
+    not. Found, it ends the text: before it, or behind it with `include_stop`. It is not looked for in the
+    first `min_tokens` tokens. `prompt_ids` are the tokens before, which give context to the first word; with
+    `search_prompt` a stop string may begin in them.
     """
 
     def __init__(
@@ -32,8 +42,7 @@ class GrowingText:
         search_prompt: bool = False,
         skip_special_tokens: bool = True,
     ) -> None:
-        if not all(isinstance(string, str) and string for string in stop):
-            raise ValueError(f"stop strings must be texts that are not empty, and are {list(stop)!r}")
+        stop_texts("stop", stop)
         self._decoder = IncrementalDecoder(tokenizer, skip_special_tokens, prompt_ids)
         self._stop = tuple(stop)
         self._include_stop = include_stop
@@ -46,6 +55,14 @@ class GrowingText:
             self._text = tokenizer.decode(tail, skip_special_tokens=skip_special_tokens)
         self._start = self._shown = len(self._text)
         self._ended = False
+        self._special: _WithSpecial | None = None
+        if skip_special_tokens and stop:
+            names = _skipped(tokenizer)
+            special = [string for string in stop if any(name in string for name in names)]
+            if special:
+                self._stop = tuple(string for string in stop if string not in special)
+                decoder = IncrementalDecoder(tokenizer, False, prompt_ids)
+                self._special = _WithSpecial(decoder, special, self._start)
 
     @property
     def text(self) -> str:
@@ -57,23 +74,15 @@ class GrowingText:
         self._tokens += 1
         seen = len(self._text)
         self._text += self._decoder.push(token)
-        if self._tokens <= self._min_tokens:
+        found = _found(self._text, self._stop, seen)
+        if self._special is not None:
+            found += self._special.push(token, len(self._text))
+        if self._tokens <= self._min_tokens or not found:
             return None
-        found = self._find(seen)
-        if found is not None:
-            at, string = found
-            self._text = self._text[: at + len(string) if self._include_stop else at]
-            self._ended = True
-            return string
-        return None
-
-    def _find(self, seen: int) -> tuple[int, str] | None:
-        """The first stop string that does not lie within the `seen` characters; the longest, if several begin
-        there."""
-        places = ((self._text.find(string, max(0, seen - len(string) + 1)), string) for string in self._stop)
-        return min(
-            (place for place in places if place[0] >= 0), key=lambda p: (p[0], -len(p[1])), default=None
-        )
+        at, string = min(found, key=lambda place: (place[0], -len(place[1])))
+        self._text = self._text[:at] + (string if self._include_stop else "")
+        self._ended = True
+        return string
 
     def finish(self, tokens: Iterable[int] = ()) -> str:
         """No more tokens will come, except for these, which are not searched; returns the whole text.
@@ -91,9 +100,57 @@ class GrowingText:
         string."""
         end = len(self._text)
         if not self._ended:
-            end -= max((_overlap(self._text, string) for string in self._stop), default=0)
+            end -= _held(self._text, self._stop)
+            if self._special is not None:
+                end = min(end, self._special.certain())
         start, self._shown = self._shown, max(self._shown, end)
         return self._text[start : self._shown]
+
+
+class _WithSpecial:
+    """The text with the special tokens that are not shown, for the stop strings that have some in them."""
+
+    def __init__(self, decoder: IncrementalDecoder, stop: Sequence[str], start: int) -> None:
+        self._decoder = decoder
+        self._stop = stop
+        self._text = ""
+        self._ends, self._shown = [0], [start]  # of each token, in this text and in the shown one
+
+    def push(self, token: int, shown: int) -> list[tuple[int, str]]:
+        """Take one more token, with which the shown text has so many characters; returns the stop strings
+        that it completes, with their places in the shown text."""
+        seen = len(self._text)
+        self._text += self._decoder.push(token)
+        self._ends.append(len(self._text))
+        self._shown.append(shown)
+        return [(self._place(at), string) for at, string in _found(self._text, self._stop, seen)]
+
+    def certain(self) -> int:
+        """So many characters of the shown text are in no stop string that is to come."""
+        return self._place(len(self._text) - _held(self._text, self._stop))
+
+    def _place(self, at: int) -> int:
+        """Within a token that is not shown every place is the same."""
+        token = bisect_right(self._ends, at) - 1
+        within = self._shown[token] + at - self._ends[token]
+        return min(within, self._shown[min(token + 1, len(self._shown) - 1)])
+
+
+def _found(text: str, stop: Sequence[str], seen: int) -> list[tuple[int, str]]:
+    """Where stop strings begin first that do not lie within the `seen` characters."""
+    places = [(text.find(string, max(0, seen - len(string) + 1)), string) for string in stop]
+    return [place for place in places if place[0] >= 0]
+
+
+def _held(text: str, stop: Sequence[str]) -> int:
+    """Length of the end of `text` that may be the beginning of a stop string."""
+    return max((_overlap(text, string) for string in stop), default=0)
+
+
+def _skipped(tokenizer: Any) -> set[str]:
+    """What is left out of a text with `skip_special_tokens`."""
+    added = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)} - {""}
 
 
 def _overlap(text: str, string: str) -> int:

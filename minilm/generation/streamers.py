@@ -75,7 +75,8 @@ class TextIteratorStreamer(TextStreamer):
         for piece in streamer: ...
 
     `timeout`: seconds that the iteration waits for a piece before it raises `queue.Empty`; None waits for
-    ever, even if `generate` has failed in its thread.
+    ever. When `generate` fails in its thread, the iteration raises RuntimeError from its error (transformers'
+    would wait).
     """
 
     def __init__(
@@ -83,13 +84,18 @@ class TextIteratorStreamer(TextStreamer):
     ) -> None:
         super().__init__(tokenizer, skip_prompt, **decode_kwargs)
         self.timeout = timeout
-        self.text_queue: Queue[str | None] = Queue()
+        self.text_queue: Queue[str | BaseException | None] = Queue()
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         """Put the piece into the queue, and None behind the last one."""
         self.text_queue.put(text)
         if stream_end:
             self.text_queue.put(None)
+
+    def fail(self, error: BaseException) -> None:
+        """No more pieces will come; the next `put` begins another text."""
+        self._line, self._printed, self._awaits_prompt = [], 0, True
+        self.text_queue.put(error)
 
     def __iter__(self) -> Iterator[str]:
         return self
@@ -98,6 +104,8 @@ class TextIteratorStreamer(TextStreamer):
         piece = self.text_queue.get(timeout=self.timeout)
         if piece is None:
             raise StopIteration
+        if isinstance(piece, BaseException):
+            raise RuntimeError(f"generate failed, and the text has no end: {piece!r}") from piece
         return piece
 
 

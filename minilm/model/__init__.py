@@ -6,7 +6,7 @@ API around it), `heads` and `causal`, then `loading`.
 
 from .auto import MODELS, AutoConfig, alias, alias_names
 from .batch import Batch, Packed, pack
-from .cache import KVCache
+from .cache import KVCache, Layout
 from .causal import AutoModelForCausalLM, CausalLMHead
 from .heads import (
     AutoModelForMaskedLM,
@@ -44,6 +44,7 @@ __all__ = [
     "Embedding",
     "Embeddings",
     "KVCache",
+    "Layout",
     "Linear",
     "ModelOutput",
     "Norm",

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .cache import CacheStep, KVCache
+from .cache import CacheStep, KVCache, Layout
 
 
 @dataclass
@@ -96,8 +96,18 @@ class Packed:
             )
 
 
+def integers(name: str, x: Tensor) -> Tensor:
+    """`x` as int64, or ValueError where it holds no integers."""
+    if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        what = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name} must be a tensor of integers, and is {what}")
+    return x.long()
+
+
 def check_columns(name: str, x: Tensor, batch: int, columns: int) -> None:
     """`x` is [B, S], or ValueError."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{name} must be a tensor, and is {type(x).__name__}")
     if x.shape != (batch, columns):
         raise ValueError(f"{name} must be [batch, tokens] = [{batch}, {columns}], and is {list(x.shape)}")
 
@@ -143,6 +153,8 @@ class Batch:
     cache: KVCache | None = None
     rows: list[int] = field(default_factory=list)
     """The cache's row of each sequence."""
+    layouts: list[Layout] | None = None
+    """Where the tokens of each row then stand; None: one behind the other, without padding."""
     step: CacheStep | None = None
     """Where the new tokens go in the cache."""
     input_ids: Tensor | None = None

@@ -36,6 +36,18 @@ class CacheStep:
     """No sequence had a past: attention needs the new tokens only."""
 
 
+@dataclass
+class Layout:
+    """Where the tokens of a padded row stand; those of any other row stand in the columns 0, 1, 2, ..."""
+
+    columns: Tensor
+    """Of each token in the cache, int64 [S] on the CPU."""
+    width: int
+    """Columns that were passed, padding included."""
+    origin: int
+    """The column of position 0."""
+
+
 def _layers(store: Tensor) -> list[Tensor]:
     """The part of each layer, as a tensor of its own to autograd, which may be written to in training."""
     return [layer.detach() for layer in store]
@@ -64,6 +76,7 @@ class KVCache:
         self.device = torch.device(device)
         self.lengths: dict[int, int] = {}
         self._pages_of: dict[int, list[int]] = {}
+        self._layouts: dict[int, Layout] = {}
         self._free: list[int] = []
         self._pages = 0
         shape = (config.num_layers, 0, page_size, config.num_kv_heads, config.head_dim)
@@ -93,6 +106,7 @@ class KVCache:
     def free_row(self, row: int) -> None:
         """Forget a sequence and take its pages back."""
         self._free.extend(reversed(self._pages_of.pop(row)))
+        self._layouts.pop(row, None)
         del self.lengths[row]
 
     @property
@@ -107,8 +121,82 @@ class KVCache:
         self.lengths = {row: self.lengths[row] for row in rows}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Tokens of the longest sequence (the name that transformers uses)."""
-        return max(self.lengths.values(), default=0)
+        """Columns that were passed: tokens of the longest sequence, and padding (transformers' name)."""
+        widths = {**self.lengths, **{row: layout.width for row, layout in self._layouts.items()}}
+        return max(widths.values(), default=0)
+
+    def layout(self, row: int) -> Layout:
+        """Where the tokens of a sequence stand."""
+        length = self.lengths[row]
+        return self._layouts.get(row) or Layout(torch.arange(length), length, 0)
+
+    def set_layout(self, row: int, layout: Layout) -> None:
+        """Say where the tokens of a sequence stand."""
+        length = self.lengths[row]
+        if layout.width == length and (layout.origin == 0 or length == 0):
+            self._layouts.pop(row, None)
+        else:
+            self._layouts[row] = layout
+
+    def new_columns(self, mask: Tensor | None, columns: int) -> tuple[Tensor | None, int | None]:
+        """The part of a mask, [B, S] or [B, past + S], for the S new columns; and the past, if it told that.
+
+        Raises ValueError where the past is told otherwise than it is held: padding is not in the cache, and
+        everything in it is seen.
+        """
+        past = self.get_seq_length()
+        if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] == columns or past == 0:
+            return mask, None
+        if mask.shape != (len(self.lengths), past + columns):
+            b, both = len(self.lengths), past + columns
+            raise ValueError(
+                f"attention_mask must be [batch, tokens] = [{b}, {columns}], or [{b}, {both}] with {past} "
+                f"columns before, and is {list(mask.shape)}"
+            )
+        told, held = mask[:, :past].cpu() != 0, torch.zeros(mask.shape[0], past, dtype=torch.bool)
+        for place, row in enumerate(self.lengths):
+            held[place, self.layout(row).columns] = True
+        if len(wrong := (told != held).nonzero()):
+            place, column = wrong[0].tolist()
+            does = "hides a token that is cached" if held[place, column] else "shows what was hidden before"
+            raise ValueError(
+                f"attention_mask {does}, row {place}, column {column}: with past_key_values the past must be "
+                "masked as it was when it was read"
+            )
+        return mask[:, past:], past
+
+    def lay_out(self, columns: Tensor, lengths: list[int], width: int, past: int | None) -> list[Layout]:
+        """How each sequence will stand with its new tokens, in `columns` [T] of `width` new ones. `past`: the
+        columns before, if the mask told them; else each goes on from its last token, be it padded behind."""
+        found = []
+        for row, new in zip(self.lengths, torch.split(columns.cpu(), lengths), strict=True):
+            old = self.layout(row)
+            start, origin = old.width if past is None else past, old.origin
+            if not len(old.columns):
+                origin = start + int(new[0]) if len(new) else 0
+            elif past is None:
+                origin += old.width - int(old.columns[-1]) - 1
+            found.append(Layout(torch.cat((old.columns, new + start)), start + width, origin))
+        return found
+
+    def is_padded(self, padded: bool, past: int | None) -> bool:
+        """Whether `lay_out` has something to say: the new columns are `padded`, or the past is."""
+        ragged = past is not None and any(length != past for length in self.lengths.values())
+        return padded or ragged or bool(self._layouts)
+
+    def state(self) -> dict[int, tuple[int, Layout | None]]:
+        """What `restore` goes back to, as long as nothing is taken away."""
+        return {row: (length, self._layouts.get(row)) for row, length in self.lengths.items()}
+
+    def restore(self, state: dict[int, tuple[int, Layout | None]]) -> None:
+        """Forget what came since `state`."""
+        for row in self.rows:
+            if row not in state:
+                self.free_row(row)
+                continue
+            length, layout = state[row]
+            self.crop_row(row, length)
+            self.set_layout(row, layout or Layout(torch.arange(length), length, 0))
 
     def nbytes(self) -> int:
         """Bytes held by the pages of all layers."""
@@ -164,6 +252,9 @@ class KVCache:
             owned.extend(self._free.pop() for _ in range(pages))
             start = self.lengths[row]
             self.lengths[row] = start + n
+            if (old := self._layouts.get(row)) is not None:
+                new = torch.cat((old.columns, torch.arange(old.width, old.width + n)))
+                self._layouts[row] = Layout(new, old.width + n, old.width - start)
             slots.extend(
                 owned[t // self.page_size] * self.page_size + t % self.page_size
                 for t in range(start, start + n)
@@ -188,17 +279,29 @@ class KVCache:
         return keys.flatten(0, 1)[: self.lengths[row]]
 
     def crop(self, max_length: int) -> None:
-        """Forget all but the first `max_length` tokens of every sequence."""
-        for row in self.lengths:
-            self.crop_row(row, max_length)
+        """Forget all but the first `max_length` columns of every sequence; below 0, its last ones; 0: nothing
+        (as transformers, to which -k is to remove k)."""
+        if not isinstance(max_length, int) or isinstance(max_length, bool):
+            raise TypeError(f"crop takes a whole number of columns, and got {max_length!r}")
+        for row in self.lengths if max_length else ():
+            old = self.layout(row)
+            width = min(old.width, max_length) if max_length > 0 else max(0, old.width + max_length)
+            kept = old.columns[old.columns < width]
+            self.crop_row(row, len(kept))
+            self.set_layout(row, Layout(kept, width, old.origin))
 
     def crop_row(self, row: int, max_length: int) -> None:
         """Forget all but the first `max_length` tokens of one sequence."""
+        if max_length < 0:
+            raise ValueError(f"a sequence cannot be cropped to {max_length} tokens")
         if self.lengths[row] > max_length:
             self.lengths[row] = max_length
             keep = -(-max_length // self.page_size)
             self._free.extend(reversed(self._pages_of[row][keep:]))
             del self._pages_of[row][keep:]
+            if (old := self._layouts.pop(row, None)) is not None and max_length:
+                kept = old.columns[:max_length]
+                self.set_layout(row, Layout(kept, int(kept[-1]) + 1, old.origin))
 
     def fork(self, row: int) -> int:
         """A new row with a copy of `row`'s past: several continuations of one prompt read it once."""
@@ -210,4 +313,5 @@ class KVCache:
             target = torch.tensor(self._pages_of[child], dtype=torch.int64, device=self.device)
             for pages in self._all():
                 pages[target] = pages[source[: len(target)]]
+        self.set_layout(child, self.layout(row))
         return child

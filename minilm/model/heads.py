@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..differences import said, tell
 from ..families import Head, PretrainedConfig
-from .batch import Batch, Packed, check_columns
+from .batch import Batch, Packed, check_columns, integers
 from .layers import Linear, Norm
 from .outputs import (
     MaskedLMOutput,
@@ -240,8 +240,8 @@ class AutoModelForQuestionAnswering(PreTrainedModel):
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
     ) -> dict[str, Any]:
-        """start_logits and end_logits [B, S]; positions int64 [B] are columns, those beyond the text are
-        ignored.
+        """start_logits and end_logits [B, S]; positions int64 [B] are columns, those without a token are
+        ignored. Raises ValueError for a negative one.
 
         Columns without a token get the lowest number of the dtype, so that they are never the answer.
         """
@@ -255,12 +255,25 @@ class AutoModelForQuestionAnswering(PreTrainedModel):
         start, end = (_pad_with(packed, s, nowhere) for s in scores.unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:
-            columns = packed.columns
-            targets = [p.view(-1).clamp(0, columns) for p in (start_positions, end_positions)]
-            loss = (
-                sum(ops.cross_entropy(s, t, columns) for s, t in zip((start, end), targets, strict=True)) / 2
-            )
+            starts = _answer_columns("start_positions", start_positions, packed)
+            ends = _answer_columns("end_positions", end_positions, packed)
+            nothing = packed.columns
+            loss = (ops.cross_entropy(start, starts, nothing) + ops.cross_entropy(end, ends, nothing)) / 2
         return {"loss": loss, "start_logits": start, "end_logits": end}
+
+
+def _answer_columns(name: str, positions: Tensor, packed: Packed) -> Tensor:
+    """positions [B] -> int64 [B], S for those where no token is."""
+    at = integers(name, positions).to(packed.cu_seqlens.device).reshape(-1)
+    if len(at) != packed.batch:
+        raise ValueError(f"{name} must be [{packed.batch}], and is {list(positions.shape)}")
+    if len(at) and int(at.min()) < 0:
+        raise ValueError(
+            f"{name} must be columns, from 0 to {packed.columns - 1}, and one is {int(at.min())}"
+        )
+    real = F.pad(_pad_with(packed, packed.positions.new_ones(packed.tokens), 0), (0, 1))
+    at = at.clamp(max=packed.columns)
+    return torch.where(real.gather(1, at[:, None]).squeeze(1) > 0, at, packed.columns)
 
 
 def _pad_with(packed: Packed, x: Tensor, value: float) -> Tensor:
@@ -277,6 +290,7 @@ def token_loss(
     """Cross-entropy of packed logits [T, V] with padded labels [B, S]; `shift`: those of the next token."""
     if labels is None:
         return None
+    labels = integers("labels", labels)
     check_columns("labels", labels, packed.batch, packed.columns)
     targets = packed.pack(labels.to(logits.device))
     _tell_of_padding(labels, targets, packed, shift)
@@ -308,24 +322,30 @@ def classification_loss(config: PretrainedConfig, logits: Tensor, labels: Tensor
         return None
     labels = labels.to(logits.device)
     if config.problem_type is None:
-        integers = labels.dtype in (torch.int64, torch.int32)
+        classes = not labels.is_floating_point() and labels.dim() == 1
         config.problem_type = (
             "regression"
             if config.num_labels == 1
             else "single_label_classification"
-            if integers
+            if classes
             else "multi_label_classification"
         )
     if config.problem_type == "regression":
-        return (
-            F.mse_loss(logits.squeeze(), labels.squeeze())
-            if config.num_labels == 1
-            else F.mse_loss(logits, labels)
-        )
+        numbers = labels.view_as(logits) if labels.numel() == logits.numel() else labels
+        if numbers.shape != logits.shape:
+            raise ValueError(
+                f"labels must be {list(logits.shape)} for a regression, and are {list(labels.shape)}"
+            )
+        return F.mse_loss(logits, numbers.to(logits.dtype))
     if config.problem_type == "single_label_classification":
         return ops.cross_entropy(logits.view(-1, config.num_labels), labels.view(-1))
     if config.problem_type == "multi_label_classification":
-        return F.binary_cross_entropy_with_logits(logits, labels)
+        if labels.shape != logits.shape or bool(((labels < 0) | (labels > 1)).any()):
+            raise ValueError(
+                f"labels must be from 0 to 1, {list(logits.shape)}, for several labels at once, and are "
+                f"{list(labels.shape)}, from {labels.min()} to {labels.max()}"
+            )
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))
     raise ValueError(
         f"problem_type {config.problem_type!r} is unknown; expected regression, single_label_classification "
         "or multi_label_classification"

@@ -19,8 +19,8 @@ from ..config import ModelConfig
 from ..differences import tell
 from ..families import Family, Head, PretrainedConfig, family_of
 from . import rope
-from .batch import Batch, Packed, check_columns, pack
-from .cache import KVCache
+from .batch import Batch, Packed, check_columns, integers, pack
+from .cache import KVCache, Layout
 from .layers import Embedding, Linear
 from .loading import Checkpointed, resized
 from .outputs import BaseModelOutput, ModelOutput
@@ -39,6 +39,11 @@ class PreTrainedModel(Checkpointed):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
+        if not isinstance(config, PretrainedConfig):
+            how = f"{type(self).__name__}.from_pretrained loads by name"  # type: ignore[unreachable]
+            raise TypeError(
+                f"config must be a PretrainedConfig, and is {type(config).__name__}: {config!r:.60}; {how}"
+            )
         self.config = config
         self.family: Family = family_of(config.model_type)
         if self.head_kind != "base" and self.head_kind not in self.family.heads:
@@ -68,6 +73,7 @@ class PreTrainedModel(Checkpointed):
     ) -> Any:
         """Run a padded batch; arguments and results have transformers' names (see `pack`, and `answer` of the
         head)."""
+        before = past_key_values.state() if isinstance(past_key_values, KVCache) else {}
         batch = self.pack(
             input_ids,
             attention_mask,
@@ -83,7 +89,12 @@ class PreTrainedModel(Checkpointed):
                 self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
             ),
         )
-        fields = self.answer(self.body(batch), batch, labels, **head_options)
+        try:
+            fields = self.answer(self.body(batch), batch, labels, **head_options)
+        except BaseException:
+            if past_key_values is not None:
+                past_key_values.restore(before)
+            raise
         if batch.cache is not None and "past_key_values" in self.output_class.__dataclass_fields__:  # type: ignore[attr-defined]
             fields["past_key_values"] = batch.cache
         if batch.hidden_states is not None:
@@ -122,20 +133,27 @@ class PreTrainedModel(Checkpointed):
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        self._check_inputs(input_ids, inputs_embeds)
+        if input_ids is not None:
+            given = input_ids = self._checked_ids(input_ids)
+        else:
+            self._check_vectors(given)
         rows, columns = given.shape[:2]
         cache = self._cache(rows, past_key_values, use_cache)
-        if past_key_values is not None and attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = attention_mask[:, max(attention_mask.shape[1] - columns, 0) :]
+        past, layouts = None, None
+        if cache is not None:
+            attention_mask, past = cache.new_columns(attention_mask, columns)
         packed = pack(rows, columns, attention_mask, given.device)
         if packed.padded_left and position_ids is None and self._counts_columns(input_ids):
             tell("left-padding")
+        if cache is not None and cache.is_padded(packed.indices is not None, past):
+            layouts = cache.lay_out(packed.flat_indices() % max(columns, 1), packed.lengths, columns, past)
         batch = Batch(
             tokens=packed.pack(given),
-            positions=self._positions(packed, input_ids, position_ids, cache),
+            positions=self._positions(packed, input_ids, position_ids, cache, layouts),
             packed=packed,
             types=None if token_type_ids is None else self._types(packed, token_type_ids),
             cache=cache,
+            layouts=layouts,
             input_ids=input_ids,
             stop=stop,
             hidden_states=[] if output_hidden_states else None,
@@ -148,6 +166,8 @@ class PreTrainedModel(Checkpointed):
         if batch.cache is not None:
             batch.rows = list(rows)
             batch.step = batch.cache.extend(batch.rows, batch.packed.lengths)
+            for row, layout in zip(batch.rows, batch.layouts or (), strict=False):
+                batch.cache.set_layout(row, layout)
         batch.rope = self._rope(batch)
         return batch
 
@@ -171,21 +191,19 @@ class PreTrainedModel(Checkpointed):
         hidden: Tensor = self.body(self._placed(batch, rows))
         return hidden
 
-    def _check_inputs(self, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> None:
-        if input_ids is None:
-            assert inputs_embeds is not None
-            if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != self.spec.hidden_size:
-                raise ValueError(
-                    f"inputs_embeds must be [batch, tokens, {self.spec.hidden_size}], and is "
-                    f"{list(inputs_embeds.shape)}"
-                )
-            return
-        if input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
-            raise ValueError(
-                f"input_ids must be integers [batch, tokens], and is {input_ids.dtype} "
-                f"{list(input_ids.shape)}"
-            )
-        self._check_ids("input_ids", input_ids, self.spec.vocab_size, "the vocabulary has")
+    def _check_vectors(self, x: Tensor) -> None:
+        size = self.spec.hidden_size
+        if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != size or not x.is_floating_point():
+            what = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"inputs_embeds must be floats, [batch, tokens, {size}], and is {what}")
+
+    def _checked_ids(self, ids: Tensor) -> Tensor:
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:
+            ids = integers("input_ids", ids)
+            if ids.dim() != 2:
+                raise ValueError(f"input_ids must be integers [batch, tokens], and is {list(ids.shape)}")
+        self._check_ids("input_ids", ids, self.spec.vocab_size, "the vocabulary has")
+        return ids
 
     @staticmethod
     def _check_ids(name: str, ids: Tensor, size: int, what: str) -> None:
@@ -214,12 +232,18 @@ class PreTrainedModel(Checkpointed):
         return KVCache(self.spec, rows=rows, dtype=dtype or self.dtype, device=self.device)
 
     def _positions(
-        self, packed: Packed, input_ids: Tensor | None, position_ids: Tensor | None, cache: KVCache | None
+        self,
+        packed: Packed,
+        input_ids: Tensor | None,
+        position_ids: Tensor | None,
+        cache: KVCache | None,
+        layouts: list[Layout] | None,
     ) -> Tensor:
         """The position of each packed token, int64 [T]: a row of the position table, or an angle of rope."""
         spec = self.spec
         high = low = None  # of the positions, where they are known without a look at them
         if position_ids is not None:
+            position_ids = integers("position_ids", position_ids)
             if position_ids.dim() == 1 or position_ids.shape[:1] == (1,):  # one row for all
                 position_ids = position_ids.view(1, -1).expand(packed.batch, -1)
             check_columns("position_ids", position_ids, packed.batch, packed.columns)
@@ -237,7 +261,14 @@ class PreTrainedModel(Checkpointed):
                 high, low = packed.max_seqlen - 1 + spec.position_offset, 0
             if spec.position_offset:
                 positions = positions + spec.position_offset
-            if cache is not None and cache.get_seq_length():
+            if layouts is not None:
+                high = low = None
+                ends = [
+                    layout.columns[len(layout.columns) - new :] - layout.origin
+                    for layout, new in zip(layouts, packed.lengths, strict=True)
+                ]
+                positions = torch.cat(ends).to(positions.device) + spec.position_offset
+            elif cache is not None and cache.get_seq_length():
                 high = low = None
                 past = torch.tensor([cache.lengths[row] for row in cache.rows], device=positions.device)
                 positions = positions + past.repeat_interleave(
@@ -256,6 +287,7 @@ class PreTrainedModel(Checkpointed):
 
     def _types(self, packed: Packed, token_type_ids: Tensor) -> Tensor | None:
         size = self.spec.vocab_size if self.spec.types_are_tokens else self.spec.type_vocab_size
+        token_type_ids = integers("token_type_ids", token_type_ids)
         check_columns("token_type_ids", token_type_ids, packed.batch, packed.columns)
         if size == 0:  # a tokenizer may make them for a model that has none
             return None

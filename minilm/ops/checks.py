@@ -144,6 +144,22 @@ def appended(op: str, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, sl
         )
 
 
+def labels(op: str, x: Tensor, classes: int, ignore_index: int) -> Tensor:
+    """The labels as int64, each a class or `ignore_index`: any other would be read beside the logits."""
+    if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
+        raise ValueError(f"{op}: labels must be integers, and are {x.dtype}")
+    x = x.long()
+    if torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return x
+    wrong = x[((x < 0) | (x >= classes)) & (x != ignore_index)]
+    if len(wrong):
+        raise ValueError(
+            f"{op}: labels must be from 0 to {classes - 1}, or {ignore_index} for none, and one is "
+            f"{int(wrong[0])}"
+        )
+    return x
+
+
 def scales(op: str, pages: Tensor, k_scales: Tensor | None, v_scales: Tensor | None) -> None:
     """int8 pages [pages, page size, Hkv, D] come with float32 scales [pages, page size, Hkv], others with
     none."""

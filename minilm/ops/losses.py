@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from . import checks
 from .dispatch import select
 from .traits import PointwiseTraits, needs_grad
 
@@ -11,13 +12,15 @@ from .traits import PointwiseTraits, needs_grad
 def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
     """Mean of -log softmax(logits)[label] over the labels that are not `ignore_index`, in float32.
 
-    logits [T, V], labels int64 [T]; a scalar, NaN when no label counts (as PyTorch's). Differentiable.
+    logits [T, V], labels integers [T]; a scalar, NaN when no label counts (as PyTorch's). Differentiable.
+    Raises ValueError for a label that is no class.
     """
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
             f"cross_entropy: logits must be [T, V] and labels [T], and they are {list(logits.shape)} and "
             f"{list(labels.shape)}"
         )
+    labels = checks.labels("cross_entropy", labels, logits.shape[1], ignore_index)
     traits = PointwiseTraits(logits.device.type, logits.dtype, None, needs_grad(logits))
     result: Tensor = select("cross_entropy", traits)(logits, labels, ignore_index)
     return result
@@ -26,7 +29,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> T
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
     """cross_entropy(hidden weight^T, labels), for training loops: the loss of a vocabulary, not its logits.
 
-    hidden [T, C], weight [V, C], labels int64 [T]; a scalar, NaN when no label counts. Differentiable. The
+    hidden [T, C], weight [V, C], labels integers [T]; a scalar, NaN when no label counts. Differentiable. The
     logits of some rows exist at a time, those of all rows [T, V] never, save in the reference. Models return
     logits, so a loop calls the body and this with the head's weight; a causal model's labels are shifted by
     the caller: ``linear_cross_entropy(hidden[:-1], weight, ids[1:])`` within one sequence.
@@ -40,6 +43,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_
         raise ValueError(
             f"linear_cross_entropy: labels must be [{hidden.shape[0]}], and are {list(labels.shape)}"
         )
+    labels = checks.labels("linear_cross_entropy", labels, weight.shape[0], ignore_index)
     traits = PointwiseTraits(hidden.device.type, hidden.dtype, None, needs_grad(hidden, weight))
     result: Tensor = select("linear_cross_entropy", traits)(hidden, weight, labels, ignore_index)
     return result

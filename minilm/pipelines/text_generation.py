@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..generation import context_window
+from ..generation import GenerationConfig, context_window
 from ..model import AutoModelForCausalLM
 from ..sentence import Ran, Tokens, chunks
 from .base import Pipeline, Work
@@ -93,6 +93,9 @@ class TextGenerationPipeline(Pipeline[Options]):
         ours = {f.name for f in fields(Options)} - {"generate"}
         own = {name: value for name, value in options.items() if name in ours}
         for_generate = {name: value for name, value in options.items() if name not in ours}
+        prefix = self._task_params().get("prefix", self.model.config.get("prefix"))
+        if isinstance(prefix, str):
+            own.setdefault("prefix", prefix)
         if own.get("max_length") is not None:
             for_generate["max_length"] = own["max_length"]
         return Options(**own, generate=for_generate)
@@ -145,6 +148,12 @@ class TextGenerationPipeline(Pipeline[Options]):
             for work, rows in zip(works, self._generate(works, options), strict=True):
                 yield self.finish(work, rows, options)
 
+    def _task_params(self) -> dict[str, Any]:
+        """What config.json asks for in this task (older checkpoints, such as GPT-2's)."""
+        tasks = self.model.config.get("task_specific_params")
+        found = tasks.get(self.task) if isinstance(tasks, Mapping) else None
+        return dict(found) if isinstance(found, Mapping) else {}
+
     def _settings(self, options: Options, longest: int) -> dict[str, Any]:
         """Options of `generate`: those asked for, then the defaults that the checkpoint leaves open."""
         asked = dict(options.generate)
@@ -156,11 +165,24 @@ class TextGenerationPipeline(Pipeline[Options]):
             longer = getattr(stored, "max_length", None)
             if options.generate.get("max_length") or longer not in (None, 20):
                 asked.pop("max_new_tokens", None)
+        if options.generate.get("generation_config") is None:
+            of_task = self._task_params()
+            unknown = GenerationConfig().update(**of_task)
+            for name, value in of_task.items():  # over the checkpoint's, under those of the call
+                if name not in unknown and options.generate.get(name) is None:
+                    asked[name] = value
+        if options.generate.get("max_new_tokens") is None:
             limit = context_window(self.model.spec)
-            if limit is not None and "max_new_tokens" in asked:  # a default that does not fit is no error
+            if limit is not None and isinstance(
+                asked.get("max_new_tokens"), int
+            ):  # a default that does not fit is no error
                 asked["max_new_tokens"] = max(1, min(asked["max_new_tokens"], limit - longest))
-        if getattr(stored, "pad_token_id", None) is None and self.tokenizer.pad_token_id is not None:
-            asked.setdefault("pad_token_id", self.tokenizer.pad_token_id)
+        if (
+            getattr(stored, "pad_token_id", None) is None
+            and asked.get("pad_token_id") is None
+            and self.tokenizer.pad_token_id is not None
+        ):
+            asked["pad_token_id"] = self.tokenizer.pad_token_id
         if options.stop_sequence is not None:
             asked["eos_token_id"] = self.tokenizer.encode(options.stop_sequence, add_special_tokens=False)
         if asked.get("stop_strings"):

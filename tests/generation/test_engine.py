@@ -244,7 +244,7 @@ def test_an_empty_prompt_and_limits_of_none_are_errors() -> None:
     model = decoder("llama").ours
     with pytest.raises(ValueError, match="prompt is empty"):
         Engine(model).add(Request([], Sampling(), 3))
-    with pytest.raises(ValueError, match="max_num_seqs must be at least 1, and is 0"):
+    with pytest.raises(ValueError, match="max_num_seqs must be a whole number from 1, and is 0"):
         Engine(model, max_num_seqs=0)
 
 

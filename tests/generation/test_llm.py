@@ -335,24 +335,6 @@ def test_threads_share_the_engine() -> None:
     assert found == {i: [expected[i]] * 8 for i in range(len(TEXTS))}
 
 
-def test_an_error_in_a_step_leaves_nothing_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = llm()
-    stream = model.stream(TEXTS[0], GREEDY)
-    next(stream)
-    with monkeypatch.context() as patch:
-
-        def fail(*args: Any, **options: Any) -> None:
-            raise KeyboardInterrupt
-
-        patch.setattr(model.model, "run_packed", fail)
-        with pytest.raises(KeyboardInterrupt):
-            model.generate(TEXTS, GREEDY, use_tqdm=False)
-    assert not model._engine.busy
-    with pytest.raises(RuntimeError, match="another call"):
-        next(stream)
-    generated(model, TEXTS, GREEDY)
-
-
 # Chat
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from strategies import examples
 from tiny_decoders import CORPUS, VOCABULARY, decoder, prompts
 
 from minilm.generation.stopping import GrowingText
@@ -71,6 +72,63 @@ def test_another_thread_iterates_over_the_pieces() -> None:
     thread.join()
     expected = d.ours.generate(**call, max_new_tokens=25)[0, call["input_ids"].shape[1] :]
     assert text == d.tokenizer.decode(expected)
+
+
+@pytest.mark.parametrize("options", [{"max_new_tokens": 0}, {"max_new_tokens": 9, "num_beams": 2}, {}])
+def test_a_failure_reaches_the_thread_that_waits(
+    options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    d = decoder("llama")
+    streamer = TextIteratorStreamer(d.tokenizer, skip_prompt=True, timeout=60)
+    usual, calls = d.ours.steps, 0
+
+    def fail(*args: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > 3:
+            raise KeyboardInterrupt
+        return usual(*args)
+
+    monkeypatch.setattr(d.ours, "steps", fail)
+
+    def work() -> None:
+        with pytest.raises((ValueError, KeyboardInterrupt)):
+            d.ours.generate(torch.tensor([[5, 6, 7]]), streamer=streamer, **options)
+
+    thread = Thread(target=work)
+    thread.start()
+    with pytest.raises(RuntimeError, match="generate failed, and the text has no end"):
+        list(streamer)
+    thread.join()
+    monkeypatch.undo()
+    d.ours.generate(torch.tensor([[5, 6, 7]]), streamer=streamer, max_new_tokens=4)  # and is good again
+    assert "".join(streamer)
+
+
+def test_threads_each_get_the_whole_text_of_their_streamer() -> None:
+    d = decoder("qwen3")
+    rows = prompts([3, 5, 4, 6])
+    wanted, found = [], dict[int, str]()
+    for row in rows:
+        out = d.ours.generate(torch.tensor([row]), max_new_tokens=25, eos_token_id=None, pad_token_id=2)
+        wanted.append(d.tokenizer.decode(row + out[0, len(row) :].tolist()))
+
+    def write(place: int) -> None:
+        streamer = TextIteratorStreamer(d.tokenizer, timeout=60)
+        options: dict[str, Any] = {"max_new_tokens": 25, "eos_token_id": None, "pad_token_id": 2}
+        Thread(
+            target=d.ours.generate,
+            args=(torch.tensor([rows[place]]),),
+            kwargs={**options, "streamer": streamer},
+        ).start()
+        found[place] = "".join(streamer)
+
+    threads = [Thread(target=write, args=(place,)) for place in range(len(rows))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == dict(enumerate(wanted))
 
 
 def test_waiting_has_an_end() -> None:
@@ -185,3 +243,35 @@ def test_half_a_character_is_never_shown() -> None:
 def test_stop_strings_are_texts(stop: Any) -> None:
     with pytest.raises(ValueError, match="not empty"):
         GrowingText(tokenizers()[0], stop)
+
+
+@examples(60)
+@given(st.data())
+def test_a_stop_string_may_have_special_tokens_in_it(data: st.DataObject) -> None:
+    """Found in the text with them, it ends the text without them, however it lies over the tokens."""
+    tokenizer, _ = tokenizers()
+    plain, special = tokenizer("the cat sat on a mat")["input_ids"], tokenizer.all_special_ids
+    token = st.one_of(st.sampled_from(plain), st.sampled_from(special))
+    ids = data.draw(st.lists(token, min_size=1, max_size=12))
+    shown = [(letter, i not in special) for i in ids for letter in tokenizer.decode([i])]
+    whole = "".join(letter for letter, _ in shown)
+    assert whole == tokenizer.decode(ids)
+    name = tokenizer.decode([data.draw(st.sampled_from(special))])
+    assume(name in whole)
+    first = max(0, whole.index(name) - data.draw(st.integers(0, 4)))
+    stop = whole[first : whole.index(name) + len(name) + data.draw(st.integers(0, 4))]
+    include = data.draw(st.booleans())
+    growing = GrowingText(tokenizer, [stop, "user", "/"], include_stop=include)  # others not within a token
+    pieces, found, count = list[str](), None, 0
+    while found is None and count < len(ids):
+        found = growing.push(ids[count])
+        pieces.append(growing.piece())
+        count += 1
+    text = growing.finish()
+    pieces.append(growing.piece())
+    assert found == stop
+    assert stop in tokenizer.decode(ids[:count])
+    assert stop not in tokenizer.decode(ids[: count - 1])
+    assert "".join(pieces) == text
+    before = "".join(letter for letter, is_shown in shown[: whole.index(stop)] if is_shown)
+    assert text == before + (stop if include else "")

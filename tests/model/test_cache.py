@@ -81,10 +81,11 @@ class Cache(RuleBasedStateMachine):
             read = self.cache.v_pages[1][pages].flatten(0, 1)[: len(self.tokens[row]), 0, 0]
             assert read.tolist() == [-value for value in self.tokens[row]]
 
-    @rule(length=st.integers(0, 12))
+    @rule(length=st.integers(-9, 12))
     def crop(self, length: int) -> None:
         self.cache.crop(length)
-        self.tokens = {row: tokens[:length] for row, tokens in self.tokens.items()}
+        if length:  # from the front, or, below 0, from the end
+            self.tokens = {row: tokens[:length] for row, tokens in self.tokens.items()}
 
     @rule(row=rows, length=st.integers(0, 12))
     def crop_row(self, row: int, length: int) -> None:

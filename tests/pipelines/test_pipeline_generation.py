@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -121,6 +122,41 @@ def test_defaults_of_the_checkpoint_come_first(tmp_path: Path) -> None:
     ours = pipeline("text-generation", model=longer, device="cpu")
     theirs = transformers.pipeline("text-generation", model=str(longer), device=-1)
     assert_same(ours(PROMPTS[:2]), theirs(PROMPTS[:2]))
+
+
+TASKS: list[dict[str, Any]] = [
+    {"do_sample": False, "max_length": 14, "max_new_tokens": 9},
+    {"do_sample": False, "max_new_tokens": 5},
+    {"do_sample": True, "top_k": 3, "max_new_tokens": 6, "temperature": 2.0},
+    {"do_sample": False, "max_new_tokens": 5, "prefix": "Mary: "},
+    {"do_sample": False, "max_new_tokens": 5, "repetition_penalty": 1.7, "num_answers": 3},
+]
+
+
+@pytest.mark.parametrize("of_task", TASKS, ids=str)
+def test_the_parameters_of_the_task_in_config_json(of_task: dict[str, Any], tmp_path: Path) -> None:
+    folder = save_decoder(tmp_path, "gpt2")
+    file = folder / "config.json"
+    tasks = {"text-generation": of_task, "summarization": {"max_new_tokens": 1}}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "task_specific_params": tasks}))
+    theirs = transformers.pipeline("text-generation", model=str(folder), device=-1)
+    ours = pipeline("text-generation", model=folder, device="cpu")
+    for options in ({}, {"max_new_tokens": 3}, {"do_sample": True, "temperature": 0.9}, {"prefix": "Anna: "}):
+        torch.manual_seed(1)
+        expected = theirs(PROMPTS[0], **options)
+        torch.manual_seed(1)
+        assert_same(ours(PROMPTS[0], **options), expected)
+
+
+@pytest.mark.parametrize(
+    "tasks", [None, {}, [], {"text-generation": None}, {"translation": {"num_beams": 4}}]
+)
+def test_no_parameters_of_the_task(tasks: Any, pairs: Any, tmp_path: Path) -> None:
+    folder = save_decoder(tmp_path, "gpt2")
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "task_specific_params": tasks}))
+    ours = pipeline("text-generation", model=folder, device="cpu")
+    assert_same(ours(PROMPTS, **GREEDY), pairs["gpt2"][1](PROMPTS, **GREEDY))
 
 
 def test_a_default_length_is_cut_to_the_window(pairs: Any) -> None:
