@@ -92,6 +92,8 @@ class TextEncoder(Vocabulary):
         )
         batched, inputs = _inputs(text, text_pair, is_split_into_words)
         paired = any(isinstance(item, tuple) for item in inputs)
+        if is_split_into_words:
+            _check_words(self.backend_tokenizer, inputs)
         if truncation != "do_not_truncate":
             self._check_room(max_length, stride, paired, add_special_tokens)
         encodings, cut = self._encode_batch(
@@ -373,6 +375,29 @@ def _inputs(text: Any, pair: Any, split: bool) -> tuple[bool, list[Any]]:
             tuple(check(part, f"text[{i}]") for part in item) if is_pair else check(item, f"text[{i}]")
         )
     return True, rows
+
+
+def _check_words(backend: Backend, inputs: Sequence[Any]) -> None:
+    """A tokenizer with tokens for spaces that puts none before a word would read a list of words as one
+    word, in silence; it is refused, unless the words bring their spaces along."""
+    normalizer, pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+
+    def seen(text: str) -> str:
+        """What of a text comes to the model."""
+        text = text if normalizer is None else normalizer.normalize_str(text)
+        pieces = [(text, (0, 0))] if pre_tokenizer is None else pre_tokenizer.pre_tokenize_str(text)
+        return "".join(piece for piece, _ in pieces)
+
+    lone = seen("b")
+    if any(mark in seen("a b") and mark not in lone for mark in (" ", "\u0120", "\u2581")):
+        for index, item in enumerate(inputs):
+            for words in item if isinstance(item, tuple) else (item,):
+                glued = next((word for word in words[1:] if word[:1].strip()), None)
+                if glued is not None:
+                    raise TokenizerError(
+                        f"text[{index}]: this tokenizer would read the word {glued!r:.60} without the space before "
+                        "it: load it with add_prefix_space=True, or give the words with their spaces"
+                    )
 
 
 def _blame(inputs: Sequence[Any]) -> None:
