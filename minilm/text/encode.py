@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .output import BatchEncoding
 from .special import Vocabulary
-from .truncate import lengths, many_windows, shorten
+from .truncate import lengths, many_windows, read, shorten
 from .vocabulary import TokenizerError, backend_errors
 
 if TYPE_CHECKING:
@@ -252,6 +252,7 @@ class TextEncoder(Vocabulary):
         cuts = strategy != "do_not_truncate"
         apart = overflow or (cuts and (tell or any(many_windows(item, most, strategy) for item in inputs)))
         cut = [False] * len(inputs)
+        found: list[Encoding]
         with self._lock:
             try:
                 with backend_errors("encoding"):
@@ -266,17 +267,27 @@ class TextEncoder(Vocabulary):
                         for index, (a, b) in enumerate(whole):
                             cut[index] = len(a) + (0 if b is None else len(b)) > rooms[b is not None]
                             if cut[index] and b is not None and not overflow:
-                                kept = lengths(len(a), len(b), rooms[True], strategy)
                                 side = self.truncation_side
+                                kept = len(a), len(b)
+                                if strategy == "longest_first":
+                                    kept = read(a, most, side), read(b, most, side)
+                                kept = lengths(*kept, rooms[True], strategy)
                                 whole[index] = shorten(a, kept[0], side), shorten(b, kept[1], side)
                     if cuts:
                         backend.enable_truncation(direction=self.truncation_side, **truncation)
-                    if padding is not None:
-                        token: dict[str, Any] = {"pad_id": self.pad_token_id, "pad_token": self.pad_token}
-                        backend.enable_padding(pad_type_id=self.pad_token_type_id, **token, **padding)
+                    token: dict[str, Any] = {
+                        "pad_id": self.pad_token_id,
+                        "pad_token": self.pad_token,
+                        "pad_type_id": self.pad_token_type_id,
+                    }
                     if apart:
-                        return [backend.post_process(a, b, add_special_tokens) for a, b in whole], cut
-                    found: list[Encoding] = backend.encode_batch(
+                        found = [backend.post_process(a, b, add_special_tokens) for a, b in whole]
+                        if padding is not None:
+                            _pad(found, {**token, **padding}, overflow)
+                        return found, cut
+                    if padding is not None:
+                        backend.enable_padding(**token, **padding)
+                    found = backend.encode_batch(
                         inputs, is_pretokenized=split, add_special_tokens=add_special_tokens
                     )
                     return found, cut
@@ -320,6 +331,18 @@ def _whole(backend: Backend, inputs: Sequence[Any], split: bool) -> list[tuple[E
     finally:
         backend.post_processor = processor
     return [(a, None if b is None else next(seconds)) for a, (_, b) in zip(firsts, pairs, strict=True)]
+
+
+def _pad(encodings: Sequence[Encoding], padding: dict[str, Any], overflow: bool) -> None:
+    """Pads all to one length, the windows beyond the first too: the library pads what it is given at once."""
+    length, multiple = padding.pop("length"), padding.pop("pad_to_multiple_of")
+    if length is None:
+        rows = (row for first in encodings for row in (first, *(first.overflowing if overflow else ())))
+        length = max(map(len, rows), default=0)
+    if multiple:
+        length = -(-length // multiple) * multiple
+    for encoding in encodings:
+        encoding.pad(length, **padding)
 
 
 def _asked(value: bool | None, default: bool) -> bool:

@@ -38,7 +38,7 @@ def lengths(first: int, second: int, room: int, strategy: str) -> tuple[int, int
     "longest_first" keeps a text that fits into half the room whole."""
     if first + second <= room:
         return first, second
-    if room == 0:
+    if room <= 0:
         return 0, 0
     if strategy == "longest_first":
         short = min(first, second)
@@ -53,6 +53,19 @@ def lengths(first: int, second: int, room: int, strategy: str) -> tuple[int, int
             f"for {room}"
         )
     return (room - kept, kept) if strategy == "only_first" else (kept, room - kept)
+
+
+def read(encoding: Encoding, most: int, side: str) -> int:
+    """How many tokens of a text the library reads before it cuts to `most`: to the end of the word. Which of
+    two texts is longer, and gets an odd token, goes by that."""
+    count = len(encoding)
+    if count <= most or most < 1:
+        return min(count, most)
+    words = encoding.word_ids[::-1] if side == "left" else encoding.word_ids
+    end = most
+    while end < count and words[end] is not None and words[end] == words[end - 1]:
+        end += 1
+    return end
 
 
 def shorten(encoding: Encoding, length: int, side: str) -> Encoding:

@@ -8,7 +8,7 @@ padding or truncation that someone left in tokenizer.json is dropped: what rules
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -286,18 +286,19 @@ def _add_tokens(
     settings: Mapping[str, Any],
     flags: Mapping[str, Mapping[str, bool]],
     added: Mapping[str, Any],
-    asked: Collection[str],
+    asked: Set[str],
     path: str,
 ) -> None:
     """Makes the special tokens, and those that the files add to the vocabulary, known to `backend`.
 
     Of a token that it knows, the flags in tokenizer_config.json's added_tokens_decoder go before those in
-    tokenizer.json, as in transformers; `asked` are tokens whose flags the caller gave, which go before all.
+    tokenizer.json, as in transformers, and a token that has a name (mask_token) is special; `asked` are tokens
+    whose flags the caller gave, which go before all.
     """
     from tokenizers import AddedToken
 
-    special = [text for key, text in settings.items() if key.endswith("_token") and isinstance(text, str)]
-    special += settings["extra_special_tokens"]
+    named = [text for key, text in settings.items() if key.endswith("_token") and isinstance(text, str)]
+    special = [*named, *settings["extra_special_tokens"]]
     known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     numbered: dict[int, AddedToken] = {}
     decoder = added["added_tokens_decoder"] or {}
@@ -318,6 +319,12 @@ def _add_tokens(
             continue  # tokenizer.json goes before added_tokens.json, and behind added_tokens_decoder
         token.special = token.special or token.content in special
         batch.append(token)
+    touched = {token.content for token in batch} | asked
+    for text in dict.fromkeys(named):
+        there = known.get(text)
+        if there is not None and not there.special and text not in touched:
+            there.special = True
+            batch.append(there)
     for text in dict.fromkeys(special):
         if text in asked or (text not in known and text not in new):
             batch.append(AddedToken(text, special=True, **flags.get(text, {})))
