@@ -141,9 +141,7 @@ def _run(template: str, variables: Mapping[str, Any], marks: tuple[str, str] | N
     if not isinstance(template, str):
         raise ChatTemplateError(f"expected a chat template as a string, got {type(template).__name__}")
     try:
-        kind, text = run(
-            template, variables, seconds=MAX_SECONDS, characters=MAX_CHARACTERS, marks=marks
-        )
+        kind, text = run(template, variables, seconds=MAX_SECONDS, characters=MAX_CHARACTERS, marks=marks)
     except ProcessError as problem:
         raise ChatTemplateError(f"the chat template cannot run: {problem}") from problem
     except (ValueError, RecursionError) as problem:  # in a circle, or deeper than JSON goes
@@ -152,7 +150,9 @@ def _run(template: str, variables: Mapping[str, Any], marks: tuple[str, str] | N
         ) from problem
     if kind == "text":
         return text
-    raise ChatTemplateError(f"the chat template {_PROBLEMS[kind].format(text, seconds=MAX_SECONDS, characters=MAX_CHARACTERS)}")
+    raise ChatTemplateError(
+        f"the chat template {_PROBLEMS[kind].format(text, seconds=MAX_SECONDS, characters=MAX_CHARACTERS)}"
+    )
 
 
 def _tool(tool: Any) -> Any:

@@ -159,7 +159,11 @@ def _tojson(
 ) -> str:
     """jinja2's own filter escapes "<" and "&" for HTML, which models were not trained on."""
     return json.dumps(
-        _with_none(value), ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+        _with_none(value),
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
     )
 
 

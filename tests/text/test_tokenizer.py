@@ -36,6 +36,7 @@ KINDS: dict[str, Callable[[], Path]] = {
     "xlm-roberta": folders.xlm_roberta,
 }
 any_kind = pytest.mark.parametrize("kind", KINDS)
+GLUES = ("gpt2", "roberta", "qwen2")  # which put no space before a word
 
 
 @cache

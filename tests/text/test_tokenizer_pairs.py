@@ -119,7 +119,9 @@ def test_windows_that_nobody_asks_for_are_not_made(strategy: str, split: bool) -
     """They are counted, since the library's memory is not Python's."""
     tok = AutoTokenizer.from_pretrained(folders.wordpiece())
     long, short = "Anna lives in Berlin " * 1000, "Anna " * 15
-    texts = {"longest_first": (long, long), "only_first": (long, short), "only_second": (short, long)}[strategy]
+    texts = {"longest_first": (long, long), "only_first": (long, short), "only_second": (short, long)}[
+        strategy
+    ]
     inputs = [text.split() for text in texts] if split else list(texts)
     out = tok(*inputs, truncation=strategy, max_length=100, stride=3, is_split_into_words=split)
     assert len(out["input_ids"]) == 100
@@ -141,7 +143,9 @@ def test_words_that_would_be_glued_are_refused(kind: str) -> None:
     tok = AutoTokenizer.from_pretrained(getattr(folders, kind)())
     words = ["Das", "ist", "ein", "Tag"]
     for inputs in (words, [["a"], words]):
-        with pytest.raises(TokenizerError, match="'ist' without the space before it: .*add_prefix_space=True"):
+        with pytest.raises(
+            TokenizerError, match="'ist' without the space before it: .*add_prefix_space=True"
+        ):
             tok(inputs, is_split_into_words=True)
     with pytest.raises(TokenizerError, match="'ist'"):
         tok([["a"]], [words], is_split_into_words=True)

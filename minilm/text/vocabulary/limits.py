@@ -30,7 +30,26 @@ MAX_REPLACEMENT = 1000  # bytes for a character in a table of sentencepiece
 
 _PROBE_SECONDS = 0.05  # for at most 400 characters; a usual pattern takes a thousandth
 _PROBE_SIZES = (16, 24, 36, 54, 81, 121, 182, 273, 400)
-_PROBES = ("a", "A", "1", " ", "\n", "\t", ".", "_", "é", "日", "\u0301", "ʰ", "🚨", "ab", "aA", "a1", "a ", " \n")
+_PROBES = (
+    "a",
+    "A",
+    "1",
+    " ",
+    "\n",
+    "\t",
+    ".",
+    "_",
+    "é",
+    "日",
+    "\u0301",
+    "ʰ",
+    "🚨",
+    "ab",
+    "aA",
+    "a1",
+    "a ",
+    " \n",
+)
 _UNKNOWN = re.compile(r"\\[1-9]|\\[kg]<|\(\?[~(]|\(\?<?[a-zA-Z_]\w*>.*\\g")
 _STEPS = {
     "normalizer": "normalizers",
@@ -66,7 +85,9 @@ def check(data: Mapping[str, Any], source: str, known: tuple[str, ...] = ()) -> 
     if isinstance(model, Mapping):
         longest = model.get("max_input_chars_per_word")
         if isinstance(longest, int) and longest > MAX_WORD:
-            raise TokenizerError(f"{source}: max_input_chars_per_word is {longest}, at most {MAX_WORD} is taken")
+            raise TokenizerError(
+                f"{source}: max_input_chars_per_word is {longest}, at most {MAX_WORD} is taken"
+            )
         vocab = model.get("vocab")
         if isinstance(vocab, Mapping):
             for token, index in vocab.items():
@@ -116,12 +137,16 @@ def check_pattern(pattern: str, where: str) -> None:
     """Raises TokenizerError for a regular expression that is too large, or takes more than linear time by far
     on runs of characters, as `(a+)+b` or `a*a*a*a*b`."""
     if len(pattern) > MAX_PATTERN:
-        raise TokenizerError(f"{where}: a pattern of {len(pattern)} characters, at most {MAX_PATTERN} are taken")
+        raise TokenizerError(
+            f"{where}: a pattern of {len(pattern)} characters, at most {MAX_PATTERN} are taken"
+        )
     repeats = 1
     for low, high in re.findall(r"\{(\d*)(?:,(\d*))?\}", pattern):
         repeats *= max(1, *(int(number[:9]) for number in (low, high) if number), 1)
         if repeats > MAX_REPEATS:
-            raise TokenizerError(f"{where}: the repetitions in {pattern!r:.60} multiply to more than {MAX_REPEATS}")
+            raise TokenizerError(
+                f"{where}: the repetitions in {pattern!r:.60} multiply to more than {MAX_REPEATS}"
+            )
     if _UNKNOWN.search(pattern.replace("\\\\", "")):
         raise TokenizerError(f"{where}: {pattern!r:.60} refers to its own groups, which is not supported")
     from tokenizers import Regex, pre_tokenizers
@@ -132,10 +157,17 @@ def check_pattern(pattern: str, where: str) -> None:
         words = dict.fromkeys(re.findall(r"\w{2,4}", pattern)[:20])
         # The library does not begin where a character that must come is missing: all are behind a break.
         last = "".join(dict.fromkeys(pattern + "01aA .!\0"))[:200]
-        slow = TokenizerError(f"{where}: the pattern {pattern!r:.60} takes far too long on repeated characters")
+        slow = TokenizerError(
+            f"{where}: the pattern {pattern!r:.60} takes far too long on repeated characters"
+        )
         total = 0.0
         for unit in dict.fromkeys([*_PROBES, *letters, *words]):
-            for start, end in (("", "\x01"), ("", "\x01" + last), ("", "\n" + last), (letters, "\x01" + last)):
+            for start, end in (
+                ("", "\x01"),
+                ("", "\x01" + last),
+                ("", "\n" + last),
+                (letters, "\x01" + last),
+            ):
                 for size in _PROBE_SIZES:
                     begin = time.thread_time()
                     try:
