@@ -96,9 +96,10 @@ def _plain(value: Any) -> Any:
         if isinstance(value, known):
             return known.__str__(value) if known is str else known(value)
     if isinstance(value, (list, tuple, set, frozenset)):
-        name = next(k.__name__ for k in (list, tuple, set, object) if isinstance(value, k) or k is object)
         items = [_plain(item) for item in value]
-        return items if name == "list" else {_TAG: "set" if name == "object" else name, "value": items}
+        if isinstance(value, list):
+            return items
+        return {_TAG: "tuple" if isinstance(value, tuple) else "set", "value": items}
     if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
         return _plain(value.item())
     return {_TAG: "object", "value": str(value)}

@@ -1,9 +1,9 @@
 """Chat templates: a checkpoint's own Jinja program that turns messages into the text it was trained on.
 
-A template is code from a stranger. It runs in jinja2's immutable sandbox (no attributes that lead out of it,
-no changes to what it is given, ranges of at most 100,000), and that in a process of its own (chat_process.py),
-where its memory, its time and the length of what it writes have limits. So it sees copies of the messages
-and variables, and of what JSON does not know (an image, a function) only the text."""
+A template is code from a stranger. It runs in jinja2's immutable sandbox (no attributes that lead out of
+it, no changes to what it is given, ranges of at most 100,000), and that in a process of its own
+(chat_process.py), where its memory, its time and the length of what it writes have limits. So it sees copies
+of the messages and variables, and of what JSON does not know (an image, a function) only the text."""
 
 from __future__ import annotations
 

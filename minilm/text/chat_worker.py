@@ -69,8 +69,8 @@ def answer(request: dict[str, Any]) -> tuple[str, str]:
             message["content"] = NoContent()
     try:
         compiled = compile_template(request["template"])
-        compiled.environment.now = request["now"]  # type: ignore[attr-defined]
-        compiled.environment.marks = request["marks"]  # type: ignore[attr-defined]
+        compiled.environment.now = request["now"]
+        compiled.environment.marks = request["marks"]
         pieces, length = [], 0
         for piece in compiled.generate(**variables):
             pieces.append(piece)
@@ -112,9 +112,9 @@ def _sandbox() -> Any:
         intercepted_binops = frozenset(["*", "**"])
 
         def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if operator == "**" and isinstance(left, int) and isinstance(right, int):
-                if right > 0 and left.bit_length() * right > _MAX_POWER_BITS:
-                    raise SecurityError("a power is too large")
+            numbers = isinstance(left, int) and isinstance(right, int)
+            if operator == "**" and numbers and left.bit_length() * right > _MAX_POWER_BITS:
+                raise SecurityError("a power is too large")
             for text, count in ((left, right), (right, left)):
                 if (
                     operator == "*"

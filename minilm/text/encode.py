@@ -418,8 +418,8 @@ def _check_words(backend: Backend, inputs: Sequence[Any]) -> None:
                 glued = next((word for word in words[1:] if word[:1].strip()), None)
                 if glued is not None:
                     raise TokenizerError(
-                        f"text[{index}]: this tokenizer would read the word {glued!r:.60} without the space before "
-                        "it: load it with add_prefix_space=True, or give the words with their spaces"
+                        f"text[{index}]: this tokenizer would read the word {glued!r:.60} without the space "
+                        "before it: load it with add_prefix_space=True, or give the words with their spaces"
                     )
 
 

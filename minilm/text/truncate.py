@@ -46,11 +46,11 @@ def lengths(first: int, second: int, room: int, strategy: str) -> tuple[int, int
         if short > room or short + long > room:
             short, long = room // 2, room // 2 + room % 2
         return (short, long) if first <= second else (long, short)
-    cut, kept = (first, second) if strategy == "only_first" else (second, first)
+    kept = second if strategy == "only_first" else first
     if room <= kept:
         raise TokenizerError(
-            f"encoding: truncation={strategy!r} cannot help: the other text has {kept} tokens, and there is room "
-            f"for {room}"
+            f"encoding: truncation={strategy!r} cannot help: the other text has {kept} tokens, and there is "
+            f"room for {room}"
         )
     return (room - kept, kept) if strategy == "only_first" else (kept, room - kept)
 

@@ -1,5 +1,5 @@
-"""text-generation with sentencepiece, where the first new word has its space in its token; chats with tool calls
-and with content in parts."""
+"""text-generation with sentencepiece, where the first new word has its space in its token; chats with tool
+calls and with content in parts."""
 
 from __future__ import annotations
 

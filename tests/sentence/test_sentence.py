@@ -291,7 +291,7 @@ def test_pooling_without_the_prompt(tmp_path: Path, modes: tuple[Any, ...]) -> N
 @pytest.mark.parametrize("prompt", ["query: ", "query:", "q", "\n", "Anna  "])
 @pytest.mark.parametrize("mode", ["mean", "max", "cls", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"])
 def test_a_prompt_that_ends_within_a_token(tmp_path: Path, prompt: str, mode: str) -> None:
-    """Its last space is part of the text's first token, which counts, in a batch of texts for which it is not.
+    """Its last space is part of the text's first token, which counts; in other texts it is not.
     Expected is what pooling gives for the kept tokens alone."""
     folder = save_decoder(tmp_path / "model", "gpt2", chat=False)
     pooling = OurPooling(24, mode, include_prompt=False)

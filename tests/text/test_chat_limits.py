@@ -1,5 +1,5 @@
-"""Chat templates that take too much time or memory, whatever they do; what a template in another process sees;
-messages without content; masks of the assistant's tokens."""
+"""Chat templates that take too much time or memory, whatever they do; what a template in another process
+sees; messages without content; masks of the assistant's tokens."""
 
 from __future__ import annotations
 
@@ -45,7 +45,8 @@ LARGE = [
     "{% set n = namespace(s='x' * 1000000) %}{% for i in range(40) %}{% set n.s = n.s ~ n.s %}{% endfor %}",
     "{% set n = namespace(s='xx' * 9999) %}{% for i in range(40) %}{% set n.s = n.s.replace('x', 'xx') %}"
     "{% endfor %}",
-    "{% set n = namespace(s='x' * 9999) %}{% for i in range(40) %}{% set n.s = [n.s, n.s] | join %}{% endfor %}",
+    "{% set n = namespace(s='x' * 9999) %}{% for i in range(40) %}{% set n.s = [n.s, n.s] | join %}"
+    "{% endfor %}",
     "{% set n = namespace(l=[]) %}{% for i in range(9999) %}{% set n.l = [n.l, range(100000) | list] %}"
     "{% endfor %}",
     "{{ '\\t'.expandtabs(2000000000) }}",
@@ -64,7 +65,7 @@ DEEP = [
 @pytest.mark.parametrize("template", ENDLESS, ids=range(len(ENDLESS)))
 def test_time(template: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(chat_template, "MAX_SECONDS", 0.3)
-    with pytest.raises(ChatTemplateError, match="^the chat template .*$") as caught:
+    with pytest.raises(ChatTemplateError, match=r"^the chat template .*$") as caught:
         render(template, CHAT)
     assert "runs for more than" in str(caught.value) or "memory" in str(caught.value)
     monkeypatch.undo()
@@ -76,7 +77,7 @@ def test_memory_and_depth(template: str) -> None:
     """The error comes from the other process; this one holds none of it."""
     tracemalloc.start()
     try:
-        with pytest.raises(ChatTemplateError, match="^the chat template "):
+        with pytest.raises(ChatTemplateError, match=r"^the chat template "):
             render(template, CHAT)
         _, peak = tracemalloc.get_traced_memory()
     finally:
@@ -99,7 +100,8 @@ def test_the_process_is_kept_and_replaced() -> None:
     render("a", CHAT)
     first = chat_process._state.worker
     render("b", CHAT)
-    assert first is not None and chat_process._state.worker is first
+    assert first is not None
+    assert chat_process._state.worker is first
     first.kill()
     first.wait()
     assert render("c", CHAT)[0] == "c"
@@ -169,7 +171,7 @@ def test_values(value: Any, template: str, text: str) -> None:
 def test_values_that_cannot_be_sent() -> None:
     circle: list[Any] = []
     circle.append(circle)
-    with pytest.raises(ChatTemplateError, match="^the chat template cannot get these messages"):
+    with pytest.raises(ChatTemplateError, match=r"^the chat template cannot get these messages"):
         render("x", CHAT, variables={"v": circle})
 
 
@@ -197,8 +199,9 @@ def test_a_content_of_none_is_none_and_writes_nothing(template: str, text: str) 
 def test_content_in_parts_and_no_content() -> None:
     template = (
         "{% for m in messages %}{% if m.content is string %}{{ m.content }}{% elif m.content is defined and "
-        "m.content is iterable %}{% for part in m.content %}{{ part.text if part.type == 'text' else '<image>' }}"
-        "{% endfor %}{% endif %}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %};{% endfor %}"
+        "m.content is iterable %}{% for part in m.content %}"
+        "{{ part.text if part.type == 'text' else '<image>' "
+        "}}{% endfor %}{% endif %}{% if m.tool_calls %}{{ m.tool_calls | tojson }}{% endif %};{% endfor %}"
     )
     parts = [{"type": "image", "image": object()}, {"type": "text", "text": "what"}]
     chat = [{"role": "user", "content": parts}, {"role": "assistant", "tool_calls": [CALL]}, *CHAT]

@@ -131,8 +131,8 @@ HARMFUL = {
         },
         "id 77 .* no token has",
     ),
-    "a large id": ({"added_tokens": [added("<x>", 4_000_000_000)]}, "has id 4000000000, .* is 4"),
-    "an id of another": ({"added_tokens": [added("<s>", 1)]}, "'<s>' has id 1, .* is 3"),
+    "a large id": ({"added_tokens": [added("<x>", 4_000_000_000)]}, "has id 4000000000, .* it 4"),
+    "an id of another": ({"added_tokens": [added("<s>", 1)]}, "'<s>' has id 1, .* it 3"),
     "a large id of the model": (
         {"model": {"type": "WordLevel", "vocab": {**VOCAB, "z": 1 << 31}, "unk_token": "[UNK]"}},
         "the id of 'z' is 2147483648",

@@ -77,12 +77,9 @@ def test_pairs(
             with pytest.raises(TokenizerError):
                 ours(firsts, seconds, **options)
             return
-        try:
-            found = ours(firsts, seconds, **options)
-        except TokenizerError as problem:
-            # The library reads no more than max_length of the text that is not to be cut, and loses the rest.
-            assert "the other text has" in str(problem) and not special
-            return
+        if strategy == "only_first" and not special and any(len(ours.encode(b)) > room for b in seconds):
+            return  # the library reads no more than max_length of the second text, and loses the rest
+        found = ours(firsts, seconds, **options)
     assert {**found} == {**expected}
     for row in range(len(texts)):
         if side == "right":  # read from the end, words are counted from where the library stopped
@@ -126,8 +123,15 @@ def test_windows_that_nobody_asks_for_are_not_made(strategy: str, split: bool) -
     out = tok(*inputs, truncation=strategy, max_length=100, stride=3, is_split_into_words=split)
     assert len(out["input_ids"]) == 100
     assert out.encodings[0].overflowing == []
-    told = tok([inputs[0], "x".split() if split else "x"], [inputs[1], "y".split() if split else "y"],
-               truncation=strategy, max_length=100, is_split_into_words=split, return_truncated=True)  # fmt: skip
+    others = (["x"], ["y"]) if split else ("x", "y")
+    told = tok(
+        [inputs[0], others[0]],
+        [inputs[1], others[1]],
+        truncation=strategy,
+        max_length=100,
+        is_split_into_words=split,
+        return_truncated=True,
+    )
     assert told["truncated"] == [True, False]
     assert told["input_ids"][0] == out["input_ids"]
     alone = tok(["a", long], truncation=True, max_length=100, return_truncated=True, return_tensors="np",
@@ -144,7 +148,7 @@ def test_words_that_would_be_glued_are_refused(kind: str) -> None:
     words = ["Das", "ist", "ein", "Tag"]
     for inputs in (words, [["a"], words]):
         with pytest.raises(
-            TokenizerError, match="'ist' without the space before it: .*add_prefix_space=True"
+            TokenizerError, match=r"'ist' without the space before it: .*add_prefix_space=True"
         ):
             tok(inputs, is_split_into_words=True)
     with pytest.raises(TokenizerError, match="'ist'"):

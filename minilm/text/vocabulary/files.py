@@ -120,8 +120,8 @@ def _complete(
             settings[name] = text
     if family.mask_takes_space and "mask_token" in settings:
         flags.setdefault(settings["mask_token"], {"lstrip": True})
-    asked = {t.content for t in overrides.values() if hasattr(t, "content") and hasattr(t, "lstrip")}
-    _add_tokens(backend, settings, flags, added, asked, source)
+    given = {t.content for t in overrides.values() if hasattr(t, "content") and hasattr(t, "lstrip")}
+    _add_tokens(backend, settings, flags, added, given, source)
 
     framed = backend.post_processor is not None
     for name, token, at, default in (
@@ -292,8 +292,8 @@ def _add_tokens(
     """Makes the special tokens, and those that the files add to the vocabulary, known to `backend`.
 
     Of a token that it knows, the flags in tokenizer_config.json's added_tokens_decoder go before those in
-    tokenizer.json, as in transformers, and a token that has a name (mask_token) is special; `asked` are tokens
-    whose flags the caller gave, which go before all.
+    tokenizer.json, as in transformers, and a token that has a name (mask_token) is special; `asked` are
+    tokens whose flags the caller gave, which go before all.
     """
     from tokenizers import AddedToken
 

@@ -93,7 +93,7 @@ def check(data: Mapping[str, Any], source: str, known: tuple[str, ...] = ()) -> 
             for token, index in vocab.items():
                 if type(index) is not int or not 0 <= index < MAX_ID:
                     raise TokenizerError(
-                        f"{source}: the id of {token!r:.60} is {index!r:.60}, expected a number below {MAX_ID}"
+                        f"{source}: the id of {token!r:.60} is {index!r:.60}, expected one below {MAX_ID}"
                     )
 
 
@@ -105,7 +105,7 @@ def check_ids(backend: Backend, data: Mapping[str, Any], source: str) -> None:
         found = backend.token_to_id(text)
         if found != index:
             raise TokenizerError(
-                f"{source}: the added token {text!r:.60} has id {index!r:.60}, but in this vocabulary its id is "
+                f"{source}: the added token {text!r:.60} has id {index!r:.60}, but the vocabulary gives it "
                 f"{found}"
             )
     for step in _flat(data.get("post_processor"), "processors", source):
@@ -117,8 +117,8 @@ def check_ids(backend: Backend, data: Mapping[str, Any], source: str) -> None:
         for index in ids:
             if backend.id_to_token(index) is None:
                 raise TokenizerError(
-                    f"{source}: post_processor: {step.get('type')} puts the id {index} around a text, which no "
-                    "token has"
+                    f"{source}: post_processor: {step.get('type')} puts the id {index} around a text, which "
+                    "no token has"
                 )
 
 
