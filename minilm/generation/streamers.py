@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from ..text import context
+
 
 class Streamer(Protocol):
     """What `generate` asks of a streamer: it puts the prompt [B, S], then the new tokens [B] of each step,
@@ -29,7 +31,7 @@ class TextStreamer:
         self.tokenizer = tokenizer
         self.skip_prompt = skip_prompt
         self.decode_kwargs = decode_kwargs
-        self._line: list[int] = []  # tokens since the last line break
+        self._line: list[int] = []  # tokens since the last line break, behind some that give context
         self._printed = 0  # characters of their text that are out
         self._awaits_prompt = True
 
@@ -38,13 +40,15 @@ class TextStreamer:
         if value.dim() > 1 and value.shape[0] > 1:
             raise ValueError(f"{type(self).__name__} shows one text, and got a batch of {value.shape[0]}")
         is_prompt, self._awaits_prompt = self._awaits_prompt, False
+        ids = value.flatten().tolist()
         if is_prompt and self.skip_prompt:
+            self._begin_after(ids)
             return
-        self._line += value.flatten().tolist()
-        text = self._decode()
+        self._line += ids
+        text = self._decode(self._line)
         if text.endswith("\n"):
             piece = text[self._printed :]
-            self._line, self._printed = [], 0
+            self._begin_after(self._line)
         else:
             # A word may still change with the next token, so it is shown once a space follows it.
             sure = len(text) if text and _is_cjk(text[-1]) else text.rfind(" ") + 1
@@ -54,7 +58,7 @@ class TextStreamer:
 
     def end(self) -> None:
         """Show what is left; the next `put` begins another text."""
-        piece = self._decode()[self._printed :] if self._line else ""
+        piece = self._decode(self._line)[self._printed :] if self._line else ""
         self._line, self._printed, self._awaits_prompt = [], 0, True
         self.on_finalized_text(piece, stream_end=True)
 
@@ -62,8 +66,13 @@ class TextStreamer:
         """Called with each new piece of text, which may be empty."""
         print(text, flush=True, end="\n" if stream_end else "")
 
-    def _decode(self) -> str:
-        text: str = self.tokenizer.decode(self._line, **self.decode_kwargs)
+    def _begin_after(self, ids: list[int]) -> None:
+        """Another line: sentencepiece's first token loses its space when nothing stands before it."""
+        self._line, shown = context(self._decode, ids)
+        self._printed = len(shown.rstrip("\ufffd"))  # a character of which there are only some bytes
+
+    def _decode(self, ids: list[int]) -> str:
+        text: str = self.tokenizer.decode(ids, **self.decode_kwargs)
         return text
 
 

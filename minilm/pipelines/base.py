@@ -154,7 +154,7 @@ class Pipeline(ABC, Generic[OptionsT]):
             None if pair is None else [pair],
             truncation=("longest_first" if truncation in (None, True) else truncation) if cuts else False,
             max_length=min(longest, max_length or longest) if cuts else None,
-            return_overflowing_tokens=True,
+            return_truncated=True,
             verbose=False,
         )
         types = encoded["token_type_ids"][0] if "token_type_ids" in encoded else None
@@ -162,7 +162,7 @@ class Pipeline(ABC, Generic[OptionsT]):
         if not len(tokens):
             raise ValueError(f"{self.task} needs a text with at least one token, and {text!r:.60} has none")
         silent = truncation is not None or max_length is not None
-        return Work([tokens], cut=not silent and len(encoded["input_ids"]) > 1)
+        return Work([tokens], cut=not silent and encoded["truncated"][0])
 
 
 def split(packed: Tensor, batch: Batch) -> list[Tensor]:

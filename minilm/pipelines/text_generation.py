@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import torch
 from ..generation import GenerationConfig, context_window
 from ..model import AutoModelForCausalLM
 from ..sentence import Ran, Tokens, chunks
+from ..text import continuation
 from .base import Pipeline, Work
 
 SAMPLED = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}
@@ -221,11 +223,12 @@ class TextGenerationPipeline(Pipeline[Options]):
     def _record(self, work: Work, tokens: list[int], options: Options) -> dict[str, Any]:
         if options.return_tensors:
             return {"generated_token_ids": [*work.windows[0].ids, *tokens]}
-        text = self.tokenizer.decode(
-            tokens,
+        decode = partial(
+            self.tokenizer.decode,
             skip_special_tokens=options.skip_special_tokens is not False,
             clean_up_tokenization_spaces=options.clean_up_tokenization_spaces,
         )
+        text = continuation(decode, work.windows[0].ids, tokens)
         prompt = work.state
         if options.return_full_text is False:
             return {"generated_text": text}
@@ -233,21 +236,31 @@ class TextGenerationPipeline(Pipeline[Options]):
             return {"generated_text": prompt + text}
         messages = [dict(message) for message in prompt]
         if _goes_on(prompt, options):
-            last = {"role": messages[-1]["role"], "content": messages[-1]["content"] + text}
+            last = {**messages[-1], "content": _longer(messages[-1]["content"], text)}
             return {"generated_text": [*messages[:-1], last]}
         return {"generated_text": [*messages, {"role": "assistant", "content": text}]}
 
 
 def _is_chat(item: Any) -> bool:
-    """A list of messages."""
+    """A list of messages. One with tool calls may have no content."""
     is_list = isinstance(item, (list, tuple)) and len(item) > 0
-    return is_list and all(isinstance(m, Mapping) and "role" in m and "content" in m for m in item)
+    return is_list and all(isinstance(message, Mapping) and "role" in message for message in item)
 
 
 def _goes_on(messages: Sequence[Mapping[str, Any]], options: Options) -> bool:
     """Whether the model continues the last message, and does not answer it."""
-    asked = options.continue_final_message
-    return messages[-1]["role"] == "assistant" if asked is None else asked
+    asked, last = options.continue_final_message, messages[-1]
+    return last["role"] == "assistant" and last.get("content") is not None if asked is None else asked
+
+
+def _longer(content: Any, text: str) -> Any:
+    """The content of a message, a text or a list of parts, with `text` behind its last text."""
+    if isinstance(content, str):
+        return content + text
+    parts = list(content)
+    at = max(index for index, part in enumerate(parts) if "text" in part)
+    parts[at] = {**parts[at], "text": parts[at]["text"] + text}
+    return parts
 
 
 def _trimmed(rows: list[list[int]], ends: set[int]) -> list[list[int]]:

@@ -144,15 +144,11 @@ def tokenise(
         truncation=True,
         max_length=max_length,
         return_attention_mask=False,
-        return_overflowing_tokens=True,
+        return_truncated=True,
     )
-    rows = encoded["overflow_to_sample_mapping"]
     ids, types = encoded["input_ids"], encoded.get("token_type_ids")
-    first: dict[int, int] = {}
-    for row, text in enumerate(rows):
-        first.setdefault(text, row)
     tokens = [
-        Tokens(ids[row], types[row] if types is not None and any(types[row]) else None)
-        for row in first.values()
+        Tokens(row, types[index] if types is not None and any(types[index]) else None)
+        for index, row in enumerate(ids)
     ]
-    return tokens, len({text for row, text in enumerate(rows) if row != first[text]})
+    return tokens, sum(encoded["truncated"])

@@ -221,17 +221,20 @@ class SentenceEncoder(nn.Module):
         self, texts: list[str], batch_size: int, prompt: str, progress: bool
     ) -> Iterator[tuple[list[int], list[Tokens], Features]]:
         """(indices, tokens, features) of each batch."""
-        skip = self.transformer.prompt_length(prompt) if prompt else 0
         modules = self._modules_after()
+        skips = bool(prompt) and any(not getattr(module, "include_prompt", True) for module in modules)
         cut = 0
         with progress_bar(-(-len(texts) // batch_size), progress) as bar:
             for start, slab in enumerate(chunks(texts, _SLAB * batch_size)):
-                tokens, too_long = self.transformer.tokenise([prompt + text for text in slab])
+                prompted = [prompt + text for text in slab]
+                tokens, too_long = self.transformer.tokenise(prompted)
+                skip = self.transformer.prompt_lengths(prompted, prompt) if skips else [0] * len(slab)
                 cut += too_long
                 for batch in by_length([len(t) for t in tokens], batch_size):
                     chosen = [tokens[i] for i in batch]
                     hidden, ran = run(self.transformer.model, chosen)
-                    features = run_modules(modules, Features(hidden, ran.packed, skip))
+                    lengths = [skip[i] for i in batch]
+                    features = run_modules(modules, Features(hidden, ran.packed, lengths if skips else 0))
                     yield [start * _SLAB * batch_size + i for i in batch], chosen, features
                     bar.update()
         if cut:

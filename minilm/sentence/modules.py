@@ -30,8 +30,8 @@ class Features:
     tokens: Tensor
     """[T, C], packed."""
     packed: Packed
-    prompt_length: int = 0
-    """Tokens of the prompt at the beginning of every text, with the special token before it."""
+    prompt_length: int | Sequence[int] = 0
+    """Tokens of the prompt at the beginning of every text, or of each, with the special token before it."""
     sentence: Tensor | None = None
     """[B, D], from the pooling on."""
 
@@ -132,8 +132,10 @@ class Pooling(Module):
         rows = torch.arange(len(x), device=x.device)  # packed indices of the tokens that count
         offsets = packed.cu_seqlens.long()
         if skip:
-            rows = rows[packed.positions >= skip]
-            offsets = F.pad((offsets.diff() - skip).clamp(min=0).cumsum(0), (1, 0))
+            sizes = offsets.diff()
+            skips = torch.tensor(skip, device=x.device).expand(len(sizes))
+            rows = rows[packed.positions >= skips.repeat_interleave(sizes)]
+            offsets = F.pad((sizes - skips).clamp(min=0).cumsum(0), (1, 0))
         wide = x if x.dtype == torch.float64 else x.float()
 
         def counts() -> Tensor:

@@ -103,10 +103,21 @@ class Transformer(nn.Module):
         """The tokens of each text, cut to `max_seq_length`, and how many texts were cut."""
         return tokenise(self.tokenizer, texts, None, self.max_seq_length)
 
-    def prompt_length(self, prompt: str) -> int:
-        """Tokens that a prompt takes at the beginning of a text, without the special token that ends it."""
-        ids = self.tokenise([prompt])[0][0].ids
-        return len(ids) - (bool(ids) and ids[-1] in self.tokenizer.all_special_ids)
+    def prompt_lengths(self, texts: list[str], prompt: str) -> list[int]:
+        """How many tokens at the beginning of each text, which begins with `prompt`, are of the prompt alone
+        or special tokens before it. A token that has a character of both counts as one of the text."""
+        encoded = self.tokenizer(texts, truncation=True, max_length=self.max_seq_length, verbose=False)
+        found = []
+        for row in encoded.encodings or []:
+            length = 0
+            for index, (sequence, (_, end)) in enumerate(zip(row.sequence_ids, row.offsets, strict=True)):
+                if sequence is None:  # special
+                    continue
+                if end > len(prompt):
+                    break
+                length = index + 1
+            found.append(length)
+        return found
 
     def save(self, folder: Path) -> None:
         """Write model, tokenizer and sentence_bert_config.json."""

@@ -1,32 +1,36 @@
 """Chat templates: a checkpoint's own Jinja program that turns messages into the text it was trained on.
 
-A template is code from a stranger. It runs in jinja2's immutable sandbox: no attributes that lead out of
-it, no changes to what it is given, ranges of at most 100,000; beyond that, repetition (`"x" * n`), the
-length of what it writes and the time it takes have limits here."""
+A template is code from a stranger. It runs in jinja2's immutable sandbox (no attributes that lead out of
+it, no changes to what it is given, ranges of at most 100,000), and that in a process of its own
+(chat_process.py), where its memory, its time and the length of what it writes have limits. So it sees copies
+of the messages and variables, and of what JSON does not know (an image, a function) only the text."""
 
 from __future__ import annotations
 
-import functools
-import json
 import re
-import time
-from collections.abc import Callable, Mapping, Sequence
+import secrets
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from .chat_process import ProcessError, run
 from .vocabulary import TokenizerError
-
-if TYPE_CHECKING:
-    from jinja2 import Template
 
 Messages = Sequence[Mapping[str, Any]]
 
 MAX_CHARACTERS = 20_000_000
 MAX_SECONDS = 20.0
 
-# Around what {% generation %} ... {% endgeneration %} writes; noncharacters, which no text contains.
-_OPEN, _CLOSE = "\ufdd0", "\ufdd1"
+_PROBLEMS = {
+    "long": "writes more than {characters} characters",
+    "late": "runs for more than the {seconds:g} seconds that it may take",
+    "memory": "needs more memory than it may take",
+    "ended": "broke down the process that it ran in",
+    "damaged": "is damaged: {}",
+    "forbidden": "does what the sandbox forbids: {}",
+    "refuses": "refuses these messages: {}",
+    "fails": "fails: {}",
+}
 _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
@@ -58,6 +62,7 @@ def render(
     if continue_final_message:
         name = continue_final_message if isinstance(continue_final_message, str) else "content"
         messages, final = _leave_open(messages, name, template)
+    marks = _marks() if mark_generation else None
     text = _run(
         template,
         {
@@ -66,12 +71,12 @@ def render(
             "tools": tools,
             "documents": documents,
             "add_generation_prompt": add_generation_prompt,
-            "_mark_generation": mark_generation,
         },
+        marks,
     )
     if continue_final_message:
         text = _cut_open(text, final)
-    return _take_marks(text) if mark_generation else (text, [])
+    return _take_marks(text, marks) if marks else (text, [])
 
 
 def read(value: Any, source: str) -> str | dict[str, str] | None:
@@ -132,115 +137,22 @@ def choose(own: str | Mapping[str, str] | None, asked: str | None, tools: Sequen
     return chosen
 
 
-def _run(template: str, variables: Mapping[str, Any]) -> str:
-    import jinja2
-
-    try:
-        compiled = _compile(template)
-        pieces, length = [], 0
-        compiled.environment.deadline = time.monotonic() + MAX_SECONDS  # type: ignore[attr-defined]
-        for piece in compiled.generate(**variables):
-            pieces.append(piece)
-            length += len(piece)
-            if length > MAX_CHARACTERS:
-                raise ChatTemplateError(f"the chat template writes more than {MAX_CHARACTERS} characters")
-        return "".join(pieces)
-    except ChatTemplateError:
-        raise
-    except jinja2.TemplateSyntaxError as problem:
-        raise ChatTemplateError(
-            f"the chat template is damaged: line {problem.lineno}: {problem.message}"
-        ) from problem
-    except jinja2.exceptions.SecurityError as problem:
-        raise ChatTemplateError(f"the chat template does what the sandbox forbids: {problem}") from problem
-    except jinja2.TemplateError as problem:  # among them what the template says with raise_exception()
-        raise ChatTemplateError(f"the chat template refuses these messages: {problem}") from problem
-    except Exception as problem:  # a template can raise whatever Python can: TypeError, RecursionError, ...
-        raise ChatTemplateError(f"the chat template fails: {type(problem).__name__}: {problem}") from problem
-
-
-@functools.lru_cache(maxsize=32)
-def _compile(template: str) -> Template:
+def _run(template: str, variables: Mapping[str, Any], marks: tuple[str, str] | None) -> str:
     if not isinstance(template, str):
         raise ChatTemplateError(f"expected a chat template as a string, got {type(template).__name__}")
-    environment = _environment()(trim_blocks=True, lstrip_blocks=True, extensions=_extensions())
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-    compiled: Template = environment.from_string(template)
-    return compiled
-
-
-@functools.cache
-def _environment() -> Any:
-    from jinja2.exceptions import SecurityError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    class Sandbox(ImmutableSandboxedEnvironment):
-        intercepted_binops = frozenset(["*", "**"])
-        deadline = float("inf")
-
-        def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-            if operator == "**":
-                raise SecurityError("powers are not available")
-            for text, count in ((left, right), (right, left)):
-                if (
-                    isinstance(text, (str, list, tuple))
-                    and isinstance(count, int)
-                    and len(text) * count > 1 << 20
-                ):
-                    raise SecurityError(f"a repetition of {len(text)} * {count} is too long")
-            return super().call_binop(context, operator, left, right)
-
-        def call(self, *arguments: Any, **named: Any) -> Any:
-            if time.monotonic() > self.deadline:
-                raise SecurityError(f"it runs for more than {MAX_SECONDS:.0f} seconds")
-            return super().call(*arguments, **named)
-
-    return Sandbox
-
-
-@functools.cache
-def _extensions() -> list[Any]:
-    import jinja2
-    from jinja2.ext import Extension, loopcontrols
-
-    class Generation(Extension):
-        """{% generation %} marks what the assistant wrote; it changes nothing of the text."""
-
-        tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
-
-        def parse(self, parser: Any) -> Any:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            call = self.call_method("_marked", [jinja2.nodes.ContextReference()])
-            return jinja2.nodes.CallBlock(call, [], [], body).set_lineno(line)
-
-        @staticmethod
-        def _marked(context: Any, caller: Callable[[], str]) -> str:
-            text = caller()
-            return f"{_OPEN}{text}{_CLOSE}" if context.get("_mark_generation") else text
-
-    return [Generation, loopcontrols]
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    """jinja2's own filter escapes "<" and "&" for HTML, which models were not trained on."""
-    return json.dumps(
-        value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
+    try:
+        kind, text = run(template, variables, seconds=MAX_SECONDS, characters=MAX_CHARACTERS, marks=marks)
+    except ProcessError as problem:
+        raise ChatTemplateError(f"the chat template cannot run: {problem}") from problem
+    except (ValueError, RecursionError) as problem:  # in a circle, or deeper than JSON goes
+        raise ChatTemplateError(
+            f"the chat template cannot get these messages and variables: {problem}"
+        ) from problem
+    if kind == "text":
+        return text
+    raise ChatTemplateError(
+        f"the chat template {_PROBLEMS[kind].format(text, seconds=MAX_SECONDS, characters=MAX_CHARACTERS)}"
     )
-
-
-def _raise_exception(message: str) -> None:
-    import jinja2
-
-    raise jinja2.TemplateError(message)
 
 
 def _tool(tool: Any) -> Any:
@@ -285,14 +197,21 @@ def _cut_open(text: str, final: str) -> str:
     return kept if text[at:].startswith(_CONTINUE) else kept.rstrip()
 
 
-def _take_marks(text: str) -> tuple[str, list[tuple[int, int]]]:
+def _marks() -> tuple[str, str]:
+    """What goes around the text of {% generation %} ... {% endgeneration %}: of noncharacters and digits
+    that nobody can know before, so that no message contains it."""
+    nonce = secrets.token_hex(8)
+    return f"\ufdd0{nonce}<", f"\ufdd0{nonce}>"
+
+
+def _take_marks(text: str, marks: tuple[str, str]) -> tuple[str, list[tuple[int, int]]]:
     plain: list[str] = []
     spans: list[tuple[int, int]] = []
     length = start = 0
-    for piece in re.split(f"([{_OPEN}{_CLOSE}])", text):
-        if piece == _OPEN:
+    for piece in re.split(f"({marks[0]}|{marks[1]})", text):
+        if piece == marks[0]:
             start = length
-        elif piece == _CLOSE:
+        elif piece == marks[1]:
             spans.append((start, length))
         else:
             plain.append(piece)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -10,6 +10,28 @@ if TYPE_CHECKING:
 
 _REPLACEMENT = "\ufffd"
 _MAX_PENDING = 32
+
+
+def context(decode: Callable[[list[int]], str], ids: Sequence[int]) -> tuple[list[int], str]:
+    """The shortest end of `ids` that has a clean text of its own, and that text: what must be decoded along
+    with the tokens that follow, so that they keep their first space."""
+    for size in range(1, min(len(ids), _MAX_PENDING) + 1):
+        text = decode(list(ids[-size:]))
+        if text.strip() and _REPLACEMENT not in text:
+            return list(ids[-size:]), text
+    tail = list(ids[-_MAX_PENDING:])
+    return tail, decode(tail) if tail else ""
+
+
+def continuation(decode: Callable[[list[int]], str], before: Sequence[int], after: Sequence[int]) -> str:
+    """The text that the ids `after` add to that of the ids `before`. Decoded alone it would lose a space
+    before its first word, and a character of which `before` has the first bytes."""
+    tail, shown = context(decode, before)
+    whole = decode([*tail, *after])
+    for start in (shown, shown.rstrip(_REPLACEMENT)):
+        if whole.startswith(start):
+            return whole[len(start) :]
+    return decode(list(after))
 
 
 class IncrementalDecoder:
@@ -77,14 +99,7 @@ class IncrementalDecoder:
 
     def _move_past(self, ids: list[int]) -> None:
         """Makes the shortest end of `ids` that has a clean text of its own the context for what follows."""
-        for size in range(1, len(ids) + 1):
-            text = self._decode(ids[-size:])
-            if text.strip() and _REPLACEMENT not in text:
-                self._window, self._shown = ids[-size:], text
-                break
-        else:
-            self._window = ids[-_MAX_PENDING:]
-            self._shown = self._decode(self._window)
+        self._window, self._shown = context(self._decode, ids)
         self._context = len(self._window)
 
     def _decode(self, ids: list[int]) -> str:

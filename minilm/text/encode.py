@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from .output import BatchEncoding
 from .special import Vocabulary
+from .truncate import lengths, many_windows, read, shorten
 from .vocabulary import TokenizerError, backend_errors
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class TextEncoder(Vocabulary):
         return_special_tokens_mask: bool = False,
         return_offsets_mapping: bool = False,
         return_length: bool = False,
+        return_truncated: bool = False,
         split_special_tokens: bool | None = None,
         verbose: bool = True,
     ) -> BatchEncoding:
@@ -81,6 +83,7 @@ class TextEncoder(Vocabulary):
                 whose.
             return_tensors: "pt", "np", or None for lists.
             return_*: which further values; token types and attention mask by default as the model takes them.
+                `return_truncated`, which transformers has not, says of each text whether it was cut.
 
         Lists come back for one text and lists of lists for several; tensors are [B, S] for both.
         """
@@ -89,13 +92,19 @@ class TextEncoder(Vocabulary):
         )
         batched, inputs = _inputs(text, text_pair, is_split_into_words)
         paired = any(isinstance(item, tuple) for item in inputs)
+        if is_split_into_words:
+            _check_words(self.backend_tokenizer, inputs)
         if truncation != "do_not_truncate":
             self._check_room(max_length, stride, paired, add_special_tokens)
-        encodings = self._encode_batch(
+        encodings, cut = self._encode_batch(
             inputs,
             add_special_tokens,
             is_split_into_words,
-            truncation={"max_length": max_length, "stride": stride, "strategy": truncation},
+            truncation={
+                "max_length": max_length,
+                "stride": stride if return_overflowing_tokens else 0,  # of use only for several windows
+                "strategy": truncation,
+            },
             padding={
                 "length": max_length if padding == "max_length" else None,
                 "direction": padding_side or self.padding_side,
@@ -107,6 +116,7 @@ class TextEncoder(Vocabulary):
             if split_special_tokens is None
             else split_special_tokens,
             overflow=return_overflowing_tokens and truncation != "do_not_truncate",
+            tell=return_truncated,
         )
         rows: list[Encoding] = []
         sample: list[int] = []
@@ -130,6 +140,8 @@ class TextEncoder(Vocabulary):
             data["length"] = [len(row.ids) for row in rows]
         if return_overflowing_tokens:
             data["overflow_to_sample_mapping"] = sample
+        if return_truncated:
+            data["truncated"] = [cut[index] for index in sample]
         if max_length is None and verbose:
             self._warn_too_long(max((len(row.ids) for row in rows), default=0))
         if not batched and return_tensors is None and not return_overflowing_tokens:
@@ -226,31 +238,59 @@ class TextEncoder(Vocabulary):
         padding: Mapping[str, Any] | None,
         split_special_tokens: bool,
         overflow: bool = False,
-    ) -> list[Encoding]:
-        """The backend keeps truncation and padding as state; the lock makes them arguments of this call.
+        tell: bool = False,
+    ) -> tuple[list[Encoding], list[bool]]:
+        """The encodings, and with `tell` whether each text was cut. The backend keeps truncation and padding
+        as state; the lock makes them arguments of this call.
 
-        With `overflow`, texts are read to their end before they are cut: tokenizers 0.23 stops reading at the
-        truncation, and what comes after is lost (huggingface/tokenizers#2091)."""
+        With `overflow` or `tell`, texts are read to their end before they are cut: tokenizers 0.23 stops
+        reading at the truncation, and what comes after is lost (huggingface/tokenizers#2091). So are pairs of
+        long texts, which are cut here unless all windows are asked for."""
         backend = self.backend_tokenizer
         whole: list[tuple[Encoding, Encoding | None]] = []
+        most, strategy = truncation["max_length"], truncation["strategy"]
+        cuts = strategy != "do_not_truncate"
+        apart = overflow or (cuts and (tell or any(many_windows(item, most, strategy) for item in inputs)))
+        cut = [False] * len(inputs)
+        found: list[Encoding]
         with self._lock:
             try:
                 with backend_errors("encoding"):
                     if backend.encode_special_tokens != split_special_tokens:
                         backend.encode_special_tokens = split_special_tokens
-                    if overflow:
+                    if apart:
                         whole = _whole(backend, inputs, split)
-                    if truncation["strategy"] != "do_not_truncate":
+                        rooms = [
+                            most - (backend.num_special_tokens_to_add(pair) if add_special_tokens else 0)
+                            for pair in (False, True)
+                        ]
+                        for index, (a, b) in enumerate(whole):
+                            cut[index] = len(a) + (0 if b is None else len(b)) > rooms[b is not None]
+                            if cut[index] and b is not None and not overflow:
+                                side = self.truncation_side
+                                kept = len(a), len(b)
+                                if strategy == "longest_first":
+                                    kept = read(a, most, side), read(b, most, side)
+                                kept = lengths(*kept, rooms[True], strategy)
+                                whole[index] = shorten(a, kept[0], side), shorten(b, kept[1], side)
+                    if cuts:
                         backend.enable_truncation(direction=self.truncation_side, **truncation)
+                    token: dict[str, Any] = {
+                        "pad_id": self.pad_token_id,
+                        "pad_token": self.pad_token,
+                        "pad_type_id": self.pad_token_type_id,
+                    }
+                    if apart:
+                        found = [backend.post_process(a, b, add_special_tokens) for a, b in whole]
+                        if padding is not None:
+                            _pad(found, {**token, **padding}, overflow)
+                        return found, cut
                     if padding is not None:
-                        token: dict[str, Any] = {"pad_id": self.pad_token_id, "pad_token": self.pad_token}
-                        backend.enable_padding(pad_type_id=self.pad_token_type_id, **token, **padding)
-                    if overflow:
-                        return [backend.post_process(a, b, add_special_tokens) for a, b in whole]
-                    found: list[Encoding] = backend.encode_batch(
+                        backend.enable_padding(**token, **padding)
+                    found = backend.encode_batch(
                         inputs, is_pretokenized=split, add_special_tokens=add_special_tokens
                     )
-                    return found
+                    return found, cut
             except TokenizerError:
                 _blame(inputs)
                 raise
@@ -291,6 +331,18 @@ def _whole(backend: Backend, inputs: Sequence[Any], split: bool) -> list[tuple[E
     finally:
         backend.post_processor = processor
     return [(a, None if b is None else next(seconds)) for a, (_, b) in zip(firsts, pairs, strict=True)]
+
+
+def _pad(encodings: Sequence[Encoding], padding: dict[str, Any], overflow: bool) -> None:
+    """Pads all to one length, the windows beyond the first too: the library pads what it is given at once."""
+    length, multiple = padding.pop("length"), padding.pop("pad_to_multiple_of")
+    if length is None:
+        rows = (row for first in encodings for row in (first, *(first.overflowing if overflow else ())))
+        length = max(map(len, rows), default=0)
+    if multiple:
+        length = -(-length // multiple) * multiple
+    for encoding in encodings:
+        encoding.pad(length, **padding)
 
 
 def _asked(value: bool | None, default: bool) -> bool:
@@ -346,6 +398,29 @@ def _inputs(text: Any, pair: Any, split: bool) -> tuple[bool, list[Any]]:
             tuple(check(part, f"text[{i}]") for part in item) if is_pair else check(item, f"text[{i}]")
         )
     return True, rows
+
+
+def _check_words(backend: Backend, inputs: Sequence[Any]) -> None:
+    """A tokenizer with tokens for spaces that puts none before a word would read a list of words as one
+    word, in silence; it is refused, unless the words bring their spaces along."""
+    normalizer, pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+
+    def seen(text: str) -> str:
+        """What of a text comes to the model."""
+        text = text if normalizer is None else normalizer.normalize_str(text)
+        pieces = [(text, (0, 0))] if pre_tokenizer is None else pre_tokenizer.pre_tokenize_str(text)
+        return "".join(piece for piece, _ in pieces)
+
+    lone = seen("b")
+    if any(mark in seen("a b") and mark not in lone for mark in (" ", "\u0120", "\u2581")):
+        for index, item in enumerate(inputs):
+            for words in item if isinstance(item, tuple) else (item,):
+                glued = next((word for word in words[1:] if word[:1].strip()), None)
+                if glued is not None:
+                    raise TokenizerError(
+                        f"text[{index}]: this tokenizer would read the word {glued!r:.60} without the space "
+                        "before it: load it with add_prefix_space=True, or give the words with their spaces"
+                    )
 
 
 def _blame(inputs: Sequence[Any]) -> None:

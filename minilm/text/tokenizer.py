@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import threading
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -274,10 +275,11 @@ class Tokenizer(TextEncoder):
             **(tokenizer_kwargs or {}),
         )
         if return_assistant_tokens_mask:
-            masks = [
-                _mask_of(row, spans) for row, (_, spans) in zip(out.encodings or [], rendered, strict=True)
-            ]
-            out["assistant_masks"] = masks if batched or return_tensors else masks[0]
+            nested = batched or return_tensors or "overflow_to_sample_mapping" in out
+            rows = out.encodings or []
+            whose = out.get("overflow_to_sample_mapping", range(len(rows)))
+            masks = [_mask_of(row, rendered[int(i)][1]) for row, i in zip(rows, whose, strict=True)]
+            out["assistant_masks"] = masks if nested else masks[0]
             out.convert_to_tensors(return_tensors)
         return out if return_dict else out["input_ids"]
 
@@ -364,13 +366,12 @@ def _checked(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _mask_of(row: Encoding, spans: Sequence[tuple[int, int]]) -> list[int]:
-    """1 for the tokens of the characters in `spans`."""
+    """1 for the tokens that have a character in `spans`. A token without characters (pipelines leave white
+    space out of the offsets, and a token of nothing else keeps only its end) belongs where it ends."""
+    kept = sorted((first, last) for first, last in spans if first < last)
+    lasts = [last for _, last in kept]
     mask = [0] * len(row.ids)
-    for first, end in spans:
-        start = row.char_to_token(first)
-        if start is None or end <= first:
-            continue
-        last = row.char_to_token(end - 1)
-        stop = len(mask) if last is None else last + 1
-        mask[start:stop] = [1] * (stop - start)
+    for index, (start, end) in enumerate(row.offsets):
+        at = bisect_right(lasts, start) if start < end else bisect_left(lasts, end)
+        mask[index] = int(at < len(kept) and kept[at][0] < end)
     return mask

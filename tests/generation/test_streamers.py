@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import cache
 from queue import Empty
 from threading import Thread
 from typing import Any
 
 import pytest
+import tokenizer_folders as folders
 import torch
 import transformers
 from hypothesis import assume, given
@@ -14,6 +16,7 @@ from hypothesis import strategies as st
 from strategies import examples
 from tiny_decoders import CORPUS, VOCABULARY, decoder, prompts
 
+from minilm import AutoTokenizer
 from minilm.generation.stopping import GrowingText
 from minilm.generation.streamers import TextIteratorStreamer, TextStreamer
 
@@ -21,6 +24,11 @@ from minilm.generation.streamers import TextIteratorStreamer, TextStreamer
 def tokenizers() -> tuple[Any, Any]:
     d = decoder("llama")
     return d.tokenizer, d.their_tokenizer
+
+
+@cache
+def folder_tokenizer(kind: str) -> Any:
+    return AutoTokenizer.from_pretrained(getattr(folders, kind)())
 
 
 texts = st.one_of(st.sampled_from(CORPUS), st.text(max_size=30), st.text("ab \n京,", max_size=30))
@@ -50,7 +58,41 @@ def test_the_pieces_are_those_of_transformers(
                 streamer.put(torch.tensor([token]))
             streamer.end()
         found.append(pieces)
+    if skip_prompt and theirs.decode(ids[:prompt], skip_special_tokens=skip_special_tokens).endswith(
+        "\ufffd"
+    ):
+        return  # a character that the prompt began comes whole here, and in pieces there
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("kind", ["llama", "xlm_roberta", "gpt2"])
+@given(
+    prompt=folders.texts(),
+    text=st.one_of(
+        folders.texts(), st.text("ab \n", max_size=30).map(lambda t: f" {t}\n    return {t}\n  x")
+    ),
+    skip_prompt=st.booleans(),
+)
+def test_spaces_are_kept(kind: str, prompt: str, text: str, skip_prompt: bool) -> None:
+    """The first one, and the indentation behind a line break: sentencepiece drops both when what follows is
+    decoded alone. All pieces together are what the new tokens add to the text."""
+    tokenizer = folder_tokenizer(kind)
+    before = tokenizer.encode(prompt)
+    after = tokenizer.encode(text, add_special_tokens=False)
+    pieces: list[str] = []
+
+    class Streamer(TextStreamer):
+        def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+            pieces.append(text)
+
+    streamer = Streamer(tokenizer, skip_prompt)
+    streamer.put(torch.tensor([before], dtype=torch.int64))
+    for token in after:
+        streamer.put(torch.tensor([token]))
+    streamer.end()
+    whole, start = tokenizer.decode([*before, *after]), tokenizer.decode(before)
+    if whole.startswith(start):
+        assert "".join(pieces) == (whole[len(start) :] if skip_prompt else whole)
 
 
 def test_a_streamer_prints(capsys: pytest.CaptureFixture[str]) -> None:

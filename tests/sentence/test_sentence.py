@@ -18,6 +18,7 @@ from sentence_transformers.sentence_transformer.modules import LayerNorm, Poolin
 from tiny_models import TEXTS, save_decoder, save_model
 from tiny_sentence import build
 
+from minilm import AutoModel
 from minilm.files.hub import resolve
 from minilm.model.batch import pack
 from minilm.sentence.encoder import SentenceEncoder
@@ -283,6 +284,36 @@ def test_pooling_without_the_prompt(tmp_path: Path, modes: tuple[Any, ...]) -> N
         (model.encode_document, reference.encode_document),
     ):
         np.testing.assert_allclose(ours("anna"), theirs("anna"), atol=ATOL, rtol=0)
+
+
+@pytest.mark.parametrize("prompt", ["query: ", "query:", "q", "\n", "Anna  "])
+@pytest.mark.parametrize("mode", ["mean", "max", "cls", "lasttoken", "weightedmean", "mean_sqrt_len_tokens"])
+def test_a_prompt_that_ends_within_a_token(tmp_path: Path, prompt: str, mode: str) -> None:
+    """Its last space is part of the text's first token, which counts; in other texts it is not.
+    Expected is what pooling gives for the kept tokens alone."""
+    folder = save_decoder(tmp_path / "model", "gpt2", chat=False)
+    pooling = OurPooling(24, mode, include_prompt=False)
+    encoder = SentenceEncoder(modules=[Transformer(AutoModel.from_pretrained(folder)), pooling], device="cpu")
+    texts = ["tea", " tea", "green tea", "Anna lives", "\n", "é", ""]
+    found = quiet(encoder, texts, prompt=prompt)
+    tokenizer = encoder.tokenizer
+    for text, vector in zip(texts, found, strict=True):
+        [hidden] = quiet(encoder, [text], prompt=prompt, output_value="token_embeddings")
+        ends_at = [end for _, end in tokenizer(prompt + text, return_offsets_mapping=True)["offset_mapping"]]
+        kept = [place for place, end in enumerate(ends_at) if end > len(prompt)]
+        rows = torch.as_tensor(hidden)[kept].double()
+        weights = torch.tensor(kept, dtype=torch.float64)[:, None] + 1
+        expected = torch.zeros(24, dtype=torch.float64)
+        if kept:
+            expected = {
+                "mean": rows.mean(0),
+                "max": rows.max(0).values,
+                "cls": rows[0],
+                "lasttoken": rows[-1],
+                "weightedmean": (rows * weights).sum(0) / weights.sum(),
+                "mean_sqrt_len_tokens": rows.sum(0) / len(kept) ** 0.5,
+            }[mode]
+        np.testing.assert_allclose(vector, expected.numpy(), atol=ATOL, rtol=1e-4, err_msg=repr(text))
 
 
 def test_a_text_without_tokens_pools_to_zeros() -> None:

@@ -12,7 +12,7 @@ import tokenizer_folders as folders
 from hypothesis import given
 from strategies import examples
 
-from minilm.text import AutoTokenizer, IncrementalDecoder, Tokenizer
+from minilm.text import AutoTokenizer, IncrementalDecoder, Tokenizer, continuation
 
 KINDS: dict[str, Callable[[], Path]] = {
     "wordpiece": folders.wordpiece,
@@ -97,6 +97,22 @@ def test_text_that_continues_a_prompt(kind: str, prompt: str, text: str) -> None
     found = decoder.push(after) + decoder.flush()
     whole = tokenizer.decode(before + after, skip_special_tokens=True)
     assert tokenizer.decode(before, skip_special_tokens=True) + found == whole
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "xlm-roberta", "sentencepiece"])
+@examples(60)
+@given(prompt=folders.texts(), text=folders.texts(), cut=st.integers(0, 5))
+def test_continuation(kind: str, prompt: str, text: str, cut: int) -> None:
+    """All at once, and with a prompt that ends within a character."""
+    tokenizer = tokenizer_of(kind)
+    ids = [*tokenizer.encode(prompt), *tokenizer.encode(text, add_special_tokens=False)]
+    at = max(0, len(tokenizer.encode(prompt)) - cut)
+    found = continuation(tokenizer.decode, ids[:at], ids[at:])
+    start, whole = tokenizer.decode(ids[:at]), tokenizer.decode(ids)
+    if whole.startswith(start) and "\ufffd" not in start:
+        assert start + found == whole
+    elif whole.startswith(start.rstrip("\ufffd")) and "\ufffd" not in whole:
+        assert start.rstrip("\ufffd") + found == whole
 
 
 def test_long_runs_take_linear_time() -> None:

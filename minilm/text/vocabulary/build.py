@@ -144,7 +144,8 @@ def plain_sentencepiece(model: SentencePieceModel) -> Backend:
     with backend_errors(str(model.file)):
         steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
         if model.remove_extra_whitespaces:
-            steps += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+            # In this order: " +\z" alone looks through a run of spaces from each of them.
+            steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(r"\A | \z"), "")]
         if model.add_dummy_prefix:
             steps.append(normalizers.Prepend(SPACE))
         steps.append(normalizers.Replace(" ", SPACE))

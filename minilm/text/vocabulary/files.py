@@ -8,7 +8,7 @@ padding or truncation that someone left in tokenizer.json is dropped: what rules
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,7 +120,8 @@ def _complete(
             settings[name] = text
     if family.mask_takes_space and "mask_token" in settings:
         flags.setdefault(settings["mask_token"], {"lstrip": True})
-    _add_tokens(backend, settings, flags, added, source)
+    given = {t.content for t in overrides.values() if hasattr(t, "content") and hasattr(t, "lstrip")}
+    _add_tokens(backend, settings, flags, added, given, source)
 
     framed = backend.post_processor is not None
     for name, token, at, default in (
@@ -258,9 +259,8 @@ def _read_special_tokens(settings: dict[str, Any], path: str) -> dict[str, dict[
             }
             return str(value["content"])
         if hasattr(value, "content") and hasattr(value, "lstrip"):  # a tokenizers.AddedToken
-            return text_of(
-                key, {name: getattr(value, name) for name in ("content", "lstrip", "rstrip", "normalized")}
-            )
+            names = ("content", "lstrip", "rstrip", "single_word", "normalized")
+            return text_of(key, {name: getattr(value, name) for name in names})
         if not isinstance(value, str):
             raise TokenizerError(f"{path}: {key} is {value!r:.60}, expected a string")
         return value
@@ -286,36 +286,58 @@ def _add_tokens(
     settings: Mapping[str, Any],
     flags: Mapping[str, Mapping[str, bool]],
     added: Mapping[str, Any],
+    asked: Set[str],
     path: str,
 ) -> None:
-    """Makes the special tokens, and those that the files add to the vocabulary, known to `backend`."""
+    """Makes the special tokens, and those that the files add to the vocabulary, known to `backend`.
+
+    Of a token that it knows, the flags in tokenizer_config.json's added_tokens_decoder go before those in
+    tokenizer.json, as in transformers, and a token that has a name (mask_token) is special; `asked` are
+    tokens whose flags the caller gave, which go before all.
+    """
     from tokenizers import AddedToken
 
-    special = [text for key, text in settings.items() if key.endswith("_token") and isinstance(text, str)]
-    special += settings["extra_special_tokens"]
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    named = [text for key, text in settings.items() if key.endswith("_token") and isinstance(text, str)]
+    special = [*named, *settings["extra_special_tokens"]]
+    known = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     numbered: dict[int, AddedToken] = {}
+    decoder = added["added_tokens_decoder"] or {}
     try:
-        for index, token in (added["added_tokens_decoder"] or {}).items():
+        for index, token in decoder.items():
             numbered[int(index)] = token if isinstance(token, AddedToken) else AddedToken(**token)
         for text, index in (added["added_tokens"] or {}).items():
             numbered[int(index)] = AddedToken(text, normalized=text not in special, special=text in special)
     except (TypeError, ValueError, AttributeError) as problem:
         raise TokenizerError(f"{path}: the added tokens are damaged: {problem}") from problem
+    new: dict[str, int] = {}
+    batch: list[AddedToken] = []
+    for index, token in sorted(numbered.items(), key=lambda item: item[0]):
+        there = known.get(token.content)
+        if there is None:
+            new[token.content] = index
+        elif not decoder or _same(token, there):
+            continue  # tokenizer.json goes before added_tokens.json, and behind added_tokens_decoder
+        token.special = token.special or token.content in special
+        batch.append(token)
+    touched = {token.content for token in batch} | asked
+    for text in dict.fromkeys(named):
+        there = known.get(text)
+        if there is not None and not there.special and text not in touched:
+            there.special = True
+            batch.append(there)
+    for text in dict.fromkeys(special):
+        if text in asked or (text not in known and text not in new):
+            batch.append(AddedToken(text, special=True, **flags.get(text, {})))
     with backend_errors(f"{path}: special tokens"):
-        for index, token in sorted(numbered.items(), key=lambda item: item[0]):
-            if token.content in known:
-                continue
-            backend.add_tokens([token])
-            known.add(token.content)
-            if backend.token_to_id(token.content) != index:
-                raise TokenizerError(
-                    f"{path}: the added token {token.content!r} has id {index}, but the next one would be "
-                    f"{backend.token_to_id(token.content)}"
-                )
-        new = [
-            AddedToken(text, special=True, **flags.get(text, {}))
-            for text in dict.fromkeys(special)
-            if text not in known
-        ]
-        backend.add_tokens(new)
+        backend.add_tokens(batch)  # at once: the library prepares its search anew each time
+    for text, index in new.items():
+        if backend.token_to_id(text) != index:
+            raise TokenizerError(
+                f"{path}: the added token {text!r} has id {index}, but the next one would be "
+                f"{backend.token_to_id(text)}"
+            )
+
+
+def _same(one: AddedToken, other: AddedToken) -> bool:
+    names = ("content", "lstrip", "rstrip", "single_word", "normalized", "special")
+    return all(getattr(one, name) == getattr(other, name) for name in names)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from .errors import TokenizerError
+from .limits import check_charsmap
 
 _MAX_BYTES = 256 << 20
 
@@ -80,6 +81,7 @@ def read_sentencepiece(path: Path) -> SentencePieceModel:
             raise
         hint = " (it looks like a tiktoken file; tokenizer.json is needed)" if _is_tiktoken(data) else ""
         raise TokenizerError(f"{path}: not a sentencepiece model: {problem}{hint}") from problem
+    check_charsmap(model.charsmap, str(path))
     if not model.pieces:
         raise TokenizerError(f"{path}: a sentencepiece model without pieces")
     if model.piece(model.unk_id) is None:

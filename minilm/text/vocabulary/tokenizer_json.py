@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...files import read_json
-from .build import SPACE
+from .build import SPACE, SPLITTINGS
 from .errors import TokenizerError, backend_errors
 from .families import GENERIC, Family
+from .limits import check, check_ids
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
@@ -37,6 +38,7 @@ def from_tokenizer_json(
     from tokenizers import Tokenizer
 
     data = read_json(path, error=TokenizerError)
+    check(data, str(path), known=tuple(pattern for kind in SPLITTINGS.values() for pattern in kind.patterns))
     before = copy.deepcopy([data.get(name) for name in _STEPS])
     _apply(data, settings, overrides if family is GENERIC else settings)
     if family.name == "LlamaTokenizer":
@@ -48,6 +50,7 @@ def from_tokenizer_json(
             backend = Tokenizer.from_str(json.dumps(data))
         backend.no_truncation()
         backend.no_padding()
+        check_ids(backend, data, str(path))
         backend.decode(backend.encode("a b", "c").ids)  # some damage shows only in use
     return backend
 
