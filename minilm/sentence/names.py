@@ -28,9 +28,12 @@ def answering_to(
 
     def wrap(function: F) -> F:
         who = function.__qualname__.removesuffix(".__init__")
+        other = frozenset((*older, *also, *without_effect, *_UNSET))
 
         @wraps(function)
         def call(self: Any, *args: Any, **options: Any) -> Any:
+            if len(args) <= places and other.isdisjoint(options):  # the usual call
+                return function(self, *args, **options)
             options = renamed(who, options, older)
             for name, ours in also.items():
                 if name in options:
