@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from ..config import ConfigError, ModelConfig
 from ..families import Family, Head, PretrainedConfig
-from ..files import Checkpoint, WeightError, open_checkpoint, read_json, resolve
+from ..files import (
+    MOST_CONFIG,
+    Checkpoint,
+    WeightError,
+    has_file,
+    open_checkpoint,
+    read_json,
+    resolve,
+    saving,
+)
 from ..weights import LoadReport, load_weights, save_weights
 from .quantized import describe, install, quantized_matrices, wanted_formats
 
@@ -47,10 +56,10 @@ def read_config(path: Path, **overrides: Any) -> PretrainedConfig:
         with GGUFCheckpoint(gguf) as checkpoint:
             return PretrainedConfig.from_dict(checkpoint.hf_config(), **overrides)
     file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
+    if not has_file(file, error=ConfigError):
         raise ConfigError(f"{path} has no config.json, so the kind of the model is not known")
     try:
-        return PretrainedConfig.from_dict(read_json(file, error=ConfigError), **overrides)
+        return PretrainedConfig.from_dict(read_json(file, limit=MOST_CONFIG, error=ConfigError), **overrides)
     except ConfigError as error:
         raise ConfigError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
 
@@ -58,7 +67,7 @@ def read_config(path: Path, **overrides: Any) -> PretrainedConfig:
 def _gguf_file(path: Path) -> Path | None:
     if path.is_file():
         return path if path.suffix == ".gguf" else None
-    if (path / "config.json").is_file():
+    if has_file(path / "config.json", error=ConfigError):
         return None
     found = sorted(path.glob("*.gguf"))
     if len(found) > 1:
@@ -237,12 +246,14 @@ class Checkpointed(nn.Module):
                     initialise(name, parameter, std)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, max_shard_size: str = "5GB") -> None:
-        """Write config.json, safetensors and the generation defaults into a folder that transformers loads;
-        nothing partial stays behind."""
+        """Write config.json, safetensors and the generation defaults into a folder that transformers loads.
+
+        They take the place of an earlier model there together: whenever the process ends, the folder has the
+        one or the other (`minilm.files.saving`). Other files stay.
+        """
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"{folder} is a file; save_pretrained writes a folder")
-        folder.mkdir(parents=True, exist_ok=True)
         options = self.config.to_dict()
         options.pop("quantization_config", None)
         config = PretrainedConfig.from_dict(options)
@@ -252,18 +263,19 @@ class Checkpointed(nn.Module):
         config.architectures = [self.family.class_name(self.head_kind)]
         config.dtype = self.dtype
         family, head = self.family, self.head_kind
-        save_weights(
-            self,
-            folder,
-            family.rules(head),
-            family.prefix(head),
-            max_shard_size=max_shard_size,
-            matrices=quantized_matrices(self),
-        )
-        config.save_pretrained(folder)
         generation = getattr(self, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(folder)
+        with saving(folder) as new:
+            save_weights(
+                self,
+                new,
+                family.rules(head),
+                family.prefix(head),
+                max_shard_size=max_shard_size,
+                matrices=quantized_matrices(self),
+            )
+            config.save_pretrained(new)
+            if generation is not None:
+                generation.save_pretrained(new)
 
 
 def initialise(name: str, parameter: Tensor, std: float) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path, PurePosixPath
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..files import FileError, is_bundled, read_json, resolve
+from ..files import MOST_CONFIG, FileError, has_file, is_bundled, read_json, read_json_value, resolve
 from .modules import KINDS, Pooling
 from .transformer import Transformer
 
@@ -64,7 +63,7 @@ def load(
     model_options = {"dtype": dtype, **model_options}
     path = resolve(name, **hub)
 
-    if not (path / "modules.json").is_file():
+    if not has_file(path / "modules.json"):
         transformer = Transformer.load(path, "", device, model_options, tokenizer_options)
         architectures = transformer.model.config.get("architectures") or [""]
         decoder = architectures[0].endswith("ForCausalLM") or path.is_file()
@@ -72,7 +71,7 @@ def load(
         logger.warning("%s has no modules.json: its tokens are pooled as %s", name, pooling.modes[0])
         return [transformer, pooling], {}
     file = path / "config_sentence_transformers.json"
-    stored = read_json(file) if file.is_file() else {}
+    stored = read_json(file, limit=MOST_CONFIG) if has_file(file) else {}
     kind = stored.get("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
         raise FileError(f"{file}: the model is a {kind}, expected a SentenceTransformer")
@@ -88,9 +87,9 @@ def load(
 def listed_modules(file: Path) -> list[tuple[str, str]]:
     """The folder and the kind of each module in modules.json."""
     try:
-        listed = json.loads(file.read_text(encoding="utf-8"))
+        listed = read_json_value(file, limit=MOST_CONFIG)
         found = [(str(entry["path"]), str(entry["type"])) for entry in listed]
-    except (ValueError, KeyError, TypeError, RecursionError) as problem:
+    except (KeyError, TypeError) as problem:
         raise FileError(f"{file}: expected a list of modules with path and type: {problem}") from problem
     modules = []
     for index, (place, name) in enumerate(found):

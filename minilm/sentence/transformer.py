@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..files import open_checkpoint, read_json
+from ..files import MOST_CONFIG, has_file, open_checkpoint, read_json, saving
 from ..model import AutoModel
 from ..text import AutoTokenizer, Tokenizer
 from .batching import Tokens, tokenise, window
@@ -59,8 +59,8 @@ class Transformer(nn.Module):
         """Read the module in the folder `place` of the model's folder (or the GGUF file) `path`."""
         folder = path / place if place else path
         files = [folder / f"sentence_{name}_config.json" for name in _CONFIGS]
-        file = next((file for file in files if file.is_file()), None)
-        config = read_json(file) if file is not None else {}
+        file = next((file for file in files if has_file(file)), None)
+        config = read_json(file, limit=MOST_CONFIG) if file is not None else {}
         longest, lower = config.pop("max_seq_length", None), bool(config.pop("do_lower_case", False))
         if file is not None:
             _check(file, config)
@@ -110,10 +110,11 @@ class Transformer(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write model, tokenizer and sentence_bert_config.json."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
         config = {"max_seq_length": self.max_seq_length, "do_lower_case": self.do_lower_case}
-        write_json(folder / "sentence_bert_config.json", config)
+        with saving(folder, replaces=[f"sentence_{name}_config.json" for name in _CONFIGS]) as new:
+            self.model.save_pretrained(new)
+            self.tokenizer.save_pretrained(new)
+            write_json(new / "sentence_bert_config.json", config)
 
 
 def _check(file: Path, config: dict[str, Any]) -> None:

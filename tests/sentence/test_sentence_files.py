@@ -15,8 +15,8 @@ from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import Pooling
 from tiny_sentence import build
 
+from minilm.files import FileError
 from minilm.files.checkpoint import WeightError
-from minilm.files.hub import FileError
 from minilm.sentence.encoder import SentenceEncoder
 
 
