@@ -2,6 +2,7 @@
 
 from .checkpoint import Checkpoint, TensorInfo, WeightError
 from .gguf import GGUFCheckpoint
+from .gguf_config import default_token
 from .gguf_file import read_gguf_metadata
 from .hub import (
     CONFIG_FILES,
@@ -51,6 +52,7 @@ __all__ = [
     "SafetensorsCheckpoint",
     "TensorInfo",
     "WeightError",
+    "default_token",
     "file_size",
     "has_file",
     "is_bundled",

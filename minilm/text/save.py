@@ -6,7 +6,7 @@ import json
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
-from ..files import saving
+from ..files import FileError, saving
 from .vocabulary import TokenizerError, backend_errors
 
 # tokenizer.json has the bos and eos that texts get, and transformers takes these two for a wish to change it.
@@ -72,7 +72,7 @@ def save(tokenizer: Savable, folder: Path) -> tuple[str, ...]:
             for name, text in files.items():
                 (new / name).parent.mkdir(exist_ok=True)
                 (new / name).write_text(text, encoding="utf-8", newline="")
-    except OSError as problem:
+    except (OSError, FileError) as problem:
         raise TokenizerError(f"{folder}: cannot save the tokenizer: {problem}") from problem
     return tuple(str(folder / name) for name in files)
 

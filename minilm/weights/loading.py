@@ -50,6 +50,7 @@ from ..files import (
     INDEX,
     SINGLE,
     Checkpoint,
+    FileError,
     SafetensorsCheckpoint,
     TensorInfo,
     WeightError,
@@ -314,7 +315,7 @@ def save_weights(
             if len(shards) > 1:
                 (new / INDEX).write_text(_index(files, shards), encoding="utf-8")
                 files = [*files, INDEX]
-    except (OSError, SafetensorError) as error:
+    except (OSError, FileError, SafetensorError) as error:
         raise WeightError(f"{folder}: the weights cannot be written: {error}") from error
     return [folder / file for file in files]
 
