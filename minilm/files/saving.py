@@ -69,7 +69,7 @@ def saving(folder: str | os.PathLike[str], *, replaces: Sequence[str] = ()) -> I
             yield folder
             return
     if os.path.lexists(folder) and not folder.is_dir():
-        raise FileError(f"{folder}: expected a folder to save into, and this is something else")
+        raise FileError(f"{folder}: cannot be written to: expected a folder, and this is something else")
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     settle(folder)

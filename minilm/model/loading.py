@@ -264,7 +264,8 @@ class Checkpointed(nn.Module):
         config.dtype = self.dtype
         family, head = self.family, self.head_kind
         generation = getattr(self, "generation_config", None)
-        with saving(folder) as new:
+        # Without one of its own, a model goes by its config.json, and not by what another has left.
+        with saving(folder, replaces=("generation_config.json",)) as new:
             save_weights(
                 self,
                 new,

@@ -229,7 +229,7 @@ def test_a_wrong_type_is_seen_wherever_it_has_another_size(tmp_path: Path) -> No
     data = path.read_bytes()
     read_all(path)
     changed = 0
-    for name, (at, nbytes) in table_of(data).items():
+    for at, nbytes in table_of(data).values():
         for kind in Type:
             block, size = GGML_QUANT_SIZES[kind]
             elements = nbytes // 4

@@ -102,7 +102,7 @@ def test_files_of_a_decoder(tmp_path: Path, name: str, kind: str) -> None:
         "llama", vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
     )
     minilm.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m", max_shard_size="300")
-    (tmp_path / "m" / name).unlink()
+    (tmp_path / "m" / name).unlink(missing_ok=True)
     IN_ITS_PLACE[kind][0](tmp_path / "m" / name)
     with pytest.raises(ValueError, match=name):
         minilm.AutoModelForCausalLM.from_pretrained(tmp_path / "m")

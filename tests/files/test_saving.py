@@ -252,7 +252,7 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "link").symlink_to("nowhere")
     for name in ("file", "link"):
-        with pytest.raises(FileError, match=f"{name}: expected a folder"):
+        with pytest.raises(FileError, match=f"{name}: cannot be written to: expected a folder"):
             save(tmp_path / name)
 
 
