@@ -15,7 +15,7 @@ NATIVE := setup.py $(wildcard csrc/* csrc/*/*)
 export MINILM_BUILD_EXT ?= auto
 export PYTHONWARNINGS ?= ignore:Editable installation
 
-.PHONY: demo test lint format clean bench bench-peers gpu-check compile-report cuda-report kernel-table neon-check sanitize
+.PHONY: demo test lint format clean bench bench-peers gpu-check compile-report cuda-report kernel-table neon-check sanitize fuzz
 .DELETE_ON_ERROR:
 
 demo: .venv/.models
@@ -97,6 +97,10 @@ neon-check: .venv/.base
 
 sanitize: .venv/.test
 	$(BIN)/python tools/sanitize.py
+
+# Damaged model files, two minutes of them: errors, and nothing else.
+fuzz: .venv/.test
+	$(BIN)/python tools/fuzz.py --seconds 120
 
 # Everything that only a GPU can tell, where nothing can be installed: the .venv if there is one, else the system's Python.
 gpu-check:

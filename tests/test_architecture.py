@@ -243,7 +243,7 @@ def test_folders_are_of_a_size_to_be_read() -> None:
 
 
 def test_a_family_knows_its_dialect_and_nothing_else() -> None:
-    """families/ imports the configuration, the rules and other families; what writes config.json, how to save."""
+    """families/ imports the configuration, the rules and other families; what writes config.json may save."""
     for found in IMPORTS:
         if found.importer.startswith("minilm.families") and found.when != "types":
             top = found.imported.split(".")[0]

@@ -211,6 +211,8 @@ class Checkpointed(nn.Module):
         config.dtype = wanted
         if report.quantised:
             model.requires_grad_(False)
+        if weights is None and report.quantised:
+            _check_format(source, config, describe(model))
         if report.quantised or "quantization_config" in config:
             config.quantization_config = describe(model)
         model.load_report = report
@@ -327,6 +329,16 @@ def _stored_format(config: PretrainedConfig, checkpoint: Checkpoint) -> str | No
             f"{checkpoint.path}: config.json says that the weights are quantised ({named}), and none is"
         )
     return None
+
+
+def _check_format(path: Path, config: PretrainedConfig, found: dict[str, str] | None) -> None:
+    """A plane that is lost makes another format of a matrix; what was saved says which it was."""
+    named = config.get("quantization_config", {}).get("format")
+    if named is not None and found is not None and named != found["format"]:
+        raise WeightError(
+            f"{path}: config.json says that the weights are quantised as {named!r}, and the tensors are those "
+            f"of {found['format']!r}: the two do not belong together, or tensors are missing"
+        )
 
 
 def _override(config: PretrainedConfig, overrides: dict[str, Any]) -> None:

@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..files import MOST_CONFIG, has_file, open_checkpoint, read_json, saving
+from ..files import MOST_CONFIG, FileError, has_file, open_checkpoint, read_json, saving
 from ..model import AutoModel
 from ..text import AutoTokenizer, Tokenizer
 from .batching import Tokens, tokenise, window
 from .modules import check_known, write_json
 
 _CONFIGS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+
+
+MOST_TOKENS = 2**31 - 1
 
 
 class Transformer(nn.Module):
@@ -63,6 +66,8 @@ class Transformer(nn.Module):
         config = read_json(file, limit=MOST_CONFIG) if file is not None else {}
         longest, lower = config.pop("max_seq_length", None), bool(config.pop("do_lower_case", False))
         if file is not None:
+            if longest is not None and (type(longest) is not int or not 1 <= longest <= MOST_TOKENS):
+                raise FileError(f"{file}: max_seq_length must be a number from 1, and is {longest!r:.60}")
             _check(file, config)
         with open_checkpoint(folder) as checkpoint:
             pooler = any("pooler." in name for name in checkpoint.tensors)
