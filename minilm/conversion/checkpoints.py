@@ -27,6 +27,7 @@ from ..files import (
     VOCABULARY_FILES,
     WEIGHT_FILES,
     Checkpoint,
+    has_file,
     open_checkpoint,
     resolve,
     saving,
@@ -135,7 +136,7 @@ def _initialised(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
 
 def _write_tokenizer(path: Path, folder: Path) -> bool:
     """The source's own files, or those made of a GGUF file's metadata; False if it has no tokenizer."""
-    if path.is_dir() and any((path / name).is_file() for name in VOCABULARY_FILES):
+    if path.is_dir() and any(has_file(path / name) for name in VOCABULARY_FILES):
         _copy(path, folder, [name for name in TOKENIZER_FILES if name not in CONFIG_FILES])
         return True
     from ..text import AutoTokenizer

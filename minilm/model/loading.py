@@ -336,8 +336,8 @@ def _check_format(path: Path, config: PretrainedConfig, found: dict[str, str] | 
     named = config.get("quantization_config", {}).get("format")
     if named is not None and found is not None and named != found["format"]:
         raise WeightError(
-            f"{path}: config.json says that the weights are quantised as {named!r}, and the tensors are those "
-            f"of {found['format']!r}: the two do not belong together, or tensors are missing"
+            f"{path}: config.json says that the weights are quantised as {named!r}, and the tensors are "
+            f"those of {found['format']!r}: the two do not belong together, or tensors are missing"
         )
 
 
