@@ -75,6 +75,7 @@ def load(
     kind = stored.get("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
         raise FileError(f"{file}: the model is a {kind}, expected a SentenceTransformer")
+    _check_settings(file, stored)
     modules: list[nn.Module] = []
     for place, kind in listed_modules(path / "modules.json"):
         if kind == "Transformer":
@@ -82,6 +83,20 @@ def load(
         else:
             modules.append(KINDS[kind].load(path / place))
     return modules, stored
+
+
+def _check_settings(file: Path, stored: dict[str, Any]) -> None:
+    """Raise FileError where config_sentence_transformers.json has a setting of another type."""
+    prompts, dimensions = stored.get("prompts") or {}, stored.get("truncate_dim")
+    if not isinstance(prompts, dict) or not all(
+        isinstance(text, (str, type(None))) for text in prompts.values()
+    ):
+        raise FileError(f"{file}: prompts must be names and texts, and are {prompts!r:.60}")
+    for name in ("default_prompt_name", "similarity_fn_name"):
+        if not isinstance(stored.get(name), (str, type(None))):
+            raise FileError(f"{file}: {name} must be a text, and is {stored[name]!r:.60}")
+    if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
+        raise FileError(f"{file}: truncate_dim must be a number from 1, and is {dimensions!r:.60}")
 
 
 def listed_modules(file: Path) -> list[tuple[str, str]]:

@@ -124,7 +124,9 @@ class Transformer(nn.Module):
 
 def _check(file: Path, config: dict[str, Any]) -> None:
     """Newer files say how a model that takes several kinds of input is called; minilm's take text."""
-    modalities = config.pop("modality_config", {})
+    modalities = config.pop("modality_config", None) or {}
+    if not isinstance(modalities, dict) or not isinstance(modalities.get("text", {}), dict):
+        raise FileError(f"{file}: modality_config must be a mapping, and is {modalities!r:.60}")
     if "message" in modalities:
         check_known(file, "a Transformer", {"texts written as chat messages (modality_config)": True})
     text = modalities.get("text", {})
