@@ -1,4 +1,4 @@
-"""Settings in the files of a sentence model that make no sense: each is an error that names file and setting."""
+"""Settings in the files of a sentence model that make no sense: errors that name file and setting."""
 
 from __future__ import annotations
 
