@@ -18,7 +18,7 @@ export MINILM_BUILD_EXT ?= auto
 export PYTHONWARNINGS ?= ignore:Editable installation
 
 .PHONY: demo test test-slow test-isa lint format clean bench bench-peers gpu-check compile-report cuda-report kernel-table \
-	neon-check sanitize pytorch kernels
+	neon-check sanitize fuzz pytorch kernels
 .DELETE_ON_ERROR:
 
 demo: .venv/.models
@@ -114,6 +114,10 @@ neon-check: .venv/.base
 
 sanitize: .venv/.test
 	$(BIN)/python tools/sanitize.py
+
+# Damaged model files, two minutes of them: errors, and nothing else.
+fuzz: .venv/.test
+	$(BIN)/python tools/fuzz.py --seconds 120
 
 # Everything that only a GPU can tell, where nothing can be installed: the .venv if there is one, else the system's Python.
 gpu-check:

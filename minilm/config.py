@@ -28,6 +28,31 @@ ACTIVATIONS = (
 """Names of activation functions; `minilm.ops` has the functions."""
 
 
+LARGEST = 2**31 - 1
+"""Of any size: positions and lengths are held in 32 bits."""
+
+NORM_EPS = (0.0, 1.0)
+"""Of the epsilon of a norm: beyond, a norm is nothing but a division by its square root."""
+
+ROPE_RANGES: dict[str, tuple[float, float]] = {
+    "theta": (1.0, 1e12),
+    "factor": (1e-3, 1e6),
+    "low_freq_factor": (1e-6, 1e6),
+    "high_freq_factor": (1e-6, 1e6),
+    "attention_factor": (1e-3, 1e3),
+    "beta_fast": (1e-6, 1e6),
+    "beta_slow": (1e-6, 1e6),
+}
+"""The least and the largest value that rotary frequencies are made of. Models in use have a theta from 1e4 to
+5e8 and factors from 1 to 64."""
+
+
+def check_number(name: str, value: object, least: float, most: float) -> None:
+    """Raise ConfigError, which names the option, unless `value` is a number from `least` to `most`."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+        raise ConfigError(f"{name} must be a number from {least:g} to {most:g}, and is {value!r:.60}")
+
+
 @dataclass(frozen=True)
 class RopeConfig:
     """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and the ways in which its reach is
@@ -54,9 +79,18 @@ class RopeConfig:
     beta_slow: float = 1.0
     truncate: bool = True
 
+    def __post_init__(self) -> None:
+        for name, (least, most) in ROPE_RANGES.items():
+            check_number(name, getattr(self, name), least, most)
+        for name in ("max_positions", "original_max_positions"):
+            check_number(name, getattr(self, name), 1, LARGEST)
+        if self.type == "llama3" and self.low_freq_factor >= self.high_freq_factor:
+            low, high = self.low_freq_factor, self.high_freq_factor
+            raise ConfigError(f"low_freq_factor {low} must be less than high_freq_factor, which is {high}")
+        if self.type == "yarn" and self.beta_slow >= self.beta_fast:
+            low, high = self.beta_slow, self.beta_fast
+            raise ConfigError(f"beta_slow {low} must be less than beta_fast, which is {high}")
 
-LARGEST = 2**31 - 1
-"""Of any size: positions and lengths are held in 32 bits."""
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
@@ -147,6 +181,14 @@ class ModelConfig:
                 raise ConfigError(
                     f"{name} must be at least 1 and at most {LARGEST}, and is {getattr(self, name)}"
                 )
+        check_number("norm_eps", self.norm_eps, *NORM_EPS)
+        for name in ("embedding_dropout", "attention_dropout", "hidden_dropout"):
+            check_number(name, getattr(self, name), 0, 1)
+        if self.attention_scale is not None:
+            check_number("attention_scale", self.attention_scale, -1e6, 1e6)
+        for name in ("position_offset", "type_vocab_size"):
+            if not 0 <= getattr(self, name) <= LARGEST:
+                raise ConfigError(f"{name} must be from 0 to {LARGEST}, and is {getattr(self, name)}")
         if self.num_layers < 0:
             raise ConfigError(f"num_layers must not be negative, and is {self.num_layers}")
         if self.activation not in ACTIVATIONS:

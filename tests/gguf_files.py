@@ -117,8 +117,8 @@ SMALL: dict[str, Any] = {
     "llama.attention.layer_norm_rms_epsilon": 1e-5,
     "llama.rope.freq_base": 1e4,
     "llama.rope.dimension_count": 4,
-    "tokenizer.ggml.tokens": ["a", "b", "ü"],
-    "tokenizer.ggml.scores": [0.5, -1.0, 2.0],
+    "tokenizer.ggml.tokens": ["a", "b", "ü", "c", "d"],
+    "tokenizer.ggml.scores": [0.5, -1.0, 2.0, 0.25, -3.0],
     "tokenizer.ggml.eos_token_id": 2,
     "tokenizer.ggml.add_bos_token": True,
 }

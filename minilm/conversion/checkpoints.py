@@ -2,18 +2,17 @@
 
     convert("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2", dtype="bfloat16")
 
-Everything is written to a temporary folder beside the destination first. The destination appears, or
-changes, when all is there; after an error or Ctrl-C it is as it was.
+Everything is written to a hidden folder first (`minilm.files.saving`). The destination appears, or changes
+from the old checkpoint to the new one, when all is there; whenever the process ends, it has the one or the
+other.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -28,8 +27,10 @@ from ..files import (
     VOCABULARY_FILES,
     WEIGHT_FILES,
     Checkpoint,
+    has_file,
     open_checkpoint,
     resolve,
+    saving,
 )
 from ..model import MODELS, PreTrainedModel, as_dtype, read_config
 from ..weights import LoadReport
@@ -80,7 +81,8 @@ def convert(
     _check_destination(folder, path, force)
     model = _load(path, dtype, weights)
     report = model.load_report or LoadReport()
-    with _appearing(folder) as temporary:
+    ours = (*CONFIG_FILES, *TOKENIZER_FILES, *WEIGHT_FILES, *SENTENCE_FILES)
+    with saving(folder, replaces=ours) as temporary:
         model.save_pretrained(temporary, max_shard_size=max_shard_size)
         tokenizer = _write_tokenizer(path, temporary)
         if path.is_dir():
@@ -134,7 +136,7 @@ def _initialised(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
 
 def _write_tokenizer(path: Path, folder: Path) -> bool:
     """The source's own files, or those made of a GGUF file's metadata; False if it has no tokenizer."""
-    if path.is_dir() and any((path / name).is_file() for name in VOCABULARY_FILES):
+    if path.is_dir() and any(has_file(path / name) for name in VOCABULARY_FILES):
         _copy(path, folder, [name for name in TOKENIZER_FILES if name not in CONFIG_FILES])
         return True
     from ..text import AutoTokenizer
@@ -156,35 +158,3 @@ def _listed(folder: Path, patterns: Sequence[str] = ("*",)) -> list[str]:
     """The files of a folder whose names, relative to it, match a pattern."""
     names = (file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     return sorted(name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns))
-
-
-@contextmanager
-def _appearing(folder: Path) -> Iterator[Path]:
-    """A temporary folder whose files are moved to `folder` in the end; on an error it goes away with all in
-    it."""
-    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
-            temporary = Path(name)
-            yield temporary
-            if not folder.exists():
-                umask = os.umask(0)
-                os.umask(umask)
-                temporary.chmod(0o777 & ~umask)  # mkdtemp's own is for the owner alone
-                temporary.replace(folder)
-                temporary.mkdir()  # what TemporaryDirectory shall find
-                return
-            kept = set(_listed(temporary))
-            ours = (*CONFIG_FILES, *TOKENIZER_FILES, *WEIGHT_FILES, *SENTENCE_FILES)
-            for file in sorted(kept):
-                (folder / file).parent.mkdir(parents=True, exist_ok=True)
-                (temporary / file).replace(folder / file)
-            for file in _listed(folder, ours):
-                if file not in kept:
-                    (folder / file).unlink()
-    except BaseException:
-        for parent in made[1:]:  # the nearest first; not if somebody else has put something there
-            if parent.is_dir() and not any(parent.iterdir()):
-                parent.rmdir()
-        raise

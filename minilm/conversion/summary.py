@@ -22,7 +22,7 @@ from torch import nn
 
 from ..config import ConfigError, ModelConfig
 from ..families import Head, PretrainedConfig, family_of
-from ..files import Checkpoint, WeightError, open_checkpoint, read_json, resolve
+from ..files import MOST_CONFIG, Checkpoint, WeightError, has_file, open_checkpoint, read_json, resolve
 from ..model import MODELS, PreTrainedModel, read_config
 from ..weights import MapEntry, weight_map
 
@@ -202,9 +202,9 @@ def planned(model: PreTrainedModel, checkpoint: Checkpoint) -> list[MapEntry]:
 def _given(path: Path, checkpoint: Checkpoint) -> dict[str, Any]:
     from ..files import GGUFCheckpoint
 
-    if isinstance(checkpoint, GGUFCheckpoint) and not (path / "config.json").is_file():
+    if isinstance(checkpoint, GGUFCheckpoint) and not has_file(path / "config.json", error=ConfigError):
         return checkpoint.hf_config()
-    return read_json(path / "config.json", error=ConfigError)
+    return read_json(path / "config.json", limit=MOST_CONFIG, error=ConfigError)
 
 
 def _parameters(model: PreTrainedModel, entries: Iterable[MapEntry]) -> Iterable[Parameter]:
@@ -237,15 +237,15 @@ def _tokenizer(path: Path, checkpoint: Checkpoint) -> tuple[str | None, bool]:
     from ..files import VOCABULARY_FILES, GGUFCheckpoint
 
     folder = path if path.is_dir() else None
-    names = [name for name in VOCABULARY_FILES if folder is not None and (folder / name).is_file()]
+    names = [name for name in VOCABULARY_FILES if folder is not None and has_file(folder / name)]
     if not names and isinstance(checkpoint, GGUFCheckpoint):
         has = "tokenizer.ggml.tokens" in checkpoint.metadata
         return ("in the GGUF file" if has else None), "tokenizer.chat_template" in checkpoint.metadata
     template = False
     if folder is not None:
-        template = (folder / "chat_template.jinja").is_file() or any(folder.glob("chat_templates/*.jinja"))
+        template = has_file(folder / "chat_template.jinja") or any(folder.glob("chat_templates/*.jinja"))
         settings = folder / "tokenizer_config.json"
-        if not template and settings.is_file():
+        if not template and has_file(settings):
             template = bool(read_json(settings, error=ConfigError).get("chat_template"))
     return (names[0] if names else None), template
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
-from ..config import ConfigError, ModelConfig, RopeConfig
+from ..config import LARGEST, NORM_EPS, ROPE_RANGES, ConfigError, ModelConfig, RopeConfig, check_number
 from ..weights import Rule, ignore
 
 Head = Literal[
@@ -22,6 +23,14 @@ Head = Literal[
 
 
 MOST_LAYERS = 10_000
+
+RANGES: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps"), NORM_EPS),
+    "rope_theta": ROPE_RANGES["theta"],
+    "initializer_range": (0, 1e6),
+}
+"""Options of config.json, by the families' own names -> the least and the largest value. Dropout is from 0 to
+1."""
 
 
 class Options(Protocol):
@@ -91,9 +100,12 @@ class Family:
             value = hf.get(name)
             if not isinstance(value, int) or isinstance(value, bool):
                 raise ConfigError(f"{self.model_type}: {name} must be a whole number, and is {value!r}")
-        spread = hf.get("initializer_range", 0.02)
-        if not isinstance(spread, (int, float)) or not 0 <= spread < 1e6:
-            raise ConfigError(f"{self.model_type}: initializer_range must be a number, and is {spread!r}")
+        for name in self.defaults:
+            limits = RANGES.get(
+                name, (0, 1) if name.endswith(("dropout", "dropout_prob", "_pdrop")) else None
+            )
+            if limits is not None and hf.get(name) is not None:
+                check_number(f"{self.model_type}: {name}", hf.get(name), *limits)
         if hf.num_hidden_layers > MOST_LAYERS:  # what is listed layer by layer would fill the memory
             raise ConfigError(
                 f"{self.model_type}: num_hidden_layers is {hf.num_hidden_layers}, and at most {MOST_LAYERS} "
@@ -128,6 +140,7 @@ class Family:
         for source in self.head_dropout.get(head, ()):
             value = hf.get(source) if isinstance(source, str) else source
             if value is not None:
+                check_number(f"{self.model_type}: {source}", value, 0, 1)
                 return float(value)
         return 0.0
 
@@ -213,11 +226,13 @@ def rope_config(hf: Options, default_theta: float = 10_000.0) -> RopeConfig:
         raise ConfigError(
             f"{hf.model_type}: rope_type {kind!r} is not supported; supported are {', '.join(known)}"
         )
+    check_number(f"{hf.model_type}: max_position_embeddings", hf.max_position_embeddings, 1, LARGEST)
     positions = int(hf.max_position_embeddings)
     factor: Any = options.get("factor")
     original = options.get("original_max_position_embeddings") or positions
     if kind in ("llama3", "yarn") and hf.get("original_max_position_embeddings"):
         original = hf.original_max_position_embeddings
+    check_number(f"{hf.model_type}: original_max_position_embeddings", original, 1, LARGEST)
     if kind == "yarn" and factor is None:
         factor = positions / original
     if kind != "default" and (not isinstance(factor, (int, float)) or factor <= 0):
@@ -230,24 +245,31 @@ def rope_config(hf: Options, default_theta: float = 10_000.0) -> RopeConfig:
     surplus = set(options) - known[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if kind == "default":  # leftovers of an unscaled model have no effect in transformers either
         surplus -= {"factor", "original_max_position_embeddings"}
-    if surplus:
-        raise ConfigError(
-            f"{hf.model_type}: rope_type {kind!r} does not know the options {', '.join(sorted(surplus))}"
-        )
-    low, high = options.get("low_freq_factor", 1.0), options.get("high_freq_factor", 4.0)
-    if kind == "llama3" and low >= high:
-        raise ConfigError(
-            f"{hf.model_type}: low_freq_factor {low} must be less than high_freq_factor, which is {high}"
+    if surplus:  # as transformers does: `attn_factor` beside yarn is common, and means something to others
+        names = ", ".join(sorted(map(str, surplus)))
+        warnings.warn(
+            f"{hf.model_type}: rope_type {kind!r} does not know the options {names}, which have no effect",
+            stacklevel=2,
         )
     theta = options.get("rope_theta", hf.get("rope_theta", default_theta))
+    numbers = {"theta": theta, "factor": factor if kind != "default" else 1.0}
+    for name in ("attention_factor", "low_freq_factor", "high_freq_factor", "beta_fast", "beta_slow"):
+        if options.get(name) is not None:
+            numbers[name] = options[name]
+    for name, value in numbers.items():
+        spelled = "rope_theta" if name == "theta" else f"{name} of rope_scaling"
+        check_number(f"{hf.model_type}: {spelled}", value, *ROPE_RANGES[name])
+    for name in ("mscale", "mscale_all_dim"):
+        if options.get(name) is not None:
+            check_number(f"{hf.model_type}: {name} of rope_scaling", options[name], 0, 1e3)
     return RopeConfig(
         theta=float(theta),
         type=kind,
         factor=float(factor) if kind != "default" else 1.0,
         max_positions=positions,
         original_max_positions=int(original),
-        low_freq_factor=float(low),
-        high_freq_factor=float(high),
+        low_freq_factor=float(numbers.get("low_freq_factor", 1.0)),
+        high_freq_factor=float(numbers.get("high_freq_factor", 4.0)),
         attention_factor=_yarn_attention_factor(options, float(factor)) if kind == "yarn" else 1.0,
         beta_fast=float(options.get("beta_fast") or 32),
         beta_slow=float(options.get("beta_slow") or 1),

@@ -13,11 +13,11 @@ import copy
 import json
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 from .._version import __version__
 from ..config import ConfigError
+from ..files import saving
 
 COMMON: dict[str, Any] = {
     "architectures": None,
@@ -244,11 +244,8 @@ class PretrainedConfig:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write config.json into a folder, which is made if need be."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / ".config.json.part"
-        temporary.write_text(self.to_json_string(), encoding="utf-8")
-        temporary.replace(folder / "config.json")
+        with saving(save_directory) as folder:
+            (folder / "config.json").write_text(self.to_json_string(), encoding="utf-8")
 
     @classmethod
     def from_dict(cls, options: dict[str, Any], **overrides: Any) -> PretrainedConfig:

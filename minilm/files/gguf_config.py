@@ -33,6 +33,7 @@ _KNOWN = {
     "rope.scaling.finetuned", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
     "tensor_data_layout", "pooling_type",
 }  # fmt: skip
+_CONTROL = 3  # of tokenizer.ggml.token_type
 _ORIGINAL = 8192  # positions that Llama 3 was trained on before its context was extended
 _WITHOUT_EFFECT: dict[str, Any] = {
     "expert_count": 0,
@@ -82,13 +83,29 @@ class _Options:
     def has(self, key: str) -> bool:
         return self.prefix + key in self.metadata
 
-    def token(self, name: str) -> int | None:
+    def token(self, name: str, vocabulary: int) -> int | None:
         value = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        if value is None:
+            return default_token(self.metadata, name)
+        if not (type(value) is int and 0 <= value < vocabulary):
             raise self.fail(
-                f"metadata tokenizer.ggml.{name}_token_id: expected a whole number, got {value!r}"
+                f"metadata tokenizer.ggml.{name}_token_id: got {_brief(value)}, expected a number "
+                f"below {vocabulary}, the rows of token_embd.weight"
             )
         return value
+
+    def check_vocabulary(self, rows: int) -> None:
+        """As many tokens as embeddings: llama.cpp loads nothing else, and the rest would have no meaning."""
+        for key in ("tokens", "token_type", "scores"):
+            listed = self.metadata.get(f"tokenizer.ggml.{key}")
+            if listed is not None and (not isinstance(listed, list) or len(listed) != rows):
+                count = len(listed) if isinstance(listed, list) else _brief(listed)
+                raise self.fail(f"token_embd.weight has {rows} rows, and tokenizer.ggml.{key} {count}")
+        if self.has("vocab_size") and self.integer("vocab_size") != rows:
+            raise self.fail(
+                f"token_embd.weight has {rows} rows, and metadata {self.prefix}vocab_size is "
+                f"{self.integer('vocab_size')}"
+            )
 
     def check_all_known(self) -> None:
         for key, value in self.metadata.items():
@@ -100,6 +117,16 @@ class _Options:
             if value != _WITHOUT_EFFECT[option]:
                 only = _WITHOUT_EFFECT[option]
                 raise self.fail(f"metadata {key} = {_brief(value)} is not supported, only {only!r}")
+
+
+def default_token(metadata: Mapping[str, Any], name: str) -> int | None:
+    """The id of the special token `name` ("bos", "eos") where the file does not say it: llama.cpp's, for
+    vocabularies of sentencepiece whose token of that number is a special one."""
+    index = {"bos": 1, "eos": 2}.get(name)
+    kinds = metadata.get("tokenizer.ggml.token_type")
+    if index is None or metadata.get("tokenizer.ggml.model") != "llama" or not isinstance(kinds, list):
+        return None
+    return index if len(kinds) > index and kinds[index] == _CONTROL else None
 
 
 def _shortest(value: float) -> float:
@@ -130,10 +157,13 @@ def config_from_metadata(
     hidden = options.integer("embedding_length")
     if len(embeddings) != 2 or embeddings[1] != hidden:
         raise options.fail(f"token_embd.weight has shape {list(embeddings)}, expected [vocabulary, {hidden}]")
+    options.check_vocabulary(embeddings[0])
     layers = options.integer("block_count")
-    stored = len({name.split(".")[2] for name in shapes if name.startswith("model.layers.")})
-    if layers != stored:
-        raise options.fail(f"metadata {options.prefix}block_count is {layers}, but there are {stored} layers")
+    numbers = {int(name.split(".")[2]) for name in shapes if name.startswith("model.layers.")}
+    if numbers != set(range(layers)):
+        raise options.fail(
+            f"metadata {options.prefix}block_count is {layers}, but there are {len(numbers)} layers"
+        )
     head_dim = _head_dim(options, hidden, heads)
     config: dict[str, Any] = {
         "architectures": [ARCHITECTURES[architecture]],
@@ -161,7 +191,7 @@ def config_from_metadata(
             raise options.fail(f"metadata {options.prefix}attention.sliding_window is not supported")
         config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
         config["sliding_window"] = options.integer("attention.sliding_window")
-    return config | _token_ids(options)
+    return config | _token_ids(options, embeddings[0])
 
 
 def _head_dim(options: _Options, hidden: int, heads: int) -> int:
@@ -175,14 +205,14 @@ def _head_dim(options: _Options, hidden: int, heads: int) -> int:
     return head_dim
 
 
-def _token_ids(options: _Options) -> dict[str, Any]:
+def _token_ids(options: _Options, vocabulary: int) -> dict[str, Any]:
     """bos, eos and pad; eos is a list where a chat model ends its turn with a token of its own."""
-    ends = [token for name in ("eos", "eot", "eom") if (token := options.token(name)) is not None]
+    ends = [token for name in ("eos", "eot", "eom") if (token := options.token(name, vocabulary)) is not None]
     ends = list(dict.fromkeys(ends))
     return {
-        "bos_token_id": options.token("bos"),
+        "bos_token_id": options.token("bos", vocabulary),
         "eos_token_id": ends if len(ends) > 1 else ends[0] if ends else None,
-        "pad_token_id": options.token("padding"),
+        "pad_token_id": options.token("padding", vocabulary),
     }
 
 

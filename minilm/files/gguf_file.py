@@ -1,5 +1,9 @@
 """The GGUF container: metadata and the table of tensors, read strictly.
 
+The data of the tensors follow on each other, each padded with zeros to the alignment, and end where the file
+does: llama.cpp writes and asks for it. A table that says otherwise has a wrong type, size or place for a
+tensor, and what would be read is not what was written.
+
 A GGUF file is a header (magic, version, two counts), key-value metadata, the table of tensors (name,
 dimensions, type, offset), padding, and the data. All numbers are little-endian. The format is described in
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the `gguf` package is not used: it
@@ -22,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .checkpoint import WeightError
+from .reading import file_size
 
 _SCALARS: dict[int, np.dtype[Any]] = {
     0: np.dtype("u1"), 1: np.dtype("i1"), 2: np.dtype("<u2"), 3: np.dtype("<i2"), 4: np.dtype("<u4"),
@@ -65,6 +70,7 @@ def read_gguf(path: str | Path) -> GGUFFile:
 
 def _read(path: Path, *, with_tensors: bool) -> GGUFFile:
     try:
+        file_size(path, error=WeightError)  # only a regular file is opened: a pipe would wait for ever
         with open(path, "rb") as file:
             reader = _Reader(path, file)
             tensor_count, metadata_count = reader.header()
@@ -166,15 +172,34 @@ class _Reader:
             if name in tensors:
                 raise self.fail(f"tensor {name} is there twice")
             begin = start + tensor.offset
-            if tensor.offset % alignment or begin < end:
-                raise self.fail(f"the data of {name} cannot be at {begin}: not aligned, or within another's")
+            expected = -(-end // alignment) * alignment
+            if begin != expected:
+                raise self.fail(
+                    f"the data of {name} are at byte {begin}, expected {expected}, where those before end: a "
+                    "tensor's type, size or place is wrong"
+                )
+            self.padding(end, begin)
             end = begin + tensor.nbytes
             if end > self.size:
                 raise WeightError(
                     f"{self.path}: truncated: the data of {name} ends at byte {end}, the file at {self.size}"
                 )
             tensors[name] = tensor._replace(offset=begin)
+        if self.size - end >= alignment:
+            raise self.fail(
+                f"the data of the tensors end at byte {end}, the file at {self.size}: a tensor's type or "
+                "size is wrong, or something else follows"
+            )
+        self.padding(end, self.size)
         return tensors
+
+    def padding(self, start: int, stop: int) -> None:
+        """What is between the data of two tensors: zeros."""
+        if start < stop:
+            self.file.seek(start)
+            found = self.file.read(stop - start)
+            if found.strip(b"\0"):
+                raise self.fail(f"the padding at byte {start} is not zero: a tensor's type or size is wrong")
 
     def tensor(self) -> tuple[str, GGUFTensor]:
         """A line of the table; its offset still counts from the start of the data."""

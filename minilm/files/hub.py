@@ -11,13 +11,15 @@ Only what is needed is fetched (`files=`), pickled weights (*.bin, *.pt, *.h5) n
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Literal
+
+from .reading import has_file
+from .saving import settle
 
 DEFAULT_ENCODER = "all-MiniLM-L6-v2"
 DEFAULT_DECODER = "SmolLM2-135M-Instruct"
@@ -69,15 +71,9 @@ _ESSENTIAL: dict[str, tuple[str, ...]] = {
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 _PATH_ENDINGS = (".gguf", ".safetensors", ".json", ".txt", ".model", ".bin", ".pt")
 
-_MAX_JSON_BYTES = 1 << 30
-
 
 class HubError(OSError):
     """A name that leads to no files: nothing local, not on the hub, or not reachable."""
-
-
-class FileError(ValueError):
-    """A file that is missing or does not hold what it should. The message names it."""
 
 
 @dataclass(frozen=True)
@@ -121,45 +117,21 @@ def resolve(
         gguf_file: this GGUF file of the folder or repository. Without it, a repository that has no other
             weights (or tokenizer, or config) than one GGUF file gives that.
 
-    Raises HubError, in one sentence, when there is nothing of that name.
+    Raises HubError, in one sentence, when there is nothing of that name; FileError where a save into the
+    folder was interrupted and cannot be finished (`minilm.files.saving`).
     """
     name = os.fspath(name_or_path)
     if not name or "\0" in name:
         raise HubError(f"expected the name or path of a model, got {name!r}")
     path = Path(name).expanduser()
     if path.exists():
+        settle(path if path.is_dir() else path.parent)
         return path if gguf_file is None else _gguf_in(path, gguf_file)
     if name in _BUNDLED:
         return _bundled_path(name)
     if _looks_like_path(name):
         raise HubError(f"no such file or folder: {name}")
     return _from_hub(name, revision, cache_dir, token, local_files_only, files, gguf_file)
-
-
-def read_json(path: Path, *, error: type[Exception] = FileError) -> dict[str, Any]:
-    """The JSON object in `path`. `error` is raised when it is missing, too large, not UTF-8, not JSON,
-    nested too deeply, or not an object."""
-    try:
-        size = path.stat().st_size
-        if size > _MAX_JSON_BYTES:
-            raise error(f"{path}: {size} bytes are too many for a JSON file (limit {_MAX_JSON_BYTES})")
-        text = path.read_bytes().decode("utf-8-sig")
-        value = json.loads(text)
-    except FileNotFoundError:
-        raise error(f"{path}: no such file") from None
-    except OSError as problem:
-        raise error(f"{path}: cannot be read: {problem.strerror or problem}") from problem
-    except UnicodeDecodeError as problem:
-        raise error(f"{path}: not UTF-8 text: {problem.reason} at byte {problem.start}") from problem
-    except RecursionError:
-        raise error(f"{path}: nested too deeply for a JSON file of a model") from None
-    except ValueError as problem:  # json.JSONDecodeError, or an integer of more digits than Python reads
-        if isinstance(problem, error):
-            raise
-        raise error(f"{path}: not JSON: {problem}") from problem
-    if not isinstance(value, dict):
-        raise error(f"{path}: expected a JSON object, found {type(value).__name__}")
-    return value
 
 
 def _looks_like_path(name: str) -> bool:
@@ -176,7 +148,7 @@ def _gguf_in(path: Path, gguf_file: str) -> Path:
         return path
     if PurePosixPath(gguf_file).is_absolute() or ".." in PurePosixPath(gguf_file).parts:
         raise HubError(f"gguf_file={gguf_file!r}: expected a file inside {path}")
-    if not (path / gguf_file).is_file():
+    if not has_file(path / gguf_file, error=HubError):
         found = sorted(file.name for file in path.glob("*.gguf")) if path.is_dir() else []
         there = f"; it has {', '.join(found)}" if found else ""
         raise HubError(f"{path}: no file {gguf_file}{there}")

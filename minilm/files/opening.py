@@ -10,7 +10,9 @@ from pathlib import Path
 from .checkpoint import Checkpoint, WeightError
 from .gguf import GGUFCheckpoint
 from .quantized import QuantizedCheckpoint
+from .reading import has_file
 from .safetensors import INDEX, SINGLE, SafetensorsCheckpoint
+from .saving import settle
 
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -21,8 +23,9 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     that minilm saved quantised are one tensor each."""
     path = Path(path)
     if path.is_dir():
+        settle(path)
         path = _find(path)
-    elif not path.is_file():
+    elif not has_file(path, error=WeightError):
         raise WeightError(f"{path}: no such file or folder")
     if path.suffix == ".gguf":
         return GGUFCheckpoint(path)
@@ -38,7 +41,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
 
 def _find(folder: Path) -> Path:
     for name in (SINGLE, INDEX):
-        if (folder / name).is_file():
+        if has_file(folder / name, error=WeightError):
             return folder / name
     ggufs = sorted(folder.glob("*.gguf"))
     if len(ggufs) == 1:

@@ -30,6 +30,9 @@ class QuantizedCheckpoint(Checkpoint):
         matrices = {name.removesuffix(".codes") for name in inner.tensors if name.endswith(".weight.codes")}
         planes = {f"{name}.{plane}" for name in matrices for plane in _PLANES}
         for name, info in inner.tensors.items():
+            plane = name.rpartition(".")[2]
+            if name not in planes and plane in _PLANES and name.endswith(f".weight.{plane}"):
+                raise WeightError(f"{info.file}: {name} is there without {name.removesuffix(plane)}codes")
             if name not in planes:
                 self.tensors[name] = info
             elif name.endswith(".codes"):

@@ -8,7 +8,6 @@ part of the checkpoint has been touched, see `_window`.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .checkpoint import Checkpoint, TensorInfo, WeightError
+from .reading import MOST_CONFIG, file_size, has_file, read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -74,6 +74,7 @@ class SafetensorsCheckpoint(Checkpoint):
         from safetensors import SafetensorError
 
         found: dict[str, TensorInfo] = {}
+        file_size(file, error=WeightError)  # only a regular file is opened: a pipe would wait for ever
         try:
             handle = self._open(file)
             for name in handle.offset_keys():
@@ -145,11 +146,7 @@ def _hint(file: Path) -> str:
 
 def _read_index(path: Path) -> dict[Path, set[str]]:
     """The shards that an index names, in its order, and the tensors that it says each has."""
-    try:
-        data = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise WeightError(f"{path}: not a readable index: {error}") from error
-    weight_map = data.get("weight_map") if isinstance(data, dict) else None
+    weight_map = read_json(path, limit=MOST_CONFIG, error=WeightError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightError(f"{path}: not a safetensors index: it has no weight_map of tensor names to files")
     shards: dict[Path, set[str]] = {}
@@ -162,6 +159,6 @@ def _read_index(path: Path) -> dict[Path, set[str]]:
             raise WeightError(f"{path}: {name} is said to be in {file!r}, outside the folder")
         shards.setdefault(path.parent / file, set()).add(name)
     for shard in shards:
-        if not shard.is_file():
+        if not has_file(shard, error=WeightError):
             raise WeightError(f"{path}: the shard {shard.name} is missing")
     return shards

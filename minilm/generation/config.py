@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .._version import __version__
@@ -153,15 +152,15 @@ class GenerationConfig:
         cls, pretrained_model_name: str | os.PathLike[str], **overrides: Any
     ) -> GenerationConfig:
         """generation_config.json of a folder or of a name on the hub, with overrides."""
-        from ..files import read_json, resolve
+        from ..files import MOST_CONFIG, has_file, read_json, resolve
         from ..model import HUB_OPTIONS
 
         hub = {name: overrides.pop(name) for name in HUB_OPTIONS if name in overrides}
         folder = resolve(pretrained_model_name, files="config", **hub)
         file = folder / "generation_config.json"
-        if not file.is_file():
+        if not has_file(file, error=ConfigError):
             raise ConfigError(f"{folder} has no generation_config.json")
-        return cls(**{**read_json(file, error=ConfigError), **overrides})
+        return cls(**{**read_json(file, limit=MOST_CONFIG, error=ConfigError), **overrides})
 
     def to_dict(self) -> dict[str, Any]:
         """The options that are set."""
@@ -184,11 +183,10 @@ class GenerationConfig:
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """Write generation_config.json into a folder, which is made if need be."""
-        folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / ".generation_config.json.part"
-        temporary.write_text(self.to_json_string(), encoding="utf-8")
-        temporary.replace(folder / "generation_config.json")
+        from ..files import saving
+
+        with saving(save_directory) as folder:
+            (folder / "generation_config.json").write_text(self.to_json_string(), encoding="utf-8")
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, GenerationConfig) and self.to_dict() == other.to_dict()

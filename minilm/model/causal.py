@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import ConfigError
 from ..families import Head, PretrainedConfig
-from ..files import read_json
+from ..files import MOST_CONFIG, has_file, read_json
 from .batch import Batch, Packed
 from .cache import KVCache
 from .heads import token_loss
@@ -125,7 +125,8 @@ class AutoModelForCausalLM(PreTrainedModel):
         from ..generation import GenerationConfig
 
         file = folder / "generation_config.json"
-        stored = read_json(file, error=ConfigError) if file.is_file() else {}
+        there = has_file(file, error=ConfigError)
+        stored = read_json(file, limit=MOST_CONFIG, error=ConfigError) if there else {}
         self.generation_config = GenerationConfig.from_checkpoint(stored, self.config)
 
 

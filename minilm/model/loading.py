@@ -13,7 +13,16 @@ from torch import Tensor, nn
 
 from ..config import ConfigError, ModelConfig
 from ..families import Family, Head, PretrainedConfig
-from ..files import Checkpoint, WeightError, open_checkpoint, read_json, resolve
+from ..files import (
+    MOST_CONFIG,
+    Checkpoint,
+    WeightError,
+    has_file,
+    open_checkpoint,
+    read_json,
+    resolve,
+    saving,
+)
 from ..weights import LoadReport, load_weights, save_weights
 from .quantized import describe, install, quantized_matrices, wanted_formats
 
@@ -47,10 +56,10 @@ def read_config(path: Path, **overrides: Any) -> PretrainedConfig:
         with GGUFCheckpoint(gguf) as checkpoint:
             return PretrainedConfig.from_dict(checkpoint.hf_config(), **overrides)
     file = path / "config.json" if path.is_dir() else path
-    if not file.is_file():
+    if not has_file(file, error=ConfigError):
         raise ConfigError(f"{path} has no config.json, so the kind of the model is not known")
     try:
-        return PretrainedConfig.from_dict(read_json(file, error=ConfigError), **overrides)
+        return PretrainedConfig.from_dict(read_json(file, limit=MOST_CONFIG, error=ConfigError), **overrides)
     except ConfigError as error:
         raise ConfigError(str(error) if str(file) in str(error) else f"{file}: {error}") from None
 
@@ -58,7 +67,7 @@ def read_config(path: Path, **overrides: Any) -> PretrainedConfig:
 def _gguf_file(path: Path) -> Path | None:
     if path.is_file():
         return path if path.suffix == ".gguf" else None
-    if (path / "config.json").is_file():
+    if has_file(path / "config.json", error=ConfigError):
         return None
     found = sorted(path.glob("*.gguf"))
     if len(found) > 1:
@@ -202,6 +211,8 @@ class Checkpointed(nn.Module):
         config.dtype = wanted
         if report.quantised:
             model.requires_grad_(False)
+        if weights is None and report.quantised:
+            _check_format(source, config, describe(model))
         if report.quantised or "quantization_config" in config:
             config.quantization_config = describe(model)
         model.load_report = report
@@ -237,12 +248,14 @@ class Checkpointed(nn.Module):
                     initialise(name, parameter, std)
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *, max_shard_size: str = "5GB") -> None:
-        """Write config.json, safetensors and the generation defaults into a folder that transformers loads;
-        nothing partial stays behind."""
+        """Write config.json, safetensors and the generation defaults into a folder that transformers loads.
+
+        They take the place of an earlier model there together: whenever the process ends, the folder has the
+        one or the other (`minilm.files.saving`). Other files stay.
+        """
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"{folder} is a file; save_pretrained writes a folder")
-        folder.mkdir(parents=True, exist_ok=True)
         options = self.config.to_dict()
         options.pop("quantization_config", None)
         config = PretrainedConfig.from_dict(options)
@@ -252,18 +265,20 @@ class Checkpointed(nn.Module):
         config.architectures = [self.family.class_name(self.head_kind)]
         config.dtype = self.dtype
         family, head = self.family, self.head_kind
-        save_weights(
-            self,
-            folder,
-            family.rules(head),
-            family.prefix(head),
-            max_shard_size=max_shard_size,
-            matrices=quantized_matrices(self),
-        )
-        config.save_pretrained(folder)
         generation = getattr(self, "generation_config", None)
-        if generation is not None:
-            generation.save_pretrained(folder)
+        # Without one of its own, a model goes by its config.json, and not by what another has left.
+        with saving(folder, replaces=("generation_config.json",)) as new:
+            save_weights(
+                self,
+                new,
+                family.rules(head),
+                family.prefix(head),
+                max_shard_size=max_shard_size,
+                matrices=quantized_matrices(self),
+            )
+            config.save_pretrained(new)
+            if generation is not None:
+                generation.save_pretrained(new)
 
 
 def initialise(name: str, parameter: Tensor, std: float) -> None:
@@ -329,6 +344,16 @@ def _stored_format(config: PretrainedConfig, checkpoint: Checkpoint) -> str | No
             f"{checkpoint.path}: config.json says that the weights are quantised ({named}), and none is"
         )
     return None
+
+
+def _check_format(path: Path, config: PretrainedConfig, found: dict[str, str] | None) -> None:
+    """A plane that is lost makes another format of a matrix; what was saved says which it was."""
+    named = config.get("quantization_config", {}).get("format")
+    if named is not None and found is not None and named != found["format"]:
+        raise WeightError(
+            f"{path}: config.json says that the weights are quantised as {named!r}, and the tensors are "
+            f"those of {found['format']!r}: the two do not belong together, or tensors are missing"
+        )
 
 
 def _override(config: PretrainedConfig, overrides: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files import FileError, read_json, resolve
+from ..files import MOST_CONFIG, FileError, has_file, read_json, resolve, saving
 from ..model import AutoModelForSequenceClassification, read_config
 from ..text import AutoTokenizer
 from .batching import by_length, check_batch_size, chunks, in_order, progress_bar, run, tokenise, window
@@ -94,7 +94,7 @@ class CrossEncoder(nn.Module):
             model_name_or_path, "cross-encoder", options
         )
         path = resolve(name, **hub)
-        if (path / "modules.json").is_file():
+        if has_file(path / "modules.json"):
             modules = listed_modules(path / "modules.json")
             if modules != [("", "Transformer")]:
                 kinds = ", ".join(kind for _, kind in modules)
@@ -119,7 +119,8 @@ class CrossEncoder(nn.Module):
         stored = path / "config_sentence_transformers.json"
         named = (config.get("sentence_transformers") or {}).get("activation_fn")
         named = named or config.get("sbert_ce_default_activation_function")
-        named = named or (read_json(stored).get("activation_fn") if stored.is_file() else None)
+        if not named and has_file(stored):
+            named = read_json(stored, limit=MOST_CONFIG).get("activation_fn")
         if activation_fn is not None:
             self.activation_fn = activation_fn
         elif named is not None:
@@ -241,8 +242,10 @@ class CrossEncoder(nn.Module):
             self.model.config.sentence_transformers = {
                 "activation_fn": f"{kind.__module__}.{kind.__qualname__}"
             }
-        self.model.save_pretrained(path)
-        self.tokenizer.save_pretrained(path)
+        # What a sentence encoder left there would say that this is one.
+        with saving(path, replaces=("modules.json", "config_sentence_transformers.json")) as folder:
+            self.model.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
 
 def _pairs(sentences: Any) -> tuple[list[tuple[str, str]], bool]:

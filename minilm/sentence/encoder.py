@@ -14,7 +14,6 @@ import logging
 import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 
 from .._version import __version__
+from ..files import saving
 from .batching import Tokens, by_length, check_batch_size, chunks, in_order, progress_bar, run
 from .files import default_device, load
 from .modules import Features, Module, run_modules, write_json
@@ -334,15 +334,11 @@ class SentenceEncoder(nn.Module):
 
     def save_pretrained(self, path: str | os.PathLike[str]) -> None:
         """Write a folder that sentence-transformers and minilm load."""
-        folder = Path(path)
-        self.transformer.save(folder)
+        places = {f"{i}_{module.kind}": module for i, module in enumerate(self._modules_after(), start=1)}
         listed = [{"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"}]
-        for index, module in enumerate(self._modules_after(), start=1):
-            place = f"{index}_{module.kind}"
-            module.save(folder / place)
+        for index, (place, module) in enumerate(places.items(), start=1):
             kind = f"sentence_transformers.models.{module.kind}"
             listed.append({"idx": index, "name": str(index), "path": place, "type": kind})
-        write_json(folder / "modules.json", listed)
         config: dict[str, Any] = {
             "__version__": {"minilm": __version__, "pytorch": torch.__version__},
             "model_type": "SentenceTransformer",
@@ -351,7 +347,12 @@ class SentenceEncoder(nn.Module):
             "similarity_fn_name": self.similarity_fn_name,
         }
         truncated = {} if self.truncate_dim is None else {"truncate_dim": self.truncate_dim}
-        write_json(folder / "config_sentence_transformers.json", {**config, **truncated})
+        with saving(path) as folder:
+            self.transformer.save(folder)
+            for place, module in places.items():
+                module.save(folder / place)
+            write_json(folder / "modules.json", listed)
+            write_json(folder / "config_sentence_transformers.json", {**config, **truncated})
 
     save = save_pretrained
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from pathlib import Path, PurePosixPath
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from ..differences import renamed
-from ..files import FileError, is_bundled, read_json, resolve
+from ..files import MOST_CONFIG, FileError, has_file, is_bundled, read_json, read_json_value, resolve
 from .modules import KINDS, Pooling
 from .transformer import Transformer
 
@@ -76,7 +75,7 @@ def load(
     model_options = {"dtype": dtype, **model_options}
     path = resolve(name, **hub)
 
-    if not (path / "modules.json").is_file():
+    if not has_file(path / "modules.json"):
         transformer = Transformer.load(path, "", device, model_options, tokenizer_options)
         architectures = transformer.model.config.get("architectures") or [""]
         decoder = architectures[0].endswith("ForCausalLM") or path.is_file()
@@ -84,10 +83,11 @@ def load(
         logger.warning("%s has no modules.json: its tokens are pooled as %s", name, pooling.modes[0])
         return [transformer, pooling], {}
     file = path / "config_sentence_transformers.json"
-    stored = read_json(file) if file.is_file() else {}
+    stored = read_json(file, limit=MOST_CONFIG) if has_file(file) else {}
     kind = stored.get("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
         raise FileError(f"{file}: the model is a {kind}, expected a SentenceTransformer")
+    _check_settings(file, stored)
     modules: list[nn.Module] = []
     for place, kind in listed_modules(path / "modules.json"):
         if kind == "Transformer":
@@ -97,12 +97,26 @@ def load(
     return modules, stored
 
 
+def _check_settings(file: Path, stored: dict[str, Any]) -> None:
+    """Raise FileError where config_sentence_transformers.json has a setting of another type."""
+    prompts, dimensions = stored.get("prompts") or {}, stored.get("truncate_dim")
+    if not isinstance(prompts, dict) or not all(
+        isinstance(text, (str, type(None))) for text in prompts.values()
+    ):
+        raise FileError(f"{file}: prompts must be names and texts, and are {prompts!r:.60}")
+    for name in ("default_prompt_name", "similarity_fn_name"):
+        if not isinstance(stored.get(name), (str, type(None))):
+            raise FileError(f"{file}: {name} must be a text, and is {stored[name]!r:.60}")
+    if dimensions is not None and (type(dimensions) is not int or dimensions < 1):
+        raise FileError(f"{file}: truncate_dim must be a number from 1, and is {dimensions!r:.60}")
+
+
 def listed_modules(file: Path) -> list[tuple[str, str]]:
     """The folder and the kind of each module in modules.json."""
     try:
-        listed = json.loads(file.read_text(encoding="utf-8"))
+        listed = read_json_value(file, limit=MOST_CONFIG)
         found = [(str(entry["path"]), str(entry["type"])) for entry in listed]
-    except (ValueError, KeyError, TypeError, RecursionError) as problem:
+    except (KeyError, TypeError) as problem:
         raise FileError(f"{file}: expected a list of modules with path and type: {problem}") from problem
     modules = []
     for index, (place, name) in enumerate(found):

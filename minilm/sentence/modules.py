@@ -8,7 +8,6 @@ through all of them.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
-from ..files import FileError, WeightError, open_checkpoint, read_json
+from ..files import (
+    INDEX,
+    MOST_CONFIG,
+    SINGLE,
+    FileError,
+    WeightError,
+    has_file,
+    open_checkpoint,
+    read_json,
+    saving,
+)
 from ..model import Linear, Packed
 
 
@@ -76,15 +85,13 @@ class Module(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write config.json, and the weights if there are any."""
-        folder.mkdir(parents=True, exist_ok=True)
-        write_json(folder / "config.json", self.config())
         tensors = {name: p.detach().contiguous() for name, p in self.named_parameters()}
-        if tensors:
-            from safetensors.torch import save_file
+        with saving(folder, replaces=(SINGLE, INDEX)) as new:
+            write_json(new / "config.json", self.config())
+            if tensors:
+                from safetensors.torch import save_file
 
-            temporary = folder / ".model.safetensors.part"
-            save_file(tensors, temporary, metadata={"format": "pt"})
-            os.replace(temporary, folder / "model.safetensors")
+                save_file(tensors, new / SINGLE, metadata={"format": "pt"})
 
 
 MODES = ("cls", "max", "mean", "mean_sqrt_len_tokens", "weightedmean", "lasttoken")
@@ -184,7 +191,7 @@ class Pooling(Module):
     @classmethod
     def load(cls, folder: Path) -> Pooling:
         """From config.json, in either spelling."""
-        config = read_json(folder / "config.json")
+        config = _config(folder)
         older = config.pop("word_embedding_dimension", None)
         config.setdefault("embedding_dimension", older)
         flags = [mode for flag, mode in _FLAGS.items() if config.pop(flag, False)]
@@ -232,7 +239,7 @@ class Normalize(_Named):
     @classmethod
     def load(cls, folder: Path) -> Normalize:
         """From config.json, which older models do not have."""
-        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+        config = _config(folder) if has_file(folder / "config.json") else {}
         return _build(cls, folder, config, ("module_input_name", "module_output_name"))
 
 
@@ -305,7 +312,7 @@ class Dense(_Named):
     def load(cls, folder: Path) -> Dense:
         """From config.json and model.safetensors."""
         file = folder / "config.json"
-        config = read_json(file)
+        config = _config(folder)
         config["activation_function"] = activation(config.get("activation_function", "torch.nn.Tanh"), file)
         names = ("in_features", "out_features", "bias", "activation_function", "use_residual")
         return read_weights(
@@ -334,7 +341,7 @@ class LayerNorm(Module):
     @classmethod
     def load(cls, folder: Path) -> LayerNorm:
         """From config.json and model.safetensors."""
-        return read_weights(_build(cls, folder, read_json(folder / "config.json"), ("dimension",)), folder)
+        return read_weights(_build(cls, folder, _config(folder), ("dimension",)), folder)
 
 
 class Dropout(Module):
@@ -358,12 +365,16 @@ class Dropout(Module):
     @classmethod
     def load(cls, folder: Path) -> Dropout:
         """From config.json."""
-        return _build(cls, folder, read_json(folder / "config.json"), ("dropout",))
+        return _build(cls, folder, _config(folder), ("dropout",))
 
 
 M = TypeVar("M", bound=Module)
 
 KINDS: dict[str, type[Module]] = {cls.kind: cls for cls in (Pooling, Normalize, Dense, LayerNorm, Dropout)}
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    return read_json(folder / "config.json", limit=MOST_CONFIG)
 
 
 def _build(cls: type[M], folder: Path, config: dict[str, Any], names: Sequence[str]) -> M:
@@ -396,10 +407,8 @@ def read_weights(module: M, folder: Path) -> M:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write `file` whole or not at all."""
-    temporary = file.with_name(f".{file.name}.part")
-    temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    """Write `file`, a name in a folder that `saving` gave."""
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def run_modules(modules: Sequence[Module], features: Features) -> Features:

@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..files import open_checkpoint, read_json
+from ..files import MOST_CONFIG, FileError, has_file, open_checkpoint, read_json, saving
 from ..model import AutoModel
 from ..text import AutoTokenizer, Tokenizer
 from .batching import Tokens, tokenise, window
 from .modules import check_known, write_json
 
 _CONFIGS = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
+
+
+MOST_TOKENS = 2**31 - 1
 
 
 class Transformer(nn.Module):
@@ -59,10 +62,12 @@ class Transformer(nn.Module):
         """Read the module in the folder `place` of the model's folder (or the GGUF file) `path`."""
         folder = path / place if place else path
         files = [folder / f"sentence_{name}_config.json" for name in _CONFIGS]
-        file = next((file for file in files if file.is_file()), None)
-        config = read_json(file) if file is not None else {}
+        file = next((file for file in files if has_file(file)), None)
+        config = read_json(file, limit=MOST_CONFIG) if file is not None else {}
         longest, lower = config.pop("max_seq_length", None), bool(config.pop("do_lower_case", False))
         if file is not None:
+            if longest is not None and (type(longest) is not int or not 1 <= longest <= MOST_TOKENS):
+                raise FileError(f"{file}: max_seq_length must be a number from 1, and is {longest!r:.60}")
             _check(file, config)
         with open_checkpoint(folder) as checkpoint:
             pooler = any("pooler." in name for name in checkpoint.tensors)
@@ -121,15 +126,18 @@ class Transformer(nn.Module):
 
     def save(self, folder: Path) -> None:
         """Write model, tokenizer and sentence_bert_config.json."""
-        self.model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
         config = {"max_seq_length": self.max_seq_length, "do_lower_case": self.do_lower_case}
-        write_json(folder / "sentence_bert_config.json", config)
+        with saving(folder, replaces=[f"sentence_{name}_config.json" for name in _CONFIGS]) as new:
+            self.model.save_pretrained(new)
+            self.tokenizer.save_pretrained(new)
+            write_json(new / "sentence_bert_config.json", config)
 
 
 def _check(file: Path, config: dict[str, Any]) -> None:
     """Newer files say how a model that takes several kinds of input is called; minilm's take text."""
-    modalities = config.pop("modality_config", {})
+    modalities = config.pop("modality_config", None) or {}
+    if not isinstance(modalities, dict) or not isinstance(modalities.get("text", {}), dict):
+        raise FileError(f"{file}: modality_config must be a mapping, and is {modalities!r:.60}")
     if "message" in modalities:
         check_known(file, "a Transformer", {"texts written as chat messages (modality_config)": True})
     text = modalities.get("text", {})

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path, PurePosixPath
 from typing import Any, Protocol
 
+from ..files import FileError, saving
 from .vocabulary import TokenizerError, backend_errors
 
 # tokenizer.json has the bos and eos that texts get, and transformers takes these two for a wish to change it.
@@ -19,6 +19,15 @@ _NOT_SAVED = (
     "backend",
     "is_local",
 )
+
+_READ_BESIDE = (
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "additional_chat_templates/*.jinja",
+)
+"""What is read beside tokenizer.json and tokenizer_config.json: left by another tokenizer, it would change
+this one."""
 
 
 class Savable(Protocol):
@@ -40,7 +49,8 @@ class Savable(Protocol):
 
 
 def save(tokenizer: Savable, folder: Path) -> tuple[str, ...]:
-    """See `Tokenizer.save_pretrained`. Everything is written under other names first and then renamed."""
+    """See `Tokenizer.save_pretrained`. Everything appears together, in place of an earlier tokenizer's files
+    that would change how this one is read."""
     if folder.exists() and not folder.is_dir():
         raise TokenizerError(f"{folder}: expected a folder to save into, this is a file")
     with backend_errors("saving the tokenizer"):
@@ -57,23 +67,14 @@ def save(tokenizer: Savable, folder: Path) -> tuple[str, ...]:
             raise TokenizerError(f"the chat template {name!r} cannot be saved: its name is no file name")
         files[f"additional_chat_templates/{name}.jinja"] = text
 
-    folder.mkdir(parents=True, exist_ok=True)
-    unfinished: list[tuple[Path, Path]] = []
     try:
-        for name, text in files.items():
-            final = folder / name
-            final.parent.mkdir(exist_ok=True)
-            temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
-            unfinished.append((temporary, final))
-            temporary.write_text(text, encoding="utf-8", newline="")
-        for temporary, final in unfinished:
-            os.replace(temporary, final)
-    except OSError as problem:
+        with saving(folder, replaces=_READ_BESIDE) as new:
+            for name, text in files.items():
+                (new / name).parent.mkdir(exist_ok=True)
+                (new / name).write_text(text, encoding="utf-8", newline="")
+    except (OSError, FileError) as problem:
         raise TokenizerError(f"{folder}: cannot save the tokenizer: {problem}") from problem
-    finally:
-        for temporary, _ in unfinished:
-            temporary.unlink(missing_ok=True)
-    return tuple(str(final) for _, final in unfinished)
+    return tuple(str(folder / name) for name in files)
 
 
 def _config(tokenizer: Savable) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import TOKENIZER_FILES, resolve
+from ..files import TOKENIZER_FILES, has_file, resolve
 from . import chat_template as chat
 from .encode import UNLIMITED, TextEncoder
 from .output import BatchEncoding as BatchEncoding
@@ -80,7 +80,7 @@ class Tokenizer(TextEncoder):
             raise TokenizerError(
                 "expected tokenizer_object=, tokenizer_file= or vocab_file=, or from_pretrained"
             )
-        elif not Path(file).is_file():
+        elif not has_file(Path(file), error=TokenizerError):
             raise TokenizerError(f"{file}: no such file")
         else:
             parts = load(Path(file), overrides=settings, class_name=self.class_name, merges_file=merges_file)

@@ -34,9 +34,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import re
-import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -48,7 +46,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..files import INDEX, SINGLE, Checkpoint, SafetensorsCheckpoint, TensorInfo, WeightError, open_checkpoint
+from ..files import (
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    FileError,
+    SafetensorsCheckpoint,
+    TensorInfo,
+    WeightError,
+    open_checkpoint,
+    saving,
+)
 from ..ops.quantized import QuantizedWeight
 from .plan import Fill, Shape, fused_sizes, plan_load, unique_parameters, views
 from .quantized import read_quantised, target_format
@@ -77,7 +85,7 @@ __all__ = [
 log = logging.getLogger(__name__)
 
 _LARGE = 1_000_000_000  # bytes from which on a load shows its progress unasked
-_OURS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+_SHARD = "model-" + 5 * "[0-9]" + "-of-" + 5 * "[0-9]" + ".safetensors"  # as a pattern of names
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
@@ -286,9 +294,9 @@ def save_weights(
 
     `model.safetensors`, or from `max_shard_size` (bytes, or "500MB", "2GiB") on shards with an index, as
     transformers does it. Names of the base model get `prefix`. The same weights always give the same bytes.
-    The files get their names when all are written: there is never a partial one, and what an earlier save
-    left in the folder under such names is removed. `matrices`: those that the model has quantised, by the
-    names of the parameters in whose place they are; minilm/files/quantized.py says how they are kept.
+    They take the places of those of an earlier save together (`minilm.files.saving`). `matrices`: those that
+    the model has quantised, by the names of the parameters in whose place they are;
+    minilm/files/quantized.py says how they are kept.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -299,25 +307,15 @@ def save_weights(
     if len(shards) > 1:
         files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".saving-", dir=folder) as temporary:
+        with saving(folder, replaces=(SINGLE, INDEX, _SHARD)) as new:
             for file, shard in zip(files, shards, strict=True):
                 # One shard at a time: a transposed matrix, or one on a device, is copied to be written.
                 tensors = {key: tensor.detach().contiguous() for key, tensor in shard.items()}
-                save_file(tensors, Path(temporary, file), metadata={"format": "pt"})
+                save_file(tensors, new / file, metadata={"format": "pt"})
             if len(shards) > 1:
-                Path(temporary, INDEX).write_text(_index(files, shards), encoding="utf-8")
+                (new / INDEX).write_text(_index(files, shards), encoding="utf-8")
                 files = [*files, INDEX]
-            # safetensors makes files that only their owner can read; these get the mode of any new file.
-            usual = Path(temporary, "any")
-            usual.touch()
-            for file in files:
-                Path(temporary, file).chmod(usual.stat().st_mode & 0o777)
-                os.replace(Path(temporary, file), folder / file)
-        for old in folder.iterdir():
-            if (_OURS.fullmatch(old.name) or old.name == INDEX) and old.name not in files:
-                old.unlink()
-    except (OSError, SafetensorError) as error:
+    except (OSError, FileError, SafetensorError) as error:
         raise WeightError(f"{folder}: the weights cannot be written: {error}") from error
     return [folder / file for file in files]
 

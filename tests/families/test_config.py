@@ -225,7 +225,6 @@ REFUSED: list[tuple[str, Config, str]] = [
     ("llama", {"rope_scaling": {"type": "linear"}}, "factor"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": 0}}, "factor"),
     ("llama", {"rope_scaling": {"type": "linear", "factor": "two"}}, "'two'"),
-    ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0, "beta": 1}}, "beta"),
     (
         "llama",
         {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},

@@ -172,7 +172,7 @@ def test_index_that_leads_elsewhere(tmp_path: Path, file: Any) -> None:
 )
 def test_index_that_is_none(tmp_path: Path, text: str) -> None:
     (tmp_path / "model.safetensors.index.json").write_bytes(text.encode("latin-1"))
-    with pytest.raises(WeightError, match=r"model\.safetensors\.index\.json: not a"):
+    with pytest.raises(WeightError, match=r"model\.safetensors\.index\.json: (not|nested|expected a) "):
         open_checkpoint(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import tracemalloc
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from gguf import GGUFWriter
+from gguf import GGML_QUANT_SIZES, GGUFWriter
 from gguf_files import (
     SMALL,
     Type,
@@ -17,6 +18,7 @@ from gguf_files import (
     read,
     small,
     small_tensors,
+    write_gguf,
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -125,9 +127,12 @@ def tensor_line(name: str, shape: tuple[int, ...], kind: int, offset: int) -> by
     ("lines", "message"),
     [
         ([tensor_line("t", (2**31, 2**31), 0, 0)], "truncated: the data of t ends at byte"),
-        ([tensor_line("t", (8,), 0, 2**63)], "truncated"),
-        ([tensor_line("t", (8,), 0, 8)], "t cannot be at"),
-        ([tensor_line("t", (8,), 0, 0), tensor_line("u", (8,), 0, 0)], "within another's"),
+        ([tensor_line("t", (8,), 0, 2**63)], "the data of t are at byte"),
+        ([tensor_line("t", (8,), 0, 8)], "the data of t are at byte 136, expected 128"),
+        (
+            [tensor_line("t", (8,), 0, 0), tensor_line("u", (8,), 0, 0)],
+            "the data of u are at byte 160, expected 192",
+        ),
         ([tensor_line("t", (8,), 0, 0), tensor_line("t", (8,), 0, 32)], "tensor t is there twice"),
         ([tensor_line("t", (8, 0), 0, 0)], r"t of shape \[0, 8\] cannot be F32"),
         ([tensor_line("t", (33,), 2, 0)], r"t of shape \[33\] cannot be Q4_0, in blocks of 32"),
@@ -156,9 +161,9 @@ def test_truncated(tmp_path: Path) -> None:
     last = list(checkpoint.tensors)[-1]
     with pytest.raises(WeightError, match="has been cut while it was open"):
         read(checkpoint, last)
-    with pytest.raises(WeightError, match="cannot be read"):
+    with pytest.raises(WeightError, match="no such file"):
         GGUFCheckpoint(tmp_path / "nowhere.gguf")
-    with pytest.raises(WeightError, match="cannot be read"):
+    with pytest.raises(WeightError, match="expected a file, and this is a directory"):
         read_gguf_metadata(tmp_path)
 
 
@@ -194,3 +199,81 @@ def test_damaged_file_is_an_error_or_loads(
     except WeightError as error:
         message = str(error)
     assert str(path) in message
+
+
+def table_of(data: bytes) -> dict[str, tuple[int, int]]:
+    """Where in a file the type of each tensor is written, and how many bytes its data have; read by the
+    package of llama.cpp, and by looking for the name."""
+    from gguf import GGUFReader
+
+    path = Path(os.environ.get("TMPDIR", "/tmp")) / f"table-{os.getpid()}.gguf"
+    path.write_bytes(data)
+    try:
+        reader = GGUFReader(path)
+        found = {}
+        for tensor in reader.tensors:
+            at = data.index(text(tensor.name)) + 8 + len(tensor.name) + 4 + 8 * len(tensor.shape)
+            assert struct.unpack_from("<I", data, at)[0] == tensor.tensor_type
+            found[str(tensor.name)] = (at, int(tensor.n_bytes))
+    finally:
+        path.unlink()
+    return found
+
+
+def test_a_wrong_type_is_seen_wherever_it_has_another_size(tmp_path: Path) -> None:
+    rng = np.random.default_rng(3)
+    tensors = {
+        name: rng.normal(size=value.shape).astype(np.float32) + 3 for name, value in small_tensors().items()
+    }
+    path = write_gguf(tmp_path / "x.gguf", "llama", tensors, SMALL)
+    data = path.read_bytes()
+    read_all(path)
+    changed = 0
+    for at, nbytes in table_of(data).values():
+        for kind in Type:
+            block, size = GGML_QUANT_SIZES[kind]
+            elements = nbytes // 4
+            if kind is Type.F32 or (elements % block == 0 and elements // block * size == nbytes):
+                continue
+            path.write_bytes(data[:at] + struct.pack("<I", kind) + data[at + 4 :])
+            with pytest.raises(WeightError, match=r"x\.gguf"):
+                read_all(path)
+            changed += 1
+        dimension = at - 8
+        for more in (-1, 1, 2):
+            value = struct.unpack_from("<Q", data, dimension)[0] + more
+            path.write_bytes(data[:dimension] + struct.pack("<Q", value) + data[dimension + 8 :])
+            with pytest.raises(WeightError, match=r"x\.gguf"):
+                read_all(path)
+        for more in (-32, 32, 1, 2**40):
+            value = struct.unpack_from("<Q", data, at + 4)[0] + more
+            path.write_bytes(data[: at + 4] + struct.pack("<Q", value % 2**64) + data[at + 12 :])
+            with pytest.raises(WeightError, match=r"x\.gguf"):
+                read_all(path)
+    assert changed > 100
+    path.write_bytes(data + bytes(32))
+    with pytest.raises(WeightError, match="or something else follows"):
+        read_all(path)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"tokenizer.ggml.tokens": ["a"] * 6}, "5 rows, and tokenizer.ggml.tokens 6"),
+        ({"tokenizer.ggml.tokens": ["a"] * 4}, "5 rows, and tokenizer.ggml.tokens 4"),
+        ({"tokenizer.ggml.tokens": "abcde"}, "5 rows, and tokenizer.ggml.tokens 'abcde'"),
+        ({"tokenizer.ggml.scores": [0.5] * 4}, "5 rows, and tokenizer.ggml.scores 4"),
+        ({"tokenizer.ggml.token_type": [1] * 7}, "5 rows, and tokenizer.ggml.token_type 7"),
+        ({"tokenizer.ggml.eos_token_id": 5}, "eos_token_id: got 5, expected a number below 5"),
+        ({"tokenizer.ggml.bos_token_id": "1"}, "bos_token_id: got '1'"),
+        ({"llama.vocab_size": 6}, "5 rows, and metadata llama.vocab_size is 6"),
+        ({"llama.block_count": 2}, "block_count is 2, but there are 1 layers"),
+        ({"llama.block_count": 1.0}, "block_count: expected a whole number"),
+    ],
+)
+def test_counts_that_disagree_with_the_tensors(
+    tmp_path: Path, metadata: dict[str, Any], message: str
+) -> None:
+    path = write_gguf(tmp_path / "x", "llama", small_tensors(), SMALL | metadata)
+    with GGUFCheckpoint(path) as checkpoint, pytest.raises(WeightError, match=message):
+        checkpoint.hf_config()

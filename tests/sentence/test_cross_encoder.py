@@ -12,7 +12,7 @@ import sentence_transformers
 import torch
 from tiny_models import TEXTS, save_model
 
-from minilm.files.hub import FileError
+from minilm.files import FileError
 from minilm.sentence.cross_encoder import CrossEncoder
 
 PAIRS = [

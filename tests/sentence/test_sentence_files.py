@@ -15,8 +15,8 @@ from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.modules import Pooling
 from tiny_sentence import build
 
+from minilm.files import FileError
 from minilm.files.checkpoint import WeightError
-from minilm.files.hub import FileError
 from minilm.sentence.encoder import SentenceEncoder
 
 
@@ -89,8 +89,8 @@ BROKEN = {
     "outside": (FileError, "the path '../1_Pooling' leads out of the model's folder"),
     "order": (FileError, "expected one Transformer, as the first module, but number 0 is Dense"),
     "empty": (FileError, "lists no modules"),
-    "json": (FileError, "modules.json: expected a list of modules"),
-    "object": (FileError, "modules.json: expected a list of modules"),
+    "json": (FileError, "modules.json: (not JSON|expected a list of modules)"),
+    "object": (FileError, "modules.json: (not JSON|expected a list of modules)"),
     "mode": (FileError, "config.json: pooling_mode must be one or several of .*, and is 'median'"),
     "size": (FileError, "embedding_dimension must be a number, and is None"),
     "option": (FileError, "Pooling with pooling_temperature is not supported"),

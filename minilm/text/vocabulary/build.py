@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...files import read_json
+from ...files import read_json, read_text
 from .errors import TokenizerError, backend_errors
 from .sentencepiece import Algorithm, Kind, Piece, SentencePieceModel
 
@@ -256,7 +256,8 @@ def read_vocab_txt(path: Path) -> dict[str, int]:
     """One token a line, its id the number of the line. Lines end at "\\n" only: vocabularies contain tokens
     that Python's splitlines would break."""
     vocab = {
-        line.rstrip(): index for index, line in enumerate(_read_text(path).removesuffix("\n").split("\n"))
+        line.rstrip(): index
+        for index, line in enumerate(read_text(path, error=TokenizerError).removesuffix("\n").split("\n"))
     }
     if not any(vocab):
         raise TokenizerError(f"{path}: expected one token a line, the file is empty")
@@ -275,7 +276,7 @@ def read_vocab_json(path: Path) -> dict[str, int]:
 def read_merges(path: Path) -> list[tuple[str, str]]:
     """merges.txt: two tokens a line, best first, under an optional line `#version: ...`."""
     merges: list[tuple[str, str]] = []
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path, error=TokenizerError).split("\n"), 1):
         line = line.rstrip("\r")
         if not line or line.startswith("#version"):
             continue
@@ -286,12 +287,3 @@ def read_merges(path: Path) -> list[tuple[str, str]]:
             )
         merges.append((parts[0], parts[1]))
     return merges
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_bytes().decode("utf-8")
-    except OSError as problem:
-        raise TokenizerError(f"{path}: cannot be read: {problem.strerror or problem}") from problem
-    except UnicodeDecodeError as problem:
-        raise TokenizerError(f"{path}: not UTF-8 text: {problem.reason} at byte {problem.start}") from problem

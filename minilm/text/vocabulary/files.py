@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...files import read_json
+from ...files import MOST_CONFIG, MOST_TEMPLATE, has_file, read_json, read_text
 from .build import (
     SPLITTINGS,
     byte_level_bpe,
@@ -62,14 +62,14 @@ def load(
     model: dict[str, Any] = {}
     if path.is_dir():
         config = _read_config(path)
-        if (path / "config.json").is_file():
-            model = read_json(path / "config.json", error=TokenizerError)
+        if has_file(path / "config.json", error=TokenizerError):
+            model = read_json(path / "config.json", limit=MOST_CONFIG, error=TokenizerError)
     names = [class_name, config.pop("tokenizer_class", None), model.get("tokenizer_class")]
     named = next((name for name in names if isinstance(name, str)), None)
     model_type = model.get("model_type") if isinstance(model.get("model_type"), str) else None
     family = family_of(named, model_type)
     source = _vocabulary(path, family) if path.is_dir() else path
-    if not source.is_file():
+    if not has_file(source, error=TokenizerError):
         raise TokenizerError(f"{source}: no such file")
     if named is None and model_type is None:
         family = _guess(source)
@@ -140,7 +140,7 @@ def _complete(
 
 def _vocabulary(folder: Path, family: Family) -> Path:
     """The file of `folder` that the pipeline is made of."""
-    if (folder / "tokenizer.json").is_file():
+    if has_file(folder / "tokenizer.json", error=TokenizerError):
         return folder / "tokenizer.json"
     older = {
         "bert": ["vocab.txt"],
@@ -149,7 +149,7 @@ def _vocabulary(folder: Path, family: Family) -> Path:
         "bos-eos": [],
     }[family.frame]
     for name in (*older, *SENTENCEPIECE_FILES, "vocab.json", "vocab.txt"):
-        if (folder / name).is_file():
+        if has_file(folder / name, error=TokenizerError):
             return folder / name
     quantised = sorted(folder.glob("*.gguf"))
     if len(quantised) == 1:
@@ -223,25 +223,25 @@ def _read_gguf(path: Path) -> dict[str, Any]:
 def _read_config(folder: Path) -> dict[str, Any]:
     """tokenizer_config.json with what the files beside it add to it."""
     file = folder / "tokenizer_config.json"
-    config = read_json(file, error=TokenizerError) if file.is_file() else {}
+    config = read_json(file, error=TokenizerError) if has_file(file, error=TokenizerError) else {}
     for key in ("name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file"):
         config.pop(key, None)  # paths on the machine of who saved it; never to be opened here
-    if (folder / "tokenizer.json").is_file():
+    if has_file(folder / "tokenizer.json", error=TokenizerError):
         config.pop("add_bos_token", None)  # what tokenizer.json does is what was meant
         config.pop("add_eos_token", None)
     if "added_tokens_decoder" not in config:
         for name in ("special_tokens_map.json", "added_tokens.json"):
-            if (folder / name).is_file():
+            if has_file(folder / name, error=TokenizerError):
                 found = read_json(folder / name, error=TokenizerError)
                 config.update(found if name == "special_tokens_map.json" else {"added_tokens": found})
     templates = {file.stem: file for file in sorted(folder.glob("additional_chat_templates/*.jinja"))}
-    if (folder / "chat_template.jinja").is_file():
+    if has_file(folder / "chat_template.jinja", error=TokenizerError):
         templates["default"] = folder / "chat_template.jinja"
     if templates:
-        try:
-            texts = {name: file.read_text(encoding="utf-8") for name, file in templates.items()}
-        except (OSError, UnicodeDecodeError) as problem:
-            raise TokenizerError(f"{folder}: a chat template cannot be read: {problem}") from problem
+        texts = {
+            name: read_text(file, limit=MOST_TEMPLATE, error=TokenizerError)
+            for name, file in templates.items()
+        }
         config["chat_template"] = texts["default"] if list(texts) == ["default"] else texts
     return config
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...files import default_token
 from .build import SPLITTINGS, Splitting, byte_level_bpe, plain_sentencepiece
 from .errors import TokenizerError, backend_errors
 from .sentencepiece import Algorithm, Kind, Piece, SentencePieceModel
@@ -50,6 +51,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], file: Path) -> tuple[Backen
     if model is None or tokens is None:
         raise TokenizerError(f"{file}: a GGUF file without a tokenizer (no tokenizer.ggml.model or .tokens)")
     kinds = _kinds(fields, len(tokens))
+    tokens, mark = _distinct(tokens)
     if model == "gpt2":
         backend, adds_bos = _byte_level(fields, tokens, kinds)
     elif model == "llama":
@@ -57,12 +59,19 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], file: Path) -> tuple[Backen
     else:
         raise TokenizerError(f"{file}: tokenizer.ggml.model is {model!r}, expected 'gpt2' or 'llama'")
 
+    if mark:
+        from tokenizers import decoders
+
+        backend.decoder = decoders.Sequence([decoders.Replace(mark, ""), backend.decoder])
+
     settings: dict[str, Any] = {
         "add_bos_token": fields.get("add_bos_token", bool, adds_bos),
         "add_eos_token": fields.get("add_eos_token", bool, False),
     }
     for name, keys in _SPECIAL_TOKENS.items():
         index = next((i for key in keys if (i := fields.get(key, int, None)) is not None), None)
+        if index is None:
+            index = default_token(metadata, name.removesuffix("_token"))
         if index is None:
             continue
         if not 0 <= index < len(tokens):
@@ -79,6 +88,28 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], file: Path) -> tuple[Backen
     elif named or template is not None:
         settings["chat_template"] = named or template
     return backend, settings
+
+
+def _distinct(tokens: list[str]) -> tuple[list[str], str]:
+    """Tokens of which no two are alike, and the character that was put behind those that were, once, twice,
+    or as often as needed; "" if all were different.
+
+    A pipeline knows a token by its text. Of several of one text the last is what texts are encoded to, as in
+    transformers; the ids of the others still have their text, of which decoding takes the mark away.
+    """
+    last = {token: index for index, token in enumerate(tokens)}
+    if len(last) == len(tokens):
+        return tokens, ""
+    used = set().union(*tokens)
+    mark = next(chr(code) for code in range(0xFDD0, 0xFDF0) if chr(code) not in used)  # for inner use alone
+    times: dict[str, int] = {}
+    distinct = []
+    for index, token in enumerate(tokens):
+        if index != last[token]:
+            times[token] = times.get(token, 0) + 1
+            token += mark * times[token]
+        distinct.append(token)
+    return distinct, mark
 
 
 def _byte_level(fields: _Fields, tokens: list[str], kinds: list[Kind]) -> tuple[Backend, bool]:

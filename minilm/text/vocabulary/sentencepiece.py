@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...files import read_bytes
 from .errors import TokenizerError
 from .limits import check_charsmap
 
@@ -67,13 +68,7 @@ class SentencePieceModel:
 def read_sentencepiece(path: Path) -> SentencePieceModel:
     """The model in `path`; TokenizerError if it is not one, is damaged, or needs what is not supported
     here."""
-    try:
-        size = path.stat().st_size
-        if size > _MAX_BYTES:
-            raise TokenizerError(f"{path}: {size} bytes are too many for a sentencepiece model")
-        data = path.read_bytes()
-    except OSError as problem:
-        raise TokenizerError(f"{path}: cannot be read: {problem.strerror or problem}") from problem
+    data = read_bytes(path, limit=_MAX_BYTES, error=TokenizerError)
     try:
         model = _parse(path, data)
     except (ValueError, struct.error) as problem:
