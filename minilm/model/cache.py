@@ -12,6 +12,7 @@ et al. 2023, arXiv:2309.06180). Padding is never stored.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -178,6 +179,19 @@ class KVCache:
             max_context=max(context, default=0),
             fresh=fresh,
         )
+
+    @contextmanager
+    def restored(self, rows: Sequence[int] | None = None) -> Iterator[None]:
+        """A ``with`` block that adds to these rows (None: to any): after an error they have their lengths
+        from before."""
+        before = {row: self.lengths[row] for row in (self.lengths if rows is None else rows)}
+        try:
+            yield
+        except BaseException:
+            for row, length in before.items():
+                if row in self.lengths:
+                    self.crop_row(row, length)
+            raise
 
     def keys(self, layer: int, row: int) -> Tensor:
         """The keys of one sequence in one layer, [S, Hkv, D] (for attention maps and for readers)."""

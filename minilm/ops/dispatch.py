@@ -52,9 +52,10 @@ class Implementation:
     backend: str
     call: Callable[..., Any]
     supports: Callable[[Any], str | None] = lambda traits: None
-    examine: Callable[..., str | None] | None = None
-    """Of an op that stands for modules (`minilm.ops.whole`): given the arguments of a call, None or why the
-    modules have to run one by one."""
+    examine: Callable[..., str | Callable[..., Any] | None] | None = None
+    """Of an op that stands for modules (`minilm.ops.whole`): given the arguments of a call, why the modules
+    have to run one by one; else None, or what to call in the place of `call`, with what was found: another
+    thread may change it before it runs."""
 
 
 @dataclass
