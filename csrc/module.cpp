@@ -11,6 +11,7 @@
 
 #include "cpu/dispatch.h"
 #include "memory.h"
+#include "threads.h"
 
 namespace {
 
@@ -51,9 +52,9 @@ PyObject* packed_bytes(PyObject*, PyObject* arguments) {
   return PyLong_FromLongLong(kernels.packed_bytes(static_cast<minilm::Format>(format), in, places));
 }
 
-// (owners, keys, things, dicts, sizes, modules, types): whether every thing is still the one that its owner, a
-// dict, has under its key (None: it has none), every dict has its size and every module its type. It is asked
-// once a call about everything that a model holds; in Python it would take ten times as long.
+// (owners, keys, things, dicts, sizes, modules, types): whether every thing is still the one that its owner,
+// a dict, has under its key (None: it has none), every dict has its size and every module its type. It is
+// asked once a call about everything that a model holds; in Python it would take ten times as long.
 PyObject* same(PyObject*, PyObject* arguments) {
   PyObject *owners, *keys, *things, *dicts, *sizes, *modules, *types;
   PyTypeObject* kind = &PyTuple_Type;
@@ -87,6 +88,20 @@ PyObject* same(PyObject*, PyObject* arguments) {
   Py_RETURN_TRUE;
 }
 
+PyObject* limit_threads(PyObject*, PyObject* arguments) {
+  long long usual, limit;
+  if (!PyArg_ParseTuple(arguments, "LL", &usual, &limit)) return nullptr;
+  minilm::thread_limit().usual = usual;
+  minilm::thread_limit().limit = limit;
+  Py_RETURN_NONE;
+}
+
+PyObject* team_threads(PyObject*, PyObject* argument) {
+  const long long threads = PyLong_AsLongLong(argument);
+  if (threads == -1 && PyErr_Occurred()) return nullptr;
+  return PyLong_FromLongLong(minilm::team_threads(threads));
+}
+
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set of the CPU kernels in use."},
     {"cpu_isas", cpu_isas, METH_NOARGS, "The instruction sets that this machine can run, the best last."},
@@ -96,6 +111,9 @@ PyMethodDef methods[] = {
     {"packed_bytes", packed_bytes, METH_VARARGS, "(format, in, places) -> bytes of a packed weight."},
     {"same", same, METH_VARARGS,
      "(owners, keys, things, dicts, sizes, modules, types) -> whether all are what they were."},
+    {"limit_threads", limit_threads, METH_VARARGS,
+     "(usual, limit): whole passes have `limit` threads where PyTorch has its usual number; 0: as many."},
+    {"team_threads", team_threads, METH_O, "How many threads a whole pass has where PyTorch has so many."},
     {nullptr, nullptr, 0, nullptr},
 };
 

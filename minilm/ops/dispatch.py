@@ -227,6 +227,12 @@ def select(op: str, traits: Traits) -> Callable[..., Any]:
     return decision.chosen.call
 
 
+def candidates(op: str, device: str) -> tuple[str, ...]:
+    """The backends that may run the op under the choice in force, in their order."""
+    choice = _current()
+    return choice.per_op.get(op, choice.default) or PREFERENCE.get(device, DEFAULT_PREFERENCE)
+
+
 def decide(op: str, traits: Traits) -> Decision:
     """What `select` would choose for a call with these traits, and why not the others. Nothing is counted."""
     choice = _current()

@@ -50,7 +50,8 @@ def run_whole(op: str, device: torch.device, dtype: torch.dtype, *arguments: Any
     native = None
     if not torch.compiler.is_compiling():
         native = dispatch.implementations(op).get("native")
-        found = None if native is None or native.examine is None else native.examine(*arguments)
+        wanted = native is not None and "native" in dispatch.candidates(op, device.type)
+        found = native.examine(*arguments) if wanted and native and native.examine else None
     obstacle = found if isinstance(found, str) else None
     call = dispatch.select(op, WholeTraits(device.type, dtype, obstacle))
     if native is not None and call is native.call and callable(found):

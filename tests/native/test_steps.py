@@ -592,7 +592,6 @@ def test_dtypes_that_the_extension_does_not_have_are_left_to_the_modules() -> No
     assert "no kernel for torch.float64" in refusal(model_of("llama").double())
     mixed = model_of("llama", tie_word_embeddings=False)
     mixed.head.decoder.double()
-    cache = begun_by_any(mixed)
     with torch.no_grad():
         assert "weights in torch.float64" in str(decode_step.look(mixed))
         mixed.head.decoder.float()
