@@ -1,5 +1,5 @@
-"""Runs the native tests and the driver with AddressSanitizer and UndefinedBehaviorSanitizer, and the driver with
-ThreadSanitizer.
+"""Runs the native tests and the driver with AddressSanitizer and UndefinedBehaviorSanitizer, and the driver
+with ThreadSanitizer.
 
     python tools/sanitize.py [arguments of pytest]
 

@@ -47,7 +47,7 @@ _extension, unavailable = _load()
 
 def cpu_limit(root: Path = Path("/")) -> int | None:
     """CPUs that this process may use at a time, rounded up: of its affinity and the quota of its control
-    group (cpu.max, or cpu.cfs_quota_us of the older kind) and of those above it; None: as many as there are."""
+    group (cpu.max, or cpu.cfs_quota_us of the older kind) and of those above it; None: unknown."""
     limits: list[float] = []
     if hasattr(os, "sched_getaffinity"):
         limits.append(len(os.sched_getaffinity(0)))
@@ -90,8 +90,8 @@ def _quota(folder: Path, new: bool) -> list[float]:
 
 
 def limit_threads(limit: int | None) -> None:
-    """Give whole passes at most so many threads, which wait for each other all along: more than there are CPUs
-    would wait for what does not run. Another number of threads than PyTorch's own, by
+    """Give whole passes at most so many threads, which wait for each other all along: more than there are
+    CPUs would wait for what does not run. Another number of threads than PyTorch's own, by
     `torch.set_num_threads` or OMP_NUM_THREADS, is kept. Importing calls it with `cpu_limit`; None takes the
     limit away."""
     if _extension is not None:
