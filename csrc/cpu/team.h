@@ -10,9 +10,9 @@
 // others may be phases ahead, and be writing to anything. So whatever reads shared memory stands in a task,
 // or in the `first` of a phase, which a thread runs when it has drawn its first task there.
 //
-// Who has nothing left to do spins for some 20 microseconds, as most phases are shorter, and then sleeps
-// until the last task is done: where other programs have a core, a thread that spins on keeps it from the one
-// that it waits for.
+// Who has nothing left to do spins for some 100 microseconds, longer than most phases take and than it takes
+// to be woken, and then sleeps until the last task is done. Where another program has a core, its turn is
+// some milliseconds long: a thread that spun on would keep its own core from the one that it waits for.
 #pragma once
 
 #if defined(__linux__)
@@ -25,6 +25,7 @@
 
 #include <climits>
 #include <cstdint>
+#include <ctime>
 
 namespace minilm::MINILM_ISA {
 
@@ -58,11 +59,10 @@ class Team {
         wake(done);
       }
     }
-    for (int spins = 0; spins < kSpins; ++spins) {
+    const std::uint64_t begun = now();
+    for (int spins = 0; spins % 16 != 0 || now() - begun < kSpinning; ++spins) {
       if (__atomic_load_n(done, __ATOMIC_ACQUIRE) >= all) return;
-#if defined(__x86_64__)
-      __builtin_ia32_pause();
-#endif
+      pause();
     }
     __atomic_add_fetch(sleeping, 1, __ATOMIC_SEQ_CST);
     for (;;) {
@@ -74,9 +74,17 @@ class Team {
 
  private:
 #if defined(__x86_64__)
-  static constexpr int kSpins = 1000;  // of 40 to 140 cycles
+  static constexpr std::uint64_t kSpinning = 300000;  // turns of the processor's clock
+  static std::uint64_t now() { return __builtin_ia32_rdtsc(); }
+  static void pause() { __builtin_ia32_pause(); }
 #else
-  static constexpr int kSpins = 20000;
+  static constexpr std::uint64_t kSpinning = 100000;  // nanoseconds
+  static std::uint64_t now() {
+    timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return static_cast<std::uint64_t>(time.tv_sec) * 1000000000u + static_cast<std::uint64_t>(time.tv_nsec);
+  }
+  static void pause() {}
 #endif
 
   // Until somebody wakes, unless the counter is not `seen` any more.

@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib
 import threading
 from collections.abc import Collection, Iterable, Iterator
+from functools import lru_cache
 from operator import attrgetter, is_
 from types import FunctionType
 from typing import Any
@@ -96,10 +97,17 @@ def own_code(modules: Iterable[nn.Module], names: Collection[str] | None = None)
     """Which method, of these names or of any, one of these modules has for itself alone."""
     for module in modules:
         kind = type(module)
-        for name in module.__dict__:
-            if (names is None or name in names) and isinstance(getattr(kind, name, None), FunctionType):
-                return f"a {kind.__name__} has a {name} of its own"
+        methods = _method_names(kind)  # type: ignore[arg-type]
+        if not methods.isdisjoint(module.__dict__):
+            own = [n for n in module.__dict__ if n in methods and (names is None or n in names)]
+            if own:
+                return f"a {kind.__name__} has a {own[0]} of its own"
     return None
+
+
+@lru_cache(maxsize=256)
+def _method_names(kind: type) -> frozenset[str]:
+    return frozenset(name for name in dir(kind) if isinstance(getattr(kind, name, None), FunctionType))
 
 
 def hooked(modules: Iterable[nn.Module]) -> bool:
