@@ -1,6 +1,6 @@
 // The weights of a Transformer in one uint8 tensor, the arena, and an int64 tensor that says what lies where
-// in it; minilm/native/blocks.py writes both. Whatever the numbers say is checked against the sizes of the tensors
-// before a pointer is made.
+// in it; minilm/native/blocks.py writes both. Whatever the numbers say is checked against the sizes of the
+// tensors before a pointer is made.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

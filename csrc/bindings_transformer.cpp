@@ -17,6 +17,7 @@
 #include "cpu/dispatch.h"
 #include "memory.h"
 #include "params.h"
+#include "threads.h"
 #include "vector_table.h"
 
 namespace {
@@ -166,7 +167,7 @@ class Call {
   // x: float32 [T, C], overwritten with the result.
   void run(float* x) {
     p.x = x;
-    p.threads = static_cast<int64_t>(torch::stable::get_num_threads());
+    p.threads = minilm::team_threads(static_cast<int64_t>(torch::stable::get_num_threads()));
     const auto& kernels = minilm::cpu_kernels();
     p.workspace = workspace(kernels.transformer_workspace(p));
     std::memset(p.workspace, 0, kernels.transformer_counters(p));

@@ -11,6 +11,7 @@
 
 #include "cpu/dispatch.h"
 #include "memory.h"
+#include "threads.h"
 
 namespace {
 
@@ -51,6 +52,56 @@ PyObject* packed_bytes(PyObject*, PyObject* arguments) {
   return PyLong_FromLongLong(kernels.packed_bytes(static_cast<minilm::Format>(format), in, places));
 }
 
+// (owners, keys, things, dicts, sizes, modules, types): whether every thing is still the one that its owner,
+// a dict, has under its key (None: it has none), every dict has its size and every module its type. It is
+// asked once a call about everything that a model holds; in Python it would take ten times as long.
+PyObject* same(PyObject*, PyObject* arguments) {
+  PyObject *owners, *keys, *things, *dicts, *sizes, *modules, *types;
+  PyTypeObject* kind = &PyTuple_Type;
+  if (!PyArg_ParseTuple(arguments, "O!O!O!O!O!O!O!", kind, &owners, kind, &keys, kind, &things, kind, &dicts,
+                        kind, &sizes, kind, &modules, kind, &types)) {
+    return nullptr;
+  }
+  const Py_ssize_t count = PyTuple_Size(owners);
+  if (PyTuple_Size(keys) != count || PyTuple_Size(things) != count ||
+      PyTuple_Size(dicts) != PyTuple_Size(sizes) || PyTuple_Size(modules) != PyTuple_Size(types)) {
+    PyErr_SetString(PyExc_ValueError, "same: the tuples have different lengths");
+    return nullptr;
+  }
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    PyObject* now = PyDict_GetItemWithError(PyTuple_GetItem(owners, i), PyTuple_GetItem(keys, i));
+    if (now == nullptr && PyErr_Occurred()) return nullptr;
+    if ((now == nullptr ? Py_None : now) != PyTuple_GetItem(things, i)) Py_RETURN_FALSE;
+  }
+  for (Py_ssize_t i = 0, all = PyTuple_Size(dicts); i < all; ++i) {
+    const Py_ssize_t wanted = PyLong_AsSsize_t(PyTuple_GetItem(sizes, i));
+    if (wanted == -1 && PyErr_Occurred()) return nullptr;
+    if (PyDict_Size(PyTuple_GetItem(dicts, i)) != wanted) {
+      if (PyErr_Occurred()) return nullptr;
+      Py_RETURN_FALSE;
+    }
+  }
+  for (Py_ssize_t i = 0, all = PyTuple_Size(modules); i < all; ++i) {
+    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(PyTuple_GetItem(modules, i)));
+    if (type != PyTuple_GetItem(types, i)) Py_RETURN_FALSE;
+  }
+  Py_RETURN_TRUE;
+}
+
+PyObject* limit_threads(PyObject*, PyObject* arguments) {
+  long long usual, limit;
+  if (!PyArg_ParseTuple(arguments, "LL", &usual, &limit)) return nullptr;
+  minilm::thread_limit().usual = usual;
+  minilm::thread_limit().limit = limit;
+  Py_RETURN_NONE;
+}
+
+PyObject* team_threads(PyObject*, PyObject* argument) {
+  const long long threads = PyLong_AsLongLong(argument);
+  if (threads == -1 && PyErr_Occurred()) return nullptr;
+  return PyLong_FromLongLong(minilm::team_threads(threads));
+}
+
 PyMethodDef methods[] = {
     {"cpu_isa", cpu_isa, METH_NOARGS, "The instruction set of the CPU kernels in use."},
     {"cpu_isas", cpu_isas, METH_NOARGS, "The instruction sets that this machine can run, the best last."},
@@ -58,6 +109,11 @@ PyMethodDef methods[] = {
     {"prefer_large_pages", prefer_large_pages, METH_VARARGS,
      "Asks for large pages: address and size of memory whose content may be lost."},
     {"packed_bytes", packed_bytes, METH_VARARGS, "(format, in, places) -> bytes of a packed weight."},
+    {"same", same, METH_VARARGS,
+     "(owners, keys, things, dicts, sizes, modules, types) -> whether all are what they were."},
+    {"limit_threads", limit_threads, METH_VARARGS,
+     "(usual, limit): whole passes have `limit` threads where PyTorch has its usual number; 0: as many."},
+    {"team_threads", team_threads, METH_O, "How many threads a whole pass has where PyTorch has so many."},
     {nullptr, nullptr, 0, nullptr},
 };
 

@@ -1,11 +1,13 @@
-"""Runs the native tests and the driver with AddressSanitizer and UndefinedBehaviorSanitizer.
+"""Runs the native tests and the driver with AddressSanitizer and UndefinedBehaviorSanitizer, and the driver
+with ThreadSanitizer.
 
     python tools/sanitize.py [arguments of pytest]
 
-First the driver of csrc/tests, then tests/test_native*.py and tests/native/test_steps.py on a package
-that is built with the sanitizers into build/sanitize, apart from what is installed. Both with the instruction
-sets up
-to AVX2: with AVX-512 a compiler works for many minutes on attention's checks, and the sources are the same.
+First the driver of csrc/tests, with one to four threads, by either: what ThreadSanitizer sees is what the
+kernels and cpu/team.h do, as PyTorch's thread pool is not built for it. Then tests/ops/test_native*.py and
+tests/native/test_steps.py on a package that is built with the sanitizers into build/sanitize, apart from what
+is installed. All with the instruction sets up to AVX2: with AVX-512 a compiler works for many minutes on
+attention's checks, and the sources are the same.
 Whatever a sanitizer finds ends the run with an error.
 """
 
@@ -26,13 +28,15 @@ FOLDER = ROOT / "build" / "sanitize"
 ISAS = ("generic", "avx2", "neon_dotprod")
 FLAGS = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 OPTIONS = {"ASAN_OPTIONS": "detect_leaks=0", "UBSAN_OPTIONS": "print_stacktrace=1"}  # Python leaks by design
+RACES = ["-O1", "-g", "-fsanitize=thread"]
+OPTIONS |= {"TSAN_OPTIONS": "halt_on_error=1"}
 
 
-def run_driver(compiler: str) -> str:
+def run_driver(compiler: str, flags: list[str], name: str) -> str:
     """Compile and run it; returns the best of the instruction sets."""
-    folder = FOLDER / "driver"
+    folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
-    driver = native_driver.build(folder, compiler, platform.machine(), FLAGS, ISAS)
+    driver = native_driver.build(folder, compiler, platform.machine(), flags, ISAS)
     done = subprocess.run(
         [str(driver)], env=os.environ | OPTIONS, stdout=subprocess.PIPE, text=True, check=False
     )
@@ -66,14 +70,18 @@ def preloaded(compiler: str) -> dict[str, str]:
 def main() -> int:
     """The command."""
     compiler = os.environ.get("CXX", "g++")
-    library = build_package(compiler, run_driver(compiler))
+    run_driver(compiler, RACES, "races")
+    library = build_package(compiler, run_driver(compiler, FLAGS, "driver"))
     environment = os.environ | preloaded(compiler) | {"PYTHONPATH": str(library)}
     folder = ROOT / "tests"
-    tests = [str(file) for file in (*sorted(folder.glob("test_native*.py")), folder / "test_decode_step.py")]
+    files = [*sorted((folder / "ops").glob("test_native*.py")), folder / "native" / "test_steps.py"]
+    tests = [str(file) for file in files]
     # The driver saw to the other instruction sets; what starts compilers would sanitize these.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-k", "not instruction_set and not driver and not compile", *tests, *sys.argv[1:]]
-    origin = "from minilm.ops import native; print('testing', native._extension.__file__, flush=True)"
+    origin = (
+        "from minilm.ops.backends import native; print('testing', native._extension.__file__, flush=True)"
+    )
     for arguments in ([sys.executable, "-c", origin], command):
         done = subprocess.run(arguments, cwd=ROOT / "tests", env=environment, check=False)
         if done.returncode:

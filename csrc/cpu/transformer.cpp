@@ -25,6 +25,8 @@
 
 #include "cpu/transformer.h"
 
+#include <type_traits>
+
 #include "cpu/attention.h"
 #include "cpu/linear.h"
 #include "cpu/norms.h"
@@ -52,19 +54,21 @@ struct Part {
   float* statistics;  // [2 rows]
 };
 
-// Runs a step of a part in this thread alone; own_rows: what it computes is used by the part's own thread or
-// threads only, shared_rows: it is read or kept by others ...
+// What has nothing to do before it.
+struct Nothing {
+  void operator()(std::int64_t, std::int64_t) const {}
+};
+
+// Runs a step of a part in this thread alone; shared_rows: on rows; over_panels: on panels, with `own` before
+// it, which makes from rows what only this step reads (`any`: there is something to do) ...
 struct Alone {
-  template <typename F>
-  void own_rows(std::int64_t rows, F f) {
-    f(0, rows);
-  }
   template <typename F>
   void shared_rows(std::int64_t rows, F f) {
     f(0, rows);
   }
-  template <typename F>
-  void over_panels(std::int64_t panels, F f) {
+  template <typename Own, typename F>
+  void over_panels(std::int64_t panels, std::int64_t rows, bool, Own own, F f) {
+    own(0, rows);
     f(0, panels);
   }
 };
@@ -74,39 +78,39 @@ struct Together {
   Team& team;
   std::int64_t threads;
   template <typename F>
-  void own_rows(std::int64_t rows, F f) {
-    shared_rows(rows, f);
-  }
-  template <typename F>
   void shared_rows(std::int64_t rows, F f) {
     const std::int64_t step = ceil_div(rows, threads);
     team.run(ceil_div(rows, step),
              [&](std::int64_t i) { f(i * step, i * step + step < rows ? i * step + step : rows); });
   }
-  template <typename F>
-  void over_panels(std::int64_t panels, F f) {
+  template <typename Own, typename F>
+  void over_panels(std::int64_t panels, std::int64_t rows, bool any, Own own, F f) {
+    if (any) shared_rows(rows, own);
+    over_panels(panels, [] {}, f);
+  }
+  template <typename First, typename F>
+  void over_panels(std::int64_t panels, First first, F f) {
     const std::int64_t step = ceil_div(panels, 4 * threads);
-    team.run(ceil_div(panels, step),
+    team.run(ceil_div(panels, step), first,
              [&](std::int64_t i) { f(i * step, i * step + step < panels ? i * step + step : panels); });
   }
 };
 
 // ... or, where there are but few rows, what concerns a row in every thread for itself, in its own memory, as
-// that takes less time than to wait for another; the panels with all threads.
+// that takes less time than to wait for another; the panels with all threads. `own` reads what all threads
+// write, x or the partial results of attention, so it runs when the thread has drawn a task of this step
+// (`Team`): until that is done, nobody gets to the step that writes there. A thread that comes late, and
+// finds no task, does not read, and what it did not make nobody reads: the step is over.
 struct Each {
   Team& team;
   std::int64_t threads;
   template <typename F>
-  void own_rows(std::int64_t rows, F f) {
-    f(0, rows);
-  }
-  template <typename F>
   void shared_rows(std::int64_t rows, F f) {
     Together{team, threads}.shared_rows(rows, f);
   }
-  template <typename F>
-  void over_panels(std::int64_t panels, F f) {
-    Together{team, threads}.over_panels(panels, f);
+  template <typename Own, typename F>
+  void over_panels(std::int64_t panels, std::int64_t rows, bool, Own own, F f) {
+    Together{team, threads}.over_panels(panels, [&] { own(0, rows); }, f);
   }
 };
 
@@ -212,35 +216,44 @@ struct Steps {
 
   float* x() { return p.x + part.first * w.channels; }
 
-  void norm(const float* const weights[2], float* y) {
-    const auto rows = [&](std::int64_t begin, std::int64_t end) {
-      if (w.rms) {
-        RmsNormParams n = {};
-        n.x = x();
-        n.weight = weights[0];
-        n.y = y;
-        n.channels = n.x_stride = n.y_stride = w.channels;
-        n.eps = w.eps;
-        rms_norm(n, begin, end);
-      } else {
-        LayerNormParams n = {};
-        n.x = x();
-        n.weight = weights[0];
-        n.bias = weights[1];
-        n.y = y;
-        n.mean = part.statistics;
-        n.rstd = part.statistics + part.rows;
-        n.channels = n.x_stride = w.channels;
-        n.eps = w.eps;
-        layer_norm(n, begin, end);
-      }
-    };
-    y == part.h ? crew.own_rows(part.rows, rows) : crew.shared_rows(part.rows, rows);
+  void norm_rows(const float* const weights[2], float* y, std::int64_t begin, std::int64_t end) {
+    if (w.rms) {
+      RmsNormParams n = {};
+      n.x = x();
+      n.weight = weights[0];
+      n.y = y;
+      n.channels = n.x_stride = n.y_stride = w.channels;
+      n.eps = w.eps;
+      rms_norm(n, begin, end);
+    } else {
+      LayerNormParams n = {};
+      n.x = x();
+      n.weight = weights[0];
+      n.bias = weights[1];
+      n.y = y;
+      n.mean = part.statistics;
+      n.rstd = part.statistics + part.rows;
+      n.channels = n.x_stride = w.channels;
+      n.eps = w.eps;
+      layer_norm(n, begin, end);
+    }
   }
 
-  // y (+)= activation(input W^T + bias)
+  // x = norm(x), which all threads read.
+  void norm_x(const float* const weights[2]) {
+    crew.shared_rows(part.rows,
+                     [&](std::int64_t begin, std::int64_t end) { norm_rows(weights, x(), begin, end); });
+  }
+
+  // The norm of x in the part's own memory, for the step that it comes before.
+  auto norm_to_h(const float* const weights[2]) {
+    return [this, weights](std::int64_t begin, std::int64_t end) { norm_rows(weights, part.h, begin, end); };
+  }
+
+  // y (+)= activation(input W^T + bias); before(begin, end) makes rows of the input, if it is not there yet.
+  template <typename Before>
   void apply(const PackedWeight& weight, const float* input, float* y, Activation activation, bool gated,
-             bool accumulate) {
+             bool accumulate, Before before) {
     LinearParams l = {};
     l.format = weight.format;
     l.activation = activation;
@@ -255,22 +268,30 @@ struct Steps {
     l.rows = part.rows;
     l.y = y;
     l.y_stride = weight.columns;
-    if (const std::int64_t bytes = prepared_row_bytes(weight.format, weight.in); bytes > 0) {
-      crew.own_rows(part.rows, [&](std::int64_t begin, std::int64_t end) {
-        prepare_rows(weight.format, input, weight.in, weight.in, begin, end, part.prepared);
-      });
+    const std::int64_t bytes = prepared_row_bytes(weight.format, weight.in);
+    if (bytes > 0) {
       l.x = part.prepared;
       l.x_stride = bytes;
     }
-    crew.over_panels(ceil_div(weight.columns, kPanel),
-                     [&](std::int64_t begin, std::int64_t end) { linear(l, begin, end); });
+    crew.over_panels(
+        ceil_div(weight.columns, kPanel), part.rows, bytes > 0 || !std::is_same_v<Before, Nothing>,
+        [&](std::int64_t begin, std::int64_t end) {
+          before(begin, end);
+          if (bytes > 0) {
+            prepare_rows(weight.format, input, weight.in, weight.in, begin, end, part.prepared);
+          }
+        },
+        [&](std::int64_t begin, std::int64_t end) { linear(l, begin, end); });
   }
 
   void project(std::int64_t layer) {
     const BlockWeights& block = w.blocks[layer];
-    if (w.pre_norm) norm(block.attention_norm, part.h);
     float* rows = qkv + part.first * qkv_columns(w);
-    apply(block.qkv, w.pre_norm ? part.h : x(), rows, Activation::kNone, false, false);
+    if (w.pre_norm) {
+      apply(block.qkv, part.h, rows, Activation::kNone, false, false, norm_to_h(block.attention_norm));
+    } else {
+      apply(block.qkv, x(), rows, Activation::kNone, false, false, Nothing{});
+    }
     if (p.cos == nullptr && p.k_pages == nullptr && block.q_norm == nullptr) return;
     RopeParams r = {};
     r.q = rows;
@@ -298,22 +319,26 @@ struct Steps {
     crew.shared_rows(part.rows, [&](std::int64_t begin, std::int64_t end) { rope(r, begin, end); });
   }
 
-  // From what attention gave to the end of the block.
-  void finish(std::int64_t layer) {
+  // From what attention gave to the end of the block; before: what makes rows of it, if it is not there yet.
+  template <typename Before>
+  void finish(std::int64_t layer, Before before) {
     const BlockWeights& block = w.blocks[layer];
     float* from = attended + part.first * w.heads * w.head_dim;
-    apply(block.out, from, x(), Activation::kNone, false, true);
-    float* h = w.pre_norm ? part.h : x();
-    norm(w.pre_norm ? block.mlp_norm : block.attention_norm, h);
-    apply(block.up, h, part.mid, w.activation, w.gated, false);
-    apply(block.down, part.mid, x(), Activation::kNone, false, true);
-    if (!w.pre_norm) norm(block.mlp_norm, x());
-    if (layer + 1 == w.layers && w.final_norm[0] != nullptr) norm(w.final_norm, x());
+    apply(block.out, from, x(), Activation::kNone, false, true, before);
+    if (w.pre_norm) {
+      apply(block.up, part.h, part.mid, w.activation, w.gated, false, norm_to_h(block.mlp_norm));
+    } else {
+      norm_x(block.attention_norm);
+      apply(block.up, x(), part.mid, w.activation, w.gated, false, Nothing{});
+    }
+    apply(block.down, part.mid, x(), Activation::kNone, false, true, Nothing{});
+    if (!w.pre_norm) norm_x(block.mlp_norm);
+    if (layer + 1 == w.layers && w.final_norm[0] != nullptr) norm_x(w.final_norm);
   }
 
   void score() {
     const std::int64_t vocabulary = p.head->columns;
-    apply(*p.head, x(), p.logits, Activation::kNone, false, false);
+    apply(*p.head, x(), p.logits, Activation::kNone, false, false, Nothing{});
     crew.shared_rows(part.rows, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t row = begin; row < end; ++row) {
         float* logits = p.logits + row * vocabulary;
@@ -429,7 +454,7 @@ void whole_sequences(const TransformerParams& p, const Workspace& s, Attention a
   };
   for_parts([&](Steps<Alone> steps) { steps.project(layer); });
   attention.run_alone(layer, begin, end);
-  for_parts([&](Steps<Alone> steps) { steps.finish(layer); });
+  for_parts([&](Steps<Alone> steps) { steps.finish(layer, Nothing{}); });
 }
 
 template <typename Crew>
@@ -438,11 +463,12 @@ void few_rows(const TransformerParams& p, const Attention& attention, Steps<Crew
     steps.project(layer);
     attention.run(layer);
     if (p.one_each) {  // each sequence is one row
-      steps.crew.own_rows(p.tokens, [&](std::int64_t begin, std::int64_t end) {
+      steps.finish(layer, [&](std::int64_t begin, std::int64_t end) {
         attention.put_together(layer, steps.attended, begin, end);
       });
+    } else {
+      steps.finish(layer, Nothing{});
     }
-    steps.finish(layer);
   }
   if (p.head != nullptr) steps.score();
 }
@@ -511,7 +537,7 @@ void transformer(const TransformerParams& p) {
       Steps<Alone> steps = block(i);
       const Part& part = steps.part;
       if (p.one_each) attention.put_together(layer, attended, part.first, part.first + part.rows);
-      steps.finish(layer);
+      steps.finish(layer, Nothing{});
       if (layer + 1 < w.layers) steps.project(layer + 1);
     });
   }

@@ -209,7 +209,7 @@ void check_transformers() {
       half_decoder(true, Format::kBFloat16, Format::kBFloat16);
   std::vector<std::int64_t> short_ones(60);
   for (int i = 0; i < 60; ++i) short_ones[i] = 6 + 7 * i % 36;
-  for (const int threads : {1, 2, 3}) {
+  for (const int threads : {1, 2, 3, 4}) {
     check_transformer(encoder, short_ones, false, threads);
     check_transformer(decoder, short_ones, true, threads);
     check_transformer(encoder, {5, 1, 9}, false, threads);

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from ..model import AutoModelForCausalLM
+from ..model import AutoModelForCausalLM, with_effect
 from .engine import Engine, Request, Sample, check_length, context_window
 from .outputs import CompletionOutput as CompletionOutput
 from .outputs import Logprob as Logprob
@@ -32,20 +32,19 @@ Message = dict[str, Any]
 Prompt = str | dict[str, Any] | list[int]
 """A text, {"prompt": text}, {"prompt_token_ids": ids}, or ids."""
 
-NO_EFFECT = frozenset(
-    {
-        "async_scheduling",
-        "disable_log_stats",
-        "enable_chunked_prefill",
-        "enable_prefix_caching",
-        "enforce_eager",
-        "gpu_memory_utilization",
-        "swap_space",
-        "tokenizer_mode",
-        "trust_remote_code",
-    }
-)
-"""Options of vLLM's `LLM` that programs pass, and that ask for nothing here."""
+NO_EFFECT: dict[str, tuple[Any, ...]] = {
+    "async_scheduling": (None, False),
+    "disable_log_stats": (None, True),
+    "enable_chunked_prefill": (None, True),
+    "enable_prefix_caching": (None, False),
+    "enforce_eager": (None, True, False),
+    "gpu_memory_utilization": (None,),
+    "swap_space": (None, 0),
+    "tokenizer_mode": (None, "auto"),
+    "trust_remote_code": (None, False),
+}
+"""Options of vLLM's `LLM` that programs pass and that change nothing here -> the values that ask for what is
+done anyway."""
 CACHE_DTYPES: dict[str, torch.dtype | None] = {
     "auto": None,
     "float32": torch.float32,
@@ -76,7 +75,8 @@ class LLM:
     GPU if there is one. `seed`: with it, a program draws the same texts each time it runs (else they hang on
     torch's global generator). `max_model_len`: a smaller window. `kv_cache_dtype`: what keys and values are
     kept in, one of `CACHE_DTYPES`; "int8", with a scale for each head of a token, is a quarter of float32.
-    `max_num_seqs`, `max_num_batched_tokens`: see `Engine`. Further options go to `from_pretrained`.
+    `max_num_seqs`, `max_num_batched_tokens`: see `Engine`. Further options go to `from_pretrained`; a warning
+    names those of vLLM's that ask for what there is not (`enable_prefix_caching`).
     """
 
     def __init__(
@@ -105,10 +105,16 @@ class LLM:
             raise ValueError(
                 f"kv_cache_dtype must be one of {', '.join(CACHE_DTYPES)}, and is {kv_cache_dtype!r}"
             )
-        options = {name: value for name, value in options.items() if name not in NO_EFFECT}
+        options = with_effect(options, NO_EFFECT)
         if isinstance(model, AutoModelForCausalLM):
             if weights is not None:
                 raise ValueError("weights= quantises a model as it is loaded, and this one is: give its name")
+            given = {"dtype": dtype, "device": device, **options}
+            late = [f"{name}=" for name, value in given.items() if value is not None]
+            if late:
+                raise ValueError(
+                    f"{', '.join(late)} would change how a model is loaded, and this one is: give its name"
+                )
             self.model = model
         else:
             if device is None:

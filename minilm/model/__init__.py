@@ -17,7 +17,7 @@ from .heads import (
     AutoModelForTokenClassification,
 )
 from .layers import MLP, Attention, Block, Embedding, Embeddings, Linear, Norm
-from .loading import HUB_OPTIONS, as_device, as_dtype, read_config
+from .loading import HUB_OPTIONS, as_device, as_dtype, read_config, with_effect
 from .outputs import ModelOutput
 from .pretrained import AutoModel, PreTrainedModel
 from .quantized import QuantizedEmbedding, QuantizedLinear
@@ -60,4 +60,5 @@ __all__ = [
     "as_dtype",
     "pack",
     "read_config",
+    "with_effect",
 ]

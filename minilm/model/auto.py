@@ -17,7 +17,7 @@ from .heads import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from .loading import HUB_OPTIONS, WITHOUT_EFFECT, read_config
+from .loading import HUB_OPTIONS, WITHOUT_EFFECT, read_config, with_effect
 from .pretrained import AutoModel, PreTrainedModel
 
 MODELS: dict[Head, type[PreTrainedModel]] = {
@@ -46,7 +46,7 @@ class AutoConfig:
         """The configuration of a checkpoint, with overrides. Errors: see `minilm.files.resolve` and
         `ConfigError`."""
         hub = {k: options.pop(k) for k in HUB_OPTIONS if k in options}
-        options = {k: v for k, v in options.items() if k not in WITHOUT_EFFECT}
+        options = with_effect(options, WITHOUT_EFFECT)
         return read_config(resolve(pretrained_model_name_or_path, files="config", **hub), **options)
 
     @classmethod

@@ -161,8 +161,6 @@ class Batch:
     """[B, S], as they were passed."""
     stop: int | None = None
     """Only so many blocks are run, and no final norm; None: all."""
-    unchanged: bool = False
-    """The weights are those of the batch before: what was made of them then need not be looked at again."""
     hidden_states: list[Tensor] | None = None
     """Where asked for: filled with the residual stream before each layer, and the result, [T, C] each."""
     attentions: list[Tensor] | None = None

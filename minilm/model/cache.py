@@ -12,6 +12,7 @@ et al. 2023, arXiv:2309.06180). Padding is never stored.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -184,9 +185,10 @@ class KVCache:
         ragged = past is not None and any(length != past for length in self.lengths.values())
         return padded or ragged or bool(self._layouts)
 
-    def state(self) -> dict[int, tuple[int, Layout | None]]:
-        """What `restore` goes back to, as long as nothing is taken away."""
-        return {row: (length, self._layouts.get(row)) for row, length in self.lengths.items()}
+    def state(self, rows: Sequence[int] | None = None) -> dict[int, tuple[int, Layout | None]]:
+        """Of these rows (None: of all), what `restore` goes back to, as long as nothing is taken away."""
+        chosen = self.lengths if rows is None else rows
+        return {row: (self.lengths[row], self._layouts.get(row)) for row in chosen}
 
     def restore(self, state: dict[int, tuple[int, Layout | None]]) -> None:
         """Forget what came since `state`."""
@@ -269,6 +271,20 @@ class KVCache:
             max_context=max(context, default=0),
             fresh=fresh,
         )
+
+    @contextmanager
+    def restored(self, rows: Sequence[int] | None = None) -> Iterator[None]:
+        """A ``with`` block that adds to these rows (None: to any): after an error they have their lengths
+        from before."""
+        before = self.state(rows)
+        try:
+            yield
+        except BaseException:
+            for row, (length, layout) in before.items():
+                if row in self.lengths:
+                    self.crop_row(row, length)
+                    self.set_layout(row, layout or Layout(torch.arange(length), length, 0))
+            raise
 
     def keys(self, layer: int, row: int) -> Tensor:
         """The keys of one sequence in one layer, [S, Hkv, D] (for attention maps and for readers)."""

@@ -86,7 +86,7 @@ class AutoModelForCausalLM(PreTrainedModel):
         Up to `count` steps: the likeliest token of each is fed to the next, and the first step that gives one
         of `ends` is the last. Returns the logits of the last step, [B, V], and the likeliest tokens of all
         that were made, int64 [steps, B]. The last ones have not been fed: the cache holds the tokens before
-        them. Nobody may have written to the weights since the model was last run.
+        them. After an error it is as it was.
         """
         arguments = (self, tokens, rows, cache, count, frozenset(ends))
         found: tuple[Tensor, Tensor] = ops.run_whole("decode_step", tokens.device, self.dtype, *arguments)
@@ -99,20 +99,15 @@ class AutoModelForCausalLM(PreTrainedModel):
         device, batch = tokens.device, len(rows)
         borders = torch.arange(batch + 1, dtype=torch.int32, device=device)
         found: list[Tensor] = []
-        while True:
-            positions = torch.tensor([cache.lengths[row] for row in rows], device=device)
-            hidden = self.run_packed(
-                tokens,
-                Packed(batch, 1, None, [1] * batch, borders, positions),
-                cache=cache,
-                rows=rows,
-                unchanged=not torch.is_grad_enabled(),  # what was found may hold without gradients only
-            )
-            logits = self.logits(hidden)
-            tokens = logits.argmax(-1)
-            found.append(tokens)
-            if len(found) == count or (ends and not ends.isdisjoint(tokens.tolist())):
-                return logits, torch.stack(found)
+        with cache.restored(rows):
+            while True:
+                positions = torch.tensor([cache.lengths[row] for row in rows], device=device)
+                packed = Packed(batch, 1, None, [1] * batch, borders, positions)
+                logits = self.logits(self.run_packed(tokens, packed, cache=cache, rows=rows))
+                tokens = logits.argmax(-1)
+                found.append(tokens)
+                if len(found) == count or (ends and not ends.isdisjoint(tokens.tolist())):
+                    return logits, torch.stack(found)
 
     def generate(self, *args: Any, **options: Any) -> Any:
         """Continue prompts; see `minilm.generation.model_generate`."""

@@ -29,22 +29,31 @@ from .quantized import describe, install, quantized_matrices, wanted_formats
 Model = TypeVar("Model", bound="Checkpointed")
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "gguf_file")
-WITHOUT_EFFECT = frozenset(
-    {
-        "adapter_kwargs",
-        "attn_implementation",
-        "force_download",
-        "low_cpu_mem_usage",
-        "proxies",
-        "resume_download",
-        "trust_remote_code",
-        "use_auth_token",
-        "use_fast",
-        "use_safetensors",
-        "weights_only",
-    }
-)
-"""Options of transformers' `from_pretrained` that programs pass and that ask for nothing here."""
+WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "adapter_kwargs": (None, {}),
+    "attn_implementation": (None,),
+    "force_download": (None, False),
+    "low_cpu_mem_usage": (None, True),
+    "proxies": (None, {}),
+    "resume_download": (None, False),
+    "trust_remote_code": (None, False),
+    "use_auth_token": (None,),
+    "use_fast": (None, True),
+    "use_safetensors": (None, True),
+    "weights_only": (None, True),
+}
+"""Options of transformers' `from_pretrained` that programs pass and that change nothing here -> the values
+that ask for what is done anyway."""
+
+
+def with_effect(options: dict[str, Any], table: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """The options that are not in `table`; one warning names those that are and ask for something else than
+    is done."""
+    idle = [f"{k}={v!r}" for k, v in options.items() if k in table and not any(v == w for w in table[k])]
+    if idle:
+        verb = "has" if len(idle) == 1 else "have"
+        warnings.warn(f"{', '.join(idle)} {verb} no effect in minilm", UserWarning, stacklevel=3)
+    return {name: value for name, value in options.items() if name not in table}
 
 
 def read_config(path: Path, **overrides: Any) -> PretrainedConfig:
@@ -165,7 +174,7 @@ class Checkpointed(nn.Module):
         that do not fit).
         """
         hub = {k: options.pop(k) for k in HUB_OPTIONS if k in options}
-        overrides = {k: v for k, v in options.items() if k not in WITHOUT_EFFECT}
+        overrides = with_effect(options, WITHOUT_EFFECT)
         path = resolve(pretrained_model_name_or_path, **hub)
         if config is None:
             config = read_config(path)

@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..config import ModelConfig
 from ..differences import tell
 from ..families import Family, Head, PretrainedConfig, family_of
+from ..ops.backends import watch
 from . import rope
 from .batch import Batch, Packed, check_columns, integers, pack
 from .cache import KVCache, Layout
@@ -28,7 +31,7 @@ from .quantized import Quantized, QuantizedEmbedding
 from .transformer import Transformer
 
 
-class PreTrainedModel(Checkpointed):
+class PreTrainedModel(ops.Whole, Checkpointed):
     """A body and the public API around it. Subclasses add a head and say how they are called.
 
     `config` is the checkpoint's configuration under its own names, `spec` what minilm made of it.
@@ -72,29 +75,28 @@ class PreTrainedModel(Checkpointed):
         **head_options: Any,
     ) -> Any:
         """Run a padded batch; arguments and results have transformers' names (see `pack`, and `answer` of the
-        head)."""
-        before = past_key_values.state() if isinstance(past_key_values, KVCache) else {}
-        batch = self.pack(
-            input_ids,
-            attention_mask,
-            token_type_ids,
-            position_ids,
-            inputs_embeds,
-            past_key_values=past_key_values,
-            use_cache=self.config.use_cache if use_cache is None else use_cache,
-            output_attentions=self.config.output_attentions
-            if output_attentions is None
-            else output_attentions,
-            output_hidden_states=(
+        head). After an error, `past_key_values` is as it was."""
+        options = {
+            "use_cache": self.config.use_cache if use_cache is None else use_cache,
+            "output_attentions": (
+                self.config.output_attentions if output_attentions is None else output_attentions
+            ),
+            "output_hidden_states": (
                 self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
             ),
-        )
-        try:
+        }
+        past = past_key_values
+        with past.restored() if isinstance(past, KVCache) else nullcontext():
+            batch = self.pack(
+                input_ids,
+                attention_mask,
+                token_type_ids,
+                position_ids,
+                inputs_embeds,
+                past_key_values=past,
+                **options,
+            )
             fields = self.answer(self.body(batch), batch, labels, **head_options)
-        except BaseException:
-            if past_key_values is not None:
-                past_key_values.restore(before)
-            raise
         if batch.cache is not None and "past_key_values" in self.output_class.__dataclass_fields__:  # type: ignore[attr-defined]
             fields["past_key_values"] = batch.cache
         if batch.hidden_states is not None:
@@ -133,6 +135,8 @@ class PreTrainedModel(Checkpointed):
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if not torch.compiler.is_compiling():
+            _refuse_vmap()
         if input_ids is not None:
             given = input_ids = self._checked_ids(input_ids)
         else:
@@ -178,17 +182,16 @@ class PreTrainedModel(Checkpointed):
         *,
         cache: KVCache | None = None,
         rows: Sequence[int] = (),
-        unchanged: bool = False,
     ) -> Tensor:
         """The body on tokens that are packed already: int64 [T] -> hidden states [T, C].
 
         `packed.positions` are the tokens' true positions. With a cache, sequence b continues its row
         ``rows[b]``. This is the entry of the decoding loop: no padding is made, and ids are not checked.
-        `unchanged`: nobody has written to the weights since the call before.
         """
         offset = self.spec.position_offset
-        batch = Batch(tokens, packed.positions + offset, packed, cache=cache, unchanged=unchanged)
-        hidden: Tensor = self.body(self._placed(batch, rows))
+        batch = Batch(tokens, packed.positions + offset, packed, cache=cache)
+        with nullcontext() if cache is None else cache.restored(rows):
+            hidden: Tensor = self.body(self._placed(batch, rows))
         return hidden
 
     def _check_vectors(self, x: Tensor) -> None:
@@ -310,6 +313,12 @@ class PreTrainedModel(Checkpointed):
         return rope.angles(spec.rope, spec.head_dim, positions, context)
 
     # Being a model
+    def weights_changed(self) -> None:
+        """Says that weights were written to in a way that cannot be seen: through an address (``data_ptr()``,
+        DLPack) that was taken before the model last ran. All other writes are seen, see
+        `minilm.ops.backends.watch`."""
+        watch.forget([*self.parameters(), *self.buffers()])
+
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
@@ -402,6 +411,16 @@ class PreTrainedModel(Checkpointed):
             table.padding_idx = None
         self.spec = replace(self.spec, vocab_size=rows)
         return table
+
+
+def _refuse_vmap() -> None:
+    """RuntimeError within `torch.vmap`: a batch's lengths are read to pack it, and vmap does not let them."""
+    transform = torch._C._functorch.peek_interpreter_stack()
+    if transform is not None and transform.key() == torch._C._functorch.TransformType.Vmap:
+        raise RuntimeError(
+            "torch.vmap cannot run a model of minilm, which reads the ids that it is given: pass the whole "
+            "batch, [batch, tokens], to the model itself, or several models one after the other"
+        )
 
 
 class Pooler(nn.Module):

@@ -10,7 +10,7 @@ from .batch import Batch
 from .layers import Block, Embeddings, Norm
 
 
-class Transformer(nn.Module):
+class Transformer(ops.Whole, nn.Module):
     """The body of every model. What goes in is a `Batch`; what comes out, its last hidden states [T, C]."""
 
     def __init__(self, config: ModelConfig) -> None:

@@ -4,21 +4,25 @@
 all of them in one parallel region. It is one more implementation behind the dispatch table, of the op
 `blocks`: chosen for inference on a CPU, and left, with the reason, for whatever only the modules can do.
 
-The weights are packed once into one tensor, the arena, when a model first runs; `current` makes them anew
-when a parameter or a module was exchanged or written to.
+The weights are packed once into one tensor, the arena, when a model first runs, and anew when one was
+exchanged or written to (`minilm.ops.backends.watch` says what writes are seen); the layers that run one by
+one find their weights there too. Everything else that the body computes by is looked at in each call
+(`state`): what this pass can take is taken, the rest is left to the modules.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
-from operator import attrgetter, is_
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..model import MLP, Attention, Batch, Block, Linear, Norm, QuantizedLinear, Transformer
-from ..ops.backends import native, packed
+from ..ops.backends import native, packed, watch
+from .state import Structure, hooked, made_of, other_code, own_code
 
 ALIGNMENT = 64
 CACHES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -27,53 +31,48 @@ HEADER = 14
 """Numbers of the layout before those of the blocks; the last two are the places of the final norm."""
 
 
-def obstacle(body: Transformer, x: Tensor, batch: Batch) -> str | None:
-    """What in this call, on the embedded tokens x, only the modules can do."""
-    if not batch.unchanged:
-        body.__dict__.pop("_fused_obstacle", None)
+class Arena(NamedTuple):
+    """The packed blocks of a body."""
+
+    weights: Tensor
+    """uint8."""
+    layout: Tensor
+    """int64: what lies where."""
+
+
+def obstacle(body: Transformer, x: Tensor, batch: Batch) -> str | Callable[..., Tensor]:
+    """What in this call, on the embedded tokens x, only the modules can do; if nothing, what to call."""
     if native.unavailable is not None:
         return native.unavailable
     if batch.hidden_states is not None or batch.attentions is not None:
         return "the results of each layer are asked for"
-    cache = batch.cache
-    if cache is not None and cache.dtype not in CACHES:
-        return f"the extension has no kernel for a cache in {cache.dtype}"
-    if "_fused_obstacle" not in body.__dict__:
-        body.__dict__["_fused_obstacle"] = _look(body, x)
-    reason: str | None = body.__dict__["_fused_obstacle"]
-    return reason
-
-
-def standing_obstacle(body: Transformer, cache: torch.dtype) -> str | None:
-    """What `obstacle` found when the body was last looked at, for a call with a cache of this dtype."""
-    if cache not in CACHES:
-        return f"the extension has no kernel for a cache in {cache}"
-    reason: str | None = body.__dict__.get("_fused_obstacle", "the blocks have not run yet")
-    return reason
-
-
-def arena(body: Transformer) -> tuple[Tensor, Tensor]:
-    """The packed blocks of a body that has no obstacle, and the layout that says where they are."""
-    plan: _Plan = body.__dict__["_fused_plan"]
-    assert plan.arena is not None
-    assert plan.layout is not None
-    return plan.arena, plan.layout
-
-
-def _look(body: Transformer, x: Tensor) -> str | None:
-    """What the state of the body leaves to the modules."""
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in body.parameters())):
         return "gradients are wanted (torch.inference_mode() or torch.no_grad() says that they are not)"
-    if body.training and any((body.config.hidden_dropout, body.config.attention_dropout)):
-        return "dropout is on (model.eval() turns it off)"
-    if body.config.activation not in packed.ACTIVATIONS:
-        return f"the extension does not have the activation {body.config.activation}"
-    return _plan(body).obstacle
+    if batch.cache is not None and batch.cache.dtype not in CACHES:
+        return f"the extension has no kernel for a cache in {batch.cache.dtype}"
+    found = look(body)
+    return found if isinstance(found, str) else partial(run_blocks, arena=found)
 
 
-def run_blocks(body: Transformer, x: Tensor, batch: Batch) -> Tensor:
-    """Embedded tokens [T, C] -> hidden states after the final norm [T, C]."""
-    weights, layout = arena(body)  # as `obstacle` found them a moment ago
+def look(body: Transformer) -> str | Arena:
+    """The packed blocks as the body is now, or what in its state only the modules can do."""
+    reason = other_code()
+    if reason is not None:
+        return reason
+    made = made_of(body)
+    with made.lock:
+        blocks: _Blocks | None = made.blocks
+        if blocks is None or not blocks.is_current():
+            blocks = made.blocks = _Blocks(body, blocks)
+        return blocks.pack(body) if blocks.obstacle is None else blocks.obstacle
+
+
+def run_blocks(body: Transformer, x: Tensor, batch: Batch, *, arena: Arena | None = None) -> Tensor:
+    """Embedded tokens [T, C] -> hidden states after the final norm [T, C]; `arena`: what was found."""
+    found = look(body) if arena is None else arena
+    if isinstance(found, str):
+        raise RuntimeError(f"the blocks cannot run natively: {found}")
+    weights, layout = found
     cos, sin = batch.rope if batch.rope is not None else (None, None)
     cache, step = batch.cache, batch.step
     stored: tuple[Tensor | None, ...] = (None,) * 5
@@ -100,93 +99,179 @@ def _first(layout: Tensor, blocks: int, of: int) -> Tensor:
     return part
 
 
-_VERSION = attrgetter("_version")
+class _Blocks:
+    """A body as it was last looked at, and its packed blocks."""
 
+    def __init__(self, body: Transformer, before: _Blocks | None) -> None:
+        modules = list(body.modules())
+        self.structure = Structure(modules)
+        self.kinds = self.structure.kinds()
+        self.obstacle = _obstacle(body, modules)
+        self.arena: Arena | None = None
+        self.keys: list[Tensor] = []
+        """Those that `packed.kept` finds the arena's parts by."""
+        self.tensors: list[Tensor] = []
+        self.settings: list[object] = []
+        self.watch: watch.Watch | None = None
+        if before is not None:  # for a while something stood in the way, or a name was put somewhere
+            self.arena, self.keys, self.watch = before.arena, before.keys, before.watch
+            self.tensors, self.settings = before.tensors, before.settings
+            before.arena = None
+        if self.obstacle is None:
+            tensors, settings = _sources(body), _settings(body)
+            same = _same_objects(tensors, self.tensors) and settings == self.settings
+            if not same or not self._weights_hold():
+                self.drop()  # its memory goes before the new one's comes
+            self.tensors, self.settings = tensors, settings
 
-class _Plan:
-    """The packed blocks of one body, and what they were packed from."""
-
-    def __init__(self, body: Transformer) -> None:
-        owners, keys, things = zip(*_watched(body), strict=True)
-        self.owners: tuple[dict[str, object], ...] = owners
-        self.keys: tuple[str, ...] = keys
-        self.things: tuple[object, ...] = things
-        self.tensors = [thing for thing in things if isinstance(thing, Tensor)]
-        self.counting = [tensor for tensor in self.tensors if not tensor.is_inference()]
-        self.stamp = self._stamp()
-        self.hooks = [hooks for m in body.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks)]
-        self.arena: Tensor | None = None
-        self.layout: Tensor | None = None
-        self.refusal = _refusal(body)
-        if self.refusal is None:
-            self.arena, self.layout = _Writer(body).write()
-
-    @property
-    def obstacle(self) -> str | None:
-        """Why this body cannot run fused."""
-        if self.refusal is None and any(self.hooks):
-            return "a module has forward hooks"
-        return self.refusal
-
-    def _stamp(self) -> tuple[list[int], list[int]]:
-        """What changes when a tensor is written to, or given other memory."""
-        return list(map(_VERSION, self.counting)), list(map(Tensor.data_ptr, self.tensors))
+    def drop(self) -> None:
+        """Give the arena's memory back."""
+        packed.forget_kept(self.keys)
+        self.arena, self.keys = None, []
 
     def is_current(self) -> bool:
-        """Whether every module and tensor is the one that was packed, unchanged. It looks at
-        every one of them, and is asked once a call: loops that stay in C make it a tenth of the time."""
-        present = map(dict.get, self.owners, self.keys)
-        return all(map(is_, present, self.things)) and self._stamp() == self.stamp
+        """Whether the body is what it was; of one that is refused, the weights' values are no matter."""
+        if not self.structure.stands():
+            return False
+        return self._weights_hold() if self.obstacle is None else self.structure.kinds() == self.kinds
+
+    def _weights_hold(self) -> bool:
+        return self.arena is not None and self.watch is not None and self.watch.holds(self.tensors)
+
+    def pack(self, body: Transformer) -> Arena:
+        """The arena, packed if there is none."""
+        if self.arena is None:
+            self.watch = watch.Watch(self.tensors)
+            writer = _Writer(body)
+            self.arena = writer.write()
+            self.keys = writer.share(self.arena.weights)
+        return self.arena
 
 
-def _watched(body: nn.Module) -> Iterator[tuple[dict[str, object], str, object]]:
-    """(dict, key, value) of everything that a module holds, but for the embeddings."""
-    for name, module in body.named_modules():
-        if name.startswith("embeddings"):
-            continue
-        for held in (module._parameters, module._buffers, module._modules):
-            for key, value in held.items():
-                yield held, key, value
+def _same_objects(some: list[Tensor], others: list[Tensor]) -> bool:
+    return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 
-def _plan(body: Transformer) -> _Plan:
-    plan: _Plan | None = body.__dict__.get("_fused_plan")
-    if plan is None or not plan.is_current():
-        body.__dict__.pop("_fused_plan", None)  # its memory goes before the new one's comes
-        plan = body.__dict__["_fused_plan"] = _Plan(body)
-    return plan
+def _sources(body: Transformer) -> list[Tensor]:
+    """The tensors of the blocks and of the final norm."""
+    parts = [*body.layers, *(() if body.norm is None else (body.norm,))]
+    return [tensor for part in parts for m in part.modules() for tensor in _tensors(m)]
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+
+
+def _settings(body: Transformer) -> list[object]:
+    """What the layout says beside the places of weights."""
+    found: list[object] = [body.config, *_first_settings(body)]
+    for block in body.layers:
+        assert isinstance(block, Block)
+        found += [block.attention.scale, block.attention.window]
+    return found
+
+
+def _first_settings(body: Transformer) -> tuple[str, float]:
+    """Activation and eps, of which the kernels have one for all layers."""
+    block = body.layers[0]
+    assert isinstance(block, Block)
+    return block.mlp.activation, block.attention_norm.eps
+
+
+def _obstacle(body: Transformer, modules: list[nn.Module]) -> str | None:
+    """What in the body, its weights' values aside, only the modules can do."""
+    config = body.config
+    reason = _refusal(body)
+    if reason is None:
+        reason = own_code(m for m in modules if m is not body)
+    if reason is None and hooked(modules):
+        reason = "a module has forward hooks"
+    if reason is None and any(m.training for m in modules):
+        rates = [config.hidden_dropout, config.attention_dropout]
+        rates += [block.dropout for block in body.layers if isinstance(block, Block)]
+        if any(rates):
+            reason = "dropout is on (model.eval() turns it off)"
+    return reason
 
 
 _PARTS = {"attention": Attention, "mlp": MLP, "attention_norm": Norm, "mlp_norm": Norm}
 
 
 def _refusal(body: Transformer) -> str | None:
+    config = body.config
     if not body.layers:
         return "there are no layers"
-    if len(body.layers) != body.config.num_layers:
-        return f"there are {len(body.layers)} layers, and the configuration has {body.config.num_layers}"
+    if len(body.layers) != config.num_layers:
+        return f"there are {len(body.layers)} layers, and the configuration has {config.num_layers}"
+    if body.norm is not None and type(body.norm) is not Norm:
+        return f"the final norm was replaced by a {type(body.norm).__name__}"
+    if (body.norm is not None) != config.final_norm:
+        return "the final norm is not the configuration's"
     for block in body.layers:
         if type(block) is not Block:
             return f"a layer was replaced by a {type(block).__name__}"
-        for part, kind in (
-            ("attention", Attention),
-            ("mlp", MLP),
-            ("attention_norm", Norm),
-            ("mlp_norm", Norm),
-        ):
+        for part, kind in _PARTS.items():
             if type(getattr(block, part)) is not kind:
                 return f"a layer's {part} was replaced by a {type(getattr(block, part)).__name__}"
+        reason = _refused_settings(body, block)
+        if reason is not None:
+            return reason
         for linear in _linears(block):
-            if type(linear) is Linear:
-                weight = linear.weight
-                if weight.dtype not in packed.FORMATS:
-                    return f"the extension has no kernel for weights in {weight.dtype}"
-            elif type(linear) is QuantizedLinear:
-                weight = linear.codes
-            else:
-                return f"a linear layer was replaced by a {type(linear).__name__}"
-            if weight.device.type != "cpu":
-                return "the weights are not on the CPU"
+            reason = _refused_linear(linear)
+            if reason is not None:
+                return reason
+    activation, _ = _first_settings(body)
+    if activation not in packed.ACTIVATIONS:
+        return f"the extension does not have the activation {activation}"
+    for norm in (m for m in body.modules() if type(m) is Norm):
+        if not isinstance(norm._parameters.get("weight"), nn.Parameter):
+            return "a norm's weight is not a parameter"
+    return None
+
+
+def _refused_settings(body: Transformer, block: Block) -> str | None:
+    """What one block computes by, and the kernels have one of for all blocks."""
+    config, attention, mlp = body.config, block.attention, block.mlp
+    activation, eps = _first_settings(body)
+    for norm in (attention.q_norm, attention.k_norm):
+        if norm is not None and type(norm) is not Norm:
+            return f"a norm of q or k was replaced by a {type(norm).__name__}"
+    if (attention.q_norm is None) != (attention.k_norm is None):
+        return "only one of q and k has a norm"
+    if attention.config is not config and attention.config != config:
+        return "a layer's attention has a configuration of its own"
+    if mlp.activation != activation:
+        return f"a layer has the activation {mlp.activation}, and another {activation}"
+    if mlp.gated != config.gated_mlp or block.pre_norm != config.pre_norm:
+        return "a layer's MLP or the place of its norms is not the configuration's"
+    norms = [block.attention_norm, block.mlp_norm, attention.q_norm, attention.k_norm, body.norm]
+    for norm in norms:
+        if norm is not None and norm.eps != eps:
+            return f"a norm has the eps {norm.eps}, and another {eps}"
+        if norm is not None and norm.rms != (config.norm == "rms_norm"):
+            return "a norm is not of the configuration's kind"
+    return None
+
+
+def _refused_linear(linear: nn.Module) -> str | None:
+    weight: Tensor | None
+    if type(linear) is Linear:
+        weight = linear._parameters.get("weight")
+        if not isinstance(
+            weight, nn.Parameter
+        ):  # given for one call (torch.func.functional_call), or computed
+            return "a weight is not a parameter"
+        if weight.dtype not in packed.FORMATS:
+            return f"the extension has no kernel for weights in {weight.dtype}"
+    elif type(linear) is QuantizedLinear:
+        weight = linear.codes
+    else:
+        return f"a linear layer was replaced by a {type(linear).__name__}"
+    bias = linear._parameters.get("bias")
+    if getattr(linear, "bias", None) is not bias or not isinstance(bias, nn.Parameter | None):
+        return "a bias is not a parameter"
+    if weight.device.type != "cpu":
+        return "the weights are not on the CPU"
     return None
 
 
@@ -203,9 +288,12 @@ class _Writer:
         self.numbers: list[int] = []
         self.pieces: list[Tensor] = []
         self.size = 0
+        self.shared: list[tuple[packed.Sources, packed.Packed, int, int]] = []
+        """Of each linear layer: its tensors, how it was packed, and where in how many bytes."""
 
-    def write(self) -> tuple[Tensor, Tensor]:
+    def write(self) -> Arena:
         c = self.body.config
+        activation, eps = _first_settings(self.body)
         self.numbers += [
             c.num_layers,
             c.hidden_size,
@@ -215,13 +303,13 @@ class _Writer:
             c.intermediate_size,
         ]
         self.numbers += [
-            packed.ACTIVATIONS[c.activation],
+            packed.ACTIVATIONS[activation],
             c.gated_mlp,
             c.pre_norm,
             c.norm == "rms_norm",
             c.causal,
         ]
-        self.real(c.norm_eps)
+        self.real(eps)
         self.norm(self.body.norm)
         for block in self.body.layers:
             assert isinstance(block, Block)
@@ -241,13 +329,21 @@ class _Writer:
             piece = self.pieces.pop(0)
             arena[at : at + piece.numel()] = piece
             at += -(-piece.numel() // ALIGNMENT) * ALIGNMENT
-        return arena, torch.tensor(self.numbers)
+        return Arena(arena, torch.tensor(self.numbers))
+
+    def share(self, arena: Tensor) -> list[Tensor]:
+        """Has layers that run one by one use the arena; returns what `packed.kept` finds its parts by."""
+        for sources, made, at, size in self.shared:
+            packed.share(sources, made._replace(data=arena[at : at + size]))
+        return [sources[0] for sources, *_ in self.shared]
 
     def weight(self, linear: nn.Module, *, gated: bool) -> None:
         assert isinstance(linear, Linear | QuantizedLinear)
         matrix = linear.weight if isinstance(linear, Linear) else linear.quantized
         made = packed.pack(matrix, linear.bias, gated=gated)
         self.numbers += [made.format, made.places, self.size]
+        sources, shape = packed.sources_of(matrix, linear.bias), made._replace(data=torch.empty(0))
+        self.shared.append((sources, shape, self.size, made.data.numel()))
         self.piece(made.data)
 
     def norm(self, norm: Norm | None) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..model import Embedding, Embeddings, Norm, QuantizedEmbedding
 from ..ops.backends import native
+from .state import hooked, other_code, own_code
 
 
 def obstacle(embeddings: Embeddings, *_: object) -> str | None:
@@ -21,13 +22,18 @@ def obstacle(embeddings: Embeddings, *_: object) -> str | None:
         return "dropout is on (model.eval() turns it off)"
     if torch.is_grad_enabled() and any(p.requires_grad for p in embeddings.parameters()):
         return "gradients are wanted (torch.inference_mode() or torch.no_grad() says that they are not)"
-    modules = embeddings._modules
-    if any(m is not None and (m._forward_hooks or m._forward_pre_hooks) for m in modules.values()):
+    reason = other_code()
+    if reason is not None:
+        return reason
+    parts = {name: module for name, module in embeddings._modules.items() if module is not None}
+    if hooked(parts.values()):
         return "a module has forward hooks"
-    for name, module in modules.items():
-        if module is not None and type(module) not in _KINDS[name]:
+    for name, module in parts.items():
+        if type(module) not in _KINDS[name]:
             return f"a part was replaced by a {type(module).__name__}"
-    return None
+        if getattr(module, "max_norm", None) is not None:
+            return "a table has a max_norm, to which a lookup scales its rows"
+    return own_code(parts.values())
 
 
 _KINDS: dict[str, tuple[type, ...]] = {

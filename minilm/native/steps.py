@@ -9,9 +9,9 @@ the dispatch table, of the op `decode_step`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -29,8 +29,9 @@ from ..model import (
     QuantizedLinear,
     angles,
 )
-from ..ops.backends import packed
+from ..ops.backends import native, packed, watch
 from . import blocks
+from .state import Structure, hooked, made_of, own_code
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -42,36 +43,43 @@ def run_steps(
     cache: KVCache,
     steps: int,
     ends: frozenset[int],
+    *,
+    found: tuple[blocks.Arena, _Ends] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `AutoModelForCausalLM.steps`, in one call."""
-    frame: _Ends = model.__dict__["_step_ends"]  # as `obstacle` found it a moment ago
+    """As `AutoModelForCausalLM.steps`, in one call; `found`: what `obstacle` found."""
+    if found is None:
+        looked = look(model)
+        if isinstance(looked, str):
+            raise RuntimeError(f"a step cannot run natively: {looked}")
+        found = looked
+    (arena, layout), frame = found
     assert frame.head is not None
-    arena, layout = blocks.arena(model.body)
     spec = model.spec
-    room = cache.extend(rows, [steps] * len(rows))
-    cos = sin = None
-    if spec.rope is not None:
-        cos, sin = _angles(spec.rope, spec.head_dim, max(512, 1 << (room.max_context - 1).bit_length()))
-    logits, best = torch.ops.minilm.decode_steps.default(
-        tokens.contiguous(),
-        *frame.table,
-        frame.positions,
-        spec.position_offset,
-        cos,
-        sin,
-        arena,
-        layout,
-        frame.head.data,
-        frame.head.format,
-        frame.head.columns,
-        packed.FORMATS[model.dtype],
-        _numbers(ends),
-        *cache.stores(),
-        room.slots,
-        room.block_table,
-        room.context_lens,
-        *cache.scale_stores(),
-    )
+    with cache.restored(rows):
+        room = cache.extend(rows, [steps] * len(rows))
+        cos = sin = None
+        if spec.rope is not None:
+            cos, sin = _angles(spec.rope, spec.head_dim, max(512, 1 << (room.max_context - 1).bit_length()))
+        logits, best = torch.ops.minilm.decode_steps.default(
+            tokens.contiguous(),
+            *frame.table,
+            frame.positions,
+            spec.position_offset,
+            cos,
+            sin,
+            arena,
+            layout,
+            frame.head.data,
+            frame.head.format,
+            frame.head.columns,
+            packed.FORMATS[model.dtype],
+            _numbers(ends),
+            *cache.stores(),
+            room.slots,
+            room.block_table,
+            room.context_lens,
+            *cache.scale_stores(),
+        )
     if steps > 1 and len(rows):
         made = int((best[:, 0] >= 0).sum())
         for row in rows if made < steps else ():
@@ -95,78 +103,106 @@ def _angles(config: RopeConfig, head_dim: int, positions: int) -> tuple[Tensor, 
 
 @dataclass
 class _Ends:
-    """What a step needs beside the blocks, and the tensors that it was made from."""
+    """What a step needs beside the blocks, and what it was made from."""
 
     refusal: str | None
     """Why this model cannot step natively."""
-    modules: tuple[nn.Module | None, ...] = ()
-    sources: tuple[Tensor | None, ...] = ()
-    stamp: tuple[tuple[int, int], ...] = ()
-    """What changes when a source is written to, or given other memory."""
+    structure: Structure
+    kinds: list[object]
+    sources: list[Tensor] = field(default_factory=list)
+    watch: watch.Watch | None = None
     table: tuple[Tensor, Tensor | None, Tensor | None] = (torch.empty(0), None, None)
     """Vectors of the tokens, [V, C]: floats, or codes with their scale and minimum."""
     positions: Tensor | None = None
     """Vectors of the positions, where they are learned."""
     head: packed.Packed | None = None
 
+    def stands(self) -> bool:
+        """Whether it is up to date."""
+        if not self.structure.stands():
+            return False
+        return self.structure.kinds() == self.kinds if self.watch is None else self.watch.holds(self.sources)
+
 
 def obstacle(
     model: AutoModelForCausalLM, tokens: Tensor, rows: Sequence[int], cache: KVCache, *_: object
-) -> str | None:
-    """What in this step only the modules can do."""
+) -> str | Callable[..., tuple[Tensor, Tensor]]:
+    """What in this step only the modules can do; if nothing, what to call."""
+    if native.unavailable is not None:
+        return native.unavailable
     if torch.is_grad_enabled():
         return "gradients may be wanted (torch.inference_mode() or torch.no_grad() says that they are not)"
-    reason = blocks.standing_obstacle(model.body, cache.dtype)
-    if reason is not None:
-        return reason
-    if model.training and model.spec.embedding_dropout:
-        return "dropout is on (model.eval() turns it off)"
-    ends: _Ends | None = model.__dict__.get("_step_ends")
-    if ends is None or ends.refusal is not None or not _is_current(model, ends):
-        ends = model.__dict__["_step_ends"] = _look(model)
-    if ends.refusal is None and any(
-        m._forward_hooks or m._forward_pre_hooks for m in (model, *ends.modules) if m is not None
-    ):
-        return "a module has forward hooks"
-    return ends.refusal
+    if cache.dtype not in blocks.CACHES:
+        return f"the extension has no kernel for a cache in {cache.dtype}"
+    if model.device.type != "cpu":
+        return "the weights are not on the CPU"
+    found = look(model)
+    return found if isinstance(found, str) else partial(run_steps, found=found)
 
 
-def _is_current(model: AutoModelForCausalLM, ends: _Ends) -> bool:
-    modules = _modules(model)
-    if any(a is not b for a, b in zip(modules, ends.modules, strict=True)):
-        return False
-    sources = _sources(modules)
-    return (
-        len(sources) == len(ends.sources)
-        and all(a is b for a, b in zip(sources, ends.sources, strict=True))
-        and _stamp(sources) == ends.stamp
-    )
+def look(model: AutoModelForCausalLM) -> str | tuple[blocks.Arena, _Ends]:
+    """What a step needs of the model as it is now, or what in its state only the modules can do."""
+    arena = blocks.look(model.body)
+    if isinstance(arena, str):
+        return arena
+    made = made_of(model)
+    with made.lock:
+        ends: _Ends | None = made.ends
+        if ends is None or not ends.stands():
+            made.ends = None
+            ends = made.ends = _look(model)
+    return (arena, ends) if ends.refusal is None else ends.refusal
 
 
-def _stamp(sources: tuple[Tensor | None, ...]) -> tuple[tuple[int, int], ...]:
-    return tuple((packed.version(t), t.data_ptr()) for t in sources if t is not None)
+def _parts(model: AutoModelForCausalLM) -> list[nn.Module]:
+    """The model, its body, embeddings and head, and what is in the last two."""
+    return [model, model.body, *model.body.embeddings.modules(), *model.head.modules()]
 
 
-def _modules(model: AutoModelForCausalLM) -> tuple[nn.Module | None, ...]:
-    """Embeddings and head, and the modules in them."""
-    embeddings, head = model.body.embeddings, model.head
-    inner = embeddings._modules
-    return embeddings, head, inner.get("tokens"), inner.get("positions"), head._modules.get("decoder")
-
-
-def _sources(modules: tuple[nn.Module | None, ...]) -> tuple[Tensor | None, ...]:
-    """The tensors of these modules."""
-    held: list[Tensor | None] = []
-    for module in modules:
-        if module is not None:
-            held += (*module._parameters.values(), *module._buffers.values())
-    return tuple(held)
+_OF_MODEL = {"run_steps", "run_packed", "logits"}
+"""What a step stands for; of the body's own methods, `forward`."""
 
 
 def _look(model: AutoModelForCausalLM) -> _Ends:
+    structure = Structure(_parts(model))
+    refusal = _refusal(model)
+    if refusal is not None:
+        return _Ends(refusal, structure, structure.kinds())
+    embeddings, head = model.body.embeddings, model.head
+    tokens, positions, decoder = embeddings.tokens, embeddings.positions, head.decoder
+    sources = [tensor for part in (*embeddings.modules(), *head.modules()) for tensor in _tensors(part)]
+    seen = watch.Watch(sources)
+    matrix = _matrix(tokens if decoder is None else decoder)
+    table: tuple[Tensor, Tensor | None, Tensor | None]
+    if isinstance(tokens, QuantizedEmbedding):
+        table = tokens.codes, tokens.scale, tokens.minimum
+    else:
+        table = tokens.weight.detach(), None, None
+    return _Ends(
+        None,
+        structure,
+        structure.kinds(),
+        sources,
+        seen,
+        tuple(None if t is None else t.contiguous() for t in table),  # type: ignore[arg-type]
+        None if positions is None else positions.weight.detach().contiguous(),
+        packed.kept(matrix, getattr(decoder, "bias", None)),
+    )
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+
+
+def _matrix(owner: Any) -> Any:
+    """The matrix of an embedding or a linear layer."""
+    return owner.quantized if isinstance(owner, QuantizedEmbedding | QuantizedLinear) else owner.weight
+
+
+def _refusal(model: AutoModelForCausalLM) -> str | None:
     embeddings, head = model.body.embeddings, model.head
     if type(embeddings) is not Embeddings or type(head) is not CausalLMHead:
-        return _Ends("the embeddings or the head were replaced")
+        return "the embeddings or the head were replaced"
     tokens, positions, decoder = embeddings.tokens, embeddings.positions, head.decoder
     expected: tuple[tuple[Any, tuple[type, ...]], ...] = (
         (tokens, (Embedding, QuantizedEmbedding)),
@@ -175,29 +211,25 @@ def _look(model: AutoModelForCausalLM) -> _Ends:
     )
     for module, kinds in expected:
         if type(module) not in kinds:
-            return _Ends(f"an embedding or the head was replaced by a {type(module).__name__}")
+            return f"an embedding or the head was replaced by a {type(module).__name__}"
+    reason = own_code((model,), _OF_MODEL) or own_code(_parts(model)[1:])
+    if reason is not None:
+        return reason
+    if hooked(_parts(model)):
+        return "a module has forward hooks"
+    if embeddings.training and embeddings.config.embedding_dropout:
+        return "dropout is on (model.eval() turns it off)"
     if embeddings.types is not None or embeddings.norm is not None:
-        return _Ends("the embeddings are more than a token's and a position's vector")
+        return "the embeddings are more than a token's and a position's vector"
     if model.spec.rope is not None and model.spec.rope.type == "dynamic":
-        return _Ends("dynamic rope changes with the length of the sequence")
-    weight: Any = tokens if decoder is None else decoder
-    matrix = weight.quantized if isinstance(weight, QuantizedEmbedding | QuantizedLinear) else weight.weight
-    for held in (matrix, getattr(tokens, "weight", None), getattr(positions, "weight", None)):
-        if isinstance(held, Tensor) and held.dtype not in _FLOATS:
-            return _Ends(f"the extension has no kernel for weights in {held.dtype}")
-    modules = _modules(model)
-    sources = _sources(modules)
-    table: tuple[Tensor, Tensor | None, Tensor | None]
-    if isinstance(tokens, QuantizedEmbedding):
-        table = tokens.codes, tokens.scale, tokens.minimum
-    else:
-        table = tokens.weight.detach(), None, None
-    return _Ends(
-        None,
-        modules,
-        sources,
-        _stamp(sources),
-        tuple(None if t is None else t.contiguous() for t in table),  # type: ignore[arg-type]
-        None if positions is None else positions.weight.detach().contiguous(),
-        packed.kept(matrix, getattr(decoder, "bias", None)),
-    )
+        return "dynamic rope changes with the length of the sequence"
+    for owner in (tokens, positions, decoder):
+        if getattr(owner, "max_norm", None) is not None:
+            return "a table has a max_norm, to which a lookup scales its rows"
+        if isinstance(owner, Embedding | Linear):
+            weight = owner._parameters.get("weight")
+            if not isinstance(weight, nn.Parameter):
+                return "a weight is not a parameter"
+            if weight.dtype not in _FLOATS:
+                return f"the extension has no kernel for weights in {weight.dtype}"
+    return None

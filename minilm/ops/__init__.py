@@ -26,12 +26,13 @@ from .project import FEW_ROWS, LinearTraits, QuantizedTraits, gated, linear, qua
 from .quantized import FORMATS, QuantizedWeight, dequantise
 from .reference import ACTIVATIONS
 from .traits import PointwiseTraits
-from .whole import WholeTraits, register_modules, run_whole
+from .whole import MADE, Whole, WholeTraits, register_modules, run_whole
 
 __all__ = [
     "ACTIVATIONS",
     "FEW_ROWS",
     "FORMATS",
+    "MADE",
     "AttentionTraits",
     "BackendError",
     "LinearTraits",
@@ -41,6 +42,7 @@ __all__ = [
     "PoolTraits",
     "QuantizedTraits",
     "QuantizedWeight",
+    "Whole",
     "WholeTraits",
     "add_layer_norm",
     "add_rms_norm",

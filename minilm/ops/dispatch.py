@@ -52,9 +52,10 @@ class Implementation:
     backend: str
     call: Callable[..., Any]
     supports: Callable[[Any], str | None] = lambda traits: None
-    examine: Callable[..., str | None] | None = None
-    """Of an op that stands for modules (`minilm.ops.whole`): given the arguments of a call, None or why the
-    modules have to run one by one."""
+    examine: Callable[..., str | Callable[..., Any] | None] | None = None
+    """Of an op that stands for modules (`minilm.ops.whole`): given the arguments of a call, why the modules
+    have to run one by one; else None, or what to call in the place of `call`, with what was found: another
+    thread may change it before it runs."""
 
 
 @dataclass
@@ -224,6 +225,12 @@ def select(op: str, traits: Traits) -> Callable[..., Any]:
     if not torch.compiler.is_compiling():
         decision.calls += 1
     return decision.chosen.call
+
+
+def candidates(op: str, device: str) -> tuple[str, ...]:
+    """The backends that may run the op under the choice in force, in their order."""
+    choice = _current()
+    return choice.per_op.get(op, choice.default) or PREFERENCE.get(device, DEFAULT_PREFERENCE)
 
 
 def decide(op: str, traits: Traits) -> Decision:

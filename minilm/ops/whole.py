@@ -2,7 +2,8 @@
 
 Their reference runs the modules one by one, and the folder that has the modules registers it. Another
 implementation must look at the modules, and at what the call asks for, before it can say whether it may stand
-in for them: `Implementation.examine`. So the modules call the op and know of no implementation.
+in for them: `Implementation.examine`. So the modules call the op and know of no implementation. What it
+makes of their weights it keeps with the module (`Whole`), and it finds it out of date by itself.
 """
 
 from __future__ import annotations
@@ -24,6 +25,19 @@ class WholeTraits(NamedTuple):
     """Why the call needs the modules one by one; None: it does not."""
 
 
+MADE = "_made"
+"""Key in a module's `__dict__` of what implementations make of its weights."""
+
+
+class Whole:
+    """A module that such an op is called with: what was made of its weights is in none of its copies and not
+    written into files, as it is as large as they are and can be made again."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and copy."""
+        return {key: value for key, value in self.__dict__.items() if key != MADE}
+
+
 def register_modules(op: str, call: Callable[..., Any]) -> None:
     """`call` runs the modules one by one: the way of every backend but the native one."""
     for backend in ("triton", "torch", "reference"):
@@ -32,8 +46,14 @@ def register_modules(op: str, call: Callable[..., Any]) -> None:
 
 def run_whole(op: str, device: torch.device, dtype: torch.dtype, *arguments: Any) -> Any:
     """The op with these arguments, by the implementation that the choice in force gives."""
-    obstacle: str | None = "torch.compile traces the modules"
+    found: Any = "torch.compile traces the modules"
+    native = None
     if not torch.compiler.is_compiling():
         native = dispatch.implementations(op).get("native")
-        obstacle = None if native is None or native.examine is None else native.examine(*arguments)
-    return dispatch.select(op, WholeTraits(device.type, dtype, obstacle))(*arguments)
+        wanted = native is not None and "native" in dispatch.candidates(op, device.type)
+        found = native.examine(*arguments) if wanted and native and native.examine else None
+    obstacle = found if isinstance(found, str) else None
+    call = dispatch.select(op, WholeTraits(device.type, dtype, obstacle))
+    if native is not None and call is native.call and callable(found):
+        call = found
+    return call(*arguments)

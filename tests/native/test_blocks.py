@@ -316,7 +316,7 @@ def test_hooks_and_exchanged_modules_are_left_to_the_modules() -> None:
     assert torch.equal(run(model, FEW), native)
     block.attention_norm = nn.Identity()
     with torch.no_grad():
-        assert fused._plan(model.body).obstacle == "a layer's attention_norm was replaced by a Identity"
+        assert fused.look(model.body) == "a layer's attention_norm was replaced by a Identity"
     del model.body.layers[1]
     assert "there are 1 layers, and the configuration has 2" in refusal(model)
 
@@ -397,11 +397,12 @@ def test_what_changes_is_packed_anew(change: Any) -> None:
     model = model_of("bert")
     before = run(model, FEW)
     assert torch.equal(run(model, FEW), before)
-    plan = model.body._fused_plan
     with torch.no_grad():
+        arena = fused.look(model.body)
         change(model)
     after = run(model, FEW)
-    assert model.body._fused_plan is not plan
+    with torch.no_grad():
+        assert fused.look(model.body) is not arena
     assert not torch.equal(before, after)
     torch.testing.assert_close(after, run(model, FEW, "reference"), atol=1e-4, rtol=1e-4)
 
@@ -409,10 +410,12 @@ def test_what_changes_is_packed_anew(change: Any) -> None:
 def test_nothing_is_packed_twice() -> None:
     model = model_of("bert")
     run(model, FEW)
-    plan = model.body._fused_plan
+    with torch.no_grad():
+        arena = fused.look(model.body)
     model.body.embeddings.tokens.weight.mul_(2)
     run(model, MANY)
-    assert model.body._fused_plan is plan
+    with torch.no_grad():
+        assert fused.look(model.body) is arena
     twin = copy.deepcopy(model)
     with torch.no_grad():
         twin.body.layers[0].mlp.up.weight.zero_()
@@ -443,14 +446,13 @@ def test_quantised_layers_are_close(family: str, format: str, lengths: list[int]
 def raw(family: str = "llama", layers: int = 1) -> dict[str, Any]:
     """Arguments of one call with a cache."""
     model = model_of(family, num_hidden_layers=layers)
-    plan = fused._plan(model.body)
-    assert plan.arena is not None
-    assert plan.layout is not None
+    found = fused.look(model.body)
+    assert isinstance(found, fused.Arena)
     pages = [torch.zeros(layers, 3, 4, 2, 20) for _ in range(2)]
     return {
         "embedded": torch.randn(5, 40, generator=torch.Generator().manual_seed(0)),
-        "arena": plan.arena,
-        "layout": plan.layout,
+        "arena": found.weights,
+        "layout": found.layout,
         "cu_seqlens": torch.tensor([0, 3, 5], dtype=torch.int32),
         "cos": torch.ones(5, 10),
         "sin": torch.zeros(5, 10),
@@ -577,12 +579,13 @@ def test_no_number_of_the_layout_leads_out_of_the_arena(family: str) -> None:
 
 def without_cache(family: str) -> dict[str, Any]:
     model = model_of(family, **({"n_layer": 1} if family == "gpt2" else {"num_hidden_layers": 1}))
-    plan = fused._plan(model.body)
+    found = fused.look(model.body)
+    assert isinstance(found, fused.Arena)
     rope = (torch.ones(5, 5), torch.zeros(5, 5)) if family == "qwen3" else (None, None)
     return {
         "embedded": torch.randn(5, 40, generator=torch.Generator().manual_seed(0)),
-        "arena": plan.arena,
-        "layout": plan.layout,
+        "arena": found.weights,
+        "layout": found.layout,
         "cu_seqlens": torch.tensor([0, 3, 5], dtype=torch.int32),
         **dict(zip(("cos", "sin"), rope, strict=True)),
         **dict.fromkeys(("k_cache", "v_cache", "slots", "block_table", "context_lens")),

@@ -1,5 +1,5 @@
 """The implementations of the ops beside the reference, by backend: PyTorch, the native extension, Triton."""
 
-from . import cuda, library, native, packed, triton
+from . import cuda, library, native, packed, triton, watch
 
-__all__ = ["cuda", "library", "native", "packed", "triton"]
+__all__ = ["cuda", "library", "native", "packed", "triton", "watch"]

@@ -10,7 +10,11 @@ error at import.
 from __future__ import annotations
 
 import importlib
+import math
+import os
 import re
+from collections.abc import Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -39,6 +43,66 @@ def _load() -> tuple[ModuleType | None, str | None]:
 
 
 _extension, unavailable = _load()
+
+
+def cpu_limit(root: Path = Path("/")) -> int | None:
+    """CPUs that this process may use at a time, rounded up: of its affinity and the quota of its control
+    group (cpu.max, or cpu.cfs_quota_us of the older kind) and of those above it; None: unknown."""
+    limits: list[float] = []
+    if hasattr(os, "sched_getaffinity"):
+        limits.append(len(os.sched_getaffinity(0)))
+    for folder, new in _control_groups(root):
+        limits += _quota(folder, new)
+    return max(1, math.ceil(min(limits))) if limits else None
+
+
+def _control_groups(root: Path) -> Iterator[tuple[Path, bool]]:
+    """Folders of this process's control groups of CPU time, and whether they are of the new kind."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        number, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
+        new = number == "0" and not controllers
+        if not new and "cpu" not in controllers.split(","):
+            continue
+        top = root / "sys/fs/cgroup"
+        top = top if new else top / controllers if (top / controllers).is_dir() else top / "cpu"
+        folder = top / path.lstrip("/")
+        for place in (folder, *folder.parents):
+            if place != top and top not in place.parents:
+                break
+            yield place, new
+
+
+def _quota(folder: Path, new: bool) -> list[float]:
+    try:
+        if new:
+            quota, period = (folder / "cpu.max").read_text().split()
+        else:
+            quota = (folder / "cpu.cfs_quota_us").read_text()
+            period = (folder / "cpu.cfs_period_us").read_text()
+        return [int(quota) / int(period)] if int(quota) > 0 else []
+    except (OSError, ValueError, ZeroDivisionError):  # "max", or there is no such file
+        return []
+
+
+def limit_threads(limit: int | None) -> None:
+    """Give whole passes at most so many threads, which wait for each other all along: more than there are
+    CPUs would wait for what does not run. Another number of threads than PyTorch's own, by
+    `torch.set_num_threads` or OMP_NUM_THREADS, is kept. Importing calls it with `cpu_limit`; None takes the
+    limit away."""
+    if _extension is not None:
+        chosen = any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
+        _extension.limit_threads(torch.get_num_threads(), 0 if limit is None or chosen else limit)
+
+
+def team_threads() -> int:
+    """How many threads a whole pass has now."""
+    threads = torch.get_num_threads()
+    return threads if _extension is None else int(_extension.team_threads(threads))
 
 
 def cpu_isa() -> str | None:
@@ -280,3 +344,4 @@ def _register_with_torch() -> None:
 
 if _extension is not None:
     _register_with_torch()
+    limit_threads(cpu_limit())

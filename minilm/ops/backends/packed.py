@@ -2,13 +2,18 @@
 
 The CPU kernels read a weight in panels (csrc/cpu/linear.h). `pack` makes them; a weight that stays, a
 parameter or the planes of a quantised layer, is packed at its first use and kept for as long as it lives and
-is not changed. The packed copy has the weight's own size.
+is not changed (`minilm.ops.backends.watch` says what changes are seen). The packed copy has the weight's own
+size, and there is one: what a whole model was packed into (`minilm.native.blocks`) is `shared` with its
+layers.
 """
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
+import threading
+import weakref
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -16,6 +21,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..quantized import QuantizedWeight
+from .watch import Watch
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, "int8": 3, "q8_0": 4, "q4_0": 5, "q4_1": 5}
 """Dtype, or quantised format, -> the kernels' number for it."""
@@ -36,6 +42,8 @@ class Packed(NamedTuple):
     """Outputs, padded to whole panels."""
     columns: int
     """Outputs; of a gated layer half of the weight's rows."""
+    gated: bool = False
+    """Panels of gate and up follow each other in turns."""
 
 
 def panel_width() -> int:
@@ -89,36 +97,86 @@ def pack(weight: Tensor | QuantizedWeight, bias: Tensor | None, *, gated: bool =
             code,
             columns,
         )
-    return Packed(data, code, len(order), rows // 2 if gated else rows)
+    return Packed(data, code, len(order), rows // 2 if gated else rows, gated)
 
 
-def version(tensor: Tensor) -> int:
-    """A number that changes when the tensor is written to (inference tensors do not count: always 0)."""
-    return 0 if tensor.is_inference() else tensor._version
+Sources = tuple[Any, ...]
+"""The planes of a weight, the first of which is its key, and the bias or None."""
+
+
+class _Kept:
+    """A packed weight, and what it was made from: it is nobody's reason to live."""
+
+    __slots__ = ("packed", "sources", "watch")
+
+    def __init__(self, sources: Sources, packed: Packed | None = None) -> None:
+        self.sources = tuple(None if source is None else weakref.ref(source) for source in sources)
+        self.watch = Watch(_tensors(sources))
+        self.packed = packed
+
+    def is_of(self, sources: Sources) -> bool:
+        """Whether it was made of these objects, and they are as they were."""
+        same = len(sources) == len(self.sources) and all(
+            source is (None if kept is None else kept())
+            for source, kept in zip(sources, self.sources, strict=True)
+        )
+        return same and self.watch.holds(_tensors(sources))
 
 
 _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""First tensor of a weight -> (what it was packed from, the packed weight)."""
+"""First tensor of a weight -> `_Kept`."""
+_lock = threading.RLock()
+
+
+def _tensors(sources: Sources) -> list[Tensor]:
+    return [source for source in sources if source is not None]
+
+
+def sources_of(weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Sources:
+    """The tensors that a weight and its bias are made of."""
+    planes = tuple(weight.planes.values()) if isinstance(weight, QuantizedWeight) else (weight,)
+    return (*planes, bias)
 
 
 def kept(weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Packed:
-    """The packed weight, made at the first call and again when weight or bias have changed."""
-    planes = tuple(weight.planes.values()) if isinstance(weight, QuantizedWeight) else (weight,)
-    key = planes[0]
-    stamp = tuple(None if t is None else (t.data_ptr(), version(t)) for t in (*planes, bias))
-    entry = _kept.get(key, None)  # type: ignore[no-untyped-call]
-    if entry is None or entry[0] != stamp:
-        entry = _kept[key] = (stamp, pack(weight, bias))
-    packed: Packed = entry[1]
-    return packed
+    """The packed weight, made at the first call and again when weight or bias are others, or have changed."""
+    sources = sources_of(weight, bias)
+    entry: _Kept | None = _kept.get(sources[0], None)  # type: ignore[no-untyped-call]
+    if entry is None or not entry.is_of(sources):
+        with _lock:  # several threads may come first: one packs
+            entry = _kept.get(sources[0], None)  # type: ignore[no-untyped-call]
+            if entry is None or not entry.is_of(sources):
+                entry = _Kept(sources)
+                entry.packed = pack(weight, bias)
+                _kept[sources[0]] = entry
+    assert entry.packed is not None
+    return entry.packed
+
+
+def share(sources: Sources, packed: Packed) -> None:
+    """Let `kept` find a weight that was packed elsewhere just now."""
+    with _lock:
+        _kept[sources[0]] = _Kept(sources, packed)
+
+
+def forget_kept(weights: Iterable[Tensor]) -> None:
+    """Drop what is kept of weights, each named by its first tensor."""
+    with _lock:
+        for weight in weights:
+            _kept.pop(weight, None)  # type: ignore[no-untyped-call]
 
 
 def _apply(x: Tensor, packed: Packed, activation: str | None) -> Tensor:
     rows = x.reshape(-1, x.shape[-1]).float().contiguous()
+    columns = packed.places if packed.gated else packed.columns
     y = torch.ops.minilm.packed_linear(
-        rows, packed.data, packed.format, packed.columns, packed.places, ACTIVATIONS[activation], False
+        rows, packed.data, packed.format, columns, packed.places, ACTIVATIONS[activation], False
     )
-    return y.view(*x.shape[:-1], packed.columns).to(x.dtype)  # type: ignore[no-any-return]
+    if packed.gated:  # from panels in turns to all of gate, then all of up
+        panels = y.view(len(y), -1, 2, panel_width()).transpose(1, 2).reshape(len(y), 2, -1)
+        columns = 2 * packed.columns
+        y = panels[..., : packed.columns].reshape(len(y), columns)
+    return y.view(*x.shape[:-1], columns).to(x.dtype)  # type: ignore[no-any-return]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
