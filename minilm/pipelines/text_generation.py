@@ -18,6 +18,8 @@ from .base import Pipeline, Work
 SAMPLED = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}
 """What transformers' pipeline asks for unless the checkpoint or the call says otherwise."""
 
+_SAYS = {"content", "tool_calls", "function_call"}
+
 
 @dataclass(frozen=True)
 class Options:
@@ -242,9 +244,12 @@ class TextGenerationPipeline(Pipeline[Options]):
 
 
 def _is_chat(item: Any) -> bool:
-    """A list of messages. One with tool calls may have no content."""
+    """A list of messages. Each says something, or calls a tool."""
     is_list = isinstance(item, (list, tuple)) and len(item) > 0
-    return is_list and all(isinstance(message, Mapping) and "role" in message for message in item)
+    return is_list and all(
+        isinstance(message, Mapping) and "role" in message and not message.keys().isdisjoint(_SAYS)
+        for message in item
+    )
 
 
 def _goes_on(messages: Sequence[Mapping[str, Any]], options: Options) -> bool:
