@@ -84,7 +84,7 @@ def test_padding_between_tokens_is_refused() -> None:
 
 
 @pytest.mark.parametrize("after", [0, 1])
-@pytest.mark.parametrize("place", ["run_packed", "steps", "fork"])
+@pytest.mark.parametrize("place", ["run_packed", "step", "fork"])
 def test_an_error_leaves_the_cache_as_it_was(place: str, after: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = decoder("qwen3").ours, batch(prompts([6, 3]))
     way: dict[str, Any] = {"do_sample": True, "num_return_sequences": 3, "seed": 4, "prefill_chunk_size": 1}

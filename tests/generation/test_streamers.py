@@ -122,7 +122,7 @@ def test_a_failure_reaches_the_thread_that_waits(
 ) -> None:
     d = decoder("llama")
     streamer = TextIteratorStreamer(d.tokenizer, skip_prompt=True, timeout=60)
-    usual, calls = d.ours.steps, 0
+    usual, calls = d.ours.step, 0
 
     def fail(*args: Any) -> Any:
         nonlocal calls
@@ -131,7 +131,7 @@ def test_a_failure_reaches_the_thread_that_waits(
             raise KeyboardInterrupt
         return usual(*args)
 
-    monkeypatch.setattr(d.ours, "steps", fail)
+    monkeypatch.setattr(d.ours, "step", fail)
 
     def work() -> None:
         with pytest.raises((ValueError, KeyboardInterrupt)):

@@ -151,7 +151,7 @@ class Failure(BaseException):
 
 
 @pytest.mark.parametrize("after", range(9))
-@pytest.mark.parametrize("place", ["run_packed", "steps", "logits", "fork", "take", "push"])
+@pytest.mark.parametrize("place", ["run_packed", "step", "logits", "fork", "take", "push"])
 def test_an_error_in_one_call_leaves_the_others_as_they_were(
     monkeypatch: pytest.MonkeyPatch, place: str, after: int
 ) -> None:
@@ -199,7 +199,7 @@ def test_an_error_that_stays_is_everybodys_own(monkeypatch: pytest.MonkeyPatch) 
         def fail(*args: Any, **options: Any) -> None:
             raise Failure
 
-        for name in ("run_packed", "steps"):
+        for name in ("run_packed", "step", "steps"):
             patch.setattr(model.model, name, fail)
         for prompts_ in (TEXTS, TEXTS[0]):
             with pytest.raises(Failure):
