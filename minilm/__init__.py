@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from ._version import __version__
 
 if TYPE_CHECKING:
+    from .cache import KVCache as KVCache
     from .config import ConfigError as ConfigError
     from .config import ModelConfig as ModelConfig
     from .families import PretrainedConfig as PretrainedConfig
@@ -34,7 +35,6 @@ if TYPE_CHECKING:
     from .model import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
     from .model import AutoModelForSequenceClassification as AutoModelForSequenceClassification
     from .model import AutoModelForTokenClassification as AutoModelForTokenClassification
-    from .model import KVCache as KVCache
     from .ops import BackendError as BackendError
     from .ops import backend as backend
     from .ops import explain as explain
@@ -46,6 +46,7 @@ if TYPE_CHECKING:
     from .text import Tokenizer as Tokenizer
 
 _HOME = {
+    "cache": ("KVCache",),
     "config": (
         "ConfigError",
         "ModelConfig",
@@ -71,7 +72,6 @@ _HOME = {
         "AutoModelForQuestionAnswering",
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
-        "KVCache",
     ),
     "ops": (
         "BackendError",

@@ -276,7 +276,7 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
     Raises ValueError for an op that this table does not know.
     """
     from . import ops
-    from .model import KVCache
+    from .cache import KVCache
 
     page_size = inspect.signature(KVCache).parameters["page_size"].default
     kinds: dict[type, tuple[str, ...]] = {

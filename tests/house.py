@@ -8,6 +8,7 @@ ORDER = (
         "differences",
         "config",
         "ops",
+        "cache",
         "files",
         "weights",
         "families",

@@ -25,10 +25,7 @@ UPWARD: dict[tuple[str, str], str] = {
 MOST_FILES, MOST_LINES = 12, 2500
 """Of a folder, its `__init__` not counted among the files."""
 
-LARGE: dict[str, str] = {
-    "minilm.families": "one file a family",
-    "minilm.model": "all that a batch meets from the call to the answer, cache and checks among it",
-}
+LARGE: dict[str, str] = {"minilm.families": "one file a family"}
 """Folders that are larger nevertheless, each for a reason."""
 
 AT_THE_TOP = {"torch", "numpy"}
@@ -416,10 +413,10 @@ def test_the_whole_api_is_light() -> None:
     ours = [name for name in new if name.split(".")[0] == "minilm"]
     others = {name.split(".")[0] for name in new} - {"minilm", *AT_THE_TOP, *sys.stdlib_module_names}
     assert not others, f"the API imports {sorted(others)}"
-    late = [f"minilm.archs.{family}" for family in FAMILIES]
+    late = [f"minilm.families.{family}" for family in FAMILIES]
     late += ["minilm.cli", "minilm.kernels", "minilm.benchmarks", "minilm.integrations", "minilm.doctor"]
-    assert not [name for name in ours if name.startswith(tuple(late)) and name != "minilm.archs.family"]
-    assert len(ours) <= 100, f"{len(ours)} modules of minilm: {ours}"
+    assert not [name for name in ours if name.startswith(tuple(late)) and name != "minilm.families.family"]
+    assert len(ours) <= 120, f"{len(ours)} modules of minilm: {ours}"
 
 
 def test_runs_without_the_optional_packages() -> None:

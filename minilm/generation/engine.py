@@ -20,8 +20,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ..cache import KVCache
 from ..config import ModelConfig
-from ..model import AutoModelForCausalLM, KVCache, Packed
+from ..model import AutoModelForCausalLM, Packed
 from .sampling import Sampling, draw, process
 from .values import whole
 

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..model import KVCache, Layout, ModelOutput
+from ..cache import KVCache, Layout
+from ..model import ModelOutput
 from .config import DEFAULTS, OPTIONS, UNSUPPORTED, WITHOUT_EFFECT
 from .config import GenerationConfig as GenerationConfig
 from .engine import Engine, Request, Sample, check_length, context_window, draw_by_seed

@@ -6,7 +6,6 @@ API around it), `heads` and `causal`, then `loading`.
 
 from .auto import MODELS, AutoConfig, alias, alias_names
 from .batch import Batch, Packed, pack
-from .cache import KVCache, Layout
 from .causal import AutoModelForCausalLM, CausalLMHead
 from .heads import (
     AutoModelForMaskedLM,
@@ -25,40 +24,11 @@ from .rope import angles
 from .transformer import Transformer
 
 __all__ = [
-    "HUB_OPTIONS",
-    "MLP",
-    "MODELS",
-    "Attention",
-    "AutoConfig",
-    "AutoModel",
-    "AutoModelForCausalLM",
-    "AutoModelForMaskedLM",
-    "AutoModelForNextSentencePrediction",
-    "AutoModelForPreTraining",
-    "AutoModelForQuestionAnswering",
-    "AutoModelForSequenceClassification",
-    "AutoModelForTokenClassification",
-    "Batch",
-    "Block",
-    "CausalLMHead",
-    "Embedding",
-    "Embeddings",
-    "KVCache",
-    "Layout",
-    "Linear",
-    "ModelOutput",
-    "Norm",
-    "Packed",
-    "PreTrainedModel",
-    "QuantizedEmbedding",
-    "QuantizedLinear",
-    "Transformer",
-    "alias",
-    "alias_names",
-    "angles",
-    "as_device",
-    "as_dtype",
-    "pack",
-    "read_config",
+    "HUB_OPTIONS", "MLP", "MODELS", "Attention", "AutoConfig", "AutoModel", "AutoModelForCausalLM",
+    "AutoModelForMaskedLM", "AutoModelForNextSentencePrediction", "AutoModelForPreTraining",
+    "AutoModelForQuestionAnswering", "AutoModelForSequenceClassification",
+    "AutoModelForTokenClassification", "Batch", "Block", "CausalLMHead", "Embedding", "Embeddings",
+    "Linear", "ModelOutput", "Norm", "Packed", "PreTrainedModel", "QuantizedEmbedding", "QuantizedLinear",
+    "Transformer", "alias", "alias_names", "angles", "as_device", "as_dtype", "pack", "read_config",
     "with_effect",
-]
+]  # fmt: skip

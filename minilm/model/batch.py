@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .cache import CacheStep, KVCache, Layout
+from ..cache import CacheStep, KVCache, Layout
 
 
 @dataclass

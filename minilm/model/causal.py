@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..cache import KVCache
 from ..config import ConfigError
 from ..families import Head, PretrainedConfig
 from ..files import MOST_CONFIG, has_file, read_json
 from .batch import Batch, Packed
-from .cache import KVCache
 from .heads import token_loss
 from .layers import Embedding, Linear
 from .outputs import CausalLMOutput, ModelOutput

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from .cache import KVCache
+    from ..cache import KVCache
 
 
 class ModelOutput(OrderedDict[str, Any]):

@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..cache import KVCache, Layout
 from ..config import ModelConfig
 from ..differences import tell
 from ..families import Family, Head, PretrainedConfig, family_of
 from ..ops.backends import watch
 from . import rope
 from .batch import Batch, Packed, check_columns, integers, pack
-from .cache import KVCache, Layout
 from .layers import Embedding, Linear
 from .loading import Checkpointed, resized
 from .outputs import BaseModelOutput, ModelOutput

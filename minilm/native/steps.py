@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cache import KVCache
 from ..config import RopeConfig
 from ..model import (
     AutoModelForCausalLM,
     CausalLMHead,
     Embedding,
     Embeddings,
-    KVCache,
     Linear,
     QuantizedEmbedding,
     QuantizedLinear,

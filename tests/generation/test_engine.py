@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from strategies import examples
 from tiny_decoders import EOS, VOCABULARY, decoder, prompts
 
+from minilm.cache import KVCache
 from minilm.config import ModelConfig, RopeConfig
 from minilm.generation.engine import LEAST_ROOM, Engine, Request, best_logprobs, context_window
 from minilm.generation.sampling import Sampling
-from minilm.model.cache import KVCache
 
 
 def request(prompt: list[int], new: int = 12, n: int = 1, **options: Any) -> Request:

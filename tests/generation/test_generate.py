@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny_decoders import BOS, EOS, FAMILIES, PAD, VOCABULARY, WINDOW, batch, decoder, prompts
 
-from minilm.model.cache import KVCache
+from minilm.cache import KVCache
 
 ALONE = {"eos_token_id": None, "pad_token_id": PAD}
 ENDS = [EOS, *range(40, 80)]

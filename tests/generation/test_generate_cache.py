@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_decoders import batch, decoder, prompts
 
-from minilm.model import KVCache
+from minilm.cache import KVCache
 
 FAMILIES = ("gpt2", "llama", "qwen3")
 

@@ -14,9 +14,9 @@ from tiny_decoders import decoder
 
 import minilm
 from minilm import LLM, SamplingParams
+from minilm.cache import KVCache
 from minilm.generation.engine import Sample
 from minilm.generation.stopping import GrowingText
-from minilm.model import KVCache
 
 TEXTS = ["The cat", "once upon a time", "In the year 1984", "User: what is this?", "北京"]
 GREEDY = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)

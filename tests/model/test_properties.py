@@ -27,8 +27,8 @@ from strategies import (
 )
 from torch import Tensor
 
+from minilm.cache import KVCache
 from minilm.model.batch import pack
-from minilm.model.cache import KVCache
 
 SAME = 1e-5
 """The same sums in another order: float32 values near one, a few hundred terms. Drawn models may be harder on

@@ -272,7 +272,7 @@ def test_what_is_asked_for_besides_is_left_to_the_modules() -> None:
     assert "activation mish" in refusal(model_of("llama", hidden_act="mish"))
     assert "there are no layers" in refusal(model_of("llama", num_hidden_layers=0))
     wide = model_of("gpt2")
-    wide.new_cache = lambda rows=0: minilm.model.cache.KVCache(
+    wide.new_cache = lambda rows=0: minilm.cache.KVCache(
         wide.spec, rows=rows, dtype=torch.float64, device="cpu"
     )
     assert "a cache in torch.float64" in refusal(wide, lambda: wide.float()(ids(), use_cache=True))

@@ -29,9 +29,9 @@ from torch import Tensor, nn
 
 import minilm
 from minilm import ops
+from minilm.cache import KVCache
 from minilm.generation.engine import Engine, Request
 from minilm.generation.sampling import Sampling
-from minilm.model.cache import KVCache
 from minilm.model.quantized import QuantizedEmbedding
 from minilm.native import blocks as fused
 from minilm.native import steps as decode_step

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..config import ModelConfig
-from ..ops.backends import packed
+from .config import ModelConfig
+from .ops.backends import packed
 
 
 @dataclass

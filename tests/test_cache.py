@@ -22,9 +22,9 @@ from strategies import small
 
 import minilm
 from minilm import ops
+from minilm.cache import KVCache
 from minilm.config import ModelConfig
 from minilm.families import family_of
-from minilm.model.cache import KVCache
 
 
 def spec(layers: int = 2) -> ModelConfig:
