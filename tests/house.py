@@ -13,6 +13,7 @@ ORDER = (
         "weights",
         "families",
         "text",
+        "chat_template",
         "model",
         "native",
         "generation",

@@ -213,7 +213,9 @@ def test_what_a_text_begins_with_is_a_token(bos: Any) -> None:
         decoder("llama").ours.generate(bos_token_id=bos, max_new_tokens=2)
 
 
-@pytest.mark.parametrize("prompts_", [None, 5, [True], [1.5], object(), [None]], ids=str)
+@pytest.mark.parametrize(
+    "prompts_", [None, 5, [True], [1.5], object(), [None]], ids=lambda value: type(value).__name__
+)
 def test_what_is_no_prompt_is_named(prompts_: Any) -> None:
     with pytest.raises(ValueError, match="a prompt must be a text, token ids, or a dict"):
         llm().generate(prompts_, use_tqdm=False)

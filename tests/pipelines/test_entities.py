@@ -420,7 +420,7 @@ def test_kinds_of_inputs(tagger: Any) -> None:
         ["anna", b"anna"],
         [("anna", "paris")],
     ],
-    ids=repr,
+    ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_text_is_refused(tagger: Any, bad: Any) -> None:
     """And not taken apart into keys, letters or rows."""
