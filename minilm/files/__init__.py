@@ -1,7 +1,13 @@
-"""What lies on disk, opened strictly: the hub, safetensors, GGUF, quantised checkpoints."""
+"""What lies on disk, opened strictly: the hub, safetensors, GGUF, quantised checkpoints.
 
-from .checkpoint import Checkpoint, TensorInfo, WeightError
-from .gguf import GGUFCheckpoint
+What needs PyTorch is imported when it is first used: names are resolved and texts tokenised without it.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .gguf_config import default_token
 from .gguf_file import read_gguf_metadata
 from .hub import (
@@ -16,12 +22,12 @@ from .hub import (
     is_bundled,
     resolve,
 )
-from .opening import open_checkpoint
 from .reading import (
     MOST_CONFIG,
     MOST_TEMPLATE,
     MOST_TEXT,
     FileError,
+    WeightError,
     file_size,
     has_file,
     read_bytes,
@@ -29,8 +35,28 @@ from .reading import (
     read_json_value,
     read_text,
 )
-from .safetensors import INDEX, SINGLE, SafetensorsCheckpoint
 from .saving import saving, settle
+
+if TYPE_CHECKING:
+    from .checkpoint import Checkpoint, TensorInfo
+    from .gguf import GGUFCheckpoint
+    from .opening import open_checkpoint
+    from .safetensors import INDEX, SINGLE, SafetensorsCheckpoint
+
+_LATE = {
+    "checkpoint": ("Checkpoint", "TensorInfo"),
+    "gguf": ("GGUFCheckpoint",),
+    "opening": ("open_checkpoint",),
+    "safetensors": ("INDEX", "SINGLE", "SafetensorsCheckpoint"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _LATE.items():
+        if name in names:
+            return getattr(import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 __all__ = [
     "CONFIG_FILES",

@@ -18,12 +18,9 @@ import torch
 from torch import Tensor
 
 from ..ops.quantized import QuantizedWeight
+from .reading import WeightError as WeightError
 
 C = TypeVar("C", bound="Checkpoint")
-
-
-class WeightError(ValueError):
-    """A checkpoint cannot be read or does not fit the model; the message names file, key and the fault."""
 
 
 @dataclass(frozen=True)

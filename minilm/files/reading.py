@@ -34,6 +34,10 @@ _KINDS = (
 )
 
 
+class WeightError(ValueError):
+    """A checkpoint cannot be read or does not fit the model; the message names file, key and the fault."""
+
+
 class FileError(ValueError):
     """A file that is missing or does not hold what it should. The message names it."""
 

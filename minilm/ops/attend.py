@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from . import checks, dispatch, reference
-from .dispatch import BackendError, select
+from .dispatch import BackendError
 from .traits import needs_grad
 
 
@@ -144,7 +144,7 @@ def _attention(
     traits = _attention_traits(q, k, v, causal, window, dropout_p, options, lse=lse)
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     wanted = {"lse": True} if lse else {}
-    result: tuple[Tensor, Tensor | None] = select("attention", traits)(
+    result: tuple[Tensor, Tensor | None] = dispatch.select("attention", traits)(
         q, k, v, *lengths, scale, causal, window, dropout_p, **options, **wanted
     )
     return result

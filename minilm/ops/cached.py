@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
-from .dispatch import select
+from . import checks, dispatch
 from .traits import PointwiseTraits, needs_grad
 
 
@@ -55,7 +54,7 @@ def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor
     q [T, H, D], k [T, Hkv, D]; cos, sin float32 [T, D/2]. Returns the turned q and k. Differentiable.
     """
     checks.angles("rope", q, k, cos, sin)
-    result: tuple[Tensor, Tensor] = select(
+    result: tuple[Tensor, Tensor] = dispatch.select(
         "rope", PointwiseTraits(q.device.type, q.dtype, None, needs_grad(q, k))
     )(q, k, cos, sin)
     return result
@@ -75,7 +74,9 @@ def append_kv(
     the scales."""
     checks.appended("append_kv", k, v, k_pages, v_pages, slots)
     scales = _scales("append_kv", k_pages, k_scales, v_scales)
-    select("append_kv", _paged_traits(k, k_pages, None, 0, v))(k, v, k_pages, v_pages, slots, *scales)
+    dispatch.select("append_kv", _paged_traits(k, k_pages, None, 0, v))(
+        k, v, k_pages, v_pages, slots, *scales
+    )
 
 
 def rope_append(
@@ -95,7 +96,7 @@ def rope_append(
     checks.angles("rope_append", q, k, cos, sin)
     checks.appended("rope_append", k, v, k_pages, v_pages, slots)
     scales = _scales("rope_append", k_pages, k_scales, v_scales)
-    result: tuple[Tensor, Tensor] = select("rope_append", _paged_traits(q, k_pages, None, 0, k, v))(
+    result: tuple[Tensor, Tensor] = dispatch.select("rope_append", _paged_traits(q, k_pages, None, 0, k, v))(
         q, k, v, cos, sin, k_pages, v_pages, slots, *scales
     )
     return result
@@ -131,7 +132,7 @@ def paged_attention(
     checks.window("paged_attention", window)
     checks.pages("paged_attention", q.shape[1], q.shape[2], k_pages, v_pages)
     lengths = (block_table, cu_seqlens_q, context_lens, max_seqlen_q, max_context)
-    result: Tensor = select("paged_attention", _paged_traits(q, k_pages, window, max_seqlen_q))(
+    result: Tensor = dispatch.select("paged_attention", _paged_traits(q, k_pages, window, max_seqlen_q))(
         q, k_pages, v_pages, *lengths, scale, window, *_scales("paged_attention", k_pages, k_scales, v_scales)
     )
     return result

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import checks
-from .dispatch import select
+from . import checks, dispatch
 from .traits import PointwiseTraits, needs_grad
 
 
@@ -22,7 +21,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> T
         )
     labels = checks.labels("cross_entropy", labels, logits.shape[1], ignore_index)
     traits = PointwiseTraits(logits.device.type, logits.dtype, None, needs_grad(logits))
-    result: Tensor = select("cross_entropy", traits)(logits, labels, ignore_index)
+    result: Tensor = dispatch.select("cross_entropy", traits)(logits, labels, ignore_index)
     return result
 
 
@@ -45,5 +44,5 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_
         )
     labels = checks.labels("linear_cross_entropy", labels, weight.shape[0], ignore_index)
     traits = PointwiseTraits(hidden.device.type, hidden.dtype, None, needs_grad(hidden, weight))
-    result: Tensor = select("linear_cross_entropy", traits)(hidden, weight, labels, ignore_index)
+    result: Tensor = dispatch.select("linear_cross_entropy", traits)(hidden, weight, labels, ignore_index)
     return result

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
-from .dispatch import select
+from . import checks, dispatch
 
 
 class NormTraits(NamedTuple):
@@ -32,7 +31,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
     x [..., C]; weight and bias [C]; statistics in float32. Returns [..., C] in x's dtype. Differentiable.
     """
     checks.affine("layer_norm", x, weight, bias)
-    result: Tensor = select("layer_norm", _norm_traits(x, weight))(x, weight, bias, eps)
+    result: Tensor = dispatch.select("layer_norm", _norm_traits(x, weight))(x, weight, bias, eps)
     return result
 
 
@@ -43,7 +42,7 @@ def add_layer_norm(
     results [..., C]."""
     checks.same_shape("add_layer_norm", "x", x, "residual", residual)
     checks.affine("add_layer_norm", x, weight, bias)
-    result: tuple[Tensor, Tensor] = select("add_layer_norm", _norm_traits(x, weight))(
+    result: tuple[Tensor, Tensor] = dispatch.select("add_layer_norm", _norm_traits(x, weight))(
         x, residual, weight, bias, eps
     )
     return result
@@ -56,7 +55,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     does.
     """
     checks.affine("rms_norm", x, weight, None)
-    result: Tensor = select("rms_norm", _norm_traits(x, weight))(x, weight, eps)
+    result: Tensor = dispatch.select("rms_norm", _norm_traits(x, weight))(x, weight, eps)
     return result
 
 
@@ -65,5 +64,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     [..., C]."""
     checks.same_shape("add_rms_norm", "x", x, "residual", residual)
     checks.affine("add_rms_norm", x, weight, None)
-    result: tuple[Tensor, Tensor] = select("add_rms_norm", _norm_traits(x, weight))(x, residual, weight, eps)
+    result: tuple[Tensor, Tensor] = dispatch.select("add_rms_norm", _norm_traits(x, weight))(
+        x, residual, weight, eps
+    )
     return result

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import checks
-from .dispatch import select
+from . import checks, dispatch
 from .traits import needs_grad
 
 
@@ -30,5 +29,5 @@ def pool(x: Tensor, cu_seqlens: Tensor, *, unit: bool = False) -> Tensor:
         raise ValueError(f"pool: x must be [tokens, channels], and is {list(x.shape)}")
     checks.lengths("pool", "cu_seqlens", cu_seqlens, x.shape[0])
     traits = PoolTraits(x.device.type, x.dtype, needs_grad(x))
-    result: Tensor = select("pool", traits)(x, cu_seqlens, unit)
+    result: Tensor = dispatch.select("pool", traits)(x, cu_seqlens, unit)
     return result

@@ -8,8 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import checks, quantized
-from .dispatch import select
+from . import checks, dispatch, quantized
 from .quantized import QuantizedWeight
 from .reference import ACTIVATIONS
 from .traits import PointwiseTraits, needs_grad
@@ -54,7 +53,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
         raise ValueError(f"linear: bias must be [{weight.shape[0]}], and is {list(bias.shape)}")
     checks.activation("linear", activation, ACTIVATIONS)
     traits = LinearTraits(x.device.type, x.dtype, activation, needs_grad(x, weight, bias), _is_kept(weight))
-    result: Tensor = select("linear", traits)(x, weight, bias, activation)
+    result: Tensor = dispatch.select("linear", traits)(x, weight, bias, activation)
     return result
 
 
@@ -90,7 +89,7 @@ def quantized_linear(
         needs_grad(x, bias),
         not torch.compiler.is_compiling(),
     )
-    result: Tensor = select("quantized_linear", traits)(x, weight, bias, activation)
+    result: Tensor = dispatch.select("quantized_linear", traits)(x, weight, bias, activation)
     return result
 
 
@@ -102,7 +101,7 @@ def gated(x: Tensor, activation: str) -> Tensor:
             f"gated: x must end in an even size, gate and up side by side, and is {list(x.shape)}"
         )
     checks.activation("gated", activation, ACTIVATIONS)
-    result: Tensor = select("gated", PointwiseTraits(x.device.type, x.dtype, activation, needs_grad(x)))(
-        x, activation
-    )
+    result: Tensor = dispatch.select(
+        "gated", PointwiseTraits(x.device.type, x.dtype, activation, needs_grad(x))
+    )(x, activation)
     return result

@@ -322,7 +322,7 @@ def test_a_fault_of_the_program_asks_for_debug(monkeypatch: pytest.MonkeyPatch) 
     def broken(*_: Any) -> None:
         raise KeyError("layers")
 
-    monkeypatch.setattr("minilm.conversion.summary.summarise", broken)
+    monkeypatch.setattr("minilm.conversion.summarise", broken)
     message = failure("inspect", status=1)
     assert message == (
         "error: unexpected KeyError: 'layers' "
@@ -339,7 +339,7 @@ def test_no_memory_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         def exhausted(*_: Any, error: Exception = error) -> None:
             raise error
 
-        monkeypatch.setattr("minilm.conversion.summary.summarise", exhausted)
+        monkeypatch.setattr("minilm.conversion.summarise", exhausted)
         assert "memory" in failure("inspect")
 
 

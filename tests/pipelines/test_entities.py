@@ -334,20 +334,11 @@ def _drawn(family: str, cache: dict[str, Any] = {}) -> Any:  # noqa: B006 - hypo
     return cache[family]
 
 
-def test_given_words_stay_words(prefixless: Any) -> None:
-    """Whatever joins them."""
-    pipe = prefixless["bytes"]
+def test_given_words_that_would_be_glued_are_refused(prefixless: Any) -> None:
+    """A tokenizer that needs a space before each word reads "ab", "cd" as "abcd"."""
     for delimiter in (" ", "", "--", "\n"):
-        words = ["ab", "cd", "北京"]
-        pipe.head = lambda result, windows: [
-            (torch.eye(3) * 0.9 + 0.03)[torch.tensor([1, 0, 2, 0, *[1] * 6])] for _ in windows
-        ]
-        entities = pipe(words, is_split_into_words=True, delimiter=delimiter, aggregation_strategy="first")
-        text = delimiter.join(words)
-        assert [(e["entity_group"], text[e["start"] : e["end"]]) for e in entities][:2] == [
-            ("X", "ab"),
-            ("Y", "cd"),
-        ]
+        with pytest.raises(ValueError, match="'cd' without the space before it"):
+            prefixless["bytes"](["ab", "cd", "北京"], is_split_into_words=True, delimiter=delimiter)
 
 
 # What can be passed

@@ -362,7 +362,7 @@ def test_nothing_there(tmp_path: Path) -> None:
         ("vocab.txt", "a\nb\n", r"has no \[UNK\]"),
         ("vocab.txt", "[UNK]\nb\n", "needs a cls_token"),
         ("vocab.txt", b"\xff", "not UTF-8"),
-        ("chat_template.jinja", b"\xff", "a chat template cannot be read"),
+        ("chat_template.jinja", b"\xff", "not UTF-8 text"),
     ],
 )
 def test_damaged_files(file: str, content: str | bytes, message: str, tmp_path: Path) -> None:
@@ -382,7 +382,7 @@ def test_damaged_files(file: str, content: str | bytes, message: str, tmp_path: 
         ("vocab.json", "[1]", "expected a JSON object"),
         ("merges.txt", "a b c\n", "line 1 has 3 parts"),
         ("merges.txt", "zz yy\n", "zz"),
-        ("merges.txt", None, "merges.txt: cannot be read"),
+        ("merges.txt", None, "merges.txt: no such file"),
         ("tokenizer.model", b"", "without pieces"),
         ("tokenizer.model", b"\x0a\xff\xff\xff\xff\xff\xff", "not a sentencepiece model"),
         ("tokenizer.model", b"IQ== 0\nIg== 1\nIw== 2\n", "tiktoken"),

@@ -16,7 +16,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from minilm import ops
-from minilm.kernels import attention
+from minilm.kernels import attention, attention_shared
 from minilm.kernels.attention import attention_op, twin
 from minilm.kernels.attention_backward import twin as backward_twin
 from minilm.kernels.attention_short import attention_short_op
@@ -196,7 +196,7 @@ def test_more_sequences_than_a_grid_has(monkeypatch: pytest.MonkeyPatch) -> None
         return [out.detach(), x.grad]
 
     whole = run(24), run(32)
-    monkeypatch.setattr(attention, "MOST_SEQUENCES", 3)
+    monkeypatch.setattr(attention_shared, "MOST_SEQUENCES", 3)
     for one, parts in zip(whole, (run(24), run(32)), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one, parts, strict=True))
 
