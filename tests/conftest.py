@@ -1,6 +1,7 @@
 """Settings for all tests: no network, few threads, the same numbers every time, GPU tests skipped in sight.
 
-Environment: ``HYPOTHESIS_PROFILE=thorough`` draws many more examples, anew each time.
+Environment: ``HYPOTHESIS_PROFILE=thorough`` draws many more examples, anew each time, ``few`` the first
+five.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Time limits for single examples say more about the machine's other work than about the code.
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
 settings.register_profile("ci", max_examples=25, derandomize=True, **_common)
+settings.register_profile("few", max_examples=5, derandomize=True, **_common)
 settings.register_profile("thorough", max_examples=500, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
