@@ -160,7 +160,7 @@ def config_from_metadata(
     options.check_vocabulary(embeddings[0])
     layers = options.integer("block_count")
     numbers = {int(name.split(".")[2]) for name in shapes if name.startswith("model.layers.")}
-    if numbers != set(range(layers)):
+    if len(numbers) != layers or max(numbers, default=-1) != layers - 1:
         raise options.fail(
             f"metadata {options.prefix}block_count is {layers}, but there are {len(numbers)} layers"
         )

@@ -123,6 +123,7 @@ def test_options_without_effect(tmp_path: Path) -> None:
         ({"feed_forward_length": "big"}, "feed_forward_length: expected a whole number from 1 on, got 'big'"),
         ({"attention__layer_norm_rms_epsilon": math.nan}, "rms_epsilon: expected a positive number"),
         ({"block_count": 2}, r"llama\.block_count is 2, but there are 1 layers"),
+        ({"block_count": 2**32 - 1}, r"llama\.block_count is 4294967295, but there are 1 layers"),
         ({"embedding_length": 16}, r"token_embd\.weight has shape \[5, 8\], expected \[vocabulary, 16\]"),
         ({"without": "context_length"}, r"metadata llama\.context_length is missing"),
         ({"without": "attention.layer_norm_rms_epsilon"}, "layer_norm_rms_epsilon is missing"),
