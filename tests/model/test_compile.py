@@ -34,6 +34,7 @@ def problem(family: str) -> tuple[Any, Tensor, Packed]:
     return model, packed.pack(ids), packed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_body_is_one_graph(family: str) -> None:
     model, tokens, packed = problem(family)

@@ -138,6 +138,7 @@ def without_dropout(family: str) -> Config:
     return small(family, **dict.fromkeys(NO_DROPOUT[family], 0.0))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "head"), EVERY_HEAD)
 def test_adamw_follows_transformers(family: str, head: Head) -> None:
     """Twenty steps in training mode: each loss as theirs, and the last one lower than the first."""
@@ -171,6 +172,7 @@ def varies(model: Any, ids: Tensor) -> bool:
         return not torch.equal(*(model(ids, return_dict=False)[0] for _ in range(2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "head"), [*EVERY_HEAD, *((family, "base") for family in FAMILIES)])
 def test_dropout_is_where_theirs_is(family: str, head: Head) -> None:
     """Each probability alone: what it makes random in training, and nothing in evaluation."""
@@ -206,6 +208,7 @@ def test_dropout_keeps_the_mean() -> None:
         assert float(found.std(0).max()) > 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_from_scratch(family: str) -> None:
     """`from_config` gives a model in training mode that learns."""

@@ -445,6 +445,7 @@ def test_state_dict_copies_and_pickles(format: str) -> None:
         wrong.load_state_dict(one.state_dict())
 
 
+@pytest.mark.slow
 def test_torch_compile_takes_the_layers_whole() -> None:
     for format in FORMATS:
         linear = QuantizedLinear(quantise(torch.randn(8, 64), format), nn.Parameter(torch.ones(8)))

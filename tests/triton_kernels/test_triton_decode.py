@@ -201,6 +201,7 @@ def steps(draw: st.DrawFn) -> Batch:
     )
 
 
+@pytest.mark.slow
 @examples(12)
 @given(case=steps(), splits=st.sampled_from([0, 0, 0, 1, 4]), chip=st.sampled_from(sorted(CHIPS)))
 def test_a_sequence_does_not_depend_on_its_batch(case: Batch, splits: int, chip: str) -> None:

@@ -48,6 +48,7 @@ def assert_on_triton(ran: Any, *expected: str) -> None:
         assert ran.backends(op) == {"triton"}, f"{op}: {ran}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_training_step(family: str) -> None:
     model = model_of(small(family), 0)

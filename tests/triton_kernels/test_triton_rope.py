@@ -123,6 +123,7 @@ def test_append_is_the_reference(
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 @examples(15)
 @given(
     tokens=TOKENS,
@@ -224,6 +225,7 @@ def test_a_decode_step_is_one_graph() -> None:
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "options"),
     [
