@@ -196,9 +196,11 @@ class KVCache:
             if row not in state:
                 self.free_row(row)
                 continue
-            length, layout = state[row]
-            self.crop_row(row, length)
-            self.set_layout(row, layout or Layout(torch.arange(length), length, 0))
+            self._put_back(row, *state[row])
+
+    def _put_back(self, row: int, length: int, layout: Layout | None) -> None:
+        self.crop_row(row, length)
+        self.set_layout(row, layout or Layout(torch.arange(length), length, 0))
 
     def nbytes(self) -> int:
         """Bytes held by the pages of all layers."""
@@ -280,10 +282,8 @@ class KVCache:
         try:
             yield
         except BaseException:
-            for row, (length, layout) in before.items():
-                if row in self.lengths:
-                    self.crop_row(row, length)
-                    self.set_layout(row, layout or Layout(torch.arange(length), length, 0))
+            for row in before.keys() & self.lengths.keys():
+                self._put_back(row, *before[row])
             raise
 
     def keys(self, layer: int, row: int) -> Tensor:
