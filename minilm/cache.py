@@ -75,6 +75,8 @@ class KVCache:
         self.page_size = page_size
         self.dtype = dtype
         self.device = torch.device(device)
+        self.steps_a_look = 1
+        """Of how many steps of decoding one looks whether the model was changed."""
         self.lengths: dict[int, int] = {}
         self._pages_of: dict[int, list[int]] = {}
         self._layouts: dict[int, Layout] = {}

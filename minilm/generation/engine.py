@@ -151,6 +151,7 @@ class Engine:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.cache = model.new_cache() if cache is None else cache
+        self.cache.steps_a_look = 8
         self.waiting: deque[Request] = deque()
         self.running: list[Sample] = []
         self._together = together

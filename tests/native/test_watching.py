@@ -23,10 +23,13 @@ from native_runs import examples, require_extension
 from torch import Tensor, nn
 
 from minilm import ops
+from minilm.generation.engine import Engine, Request
+from minilm.generation.sampling import Sampling
 from minilm.model import layers
 from minilm.model.quantized import QuantizedEmbedding
 from minilm.native import blocks as fused
 from minilm.native import steps as decode_step
+from minilm.native.state import made_of
 from minilm.ops.backends import packed, watch
 from minilm.ops.quantized import quantise
 
@@ -200,6 +203,27 @@ def test_a_paused_text_goes_on_with_the_weights_of_now() -> None:
             with ops.backend("reference"):
                 expected = model.step(ints(7, dtype=torch.int64), twin.rows, twin)[0]
         torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("told", [False, True], ids=["seen", "said"])
+def test_a_text_that_is_being_written_sees_new_weights_within_eight_tokens(told: bool) -> None:
+    """An engine does not look at the model in each step; `weights_changed` counts in the next."""
+    model = model_of("llama", tie_word_embeddings=False)
+    engine = Engine(model)
+    engine.add(Request([1, 2, 3], Sampling(), 40))
+    seen: list[bool] = []
+    with ops.backend("native"):
+        for _ in range(4):
+            engine.step()
+        for _ in range(20):
+            model.head.decoder.weight.data.mul_(-1)
+            before = made_of(model).ends
+            told and model.weights_changed()
+            engine.step()
+            seen.append(made_of(model).ends is not before)
+    first = seen.index(True)
+    assert first < (1 if told else 8)
+    assert all(seen[first:]), "once something was written, each step looks until one finds nothing"
 
 
 def test_what_cannot_be_seen_can_be_said() -> None:

@@ -63,6 +63,11 @@ class Watch:
         self._addresses = _addresses(tensors)
         self._strides = list(map(Tensor.stride, tensors))
 
+    @property
+    def told(self) -> bool:
+        """Whether `forget` was called."""
+        return self._stale
+
     def holds(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these, which must be the same objects in the same order, are as they were."""
         if self._stale or list(map(Tensor.stride, tensors)) != self._strides:
