@@ -85,7 +85,7 @@ inline void read_layout(Reader& r, TransformerWeights& w, std::vector<BlockWeigh
   w.inner = r.size();
   check_layout(w.heads % w.kv_heads == 0, "the query heads cannot be shared evenly by the key heads");
   check_layout((w.heads + 2 * w.kv_heads) * w.head_dim <= int64_t{1} << 28, "the heads are too many");
-  w.activation = static_cast<Activation>(r.number(0, 5));
+  w.activation = static_cast<Activation>(r.number(0, 6));
   w.gated = r.flag();
   w.pre_norm = r.flag();
   w.rms = r.flag();

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "cpu/dispatch.h"
+#include "parallel.h"
 #include "tensors.h"
 
 namespace {
@@ -46,7 +47,7 @@ template <typename Make>
 void share_out(int64_t tasks, Make make) {
   std::atomic<int64_t> next{0};
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, std::min(tasks, threads), 1, [&](int64_t begin, int64_t end) {
+  minilm::parallel(std::min(tasks, threads), 1, [&](int64_t begin, int64_t end) {
     if (begin == end) return;
     const auto task = make();
     for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < tasks;) task(i);

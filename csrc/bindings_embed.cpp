@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/dispatch.h"
+#include "parallel.h"
 #include "params.h"
 #include "vector_table.h"
 
@@ -92,7 +93,7 @@ Tensor embed(const Tensor& tokens, const Tensor& table, std::optional<Tensor> sc
     layer.eps = root.eps = eps;
   }
   const int64_t grain = std::max<int64_t>(1, 32768 / channels);
-  torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
+  minilm::parallel(count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       float* row = out + token * channels;
       std::fill(row, row + channels, 0.0f);

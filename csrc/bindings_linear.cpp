@@ -17,6 +17,7 @@
 
 #include "cpu/dispatch.h"
 #include "memory.h"
+#include "parallel.h"
 #include "params.h"
 
 namespace {
@@ -104,7 +105,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t format_code,
   const int64_t rows = x.size(0);
   const int64_t in = x.size(1);
   const int64_t width = panel_width() * (gated ? 2 : 1);
-  check(activation >= 0 && activation <= 5, op, "unknown activation");
+  check(activation >= 0 && activation <= 6, op, "unknown activation");
   check(in <= kLargest && places <= kLargest, op, "the sizes are too large");
   check(places >= 1 && places % width == 0 && columns >= 1 && columns <= places / (gated ? 2 : 1), op,
         "columns and places do not belong together");
@@ -133,7 +134,7 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t format_code,
   if (row_bytes > 0) {
     char* to = static_cast<char*>(prepared.mutable_data_ptr());
     const float* from = static_cast<const float*>(x.const_data_ptr());
-    torch::stable::parallel_for(0, rows, std::max<int64_t>(1, 16384 / in), [&](int64_t begin, int64_t end) {
+    minilm::parallel(rows, std::max<int64_t>(1, 16384 / in), [&](int64_t begin, int64_t end) {
       kernels.prepare_rows(format, from, in, in, begin, end, to);
     });
     p.x = to;
@@ -141,8 +142,8 @@ Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t format_code,
   }
   const int64_t panels = (columns + panel_width() - 1) / panel_width();
   const int64_t work = std::max<int64_t>(1, rows * in * width);
-  torch::stable::parallel_for(0, panels, std::max<int64_t>(1, 65536 / work),
-                              [&](int64_t begin, int64_t end) { kernels.linear(p, begin, end); });
+  minilm::parallel(panels, std::max<int64_t>(1, 65536 / work),
+                   [&](int64_t begin, int64_t end) { kernels.linear(p, begin, end); });
   return y;
 }
 

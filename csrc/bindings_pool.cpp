@@ -17,6 +17,8 @@
 #include <cmath>
 #include <vector>
 
+#include "parallel.h"
+
 namespace {
 
 using torch::headeronly::ScalarType;
@@ -63,7 +65,7 @@ Tensor pool(const Tensor& x, const Tensor& cu_seqlens, bool unit) {
   const auto* from = static_cast<const float*>(x.const_data_ptr());
   auto* to = static_cast<float*>(y.mutable_data_ptr());
   const int64_t grain = std::max<int64_t>(1, 65536 * texts / std::max<int64_t>(1, tokens * channels));
-  torch::stable::parallel_for(0, texts, grain, [&](int64_t begin, int64_t end) {
+  minilm::parallel(texts, grain, [&](int64_t begin, int64_t end) {
     std::vector<float> part(static_cast<size_t>(channels));
     for (int64_t b = begin; b < end; ++b) {
       float* row = to + b * channels;

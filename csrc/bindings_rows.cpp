@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "cpu/dispatch.h"
+#include "parallel.h"
 #include "tensors.h"
 
 namespace {
@@ -109,11 +110,11 @@ DType check_values(const char* op, const Tensor& k, const Tensor& v, const Tenso
 std::tuple<Tensor, Tensor> rope(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin) {
   const Angles angles = check_angles("rope", q, k, cos, sin);
   const Turned turned_q(q, angles), turned_k(k, angles);
-  torch::stable::parallel_for(0, q.size(0), rows_a_task((q.size(1) + k.size(1)) * q.size(2)),
-                              [&](int64_t begin, int64_t end) {
-                                turned_q.rows(begin, end);
-                                turned_k.rows(begin, end);
-                              });
+  minilm::parallel(q.size(0), rows_a_task((q.size(1) + k.size(1)) * q.size(2)),
+                   [&](int64_t begin, int64_t end) {
+                     turned_q.rows(begin, end);
+                     turned_k.rows(begin, end);
+                   });
   return {turned_q.to, turned_k.to};
 }
 
@@ -125,11 +126,10 @@ void append_kv(const Tensor& k, const Tensor& v, Tensor k_pages, Tensor v_pages,
   check_scales(op, k_pages, k_scales, v_scales);
   const Appended keys(k, k_pages, k_scales, dtype, data<int64_t>(places));
   const Appended values(v, v_pages, v_scales, dtype, data<int64_t>(places));
-  torch::stable::parallel_for(0, k.size(0), rows_a_task(2 * k.size(1) * k.size(2)),
-                              [&](int64_t begin, int64_t end) {
-                                keys.rows(begin, end);
-                                values.rows(begin, end);
-                              });
+  minilm::parallel(k.size(0), rows_a_task(2 * k.size(1) * k.size(2)), [&](int64_t begin, int64_t end) {
+    keys.rows(begin, end);
+    values.rows(begin, end);
+  });
 }
 
 std::tuple<Tensor, Tensor> rope_append(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cos,
@@ -143,13 +143,13 @@ std::tuple<Tensor, Tensor> rope_append(const Tensor& q, const Tensor& k, const T
   check_scales(op, k_pages, k_scales, v_scales);
   const Appended keys(turned_k.to, k_pages, k_scales, dtype, data<int64_t>(places));
   const Appended values(v, v_pages, v_scales, dtype, data<int64_t>(places));
-  torch::stable::parallel_for(0, q.size(0), rows_a_task((q.size(1) + 2 * k.size(1)) * q.size(2)),
-                              [&](int64_t begin, int64_t end) {
-                                turned_q.rows(begin, end);
-                                turned_k.rows(begin, end);
-                                keys.rows(begin, end);
-                                values.rows(begin, end);
-                              });
+  minilm::parallel(q.size(0), rows_a_task((q.size(1) + 2 * k.size(1)) * q.size(2)),
+                   [&](int64_t begin, int64_t end) {
+                     turned_q.rows(begin, end);
+                     turned_k.rows(begin, end);
+                     keys.rows(begin, end);
+                     values.rows(begin, end);
+                   });
   return {turned_q.to, turned_k.to};
 }
 

@@ -171,9 +171,27 @@ class Call {
     const auto& kernels = minilm::cpu_kernels();
     p.workspace = workspace(kernels.transformer_workspace(p));
     std::memset(p.workspace, 0, kernels.transformer_counters(p));
-    torch::stable::parallel_for(0, p.threads, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t i = begin; i < end; ++i) kernels.transformer(p);
+    const int64_t begun = minilm::nanoseconds(CLOCK_MONOTONIC);
+    const int64_t threads = minilm::crowding().allowed(p.threads, begun);
+    if (threads == 1) {  // a thread alone does all tasks, and they are the same
+      kernels.transformer(p);
+      return;
+    }
+    std::vector<minilm::Waited> waited(threads);
+    std::vector<int64_t> had(threads);  // of the processor
+    torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t before = minilm::nanoseconds(CLOCK_THREAD_CPUTIME_ID);
+        waited[i] = kernels.transformer(p);
+        had[i] = minilm::nanoseconds(CLOCK_THREAD_CPUTIME_ID) - before;
+      }
     });
+    const int64_t ended = minilm::nanoseconds(CLOCK_MONOTONIC), wall = ended - begun;
+    std::vector<minilm::Crowding::Share> shares(threads);
+    for (int64_t i = 0; i < threads; ++i) {
+      shares[i] = {had[i] - waited[i].spun, wall - waited[i].slept - had[i]};
+    }
+    minilm::crowding().note(shares.data(), threads, wall, ended);
   }
 
  private:

@@ -122,6 +122,7 @@ enum class Activation : std::int32_t {
   kSilu = 3,
   kRelu = 4,
   kQuickGelu = 5,  // x sigmoid(1.702 x)
+  kTanh = 6,
 };
 
 // A weight [out, in] on its way into panels (see cpu/linear.h). Rows are contiguous.
@@ -185,6 +186,11 @@ struct TransformerWeights {
 };
 
 // One forward pass of packed sequences through all blocks.
+// What a thread of a team did beside its tasks, in nanoseconds.
+struct Waited {
+  std::int64_t spun = 0, slept = 0;
+};
+
 struct TransformerParams {
   const TransformerWeights* weights;
   float* x;                        // [T, C]: the embeddings, then the hidden states

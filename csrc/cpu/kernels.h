@@ -43,7 +43,7 @@ struct CpuKernels {
   // zero come first.
   std::int64_t (*transformer_counters)(const TransformerParams& params);
   std::int64_t (*transformer_workspace)(const TransformerParams& params);
-  void (*transformer)(const TransformerParams& params);
+  Waited (*transformer)(const TransformerParams& params);
 };
 
 }  // namespace minilm

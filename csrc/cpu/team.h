@@ -12,7 +12,9 @@
 //
 // Who has nothing left to do spins for some 100 microseconds, longer than most phases take and than it takes
 // to be woken, and then sleeps until the last task is done. Where another program has a core, its turn is
-// some milliseconds long: a thread that spun on would keep its own core from the one that it waits for.
+// some milliseconds long: a thread that spun on would keep its own core from the one that it waits for. How
+// long it waited is counted, so that the caller can tell whether the next pass wants fewer threads
+// (threads.h).
 #pragma once
 
 #if defined(__linux__)
@@ -26,6 +28,8 @@
 #include <climits>
 #include <cstdint>
 #include <ctime>
+
+#include "params.h"
 
 namespace minilm::MINILM_ISA {
 
@@ -59,33 +63,42 @@ class Team {
         wake(done);
       }
     }
-    const std::uint64_t begun = now();
-    for (int spins = 0; spins % 16 != 0 || now() - begun < kSpinning; ++spins) {
-      if (__atomic_load_n(done, __ATOMIC_ACQUIRE) >= all) return;
-      pause();
-    }
-    __atomic_add_fetch(sleeping, 1, __ATOMIC_SEQ_CST);
-    for (;;) {
-      const std::int32_t seen = __atomic_load_n(done, __ATOMIC_SEQ_CST);
-      if (seen >= all) return;
-      sleep(done, seen);
-    }
+    if (__atomic_load_n(done, __ATOMIC_ACQUIRE) < all) wait(done, sleeping, all);
   }
 
+  // What this thread did not work in.
+  const Waited& waited() const { return waited_; }
+
  private:
-#if defined(__x86_64__)
-  static constexpr std::uint64_t kSpinning = 300000;  // turns of the processor's clock
-  static std::uint64_t now() { return __builtin_ia32_rdtsc(); }
-  static void pause() { __builtin_ia32_pause(); }
-#else
-  static constexpr std::uint64_t kSpinning = 100000;  // nanoseconds
-  static std::uint64_t now() {
+  static constexpr std::int64_t kSpinning = 100000;  // nanoseconds
+
+  static std::int64_t now() {
     timespec time;
     clock_gettime(CLOCK_MONOTONIC, &time);
-    return static_cast<std::uint64_t>(time.tv_sec) * 1000000000u + static_cast<std::uint64_t>(time.tv_nsec);
+    return static_cast<std::int64_t>(time.tv_sec) * 1000000000 + time.tv_nsec;
   }
-  static void pause() {}
+
+  void wait(std::int32_t* done, std::int32_t* sleeping, std::int32_t all) {
+    const std::int64_t begun = now();
+    std::int64_t spun = 0;
+    for (int spins = 1; __atomic_load_n(done, __ATOMIC_ACQUIRE) < all && spun < kSpinning; ++spins) {
+#if defined(__x86_64__)
+      __builtin_ia32_pause();
 #endif
+      if (spins % 16 == 0) spun = now() - begun;
+    }
+    // Another program may have had the core in the meantime: that was not spinning.
+    waited_.spun += spun < kSpinning ? spun : kSpinning;
+    if (__atomic_load_n(done, __ATOMIC_ACQUIRE) >= all) return;
+    __atomic_add_fetch(sleeping, 1, __ATOMIC_SEQ_CST);
+    const std::int64_t fell_asleep = now();
+    for (;;) {
+      const std::int32_t seen = __atomic_load_n(done, __ATOMIC_SEQ_CST);
+      if (seen >= all) break;
+      sleep(done, seen);
+    }
+    waited_.slept += now() - fell_asleep;
+  }
 
   // Until somebody wakes, unless the counter is not `seen` any more.
   static void sleep(std::int32_t* counter, std::int32_t seen) {
@@ -106,6 +119,7 @@ class Team {
   }
 
   char* counters_;
+  Waited waited_;
 };
 
 }  // namespace minilm::MINILM_ISA

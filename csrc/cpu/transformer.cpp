@@ -482,7 +482,7 @@ std::int64_t transformer_workspace(const TransformerParams& p) {
   return s.counters + s.qkv + s.attended + s.part * s.parts + s.scratch * p.threads + s.partials;
 }
 
-void transformer(const TransformerParams& p) {
+Waited transformer(const TransformerParams& p) {
   const TransformerWeights& w = *p.weights;
   const Workspace s = workspace_of(p);
   // The workspace: counters (the last of them numbers the threads), q k v, attended, a part and scratch for
@@ -491,7 +491,7 @@ void transformer(const TransformerParams& p) {
   auto* arrivals = reinterpret_cast<std::int64_t*>(at + s.counters - 64);
   Team team(at);
   const std::int64_t thread = __atomic_fetch_add(arrivals, 1, __ATOMIC_RELAXED);
-  if (thread >= p.threads) return;  // cannot be: as many calls as threads
+  if (thread >= p.threads) return {};  // cannot be: as many calls as threads
   at += s.counters;
   float* qkv = reinterpret_cast<float*>(at);
   float* attended = reinterpret_cast<float*>(at + s.qkv);
@@ -508,12 +508,12 @@ void transformer(const TransformerParams& p) {
     part.mid = part_of(p, s, part_memory - thread * s.part, 0, p.tokens).mid;
     few_rows(p, attention,
              Steps<Each>{p, w, {team, p.threads}, part, qkv, p.one_each ? part.attended : attended});
-    return;
+    return team.waited();
   }
   if (s.blocks == 0) {
     const Part part = part_of(p, s, part_memory, 0, p.tokens);
     few_rows(p, attention, Steps<Together>{p, w, {team, p.threads}, part, qkv, attended});
-    return;
+    return team.waited();
   }
   if (s.whole) {
     const std::int64_t rows = s.block_rows + p.max_keys;
@@ -523,7 +523,7 @@ void transformer(const TransformerParams& p) {
     for (std::int64_t layer = 0; layer < w.layers; ++layer) {
       team.run(s.blocks, [&](std::int64_t i) { whole_sequences(p, s, own, part_memory, layer, i); });
     }
-    return;
+    return team.waited();
   }
   auto block = [&](std::int64_t number) {
     const std::int64_t first = number * s.block_rows;
@@ -541,6 +541,7 @@ void transformer(const TransformerParams& p) {
       if (layer + 1 < w.layers) steps.project(layer + 1);
     });
   }
+  return team.waited();
 }
 
 }  // namespace minilm::MINILM_ISA

@@ -9,6 +9,6 @@ namespace minilm::MINILM_ISA {
 
 std::int64_t transformer_counters(const TransformerParams& p);
 std::int64_t transformer_workspace(const TransformerParams& p);
-void transformer(const TransformerParams& p);
+Waited transformer(const TransformerParams& p);
 
 }  // namespace minilm::MINILM_ISA

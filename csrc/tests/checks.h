@@ -8,5 +8,6 @@ void check_norms();
 void check_linear_layers();
 void check_rope_and_attention();
 void check_transformers();
+void check_crowding();
 
 }  // namespace minilm::tests

@@ -22,6 +22,7 @@ int main(int count, char** arguments) {
     check_transformers();
     std::printf("%s: %ld numbers compared\n", name.c_str(), compared);
   }
+  check_crowding();
   std::printf(wrong ? "%ld are wrong\n" : "all are right\n", wrong);
   return wrong != 0 || compared == 0;
 }

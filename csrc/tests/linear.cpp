@@ -54,7 +54,7 @@ void check_activations() {
   Weight w(Format::kFloat32, 1, 1, false, false);
   Floats scaled = x;
   for (float& v : scaled) v = static_cast<float>(v / w.values[0]);
-  for (int a = 0; a <= 5; ++a) {
+  for (int a = 0; a <= 6; ++a) {
     const auto activation = static_cast<Activation>(a);
     const Floats y = run_linear(w, scaled, activation, false, Floats(x.size()));
     for (std::size_t i = 0; i < x.size(); ++i) {
@@ -73,7 +73,7 @@ void check_linear_layers() {
     for (const std::int64_t in : {32, 96, 7, 45}) {
       if (grouped && in % kGroup != 0) continue;
       for (const std::int64_t rows : {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 26}) {
-        const auto activation = static_cast<Activation>(rows % 6);
+        const auto activation = static_cast<Activation>(rows % 7);
         check_linear(format, rows, 37, in, activation, rows % 2 == 1 && rows > 2, rows % 4 == 2);
       }
     }

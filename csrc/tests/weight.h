@@ -18,6 +18,8 @@ inline double activated(Activation activation, double x) {
       return x < 0 ? 0 : x;
     case Activation::kQuickGelu:
       return x / (1 + std::exp(-1.702 * x));
+    case Activation::kTanh:
+      return std::tanh(x);
     default:
       return x;
   }

@@ -20,7 +20,7 @@ from .loading import HUB_OPTIONS, as_device, as_dtype, read_config, with_effect
 from .outputs import ModelOutput
 from .pretrained import AutoModel, PreTrainedModel
 from .quantized import QuantizedEmbedding, QuantizedLinear
-from .rope import angles
+from .rope import angle_table, angles
 from .transformer import Transformer
 
 __all__ = [
@@ -29,6 +29,6 @@ __all__ = [
     "AutoModelForQuestionAnswering", "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification", "Batch", "Block", "CausalLMHead", "Embedding", "Embeddings",
     "Linear", "ModelOutput", "Norm", "Packed", "PreTrainedModel", "QuantizedEmbedding", "QuantizedLinear",
-    "Transformer", "alias", "alias_names", "angles", "as_device", "as_dtype", "pack", "read_config",
-    "with_effect",
+    "Transformer", "alias", "alias_names", "angle_table", "angles", "as_device", "as_dtype", "pack",
+    "read_config", "with_effect",
 ]  # fmt: skip

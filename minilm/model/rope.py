@@ -8,7 +8,7 @@ they are written out here.
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -87,8 +87,32 @@ def angles(
             config.factor - 1
         )
         f = _plain(config.theta * stretch.float() ** (head_dim / (head_dim - 2)), head_dim)  # [T, D/2]
+    elif _few(positions):
+        cos, sin = angle_table(config, head_dim, _IN_TABLE)
+        return cos[positions], sin[positions]
     else:
         known = frequencies if torch.compiler.is_compiling() else _kept_frequencies
         f = known(config, head_dim).to(positions.device)
     turned = positions[:, None].float() * f
     return turned.cos() * config.attention_factor, turned.sin() * config.attention_factor
+
+
+_IN_TABLE = 2048
+
+
+@lru_cache(maxsize=8)
+def angle_table(config: RopeConfig, head_dim: int, count: int) -> tuple[Tensor, Tensor]:
+    """`angles` of the first `count` positions, on the CPU, computed once."""
+    with torch.inference_mode(False), torch.device("cpu"):
+        turned = torch.arange(count)[:, None].float() * frequencies(config, head_dim)
+        return turned.cos() * config.attention_factor, turned.sin() * config.attention_factor
+
+
+def _few(positions: Tensor) -> bool:
+    """Whether a table has them. Cosines of a short text take longer to share out to threads than to find."""
+    if type(positions) is not Tensor or positions.device.type != "cpu" or not 0 < len(positions) <= _IN_TABLE:
+        return False  # a fake tensor has no numbers
+    if torch.compiler.is_compiling() or torch._C._is_tracing():
+        return False
+    least, most = positions.aminmax()
+    return int(least) >= 0 and int(most) < _IN_TABLE

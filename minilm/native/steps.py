@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 
 from ..cache import KVCache
-from ..config import RopeConfig
 from ..model import (
     AutoModelForCausalLM,
     CausalLMHead,
@@ -32,7 +31,7 @@ from ..model import (
     Linear,
     QuantizedEmbedding,
     QuantizedLinear,
-    angles,
+    angle_table,
 )
 from ..ops.backends import native, packed, watch
 from . import blocks
@@ -64,7 +63,9 @@ def run_steps(
         room = cache.extend(rows, [steps] * len(rows))
         cos = sin = None
         if spec.rope is not None:
-            cos, sin = _angles(spec.rope, spec.head_dim, max(512, 1 << (room.max_context - 1).bit_length()))
+            cos, sin = angle_table(
+                spec.rope, spec.head_dim, max(512, 1 << (room.max_context - 1).bit_length())
+            )
         logits, best = torch.ops.minilm.decode_steps.default(
             tokens.contiguous(),
             *frame.table,
@@ -97,13 +98,6 @@ def run_steps(
 def _numbers(numbers: frozenset[int]) -> Tensor:
     with torch.inference_mode(False), torch.device("cpu"):
         return torch.tensor(sorted(numbers), dtype=torch.int64)
-
-
-@lru_cache(maxsize=8)
-def _angles(config: RopeConfig, head_dim: int, positions: int) -> tuple[Tensor, Tensor]:
-    """cos and sin of the first positions, float32 [positions, D/2]."""
-    with torch.inference_mode(False), torch.device("cpu"):
-        return angles(config, head_dim, torch.arange(positions))
 
 
 @dataclass

@@ -74,7 +74,7 @@ def test_the_body_is_close(family: str, lengths: list[int]) -> None:
     assert_close(model, actual, lengths)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "silu", "relu", "quick_gelu", "linear"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "silu", "relu", "quick_gelu", "tanh", "linear"])
 @pytest.mark.parametrize("family", ["bert", "llama"])
 def test_every_activation_is_close(family: str, activation: str) -> None:
     model = model_of(family, hidden_act=activation, num_hidden_layers=1)

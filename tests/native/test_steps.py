@@ -32,6 +32,7 @@ from minilm import ops
 from minilm.cache import KVCache
 from minilm.generation.engine import Engine, Request
 from minilm.generation.sampling import Sampling
+from minilm.model import angle_table
 from minilm.model.quantized import QuantizedEmbedding
 from minilm.native import blocks as fused
 from minilm.native import steps as decode_step
@@ -837,7 +838,7 @@ def raw(family: str = "llama", format: str | None = None) -> dict[str, Any]:
     (arena, layout), ends = found
     step = cache.extend(cache.rows, [1, 1, 1])
     spec = model.spec
-    cos, sin = (None, None) if spec.rope is None else decode_step._angles(spec.rope, spec.head_dim, 40)
+    cos, sin = (None, None) if spec.rope is None else angle_table(spec.rope, spec.head_dim, 40)
     # Where no token has written, the memory holds anything: NaN too, which equals nothing, itself included.
     k_cache, v_cache = (torch.where(store.abs() < 100, store, 0.5) for store in cache.stores())
     return {

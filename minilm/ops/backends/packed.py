@@ -28,6 +28,7 @@ FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, "int8": 3, "q8
 ACTIVATIONS: dict[str | None, int] = {
     None: 0, "linear": 0, "gelu": 1, "gelu_python": 1, "gelu_new": 2, "gelu_fast": 2, "gelu_accurate": 2,
     "gelu_pytorch_tanh": 2, "gelu_python_tanh": 2, "silu": 3, "swish": 3, "relu": 4, "quick_gelu": 5,
+    "tanh": 6,
 }  # fmt: skip
 """Names of activation functions -> the kernels' number for it."""
 
