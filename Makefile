@@ -21,6 +21,8 @@ export PYTHONWARNINGS ?= ignore:Editable installation
 	neon-check sanitize fuzz pytorch kernels
 .DELETE_ON_ERROR:
 
+# For this machine alone; `make test` adds the other instruction sets.
+demo: export MINILM_BUILD_ISA ?= native
 demo: .venv/.models
 	$(BIN)/python tools/demo.py
 

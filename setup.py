@@ -16,7 +16,8 @@ Environment
                             error.
     MINILM_BUILD_EXT=1      build it; whatever is missing is an error too.
     MINILM_BUILD_EXT=0      leave it out.
-    MINILM_BUILD_ISA=avx2,..  compile the CPU kernels for these instruction sets only, of those below.
+    MINILM_BUILD_ISA=avx2,..  compile the CPU kernels for these instruction sets only, of those below;
+                            "native": for the best that this machine has, and the one that every machine has.
     MAX_JOBS                so many compilers at once, by default one for each core that may be used.
     CXX, CXXFLAGS, LDFLAGS  as usual.
 
@@ -72,14 +73,42 @@ X86: dict[str, list[str]] = {
 ARM: dict[str, list[str]] = {"neon_dotprod": ["-march=armv8.2-a+dotprod"]}
 
 
+NEEDS = {
+    "avx2": {"avx2", "fma", "f16c"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512_vnni": {"avx512_vnni"},
+    "avx512_bf16": {"avx512_bf16"},
+}
+"""What /proc/cpuinfo says of a processor that has it, and all before it."""
+
+
 def instruction_sets(machine: str) -> dict[str, list[str]]:
     """The instruction sets to compile for on such a machine (`platform.machine()`), and their flags."""
     more = {"x86_64": X86, "amd64": X86, "aarch64": ARM, "arm64": ARM}
     return GENERIC | more.get(machine.lower(), {})
 
 
+def native_sets(sets: dict[str, list[str]]) -> dict[str, list[str]]:
+    """The plain one of these, and the best that this machine runs; all, where it does not say what it has."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return sets
+    flags = next((set(line.split()) for line in text.splitlines() if line.startswith("flags")), set[str]())
+    best = "generic"
+    for isa in (isa for isa in sets if isa not in GENERIC):
+        if isa not in NEEDS:
+            return sets
+        if not NEEDS[isa] <= flags:
+            break
+        best = isa
+    return {isa: sets[isa] for isa in dict.fromkeys(("generic", best))}
+
+
 INSTRUCTION_SETS = instruction_sets(platform.machine())
-if "MINILM_BUILD_ISA" in os.environ:
+if os.environ.get("MINILM_BUILD_ISA") == "native":
+    INSTRUCTION_SETS = native_sets(INSTRUCTION_SETS)
+elif "MINILM_BUILD_ISA" in os.environ:
     INSTRUCTION_SETS = {isa: INSTRUCTION_SETS[isa] for isa in os.environ["MINILM_BUILD_ISA"].split(",")}
 
 COMPILE_FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-Wall", "-Wextra"]
@@ -240,8 +269,16 @@ class BuildExtension(build_ext):  # type: ignore[misc]
         if ext.name == "minilm._C_cuda":
             self.build_cuda(ext)
             return
-        macros = [*ext.define_macros, *((f"MINILM_HAS_{name.upper()}", "1") for name in INSTRUCTION_SETS)]
-        jobs = [Job(source, macros, ext.include_dirs, ext.extra_compile_args) for source in ext.sources]
+        have = [(f"MINILM_HAS_{name.upper()}", "1") for name in INSTRUCTION_SETS]
+        jobs = [
+            Job(
+                source,
+                ext.define_macros + have * ("dispatch" in source),
+                ext.include_dirs,
+                ext.extra_compile_args,
+            )
+            for source in ext.sources
+        ]
         linked = copy.copy(ext)
         linked.sources, linked.extra_objects = [], [*ext.extra_objects, *self.compile(kernel_jobs() + jobs)]
         super().build_extension(linked)

@@ -64,14 +64,27 @@ def test_instruction_sets_that_no_test_has_run_are_a_note(monkeypatch: pytest.Mo
     assert not any("no test here" in note for note in notes)
 
 
-def test_the_instruction_sets_are_those_that_are_compiled() -> None:
+def setup_module() -> Any:
     spec = importlib.util.spec_from_file_location("minilm_setup", Path(__file__).parent.parent / "setup.py")
     assert spec is not None
     assert spec.loader is not None
     setup = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(setup)
+    return setup
+
+
+def test_the_instruction_sets_are_those_that_are_compiled() -> None:
+    setup = setup_module()
     for machine, isas in doctor.ISAS.items():
         assert tuple(setup.instruction_sets(machine)) == isas
+
+
+@pytest.mark.skipif(native.unavailable is not None, reason="the extension is not built")
+def test_a_build_for_this_machine_alone_has_its_best_instruction_set() -> None:
+    setup = setup_module()
+    sets = setup.native_sets(setup.instruction_sets(platform.machine()))
+    assert set(sets) >= {"generic", native.cpu_isas()[-1]}
+    assert len(sets) <= 2 or not Path("/proc/cpuinfo").exists()
 
 
 def test_every_op_has_a_row_for_every_device_and_dtype(report: dict[str, Any]) -> None:
