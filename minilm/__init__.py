@@ -104,7 +104,9 @@ def __getattr__(name: str) -> Any:
     else:
         value = None
     if value is None:
-        raise AttributeError(f"module 'minilm' has no attribute {name!r}")
+        substitutes = import_module(".substitutes", __name__)
+        way = substitutes.instead(substitutes.CLASSES, [name]).replace(f"; {name}: ", "; ")
+        raise AttributeError(f"module 'minilm' has no attribute {name!r}{way}")
     globals()[name] = value
     return value
 

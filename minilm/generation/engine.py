@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -105,6 +106,10 @@ LEAST_ROOM = 64
 
 Drawer = Callable[[Tensor, Sequence[Sample]], Tensor]
 """(processed logits [B, V], the sample of each row) -> tokens int64 [B]."""
+Processor = Callable[[Sequence[Sample], Tensor], Tensor]
+"""The samples and their logits [B, V] after the penalties -> the logits to go on with."""
+Criterion = Callable[[Sequence[Sample]], list[bool]]
+"""Asked after each step: the samples that grew -> which of them have ended."""
 Recorder = Callable[[Sequence[Sample], Tensor, Tensor], None]
 """Told at each step: the samples, the model's logits and the processed ones, float32 [B, V]."""
 
@@ -141,6 +146,8 @@ class Engine:
         inference_mode: bool = True,
         drawer: Drawer = draw_by_seed,
         recorder: Recorder | None = None,
+        processor: Processor | None = None,
+        criterion: Criterion | None = None,
     ) -> None:
         for name, value in (
             ("max_num_seqs", max_num_seqs),
@@ -159,6 +166,8 @@ class Engine:
         self._grad_mode = torch.inference_mode if inference_mode else torch.no_grad
         self._draw = drawer
         self._record = recorder
+        self._processor = processor
+        self._criterion = criterion
         self._stepping = False
         self._begun: list[Request] = []
         self._given_up: deque[Request] = deque()
@@ -386,7 +395,7 @@ class Engine:
     def _stride(self, samples: list[Sample]) -> int:
         """How many tokens to write in one step: more than one where it is known before that each is the
         likeliest."""
-        if self.waiting or self._record is not None:
+        if self.waiting or self._record or self._processor or self._criterion:
             return 1
         for request in {sample.request for sample in samples}:
             rule = request.sampling
@@ -401,7 +410,8 @@ class Engine:
             rules = [sample.request.sampling for sample in samples]
             logits = logits.float()
             prompts = [sample.request.prompt for sample in samples]
-            scores = process(logits, rules, prompts, [sample.tokens for sample in samples])
+            own = None if self._processor is None else partial(self._processor, samples)
+            scores = process(logits, rules, prompts, [sample.tokens for sample in samples], own)
             if self._record is not None:
                 self._record(samples, logits, scores)
             tokens = self._pick(samples, scores, [rule.do_sample for rule in rules])
@@ -410,11 +420,15 @@ class Engine:
                 sample.logprobs.append(best_logprobs(logits[row], sample.request.logprobs, token))
         for sample, token in zip(samples, tokens, strict=True):
             sample.take(token)
+        if self._criterion is not None:
+            for sample, ended in zip(samples, self._criterion(samples), strict=True):
+                if ended and sample.finish_reason is None:
+                    sample.finish_reason = "stop"
 
     def _likeliest(self, samples: list[Sample], logits: Tensor, best: Tensor | None) -> list[int] | None:
         """The likeliest tokens, if they are what every sample's rules come to; else None."""
         rules = [sample.request.sampling for sample in samples]
-        if self._record is not None or any(rule.do_sample or rule.counts for rule in rules):
+        if self._record or self._processor or any(rule.do_sample or rule.counts for rule in rules):
             return None
         tokens: list[int] = (logits.argmax(-1) if best is None else best).tolist()
         for sample, rule, token in zip(samples, rules, tokens, strict=True):

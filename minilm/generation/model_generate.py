@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..cache import KVCache, Layout
 from ..model import ModelOutput
+from .callbacks import Callbacks, padded
 from .config import DEFAULTS, OPTIONS, UNSUPPORTED, WITHOUT_EFFECT
 from .config import GenerationConfig as GenerationConfig
 from .engine import Engine, Request, Sample, check_length, context_window, draw_by_seed
@@ -32,12 +33,9 @@ NOT_ARGUMENTS = frozenset(
         "assistant_tokenizer",
         "custom_generate",
         "inputs_embeds",
-        "logits_processor",
         "negative_prompt_attention_mask",
         "negative_prompt_ids",
         "position_ids",
-        "prefix_allowed_tokens_fn",
-        "stopping_criteria",
     }
 )
 """Arguments of transformers' `generate` that minilm does not have; empty ones are let through."""
@@ -68,9 +66,12 @@ def generate(
     streamer: Streamer | None = None,
     tokenizer: Any = None,
     generator: torch.Generator | None = None,
+    logits_processor: Any = None,
+    stopping_criteria: Any = None,
+    prefix_allowed_tokens_fn: Any = None,
     **options: Any,
 ) -> Tensor | GenerateDecoderOnlyOutput:
-    """Write on from prompts. Arguments, defaults and results are those of transformers' `generate`.
+    """Continue prompts. Arguments, defaults and results are those of transformers' `generate`.
 
     `inputs` (or `input_ids`) int64 [B, S], prompts padded on either side; attention_mask [B, S], inferred
     from the padding token as transformers does. Options, in order of precedence: those given here, those of
@@ -93,6 +94,10 @@ def generate(
     with what it holds, are then read from there on. It is changed. `streamer` gets the prompts, then the
     new tokens [B] of each step.
 
+    `logits_processor`, `stopping_criteria`: functions of one's own, or transformers' lists of them, called in
+    each step with the whole batch; `prefix_allowed_tokens_fn`: which tokens may come next (see
+    `minilm.generation.callbacks.Callbacks`).
+
     Returns int64 [B * num_return_sequences, S + new]: the prompts' columns as they were passed, then the
     new tokens, then pad_token_id (or the first eos) where a row ended before the others. So a prompt padded
     on the right has its padding between its last token and the first new one; the new tokens are right
@@ -110,6 +115,7 @@ def generate(
             streamer,
             tokenizer,
             generator,
+            (logits_processor, stopping_criteria, prefix_allowed_tokens_fn),
             options,
         )
     except BaseException as error:
@@ -126,9 +132,11 @@ def _generate(
     streamer: Streamer | None,
     tokenizer: Any,
     generator: torch.Generator | None,
+    functions: tuple[Any, Any, Any],
     options: dict[str, Any],
 ) -> Tensor | GenerateDecoderOnlyOutput:
     settings, asked = _settings(model, generation_config, options)
+    _, stopping_criteria, _ = functions
     if generator is not None and settings["seed"] is not None:
         raise ValueError("give a seed or a generator, not both")
     ids, rows, columns = _prompts(model, *given, settings)
@@ -136,9 +144,10 @@ def _generate(
     n = whole("num_return_sequences", settings["num_return_sequences"], 1, MOST_TEXTS)
     requests = _requests(model, rows, ids.shape[1], n, eos, settings, asked)
     watches = _stop_strings(settings["stop_strings"], tokenizer, requests)
-    if watches and pad is None and len(rows) * n > 1:
+    if (watches or stopping_criteria) and pad is None and len(rows) * n > 1:
         raise ValueError(
-            "stop_strings end the rows at different lengths: give the pad_token_id to fill them with"
+            "stop_strings and stopping_criteria end the rows at different lengths: give the pad_token_id to "
+            "fill them with"
         )
     samples = [sample for request in requests for sample in request.samples]
     as_dict = bool(settings["return_dict_in_generate"])
@@ -147,6 +156,9 @@ def _generate(
         _continue(past_key_values, requests)
     wants_record = as_dict and (settings["output_scores"] or settings["output_logits"])
     record = _Record(samples) if wants_record else None
+    callbacks = Callbacks(ids.repeat_interleave(n, dim=0), samples, pad or 0, *functions)
+    if record is not None and settings["output_scores"]:
+        callbacks.scores = record.scores
     places = {sample: place for place, sample in enumerate(samples)}
 
     def draw_together(logits: Tensor, drawn: Sequence[Sample]) -> Tensor:
@@ -162,9 +174,12 @@ def _generate(
         together=True,
         cache=past_key_values,
         keep_rows=keep,
-        inference_mode=not (keep or as_dict),  # inference tensors could not meet autograd later
+        # Inference tensors could not meet autograd later, nor be changed by functions that keep them.
+        inference_mode=not (keep or as_dict or callbacks.processor or callbacks.criterion),
         drawer=draw_together if settings["seed"] is None else draw_by_seed,
         recorder=record,
+        processor=callbacks.processor,
+        criterion=callbacks.criterion,
     )
     before = engine.cache.state()
     try:
@@ -173,7 +188,7 @@ def _generate(
         if past_key_values is not None:
             past_key_values.restore(before)
         raise
-    sequences = _padded(ids.repeat_interleave(n, dim=0), [sample.tokens for sample in samples], pad or 0)
+    sequences = padded(ids.repeat_interleave(n, dim=0), [sample.tokens for sample in samples], pad or 0)
     if not as_dict:
         return sequences
     if keep:
@@ -445,10 +460,3 @@ class _Record:
         for kept, new in ((self.logits, logits), (self.scores, scores)):
             full = new.new_zeros(len(self.places), new.shape[1])
             kept.append(full.index_copy_(0, index, new))
-
-
-def _padded(prompts: Tensor, texts: list[list[int]], pad: int) -> Tensor:
-    """prompts [B, S] and the new tokens of each row -> [B, S + longest]."""
-    width = max(map(len, texts))
-    new = torch.tensor([text + [pad] * (width - len(text)) for text in texts], dtype=prompts.dtype)
-    return torch.cat((prompts, new.to(prompts.device)), dim=1)

@@ -9,7 +9,7 @@ of different requests share a batch; a row's result does not depend on the other
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -158,13 +158,14 @@ def process(
     rules: Sequence[Sampling],
     prompts: Sequence[Sequence[int]],
     texts: Sequence[Sequence[int]],
+    processor: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """All that the rows' `rules` ask for, in transformers' order.
 
     logits float32 [B, V]; `prompts` and `texts` hold the tokens of each row's prompt and of what was written
-    since.
+    since. `processor` runs between the penalties and the filters.
     """
-    if all(rule.untouched for rule in rules):
+    if all(rule.untouched for rule in rules) and processor is None:
         return logits
     if any(rule.counts for rule in rules):
         logits = _process_history(logits, rules, prompts, texts)
@@ -177,7 +178,7 @@ def process(
     if early:
         rows, ends = torch.tensor(early, device=logits.device).T
         logits = logits.index_put((rows, ends), logits.new_tensor(-math.inf))
-    return _filter(logits, rules)
+    return _filter(logits if processor is None else processor(logits), rules)
 
 
 def _process_history(

@@ -5,6 +5,8 @@
     minilm_attention.register()
     model = transformers.AutoModel.from_pretrained(name, attn_implementation="minilm")
 
+`Trainer` here is transformers', for models of minilm (`minilm.integrations.trainer`).
+
 transformers hands an attention function q, k and v as [B, H, S, D] and a mask, once a layer. The mask is
 made once a forward pass, by a function of ours too, which returns not a matrix [B, 1, Sq, Sk] but a `Mask`:
 which tokens are real, and what is seen. From it the tokens are packed, attended to by `minilm.ops.attend`
@@ -30,6 +32,14 @@ from torch import Tensor
 from .. import ops
 
 NAME = "minilm"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Trainer":
+        from .trainer import trainer_class
+
+        return trainer_class()
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def register(name: str = NAME) -> None:

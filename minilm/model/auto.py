@@ -18,7 +18,7 @@ from .heads import (
     AutoModelForTokenClassification,
 )
 from .loading import HUB_OPTIONS, WITHOUT_EFFECT, read_config, with_effect
-from .pretrained import AutoModel, PreTrainedModel
+from .pretrained import AutoModel, PreTrainedModel, of_family
 
 MODELS: dict[Head, type[PreTrainedModel]] = {
     cls.head_kind: cls
@@ -63,7 +63,7 @@ def alias(name: str) -> Any:
             continue
         for head in ("base", *family.heads):
             if name == family.class_name(head):
-                return MODELS[head]
+                return of_family(MODELS[head], family.model_type)
         if name == f"{family.class_prefix}Config":
             return type(name, (PretrainedConfig,), {"model_type": family.model_type, "__module__": "minilm"})
         if name in (f"{family.class_prefix}Tokenizer", f"{family.class_prefix}TokenizerFast"):

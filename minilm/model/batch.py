@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..cache import CacheStep, KVCache, Layout
@@ -100,8 +101,20 @@ def integers(name: str, x: Tensor) -> Tensor:
     """`x` as int64, or ValueError where it holds no integers."""
     if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         what = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"{name} must be a tensor of integers, and is {what}")
+        texts = "; a model reads numbers: model(**tokenizer(text, return_tensors='pt'))"
+        raise ValueError(f"{name} must be a tensor of integers, and is {what}{texts * isinstance(x, str)}")
     return x.long()
+
+
+def token_targets(labels: Tensor, packed: Packed, shift: bool) -> Tensor:
+    """Padded labels int64 [B, S] -> those of the packed tokens [T]; `shift`: of the next token each, -100
+    where there is none."""
+    targets = packed.pack(labels)
+    if shift:  # after packing, so that no label at padding comes in from the side
+        ends = packed.cu_seqlens[1:].long()
+        targets = F.pad(targets[1:], (0, 1), value=-100)[: len(targets)]
+        targets = targets.index_fill(0, ends[ends > 0] - 1, -100)
+    return targets
 
 
 def check_columns(name: str, x: Tensor, batch: int, columns: int) -> None:

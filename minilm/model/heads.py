@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..differences import said, tell
 from ..families import Head, PretrainedConfig
-from .batch import Batch, Packed, check_columns, integers
+from .batch import Batch, Packed, check_columns, integers, token_targets
 from .layers import Linear, Norm
 from .outputs import (
     MaskedLMOutput,
@@ -292,13 +292,9 @@ def token_loss(
         return None
     labels = integers("labels", labels)
     check_columns("labels", labels, packed.batch, packed.columns)
-    targets = packed.pack(labels.to(logits.device))
-    _tell_of_padding(labels, targets, packed, shift)
-    if shift:  # after packing, so that no label at padding comes in from the side
-        ends = packed.cu_seqlens[1:].long()
-        targets = F.pad(targets[1:], (0, 1), value=-100)[: len(targets)]
-        targets = targets.index_fill(0, ends[ends > 0] - 1, -100)
-    return ops.cross_entropy(logits, targets)
+    labels = labels.to(logits.device)
+    _tell_of_padding(labels, packed.pack(labels), packed, shift)
+    return ops.cross_entropy(logits, token_targets(labels, packed, shift))
 
 
 def _tell_of_padding(labels: Tensor, targets: Tensor, packed: Packed, shift: bool) -> None:

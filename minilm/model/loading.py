@@ -9,21 +9,29 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
-from torch import Tensor, nn
 
+from ..companions import Companion, check_save_options
 from ..config import ConfigError, ModelConfig
 from ..families import Family, Head, PretrainedConfig
 from ..files import (
     MOST_CONFIG,
-    Checkpoint,
-    WeightError,
     has_file,
     open_checkpoint,
     read_json,
     resolve,
     saving,
 )
-from ..weights import LoadReport, load_weights, save_weights
+from ..substitutes import OPTIONS, instead
+from ..weights import (
+    LoadReport,
+    check_format,
+    initialise,
+    load_weights,
+    own_rules,
+    save_weights,
+    stored_format,
+    stored_untied,
+)
 from .quantized import describe, install, quantized_matrices, wanted_formats
 
 Model = TypeVar("Model", bound="Checkpointed")
@@ -115,7 +123,7 @@ def as_device(device: torch.device | str | int | None, device_map: Any) -> torch
     return found
 
 
-class Checkpointed(nn.Module):
+class Checkpointed(Companion):
     """A model as its checkpoint sees it: it is loaded from files, or filled at random, and saved."""
 
     head_kind: ClassVar[Head] = "base"
@@ -189,7 +197,7 @@ class Checkpointed(nn.Module):
         std = float(config.get("initializer_range", 0.02))
         source = _gguf_file(path) or path
         with open_checkpoint(source) as checkpoint:
-            if model.spec.tie_word_embeddings and _stored_untied(model, checkpoint):
+            if model.spec.tie_word_embeddings and stored_untied(model, checkpoint):
                 config.tie_word_embeddings = False
                 with torch.device("meta"):
                     model = cls(config, **heading)
@@ -197,7 +205,7 @@ class Checkpointed(nn.Module):
                 model,
                 model.spec,
                 weights,
-                stored=_stored_format(config, checkpoint),
+                stored=stored_format(config, checkpoint),
                 gguf=source.suffix == ".gguf",
                 path=source,
             )
@@ -207,7 +215,7 @@ class Checkpointed(nn.Module):
             report: LoadReport = load_weights(
                 model,
                 checkpoint,
-                model.family.rules(model.head_kind),
+                own_rules(model, checkpoint) or model.family.rules(model.head_kind),
                 model.family.prefixes,
                 dtype=wanted,
                 device=target,
@@ -221,7 +229,7 @@ class Checkpointed(nn.Module):
         if report.quantised:
             model.requires_grad_(False)
         if weights is None and report.quantised:
-            _check_format(source, config, describe(model))
+            check_format(source, config, describe(model))
         if report.quantised or "quantization_config" in config:
             config.quantization_config = describe(model)
         model.load_report = report
@@ -256,12 +264,22 @@ class Checkpointed(nn.Module):
                 for name, parameter in self.named_parameters():
                     initialise(name, parameter, std)
 
-    def save_pretrained(self, save_directory: str | os.PathLike[str], *, max_shard_size: str = "5GB") -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        is_main_process: bool = True,
+        max_shard_size: str = "5GB",
+        **options: Any,
+    ) -> None:
         """Write config.json, safetensors and the generation defaults into a folder that transformers loads.
 
         They take the place of an earlier model there together: whenever the process ends, the folder has the
         one or the other (`minilm.files.saving`). Other files stay.
         """
+        check_save_options(options)
+        if not is_main_process:
+            return
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"{folder} is a file; save_pretrained writes a folder")
@@ -290,87 +308,12 @@ class Checkpointed(nn.Module):
                 generation.save_pretrained(new)
 
 
-def initialise(name: str, parameter: Tensor, std: float) -> None:
-    """Fill a fresh parameter: norms are the identity, biases zero, all else normal with mean 0."""
-    if name.endswith("bias"):
-        parameter.zero_()
-    elif "norm" in name.split(".")[-2:][0] and name.endswith("weight"):
-        parameter.fill_(1.0)
-    else:
-        parameter.normal_(0.0, std)
-
-
-@torch.no_grad()
-def resized(name: str, old: Tensor, rows: int, near_mean: bool, std: float) -> Tensor:
-    """`old` with fewer or more rows: fresh ones, or `near_mean` drawn around the mean of the old, with 1e-9
-    of their covariance (transformers' `mean_resizing`)."""
-    new, kept = old.new_empty(rows, *old.shape[1:]), min(len(old), rows)
-    initialise(name, new, std)
-    if near_mean and rows > kept and old.device.type != "meta":
-        mean = old.float().mean(0)
-        some = old[torch.randperm(len(old), device=old.device)[:1024]].float() - mean
-        noise = torch.randn(rows - kept, len(some), device=old.device) @ some
-        new[kept:] = (mean + noise * (1e-9 / len(some)) ** 0.5).to(old.dtype)
-    new[:kept] = old[:kept]
-    return new
-
-
-def _stored_untied(model: Checkpointed, checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint of a model that ties its output matrix to the token table has both, and they
-    differ.
-
-    A copy of the table is common. Another matrix means that the configuration is wrong: the model was
-    trained with it.
-    """
-    rules, tensors = model.family.rules(model.head_kind), checkpoint.tensors
-    output = [rule.sources[0] for rule in rules if rule.transform == "tied" and rule.sources[0] in tensors]
-    name = next(rule.sources[0] for rule in rules if rule.target == "body.embeddings.tokens.weight")
-    table = [prefix + name for prefix in ("", *model.family.prefixes) if prefix + name in tensors]
-    if not output or not table or tensors[output[0]].shape != tensors[table[0]].shape:
-        return False
-    values = []
-    for key in (output[0], table[0]):
-        values.append(torch.empty(tensors[key].shape, dtype=tensors[key].dtype))
-        checkpoint.read_into(key, values[-1])
-    if torch.equal(*values):
-        return False
-    warnings.warn(
-        f"{checkpoint.path}: tie_word_embeddings is true, but {output[0]} and {table[0]} differ; both are "
-        "used, as if it were false",
-        stacklevel=4,
-    )
-    return True
-
-
-def _stored_format(config: PretrainedConfig, checkpoint: Checkpoint) -> str | None:
-    """The format of a checkpoint whose matrices are quantised as minilm computes with them; None if they are
-    not."""
-    named: dict[str, Any] = config.get("quantization_config", {})
-    if any(info.format for info in checkpoint.tensors.values()):
-        return str(named.get("format", "mixed"))
-    if named:
-        raise WeightError(
-            f"{checkpoint.path}: config.json says that the weights are quantised ({named}), and none is"
-        )
-    return None
-
-
-def _check_format(path: Path, config: PretrainedConfig, found: dict[str, str] | None) -> None:
-    """A plane that is lost makes another format of a matrix; what was saved says which it was."""
-    named = config.get("quantization_config", {}).get("format")
-    if named is not None and found is not None and named != found["format"]:
-        raise WeightError(
-            f"{path}: config.json says that the weights are quantised as {named!r}, and the tensors are "
-            f"those of {found['format']!r}: the two do not belong together, or tensors are missing"
-        )
-
-
 def _override(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
     unknown = [name for name in overrides if name not in config and name != "num_labels"]
     if unknown:
         raise TypeError(
             f"from_pretrained got {', '.join(unknown)}, which is neither an option of loading nor of a "
-            f"{config.model_type} configuration"
+            f"{config.model_type} configuration{instead(OPTIONS, unknown)}"
         )
     for name in ("num_labels", *overrides):  # before id2label, which says more
         if name in overrides:

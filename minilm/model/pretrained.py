@@ -7,10 +7,8 @@ with, runs the body, and pads the result. The heads are in `minilm.model.heads` 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -18,16 +16,17 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..cache import KVCache, Layout
-from ..config import ModelConfig
+from ..companions import refuse_transforms
+from ..config import ConfigError, ModelConfig
 from ..differences import tell
 from ..families import Family, Head, PretrainedConfig, family_of
 from ..ops.backends import watch
 from . import rope
-from .batch import Batch, Packed, check_columns, integers, pack
+from .batch import Batch, Packed, check_columns, integers, pack, token_targets
 from .layers import Embedding, Linear
-from .loading import Checkpointed, resized
+from .loading import Checkpointed
 from .outputs import BaseModelOutput, ModelOutput
-from .quantized import Quantized, QuantizedEmbedding
+from .quantized import QuantizedEmbedding
 from .transformer import Transformer
 
 
@@ -39,6 +38,15 @@ class PreTrainedModel(ops.Whole, Checkpointed):
 
     head_kind: ClassVar[Head] = "base"
     output_class: ClassVar[type[ModelOutput]] = ModelOutput
+    body: Transformer
+    model_type: ClassVar[str | None] = None
+    """Of a class of one family (`of_family`)."""
+
+    def __new__(cls, config: Any = None, *arguments: Any, **options: Any) -> PreTrainedModel:
+        """``AutoModelForMaskedLM(config)`` of a BERT is a `BertForMaskedLM`."""
+        general = cls.model_type is None and cls.__module__.startswith(f"{__package__}.")
+        general &= isinstance(config, PretrainedConfig)
+        return super().__new__(of_family(cls, config.model_type) if general else cls)
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
@@ -48,6 +56,11 @@ class PreTrainedModel(ops.Whole, Checkpointed):
                 f"config must be a PretrainedConfig, and is {type(config).__name__}: {config!r:.60}; {how}"
             )
         self.config = config
+        if self.model_type not in (None, config.model_type):
+            raise ConfigError(
+                f"{type(self).__name__} is a {self.model_type} model, and the configuration is of a "
+                f"{config.model_type}: use the Auto class with this head, which takes either"
+            )
         self.family: Family = family_of(config.model_type)
         if self.head_kind != "base" and self.head_kind not in self.family.heads:
             kinds = ", ".join(self.family.heads)
@@ -72,12 +85,21 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        num_items_in_batch: int | Tensor | None = None,
         **head_options: Any,
     ) -> Any:
         """Run a padded batch; arguments and results have transformers' names (see `pack`, and `answer` of the
-        head). After an error, `past_key_values` is as it was."""
+        head). After an error, `past_key_values` is as it was.
+
+        `num_items_in_batch`: the loss is the sum over labels divided by this, in place of their mean, for
+        batches that are accumulated.
+        """
         options = {
-            "use_cache": self.config.use_cache if use_cache is None else use_cache,
+            "use_cache": (
+                self.config.use_cache and not self.is_gradient_checkpointing
+                if use_cache is None
+                else use_cache
+            ),
             "output_attentions": (
                 self.config.output_attentions if output_attentions is None else output_attentions
             ),
@@ -97,6 +119,8 @@ class PreTrainedModel(ops.Whole, Checkpointed):
                 **options,
             )
             fields = self.answer(self.body(batch), batch, labels, **head_options)
+            if num_items_in_batch is not None and labels is not None:
+                fields["loss"] = fields["loss"] * self._share(labels, batch.packed, num_items_in_batch)
         if batch.cache is not None and "past_key_values" in self.output_class.__dataclass_fields__:  # type: ignore[attr-defined]
             fields["past_key_values"] = batch.cache
         if batch.hidden_states is not None:
@@ -107,6 +131,14 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         return (
             output if (self.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
         )
+
+    def _share(self, labels: Tensor, packed: Packed, items: int | Tensor) -> Tensor | int:
+        """This batch's part of all `items`; as in transformers, the mean of a regression is left alone."""
+        if labels.dim() == 1 and not labels.is_floating_point():
+            return (labels != -100).sum() / items
+        if labels.shape != (packed.batch, packed.columns) or self.head_kind == "sequence-classification":
+            return 1
+        return (token_targets(labels, packed, self.head_kind == "causal-lm") != -100).sum() / items
 
     def answer(self, hidden: Tensor, batch: Batch, labels: Tensor | None) -> dict[str, Any]:
         """What the head makes of the hidden states [T, C]: the fields of `output_class`."""
@@ -135,8 +167,7 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
-        if not torch.compiler.is_compiling():
-            _refuse_vmap()
+        refuse_transforms()
         if input_ids is not None:
             given = input_ids = self._checked_ids(input_ids)
         else:
@@ -351,24 +382,6 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         """The token table."""
         return self.body.embeddings.tokens
 
-    def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Number of parameters, the elements of quantised matrices among them."""
-        counts = {
-            name: p.numel() for name, p in self.named_parameters() if p.requires_grad or not only_trainable
-        }
-        if not only_trainable:
-            modules = ((n, m) for n, m in self.named_modules() if isinstance(m, Quantized))
-            counts |= {name: math.prod(module.quantized.shape) for name, module in modules}
-        return sum(
-            count
-            for name, count in counts.items()
-            if not (exclude_embeddings and name.startswith("body.embeddings."))
-        )
-
-    def get_memory_footprint(self) -> int:
-        """Bytes that the parameters and the quantised matrices occupy."""
-        return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
-
     def fused_sizes(self) -> dict[str, tuple[int, ...]]:
         """Rows of the parts of fused matrices, for the weight rules that split them."""
         s = self.spec
@@ -377,50 +390,17 @@ class PreTrainedModel(ops.Whole, Checkpointed):
             "gate_up": (s.intermediate_size, s.intermediate_size),
         }
 
-    def resize_token_embeddings(
-        self,
-        new_num_tokens: int | None = None,
-        pad_to_multiple_of: int | None = None,
-        mean_resizing: bool = True,
-    ) -> Embedding:
-        """Grow or shrink the vocabulary to `new_num_tokens` (None: as it is), rounded up to a multiple.
 
-        Output matrices and biases follow; new rows are near the mean of the old, or if not `mean_resizing`
-        random.
-        """
-        table, output = self.body.embeddings.tokens, getattr(getattr(self, "head", None), "decoder", None)
-        for name, size in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
-            if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, and is {size!r}")
-        for matrix in (table, output):
-            if isinstance(matrix, Quantized):
-                raise ValueError(f"a matrix in {matrix.format} cannot be resized: load it without weights=")
-        step, asked = pad_to_multiple_of or 1, new_num_tokens or self.spec.vocab_size
-        rows, std = -(-asked // step) * step, float(self.config.get("initializer_range", 0.02))
-        parameters = dict(self.named_parameters())
-        for name in ("body.embeddings.tokens.weight", "head.decoder.weight", "head.bias"):
-            if name in parameters and rows != len(parameters[name]):
-                owner, _, leaf = name.rpartition(".")
-                near = mean_resizing and (output is not None or leaf == "weight")  # a tied one's bias is 0
-                new = resized(name, parameters[name], rows, near, std)
-                setattr(self.get_submodule(owner), leaf, nn.Parameter(new, parameters[name].requires_grad))
-        if output is not None:
-            output.out_features = rows
-        table.num_embeddings = self.config.vocab_size = rows
-        if table.padding_idx is not None and table.padding_idx >= rows:
-            table.padding_idx = None
-        self.spec = replace(self.spec, vocab_size=rows)
-        return table
+_OF_FAMILIES: dict[tuple[Any, str], type[PreTrainedModel]] = {}
 
 
-def _refuse_vmap() -> None:
-    """RuntimeError within `torch.vmap`: a batch's lengths are read to pack it, and vmap does not let them."""
-    transform = torch._C._functorch.peek_interpreter_stack()
-    if transform is not None and transform.key() == torch._C._functorch.TransformType.Vmap:
-        raise RuntimeError(
-            "torch.vmap cannot run a model of minilm, which reads the ids that it is given: pass the whole "
-            "batch, [batch, tokens], to the model itself, or several models one after the other"
-        )
+def of_family(general: type[PreTrainedModel], model_type: str) -> type[PreTrainedModel]:
+    """The class of one family's models with this head, by transformers' name for it: BertForMaskedLM."""
+    if (general, model_type) not in _OF_FAMILIES:
+        about = {"__module__": "minilm", "__doc__": general.__doc__, "model_type": model_type}
+        name = family_of(model_type).class_name(general.head_kind)
+        _OF_FAMILIES[general, model_type] = type(name, (general,), about)
+    return _OF_FAMILIES[general, model_type]
 
 
 class Pooler(nn.Module):
@@ -451,7 +431,8 @@ class AutoModel(PreTrainedModel):
     @classmethod
     def sharing(cls, other: PreTrainedModel) -> AutoModel:
         """The body and pooler of another model, without its head."""
-        model = cls.__new__(cls)
+        model = cls.__new__(cls, other.config)
+        assert isinstance(model, AutoModel)
         nn.Module.__init__(model)
         model.__dict__.update({k: v for k, v in other.__dict__.items() if not k.startswith("_")})
         model.body = other.body

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..config import ModelConfig
@@ -19,6 +21,7 @@ class Transformer(ops.Whole, nn.Module):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = Norm(config) if config.final_norm else None
+        self.gradient_checkpointing = False
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns the last hidden states, [T, C]; fills `batch.hidden_states` and `batch.attentions` where
@@ -38,7 +41,10 @@ class Transformer(ops.Whole, nn.Module):
         for block in self.layers if batch.stop is None else self.layers[: batch.stop]:
             if batch.hidden_states is not None:
                 batch.hidden_states.append(x if delta is None else x + delta)
-            x, delta = block(x, delta, batch)
+            if self.gradient_checkpointing and torch.is_grad_enabled() and batch.cache is None:
+                x, delta = checkpoint(block, x, delta, batch, use_reentrant=False)
+            else:
+                x, delta = block(x, delta, batch)
         if batch.stop is not None:
             return x if delta is None else x + delta
         if self.norm is not None:

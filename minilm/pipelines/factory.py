@@ -144,7 +144,7 @@ def _task_of(model: str | os.PathLike[str] | PreTrainedModel, hub: dict[str, Any
     """The task that a model was made for, by its class or the class that its config.json names."""
     if isinstance(model, PreTrainedModel):
         for name, cls in TASKS.items():
-            if type(model) is cls.model_class:
+            if isinstance(model, cls.model_class):
                 return name
         raise ValueError(f"no task is known for {type(model).__name__}: give task=")
     config = read_config(resolve(model, files="config", **hub))

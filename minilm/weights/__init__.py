@@ -1,14 +1,17 @@
 """From a checkpoint's names to ours and back, by rules that are data."""
 
+from .fresh import initialise, resized
 from .loading import (
     LoadReport,
     MapEntry,
     load_weights,
     save_weights,
+    stored_tensors,
     weight_map,
 )
 from .quantized import KEEP
 from .rules import Rule, affine, copy, fuse, ignore, tied, transpose
+from .stored import check_format, own_rules, stored_format, stored_untied
 
 __all__ = [
     "KEEP",
@@ -16,11 +19,18 @@ __all__ = [
     "MapEntry",
     "Rule",
     "affine",
+    "check_format",
     "copy",
     "fuse",
     "ignore",
+    "initialise",
     "load_weights",
+    "own_rules",
+    "resized",
     "save_weights",
+    "stored_format",
+    "stored_tensors",
+    "stored_untied",
     "tied",
     "transpose",
     "weight_map",

@@ -302,7 +302,7 @@ def save_weights(
     from safetensors.torch import save_file
 
     folder = Path(folder)
-    shards = _shards(_stored_tensors(model, rules, prefix, matrices or {}), _bytes(max_shard_size))
+    shards = _shards(stored_tensors(model, rules, prefix, matrices or {}), _bytes(max_shard_size))
     files = [SINGLE]
     if len(shards) > 1:
         files = [f"model-{n:05d}-of-{len(shards):05d}.safetensors" for n in range(1, len(shards) + 1)]
@@ -320,7 +320,7 @@ def save_weights(
     return [folder / file for file in files]
 
 
-def _stored_tensors(
+def stored_tensors(
     model: nn.Module, rules: Sequence[Rule], prefix: str, matrices: Mapping[str, QuantizedWeight]
 ) -> dict[str, Tensor]:
     """The parameters of `model` as the tensors of a checkpoint: views under the family's names."""

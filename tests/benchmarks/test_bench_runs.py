@@ -354,10 +354,17 @@ print(worker._process.pid, flush=True)
 time.sleep(600)
 """
     with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as bench:
-        assert bench.stdout is not None
-        worker = Path("/proc") / bench.stdout.readline().strip()
-        assert " (stopped)" in (worker / "status").read_text()
-        bench.kill()
+        try:
+            assert bench.stdout is not None
+            worker = Path("/proc") / bench.stdout.readline().strip()
+            for _ in range(6000):  # a signal takes effect when its process is next given a core
+                if " (stopped)" in (worker / "status").read_text():
+                    break
+                time.sleep(0.1)
+            else:
+                raise AssertionError("the worker was not stopped")
+        finally:
+            bench.kill()
     for _ in range(6000):  # ten minutes: a busy machine may take its time
         state = (worker / "status").read_text() if worker.exists() else "(zombie)"
         if "(zombie)" in state:

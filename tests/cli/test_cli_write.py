@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from cli_runs import Terminal, failure, process, records, run, save_chat_model
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.cells import cell_len
 
 import minilm
-from minilm.cli.commands.conversation import Conversation, Message
+from minilm.cli.commands.conversation import Conversation, Message, describe
+from minilm.cli.commands.wrapping import Wrapped
+from minilm.cli.commands.write import ChatSampling
 
+PARAMS = minilm.SamplingParams(max_tokens=7)
 PROMPTS = ["the old man", "mary works in london; anna was in", "river"]
 
 
@@ -111,6 +121,7 @@ class Script:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *lines: str | type[BaseException]) -> None:
         self.asked: list[list[Message]] = []
+        self.params: list[minilm.SamplingParams] = []
         self.closed = 0
         typed = iter(lines)
 
@@ -122,8 +133,9 @@ class Script:
 
         monkeypatch.setattr("builtins.input", read)
 
-    def __call__(self, messages: list[Message]) -> Any:
+    def __call__(self, messages: list[Message], params: minilm.SamplingParams) -> Any:
         self.asked.append([dict(message) for message in messages])
+        self.params.append(params)
         script = self
 
         class Pieces:
@@ -139,6 +151,11 @@ class Script:
             def close(self) -> None:
                 script.closed += 1
 
+            @property
+            def output(self) -> Any:
+                reason = "length" if "chapter" in messages[-1]["content"] else "stop"
+                return SimpleNamespace(outputs=[SimpleNamespace(finish_reason=reason)])
+
         return Pieces()
 
 
@@ -146,7 +163,7 @@ def test_a_conversation_remembers(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = Script(monkeypatch, "hello", "", "  who am i ", "/reset", "again", "/quit", "not read")
-    Conversation(script, "be kind").run()
+    Conversation(script, PARAMS, "be kind").run()
     system = {"role": "system", "content": "be kind"}
     first = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "HELLO!"}]
     assert script.asked == [
@@ -162,7 +179,7 @@ def test_a_conversation_remembers(
 
 def test_the_system_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     script = Script(monkeypatch, "/system", "one", "/system  in rhyme ", "two", "/system", "/help", "/what")
-    Conversation(script).run()
+    Conversation(script, PARAMS).run()
     assert [messages[0]["content"] for messages in script.asked] == ["one", "in rhyme"]
     shown = capsys.readouterr().out
     assert "(nothing was said)" in shown
@@ -172,7 +189,7 @@ def test_the_system_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 def test_ctrl_c_stops_an_answer_which_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     script = Script(monkeypatch, "go on forever", "and now")
-    Conversation(script).run()
+    Conversation(script, PARAMS).run()
     assert script.asked[1] == [
         {"role": "user", "content": "go on forever"},
         {"role": "assistant", "content": "FOREVER"},
@@ -184,7 +201,7 @@ def test_ctrl_c_stops_an_answer_which_stays(monkeypatch: pytest.MonkeyPatch) -> 
 def test_ctrl_c_twice_at_the_prompt_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     script = Script(monkeypatch, KeyboardInterrupt, "tea", KeyboardInterrupt, KeyboardInterrupt, "not read")
     with pytest.raises(KeyboardInterrupt):
-        Conversation(script).run()
+        Conversation(script, PARAMS).run()
     assert len(script.asked) == 1
 
 
@@ -192,15 +209,144 @@ def test_a_question_that_cannot_be_answered_is_taken_back(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = Script(monkeypatch, "too long", "tea")
-    Conversation(script).run()
+    Conversation(script, PARAMS).run()
     assert script.asked[1] == [{"role": "user", "content": "tea"}]
     assert "error: longer than the window" in capsys.readouterr().err
+
+
+def test_an_answer_is_given_once_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Script(monkeypatch, "/retry", "one", "two", "/retry", "three")
+    Conversation(script, PARAMS).run()
+    assert [[m["content"] for m in asked] for asked in script.asked] == [
+        ["one"],
+        ["one", "ONE!", "two"],
+        ["one", "ONE!", "two"],
+        ["one", "ONE!", "two", "TWO!", "three"],
+    ]
+    assert "there is no question yet" in capsys.readouterr().out
+
+
+def test_settings_change_from_the_next_answer_on(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = (
+        "/set temperature 0.25",
+        "one",
+        "/set top_k=9",
+        "/set",
+        "/set nonsense 3",
+        "/set top_p 7",
+        "two",
+        "/set top_k x",
+    )
+    script = Script(monkeypatch, *lines)
+    Conversation(script, PARAMS).run()
+    assert [(p.temperature, p.top_k, p.top_p, p.max_tokens) for p in script.params] == [
+        (0.25, 0, 1.0, 7),
+        (0.25, 9, 1.0, 7),
+    ]
+    shown = capsys.readouterr().out
+    assert "(temperature 0.25, top_k 9, max_tokens 7, seed None)" in shown
+    assert "with NAME one of max_tokens, temperature" in shown
+    assert "error: top_p must be above 0" in shown
+    assert "error: invalid literal" in shown
+
+
+def test_a_conversation_is_saved(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "talk.json"
+    script = Script(monkeypatch, "größer", f"/save {file}", "/save", f"/save {tmp_path}")
+    Conversation(script, PARAMS, "be kind").run()
+    assert [m["content"] for m in json.loads(file.read_text("utf-8"))] == ["be kind", "größer", "GRÖSSER!"]
+    shown = capsys.readouterr().out
+    assert "(3 messages in " in shown
+    assert "error: " in shown
+
+
+def test_an_answer_that_was_cut_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = Script(monkeypatch, "a whole chapter please", "thanks")
+    Conversation(script, PARAMS).run()
+    assert capsys.readouterr().out.count("(cut at 7 tokens: /set max_tokens N, or --max-tokens)") == 1
+
+
+@pytest.mark.parametrize(
+    ("stored", "given_options", "expected"),
+    [
+        ({}, {}, (0.7, 0.1, 1.15, 1.0)),
+        ({}, {"temperature": 0.0}, (0.0, 0.1, 1.15, 1.0)),
+        ({"do_sample": True, "temperature": 0.2, "top_p": 0.9}, {}, (0.2, 0.0, 1.0, 0.9)),
+        ({"do_sample": True, "temperature": 0.2, "top_p": 0.9}, {"min_p": 0.3}, (0.2, 0.3, 1.0, 0.9)),
+        ({"temperature": 0.2}, {}, (0.7, 0.1, 1.15, 1.0)),
+    ],
+    ids=["mild", "mild but greedy", "of the files", "of the files and given", "files that do not sample"],
+)
+def test_how_a_conversation_is_drawn(
+    llm: minilm.LLM,
+    monkeypatch: pytest.MonkeyPatch,
+    stored: dict[str, Any],
+    given_options: dict[str, Any],
+    expected: tuple[float, ...],
+) -> None:
+    monkeypatch.setattr(llm.model, "generation_config", minilm.GenerationConfig(**stored))
+    params = ChatSampling(**given_options).params(llm)
+    assert (params.temperature, params.min_p, params.repetition_penalty, params.top_p) == expected
+    assert params.max_tokens == 256
+
+
+def test_one_question_gets_the_most_probable_tokens() -> None:
+    assert ChatSampling().params().temperature == 0
+    assert describe(ChatSampling().params()) == "temperature 0 (the most probable token)"
+
+
+class Screen(StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@given(
+    st.text(st.sampled_from("ab 東京\n😀-"), max_size=80),
+    st.lists(st.integers(0, 80), max_size=12),
+    st.integers(4, 12),
+)
+def test_words_are_not_broken(text: str, cuts: list[int], width: int) -> None:
+    """However the pieces fall: the text but for white space at the ends of lines, and no line too wide."""
+    screen = Screen()
+    shown = Wrapped(screen, width)
+    places = sorted({0, *(min(cut, len(text)) for cut in cuts), len(text)})
+    for begin, end in itertools.pairwise(places):
+        shown.write(text[begin:end])
+    shown.end()
+    lines = screen.getvalue().split("\n")
+    assert [line.split() for line in text.split("\n") if line.split()] == regrouped(lines, text)
+    for line in lines:
+        assert cell_len(line) <= width or len(line.split()) == 1
+
+
+def regrouped(lines: list[str], text: str) -> list[list[str]]:
+    """The words on the screen, in the lines that the text has."""
+    words = iter([word for line in lines for word in line.split()])
+    return [[next(words) for _ in line.split()] for line in text.split("\n") if line.split()]
+
+
+def test_what_is_no_terminal_gets_the_text_as_it_is() -> None:
+    file = StringIO()
+    shown = Wrapped(file)
+    for piece in ("a  long ", "line\tof many wor", "ds " * 60):
+        shown.write(piece)
+    shown.end()
+    assert file.getvalue() == "a  long line\tof many words " + "ds " * 59 + "\n"
 
 
 def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
     """With a real model, whose answers are long: Ctrl-C stops one, and the next question is answered."""
     model = save_chat_model(tmp_path, window=100_000)
-    terminal = Terminal("chat", "--model", model, "--max-tokens", "90000")
+    greedy_options = ("--temperature", "0", "--repetition-penalty", "1")  # never ends by itself
+    terminal = Terminal("chat", "--model", model, "--max-tokens", "90000", *greedy_options)
     terminal.wait_for("> ")
     terminal.type("tea\n")
     terminal.wait_for("tea\n")

@@ -2,37 +2,51 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing
-from typing import Protocol
+from contextlib import closing, suppress
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from ...generation import SamplingParams
+from .wrapping import Wrapped
 
 Message = dict[str, str]
 
 
 class Stream(Protocol):
-    """The pieces of an answer; `close` gives the rest of it up."""
+    """The pieces of an answer; `close` gives the rest of it up, `output` is there when it has ended."""
 
     def __iter__(self) -> Iterator[str]: ...
 
     def close(self) -> None: ...
 
+    @property
+    def output(self) -> Any: ...
 
-Answer = Callable[[list[Message]], Stream]
+
+Answer = Callable[[list[Message], SamplingParams], Stream]
 
 COMMANDS = {
     "/reset": "begin anew",
+    "/retry": "answer the last question once more",
     "/system TEXT": "say how to answer, and begin anew (without TEXT: show what was said)",
+    "/set NAME VALUE": "change how tokens are chosen: /set temperature 0.3 (without NAME: show all)",
+    "/save FILE": "write the conversation to FILE, as JSON messages",
     "/help": "this list",
     "/quit": "end (also Ctrl-D)",
 }
+SETTABLE = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
 
 
 class Conversation:
     """Questions and answers in turn. `answer` gives the pieces of the answer to a list of messages."""
 
-    def __init__(self, answer: Answer, system: str | None = None) -> None:
+    def __init__(self, answer: Answer, params: SamplingParams, system: str | None = None) -> None:
         self.answer = answer
+        self.params = params
         self.system = system
         self.messages: list[Message] = []
 
@@ -42,6 +56,7 @@ class Conversation:
         import readline  # noqa: F401 - gives input() line editing and a history
 
         print("Ctrl-C stops an answer; /help lists the commands, /quit or Ctrl-D ends.")
+        _forget_typed()
         interrupted = False
         while True:
             try:
@@ -65,14 +80,21 @@ class Conversation:
     def command(self, line: str) -> bool:
         """Carry out a line that begins with a slash; False if it ends the conversation."""
         name, _, rest = line.partition(" ")
+        rest = rest.strip()
         if name in ("/quit", "/exit"):
             return False
         if name == "/reset":
             self.messages.clear()
             print("(a new conversation)")
+        elif name == "/retry":
+            self.retry()
+        elif name == "/set":
+            self.set(rest)
+        elif name == "/save":
+            self.save(rest)
         elif name == "/system":
-            if rest.strip():
-                self.system = rest.strip()
+            if rest:
+                self.system = rest
                 self.messages.clear()
                 print("(a new conversation)")
             else:
@@ -84,23 +106,86 @@ class Conversation:
             print("\n".join(f"{key:<{width}}  {what}" for key, what in COMMANDS.items()))
         return True
 
+    def retry(self) -> None:
+        """Give the last question again. What is drawn differs, unless a seed or temperature 0 fixes it."""
+        while self.messages and self.messages[-1]["role"] == "assistant":
+            self.messages.pop()
+        if not self.messages:
+            print("(there is no question yet)")
+            return
+        self.turn(self.messages.pop()["content"])
+
+    def set(self, text: str) -> None:
+        """Change one of `SETTABLE`, or show them."""
+        name, _, value = text.replace("=", " ").partition(" ")
+        if not text:
+            print(f"({describe(self.params)}, max_tokens {self.params.max_tokens}, seed {self.params.seed})")
+        elif name not in SETTABLE or not value.strip():
+            print(f"/set NAME VALUE, with NAME one of {', '.join(SETTABLE)}")
+        else:
+            kinds = {field.name: str(field.type) for field in fields(self.params)}
+            try:
+                number: Any = float(value) if "float" in kinds[name] else int(value)
+                self.params = replace(self.params, **{name: number})
+                print(f"({name} is now {number})")
+            except ValueError as error:
+                print(f"error: {error}")
+
+    def save(self, file: str) -> None:
+        """Write the messages so far."""
+        if not file:
+            print("/save FILE")
+            return
+        try:
+            Path(file).write_text(
+                json.dumps(self._told(), ensure_ascii=False, indent=1) + "\n", encoding="utf-8"
+            )
+            print(f"({len(self._told())} messages in {file})")
+        except OSError as error:
+            print(f"error: {error}")
+
+    def _told(self) -> list[Message]:
+        return [*([{"role": "system", "content": self.system}] if self.system else []), *self.messages]
+
     def turn(self, question: str) -> None:
         """One question and its answer, printed as it comes. An answer that cannot be given takes its
         question back; what there is of an interrupted one stays."""
         self.messages.append({"role": "user", "content": question})
-        told = [{"role": "system", "content": self.system}] if self.system else []
         pieces: list[str] = []
+        shown = Wrapped(sys.stdout)
         try:
-            with closing(self.answer([*told, *self.messages])) as stream:
+            with closing(self.answer(self._told(), self.params)) as stream:
                 for piece in stream:
                     pieces.append(piece)
-                    sys.stdout.write(piece)
-                    sys.stdout.flush()
-            print()
+                    shown.write(piece)
+                shown.end()
+                if stream.output.outputs[0].finish_reason == "length":
+                    print(f"(cut at {self.params.max_tokens} tokens: /set max_tokens N, or --max-tokens)")
         except KeyboardInterrupt:
-            print(" (stopped)")
+            shown.end(" (stopped)")
         except ValueError as error:  # longer than the window, a template without a system message
             self.messages.pop()
             print(f"error: {error} (/reset begins anew)", file=sys.stderr)
             return
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
+
+
+def describe(params: SamplingParams) -> str:
+    """How tokens are chosen, in the options' names."""
+    if not params.temperature:
+        what = "temperature 0 (the most probable token)"
+    else:
+        what = f"temperature {params.temperature:g}"
+        parts = {"top_p": params.top_p != 1, "top_k": params.top_k > 0, "min_p": params.min_p > 0}
+        what += "".join(f", {name} {getattr(params, name):g}" for name, said in parts.items() if said)
+    if params.repetition_penalty != 1:
+        what += f", repetition_penalty {params.repetition_penalty:g}"
+    return what
+
+
+def _forget_typed() -> None:
+    """What was typed while the model was loaded, before there was anything to answer, is no question."""
+    with suppress(ImportError, OSError, ValueError):
+        import termios
+
+        termios.tcflush(sys.stdin.fileno(), termios.TCIFLUSH)

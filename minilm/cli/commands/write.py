@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -56,7 +56,9 @@ class Sampling:
     temperature: Annotated[
         float,
         typer.Option(
-            min=0.0, metavar="T", help="0 always takes the most probable token; 1 draws as the model says."
+            min=0.0,
+            metavar="T",
+            help="0 always takes the most probable token; 1 samples from the model's own distribution.",
         ),
     ] = 0.0
     top_p: Annotated[
@@ -81,6 +83,57 @@ class Sampling:
         from ...generation import SamplingParams
 
         return SamplingParams(**asdict(self))
+
+
+MILD = {"temperature": 0.7, "min_p": 0.1, "repetition_penalty": 1.15}
+"""How a conversation is drawn where the model's files say nothing: else small models repeat themselves."""
+
+
+@dataclass
+class ChatSampling:
+    """How tokens are chosen; what is not given is as the model's generation_config.json says, or mild."""
+
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="The most tokens of an answer.")] = 256
+    temperature: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0,
+            metavar="T",
+            help="0 always takes the most probable token; 1 samples from the model's own distribution. Not "
+            "given: 0 for one question; in a conversation as the model's files say, else 0.7.",
+        ),
+    ] = None
+    top_p: Annotated[
+        float | None, typer.Option(metavar="P", help="Draw from the tokens that make up probability P.")
+    ] = None
+    top_k: Annotated[
+        int | None, typer.Option(metavar="K", help="Draw from the K most probable tokens; 0 from all.")
+    ] = None
+    min_p: Annotated[
+        float | None, typer.Option(metavar="P", help="Leave out tokens less probable than P times the best.")
+    ] = None
+    repetition_penalty: Annotated[
+        float | None, typer.Option(metavar="X", help="Above 1: tokens that were used become less probable.")
+    ] = None
+    stop: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT", help="End before this text. Repeatable.")
+    ] = None
+    seed: Annotated[int | None, typer.Option(metavar="N", help="What is drawn is the same each time.")] = None
+
+    def given(self) -> dict[str, Any]:
+        """The options that were given."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def params(self, llm: LLM | None = None) -> SamplingParams:
+        """As `minilm.LLM` takes them: for a conversation with a model, or for one question."""
+        from ...generation import SamplingParams
+
+        if llm is None:
+            return SamplingParams(**{"temperature": 0.0, **self.given()})
+        stored = getattr(llm.model, "generation_config", None)
+        if getattr(stored, "do_sample", None):
+            return replace(llm.get_default_sampling_params(), **self.given())
+        return SamplingParams(**{**MILD, **self.given()})
 
 
 def generate(
@@ -123,14 +176,15 @@ def chat(
     system: Annotated[
         str | None, typer.Option(metavar="TEXT", help="What the model is told beforehand.")
     ] = None,
-    sampling: Sampling,
+    sampling: ChatSampling,
     out: Output,
     run: Runtime,
 ) -> None:
     """Talk with a model, which answers as it writes.
 
-    In a conversation /reset begins anew, /system TEXT says how to answer, /quit or Ctrl-D ends it, and
-    Ctrl-C stops an answer. With --json or --output a question gives one JSON object.
+    In a conversation /reset begins anew, /retry answers once more, /set changes how tokens are chosen, /save
+    writes it to a file, /quit or Ctrl-D ends it, and Ctrl-C stops an answer. A GGUF file runs as it is
+    stored. With --json or --output a question gives one JSON object.
     """
     out.check()
     params = sampling.params()
@@ -145,11 +199,15 @@ def chat(
     if not conversing and not asked:
         raise CommandError("the question is empty")
     with run.running() as device:
-        llm = _llm(model, device, run)
         if conversing:
-            from .conversation import Conversation
+            note(f"loading {model} ...")
+        llm = _llm(model, device, run, as_stored=conversing)
+        if conversing:
+            from .conversation import Conversation, describe
 
-            Conversation(lambda messages: llm.stream_chat(messages, params), system).run()
+            params = sampling.params(llm)
+            note(f"{describe(params)}; answers of up to {params.max_tokens} tokens")
+            Conversation(llm.stream_chat, params, system).run()
             return
         messages = [
             *([{"role": "system", "content": system}] if system else []),
@@ -163,10 +221,14 @@ def chat(
             write({"messages": messages, **_completion(answer)})
 
 
-def _llm(model: str, device: Any, run: Runtime) -> LLM:
+def _llm(model: str, device: Any, run: Runtime, as_stored: bool = False) -> LLM:
+    from ...files import resolve
     from ...generation import LLM
 
-    return LLM(model, device=device, dtype=run.dtype, weights=run.weights)
+    weights = run.weights
+    if as_stored and weights is None and run.dtype is None and resolve(model).suffix == ".gguf":
+        weights = "gguf"
+    return LLM(model, device=device, dtype=run.dtype, weights=weights)
 
 
 def _completion(answer: Any) -> Record:

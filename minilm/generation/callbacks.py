@@ -1,0 +1,122 @@
+"""What a caller of `generate` runs at each step: logits processors, stopping criteria and allowed tokens."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .engine import Sample
+
+
+class Callbacks:
+    """Shows the functions of a caller the whole batch, as transformers does: the rows as they stand, ended
+    ones filled with `pad`, in the order of the result.
+
+    logits_processor: functions of (input_ids int64 [B, S], scores float32 [B, V]) -> scores, called between
+    the penalties and the temperature. stopping_criteria: of (input_ids, scores) -> bool or bool [B], called
+    after each token; a row that one of them names ends. prefix_allowed_tokens_fn: of (row, its tokens) -> the
+    tokens that may come next. Rows that have ended are shown too, with zeros for scores.
+    """
+
+    def __init__(
+        self,
+        ids: Tensor,
+        samples: Sequence[Sample],
+        pad: int,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        prefix_allowed_tokens_fn: Any = None,
+    ) -> None:
+        self._ids, self._samples, self._pad = ids, list(samples), pad
+        self._places = {sample: place for place, sample in enumerate(samples)}
+        self._processors = _functions("logits_processor", logits_processor, "(input_ids, scores) -> scores")
+        self._criteria = _functions("stopping_criteria", stopping_criteria, "(input_ids, scores) -> bool [B]")
+        if prefix_allowed_tokens_fn is not None:
+            (allowed,) = _functions("prefix_allowed_tokens_fn", [prefix_allowed_tokens_fn], "(row, tokens)")
+            self._processors.insert(0, only_allowed(allowed))
+        self.scores: list[Tensor] | None = None
+        """Those of the steps so far, which criteria get as well, if the caller wants them."""
+
+    @property
+    def processor(self) -> Callable[[Sequence[Sample], Tensor], Tensor] | None:
+        """For the engine: the samples that grow and their logits [b, V] -> other logits; None: nothing."""
+        return self._process if self._processors else None
+
+    @property
+    def criterion(self) -> Callable[[Sequence[Sample]], list[bool]] | None:
+        """For the engine: the samples that have grown -> which of them end; None: nothing."""
+        return self._ended if self._criteria else None
+
+    def _process(self, samples: Sequence[Sample], logits: Tensor) -> Tensor:
+        index = torch.tensor([self._places[sample] for sample in samples], device=logits.device)
+        scores = logits.new_zeros(len(self._samples), logits.shape[1]).index_copy_(0, index, logits)
+        rows = self._rows()
+        for function in self._processors:
+            new = function(rows, scores)
+            if not isinstance(new, Tensor) or new.shape != scores.shape:
+                what = list(new.shape) if isinstance(new, Tensor) else type(new).__name__
+                raise ValueError(
+                    f"a logits_processor must return scores {list(scores.shape)}, and {_name(function)} "
+                    f"returned {what}"
+                )
+            scores = new
+        return scores[index]
+
+    def _ended(self, samples: Sequence[Sample]) -> list[bool]:
+        rows = self._rows()
+        scores = None if self.scores is None else tuple(self.scores)
+        done = torch.zeros(len(self._samples), dtype=torch.bool)
+        for function in self._criteria:
+            found = torch.as_tensor(function(rows, scores)).bool().cpu()
+            if found.dim() > 1 or (found.dim() == 1 and len(found) not in (1, len(done))):
+                raise ValueError(
+                    f"stopping_criteria must return one bool, or one for each of {len(done)} rows, and "
+                    f"{_name(function)} returned {list(found.shape)}"
+                )
+            done |= found
+        return [bool(done[self._places[sample]]) for sample in samples]
+
+    def _rows(self) -> Tensor:
+        """int64 [B, S + new tokens]."""
+        return padded(self._ids, [sample.tokens for sample in self._samples], self._pad)
+
+
+def only_allowed(function: Callable[[int, Tensor], Iterable[int]]) -> Callable[[Tensor, Tensor], Tensor]:
+    """A logits processor that lets a row go on only with the tokens that `function` names for it."""
+
+    def process(ids: Tensor, scores: Tensor) -> Tensor:
+        mask = torch.full_like(scores, -math.inf)
+        for row, sent in enumerate(ids):
+            allowed = list(function(row, sent))
+            if not allowed:
+                raise ValueError(
+                    f"prefix_allowed_tokens_fn allows no token for row {row}, which has {len(sent)} tokens"
+                )
+            mask[row, torch.as_tensor(allowed, device=scores.device)] = 0
+        return scores + mask
+
+    return process
+
+
+def padded(prompts: Tensor, texts: Sequence[list[int]], pad: int) -> Tensor:
+    """prompts [B, S] and the new tokens of each row -> [B, S + longest]."""
+    width = max(map(len, texts))
+    new = torch.tensor([text + [pad] * (width - len(text)) for text in texts], dtype=prompts.dtype)
+    return torch.cat((prompts, new.view(len(texts), width).to(prompts.device)), dim=1)
+
+
+def _functions(name: str, given: Any, kind: str) -> list[Callable[..., Any]]:
+    """None, functions, or one of transformers' lists of them."""
+    found = list(given) if isinstance(given, Iterable) else [] if given is None else [given]
+    for function in found:
+        if not callable(function):
+            raise TypeError(f"{name} must hold functions {kind}, and holds {function!r:.80}")
+    return found
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)

@@ -1,0 +1,60 @@
+"""Names of transformers that minilm does not have, and what to use in their place: the errors that meet them
+say it."""
+
+from __future__ import annotations
+
+_SEQUENCE = "encoder-decoders (T5, BART, Marian) are not supported: use transformers for them"
+_IMAGES = "minilm reads text only: use transformers for images and sound"
+_QUANTISED = (
+    "from_pretrained(name, weights='int8'), 'q8_0' or 'q4_0' quantises as it loads, and `minilm quantize` "
+    "writes such a folder"
+)
+_TRAINING = (
+    "transformers.Trainer trains a minilm model (minilm.integrations.transformers.Trainer writes checkpoints "
+    "that load here), and so does a loop of one's own: model(**batch, labels=...).loss.backward()"
+)
+
+CLASSES = {
+    "AutoModelForSeq2SeqLM": _SEQUENCE,
+    "T5ForConditionalGeneration": _SEQUENCE,
+    "T5EncoderModel": _SEQUENCE,
+    "BartForConditionalGeneration": _SEQUENCE,
+    "MarianMTModel": _SEQUENCE,
+    "AutoProcessor": _IMAGES,
+    "AutoImageProcessor": _IMAGES,
+    "AutoFeatureExtractor": _IMAGES,
+    "AutoModelForImageClassification": _IMAGES,
+    "AutoModelForSpeechSeq2Seq": _IMAGES,
+    "BitsAndBytesConfig": _QUANTISED,
+    "GPTQConfig": _QUANTISED,
+    "AwqConfig": _QUANTISED,
+    "Trainer": _TRAINING,
+    "TrainingArguments": _TRAINING,
+    "AutoModelForMultipleChoice": "AutoModelForSequenceClassification scores each choice as a pair",
+    "DynamicCache": "model.new_cache(rows) makes the KV cache, and forward(use_cache=True) returns one",
+    "StaticCache": "model.new_cache(rows) makes the KV cache, and forward(use_cache=True) returns one",
+    "LogitsProcessorList": "generate takes a list of functions, or transformers' own list",
+    "StoppingCriteriaList": "generate takes a list of functions, or transformers' own list",
+    "set_seed": "torch.manual_seed(seed), or seed= in generate and SamplingParams",
+    "models": "from sentence_transformers import models, or SentenceEncoder(name), which reads modules.json",
+}
+"""Class or function -> the way round."""
+
+OPTIONS = {
+    "load_in_8bit": "weights='int8' (or 'q8_0') quantises as it loads",
+    "load_in_4bit": "weights='q4_0' (or 'q4_1') quantises as it loads",
+    "quantization_config": "weights='int8', 'q8_0' or 'q4_0' quantises as it loads",
+    "max_memory": "device= names the one device that a model is on",
+    "offload_folder": "device= names the one device that a model is on",
+    "tp_plan": "device= names the one device that a model is on",
+    "state_dict": "from_config(config), then load_state_dict(state_dict)",
+    "from_tf": "only safetensors and GGUF files are read",
+    "from_flax": "only safetensors and GGUF files are read",
+    "subfolder": "give the path of the folder itself",
+}
+"""Option of `from_pretrained` -> the way round."""
+
+
+def instead(table: dict[str, str], names: list[str]) -> str:
+    """ "; load_in_8bit: weights='int8' ..." for those of the names that are in the table."""
+    return "".join(f"; {name}: {table[name]}" for name in names if name in table)

@@ -1,0 +1,31 @@
+"""Parameters that no checkpoint fills."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def initialise(name: str, parameter: Tensor, std: float) -> None:
+    """Fill a fresh parameter: norms are the identity, biases zero, all else normal with mean 0."""
+    if name.endswith("bias"):
+        parameter.zero_()
+    elif "norm" in name.split(".")[-2:][0] and name.endswith("weight"):
+        parameter.fill_(1.0)
+    else:
+        parameter.normal_(0.0, std)
+
+
+@torch.no_grad()
+def resized(name: str, old: Tensor, rows: int, near_mean: bool, std: float) -> Tensor:
+    """`old` with fewer or more rows: fresh ones, or `near_mean` drawn around the mean of the old, with 1e-9
+    of their covariance (transformers' `mean_resizing`)."""
+    new, kept = old.new_empty(rows, *old.shape[1:]), min(len(old), rows)
+    initialise(name, new, std)
+    if near_mean and rows > kept and old.device.type != "meta":
+        mean = old.float().mean(0)
+        some = old[torch.randperm(len(old), device=old.device)[:1024]].float() - mean
+        noise = torch.randn(rows - kept, len(some), device=old.device) @ some
+        new[kept:] = (mean + noise * (1e-9 / len(some)) ** 0.5).to(old.dtype)
+    new[:kept] = old[:kept]
+    return new

@@ -1,0 +1,70 @@
+"""What a checkpoint says of its weights: whether its output matrix is the token table, and their format."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..files import Checkpoint, WeightError
+from .rules import Rule, copy
+
+
+def own_rules(model: nn.Module, checkpoint: Checkpoint) -> tuple[Rule, ...]:
+    """Rules for a checkpoint that has the parameters under the names of the modules here, as
+    ``torch.save(model.state_dict())`` and others write it; none for any other."""
+    names = [name for name, _ in model.named_parameters()]
+    return tuple(copy(name, name) for name in names) if set(checkpoint.tensors) == set(names) else ()
+
+
+def stored_untied(model: Any, checkpoint: Checkpoint) -> bool:
+    """Whether the checkpoint of a model that ties its output matrix to the token table has both, and they
+    differ.
+
+    A copy of the table is common. Another matrix means that the configuration is wrong: the model was
+    trained with it.
+    """
+    rules, tensors = model.family.rules(model.head_kind), checkpoint.tensors
+    output = [rule.sources[0] for rule in rules if rule.transform == "tied" and rule.sources[0] in tensors]
+    name = next(rule.sources[0] for rule in rules if rule.target == "body.embeddings.tokens.weight")
+    table = [prefix + name for prefix in ("", *model.family.prefixes) if prefix + name in tensors]
+    if not output or not table or tensors[output[0]].shape != tensors[table[0]].shape:
+        return False
+    values = []
+    for key in (output[0], table[0]):
+        values.append(torch.empty(tensors[key].shape, dtype=tensors[key].dtype))
+        checkpoint.read_into(key, values[-1])
+    if torch.equal(*values):
+        return False
+    warnings.warn(
+        f"{checkpoint.path}: tie_word_embeddings is true, but {output[0]} and {table[0]} differ; both are "
+        "used, as if it were false",
+        stacklevel=4,
+    )
+    return True
+
+
+def stored_format(config: Any, checkpoint: Checkpoint) -> str | None:
+    """The format of a checkpoint whose matrices are quantised as minilm computes with them; None if they are
+    not."""
+    named: dict[str, Any] = config.get("quantization_config", {})
+    if any(info.format for info in checkpoint.tensors.values()):
+        return str(named.get("format", "mixed"))
+    if named:
+        raise WeightError(
+            f"{checkpoint.path}: config.json says that the weights are quantised ({named}), and none is"
+        )
+    return None
+
+
+def check_format(path: Path, config: Any, found: dict[str, str] | None) -> None:
+    """A plane that is lost makes another format of a matrix; what was saved says which it was."""
+    named = config.get("quantization_config", {}).get("format")
+    if named is not None and found is not None and named != found["format"]:
+        raise WeightError(
+            f"{path}: config.json says that the weights are quantised as {named!r}, and the tensors are "
+            f"those of {found['format']!r}: the two do not belong together, or tensors are missing"
+        )

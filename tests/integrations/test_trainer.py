@@ -1,0 +1,176 @@
+"""transformers' Trainer trains, evaluates, saves and resumes a model of minilm as it does its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from strategies import small
+from torch.utils.data import Dataset
+
+import minilm
+from minilm.integrations.trainer import trainer_class
+
+pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
+Trainer = trainer_class()
+pytestmark = pytest.mark.slow
+
+
+class Rows(Dataset[dict[str, Any]]):
+    """Texts of mixed lengths with labels, which the collator pads."""
+
+    def __init__(self, count: int, kind: str) -> None:
+        draw = torch.Generator().manual_seed(count)
+        self.rows = []
+        for _ in range(count):
+            ids = torch.randint(5, 20, (int(torch.randint(3, 9, (), generator=draw)),), generator=draw)
+            labels: Any = ids.tolist() if kind == "tokens" else int(ids.sum() % 2)
+            self.rows.append({"input_ids": ids.tolist(), "attention_mask": [1] * len(ids), "labels": labels})
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    width = max(len(row["input_ids"]) for row in rows)
+    batch = {
+        name: torch.tensor([row[name] + [0] * (width - len(row[name])) for row in rows])
+        for name in ("input_ids", "attention_mask")
+    }
+    labels = [row["labels"] for row in rows]
+    if isinstance(labels[0], list):
+        labels = [row + [-100] * (width - len(row)) for row in labels]
+    return {**batch, "labels": torch.tensor(labels)}
+
+
+def arguments(folder: Path, **options: Any) -> transformers.TrainingArguments:
+    return transformers.TrainingArguments(
+        output_dir=str(folder),
+        per_device_train_batch_size=3,
+        learning_rate=3e-3,
+        logging_steps=1,
+        save_steps=3,
+        max_steps=6,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+        **options,
+    )
+
+
+def curve(trainer: Any) -> list[float]:
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+KINDS = {
+    "bert": ("AutoModelForSequenceClassification", "labels"),
+    "llama": ("AutoModelForCausalLM", "tokens"),
+}
+
+
+@pytest.fixture(params=KINDS)
+def start(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str, str]:
+    """A checkpoint to begin with, the class to load it, and the kind of labels."""
+    name, kind = KINDS[request.param]
+    still = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+    config = small(request.param) | (still if request.param == "bert" else {})
+    torch.manual_seed(0)
+    model = getattr(minilm, name).from_config(minilm.PretrainedConfig.from_dict(config))
+    model.save_pretrained(tmp_path / "start")
+    return tmp_path / "start", name, kind
+
+
+def trained(cls: Any, library: Any, start: tuple[Path, str, str], folder: Path, **options: Any) -> Any:
+    checkpoint, name, kind = start
+    resume = options.pop("resume_from_checkpoint", None)
+    trainer = cls(
+        model=getattr(library, name).from_pretrained(checkpoint),
+        # With several batches a step transformers adds up the losses of a BERT, which it means to average.
+        args=arguments(folder, gradient_accumulation_steps=2 if kind == "tokens" else 1, **options),
+        train_dataset=Rows(40, kind),
+        eval_dataset=Rows(11, kind),
+        data_collator=collate,
+    )
+    trainer.train(resume_from_checkpoint=resume)
+    return trainer
+
+
+@pytest.mark.parametrize("cls", [transformers.Trainer, Trainer], ids=["theirs", "ours"])
+def test_the_curve_is_that_of_transformers(cls: Any, start: tuple[Path, str, str], tmp_path: Path) -> None:
+    theirs = trained(transformers.Trainer, transformers, start, tmp_path / "theirs")
+    ours = trained(cls, minilm, start, tmp_path / "ours")
+    assert len(curve(ours)) == 6
+    assert curve(ours) == pytest.approx(curve(theirs), abs=2e-4)
+    assert len(set(curve(ours))) > 3
+    mine, expected = ours.evaluate(), theirs.evaluate()
+    assert mine["eval_loss"] == pytest.approx(expected["eval_loss"], abs=2e-4)
+
+
+@pytest.mark.parametrize("cls", [transformers.Trainer, Trainer], ids=["theirs", "ours"])
+def test_training_that_goes_on_from_a_checkpoint(
+    cls: Any, start: tuple[Path, str, str], tmp_path: Path
+) -> None:
+    whole = trained(cls, minilm, start, tmp_path / "whole")
+    resumed = trained(
+        cls,
+        minilm,
+        start,
+        tmp_path / "resumed",
+        resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"),
+    )
+    assert curve(resumed) == pytest.approx(curve(whole), abs=1e-6)
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(resumed.model.state_dict()[name], value, atol=1e-6, rtol=1e-5)
+
+
+def test_what_is_saved_loads_in_both_libraries(start: tuple[Path, str, str], tmp_path: Path) -> None:
+    trainer = trained(Trainer, minilm, start, tmp_path / "run", gradient_checkpointing=True)
+    trainer.save_model(str(tmp_path / "last"))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = trainer.model.eval()(ids).logits
+    for folder in (tmp_path / "last", tmp_path / "run" / "checkpoint-6"):
+        for library in (minilm, transformers):
+            model = getattr(library, start[1]).from_pretrained(folder)
+            torch.testing.assert_close(model(ids).logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_checkpoints_of_transformers_own_trainer(start: tuple[Path, str, str], tmp_path: Path) -> None:
+    """They have no configuration, which can be given."""
+    trainer = trained(transformers.Trainer, minilm, start, tmp_path / "run")
+    folder = tmp_path / "run" / "checkpoint-6"
+    with pytest.raises(minilm.ConfigError, match=r"no config\.json"):
+        getattr(minilm, start[1]).from_pretrained(folder)
+    model = getattr(minilm, start[1]).from_pretrained(folder, config=trainer.model.config)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(model(ids).logits, trainer.model.eval()(ids).logits)
+
+
+def test_accelerate_prepares_and_saves(start: tuple[Path, str, str], tmp_path: Path) -> None:
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True)
+    model = getattr(minilm, start[1]).from_pretrained(start[0])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    loader = torch.utils.data.DataLoader(Rows(6, start[2]), batch_size=3, collate_fn=collate)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    for batch in loader:
+        loss = model(**batch).loss
+        accelerator.backward(loss)
+        optimizer.step()
+        optimizer.zero_grad()
+    accelerator.unwrap_model(model).save_pretrained(
+        tmp_path / "saved",
+        is_main_process=accelerator.is_main_process,
+        save_function=accelerator.save,
+        state_dict=accelerator.get_state_dict(model),
+    )
+    again = getattr(minilm, start[1]).from_pretrained(tmp_path / "saved")
+    ids = torch.tensor([[5, 6, 7, 8]])
+    assert torch.equal(again(ids).logits, accelerator.unwrap_model(model).eval()(ids).logits)
