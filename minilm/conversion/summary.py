@@ -130,13 +130,14 @@ def summarise(name_or_path: str | os.PathLike[str], *, head: Head | None = None)
     """
     path = resolve(name_or_path)
     config = read_config(path)
+    beside = path.parent if path.name.endswith((".safetensors", ".safetensors.index.json")) else path
     with open_checkpoint(path) as checkpoint:
         head = head or named_head(config) or fitting_head(config, checkpoint)
         model = on_meta(config, head)
         entries = planned(model, checkpoint)
         files = {info.file: info.file.stat().st_size for info in checkpoint.tensors.values()}
-        given = _given(path, checkpoint)
-    tokenizer, template = _tokenizer(path, checkpoint)
+        given = _given(beside, checkpoint)
+    tokenizer, template = _tokenizer(beside, checkpoint)
     return Summary(
         name=str(name_or_path),
         path=path,

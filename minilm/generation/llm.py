@@ -173,7 +173,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Write on from each prompt; one result for each, in their order.
+        """Continue each prompt; one result for each, in their order.
 
         `sampling_params`: one for all, or one for each; None is what the checkpoint recommends. Raises
         ValueError, before anything runs, for a prompt that is empty or leaves no room in the window.
@@ -205,7 +205,7 @@ class LLM:
         return self._generate([self._render(c, template) for c in conversations], sampling_params, use_tqdm)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> TextStream:
-        """Write on from one prompt, and give the text piece by piece, as soon as each piece is certain."""
+        """Continue one prompt, and give the text piece by piece, as soon as each piece is certain."""
         return TextStream(self, self._job(*self._encode(prompt), sampling_params))
 
     def stream_chat(

@@ -37,7 +37,7 @@ class SamplingParams:
     stop_token_ids: Sequence[int] | None = None
     """Tokens that end the text, besides the model's own."""
     ignore_eos: bool = False
-    """Write on past the model's end tokens."""
+    """Continue past the model's end tokens."""
     max_tokens: int | None = 16
     """None: as many as the window holds."""
     min_tokens: int = 0

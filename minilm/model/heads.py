@@ -1,4 +1,4 @@
-"""Models with a head: what is asked of the last hidden states, and the loss it is trained with.
+"""Models with a task head: what is made of the last hidden states, and the loss it is trained with.
 
 Heads and losses work on packed tokens; only results are padded. Labels at padding never count. A loss is
 computed in float32, by the rules of transformers: -100 is ignored, classification looks at

@@ -1,7 +1,9 @@
 """The layers of the one Transformer, each built from `ModelConfig`: Embeddings, Attention, MLP, Norm, Block.
 
 Everything here works on packed tokens, [T, ...]; modules hold parameters and say which ops of `minilm.ops`
-run on them.
+run on them. It is what a model means, and what runs on a GPU, in training and under hooks. On a CPU without
+gradients all blocks are one call of csrc/cpu/transformer.cpp, which computes the same (`minilm.native`, to be
+skipped on a first reading); `minilm.explain()` tells which of the two ran.
 """
 
 from __future__ import annotations

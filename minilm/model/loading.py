@@ -72,6 +72,8 @@ def read_config(path: Path, **overrides: Any) -> PretrainedConfig:
 
         with GGUFCheckpoint(gguf) as checkpoint:
             return PretrainedConfig.from_dict(checkpoint.hf_config(), **overrides)
+    if path.name.endswith((".safetensors", ".safetensors.index.json")):
+        path = path.parent  # weights, named by their file: what they are stands beside them
     file = path / "config.json" if path.is_dir() else path
     if not has_file(file, error=ConfigError):
         raise ConfigError(f"{path} has no config.json, so the kind of the model is not known")
@@ -234,7 +236,7 @@ class Checkpointed(Companion):
             config.quantization_config = describe(model)
         model.load_report = report
         model.name_or_path = str(pretrained_model_name_or_path)
-        model.read_beside_weights(path)
+        model.read_beside_weights(path if path.is_dir() or path.suffix == ".gguf" else path.parent)
         return model.eval()
 
     def read_beside_weights(self, folder: Path) -> None:

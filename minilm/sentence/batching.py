@@ -1,7 +1,7 @@
 """From texts to hidden states: what sentence embeddings and the pipelines have in common.
 
 Texts are tokenised without padding and batched by length; what padding a batch needs is dropped at the
-border of the model, so that a text's result does not depend on what it is batched with.
+edge of the model, so that a text's result does not depend on what it is batched with.
 """
 
 from __future__ import annotations

@@ -197,8 +197,16 @@ def load_weights(
             "%s: %s is %s: %s", checkpoint.path, name, f"in {kind}" if kind else "not quantised", reason
         )
     if fresh := [*report.initialised, *report.mismatched]:
-        log.warning("%s: newly initialised, to be trained before use: %s", checkpoint.path, ", ".join(fresh))
+        lacking = ", ".join(_stored_name(rules, name) for name in fresh)
+        of_shape = " of this shape" if report.mismatched else ""
+        log.warning("%s has no %s%s: random weights, train them first", checkpoint.path, lacking, of_shape)
     return report
+
+
+def _stored_name(rules: Sequence[Rule], name: str) -> str:
+    """What a checkpoint calls a parameter."""
+    found = (match[0][0] for rule in rules if (match := rule.match_target(name)))
+    return next(found, name)
 
 
 def _format(

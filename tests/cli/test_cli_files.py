@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
 from cli_runs import Terminal, failure, process, records, run
 from tiny_models import TEXTS, save_model
@@ -77,6 +78,20 @@ def test_inspect_for_people(model: Path) -> None:
     assert all(len(line) <= 80 for line in shown.splitlines())
     assert run("inspect", "--model", model).stdout == shown
     assert "two models were named" in failure("inspect", model, "--model", model)
+
+
+def test_inspect_of_a_file_is_that_of_its_folder(model: Path, tmp_path: Path) -> None:
+    whole, file = (
+        json.loads(run("inspect", path, "--json").stdout) for path in (model, model / "model.safetensors")
+    )
+    differ = {key for key in whole if whole[key] != file[key]}
+    assert differ <= {"name", "path"}
+    again = minilm.AutoModelForMaskedLM.from_pretrained(model / "model.safetensors")
+    expected = minilm.AutoModelForMaskedLM.from_pretrained(model)
+    assert all(map(torch.equal, again.parameters(), expected.parameters()))
+    alone = tmp_path / "model.safetensors"
+    alone.write_bytes((model / "model.safetensors").read_bytes())
+    assert "has no config.json" in failure("inspect", alone)
 
 
 def test_inspect_shows_where_weights_go(model: Path) -> None:

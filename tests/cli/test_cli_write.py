@@ -277,11 +277,11 @@ def test_an_answer_that_was_cut_says_so(
 @pytest.mark.parametrize(
     ("stored", "given_options", "expected"),
     [
-        ({}, {}, (0.7, 0.1, 1.15, 1.0)),
-        ({}, {"temperature": 0.0}, (0.0, 0.1, 1.15, 1.0)),
+        ({}, {}, (0.7, 0.1, 1.1, 1.0)),
+        ({}, {"temperature": 0.0}, (0.0, 0.1, 1.1, 1.0)),
         ({"do_sample": True, "temperature": 0.2, "top_p": 0.9}, {}, (0.2, 0.0, 1.0, 0.9)),
         ({"do_sample": True, "temperature": 0.2, "top_p": 0.9}, {"min_p": 0.3}, (0.2, 0.3, 1.0, 0.9)),
-        ({"temperature": 0.2}, {}, (0.7, 0.1, 1.15, 1.0)),
+        ({"temperature": 0.2}, {}, (0.7, 0.1, 1.1, 1.0)),
     ],
     ids=["mild", "mild but greedy", "of the files", "of the files and given", "files that do not sample"],
 )

@@ -14,7 +14,7 @@ import transformers
 from killed import killed_everywhere
 
 import minilm
-from minilm.conversion import convert
+from minilm.conversion import convert, quantize
 from minilm.sentence import CrossEncoder, SentenceEncoder
 
 IDS = torch.tensor([[5, 6, 7, 11]])
@@ -113,14 +113,18 @@ def test_quantised_over_floating(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("weights", ["float", "q8"])
-def test_convert_with_force(tmp_path: Path, weights: str) -> None:
+@pytest.mark.parametrize(
+    ("write", "weights"),
+    [(convert, "float"), (convert, "q8"), (quantize, "q4")],
+    ids=["convert", "convert-q8", "quantize"],
+)
+def test_convert_with_force(tmp_path: Path, write: Callable[..., Any], weights: str) -> None:
     second = tmp_path / "second"
     decoder(2).save_pretrained(second)
     check(
         tmp_path,
         lambda folder: decoder(1).save_pretrained(folder),
-        lambda folder: convert(second, folder, force=True, max_shard_size="20KB", weights=weights) and None,
+        lambda folder: write(second, folder, force=True, max_shard_size="20KB", weights=weights) and None,
         lambda folder: logits(minilm.AutoModelForCausalLM.from_pretrained(folder)),
     )
 

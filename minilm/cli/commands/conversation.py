@@ -38,7 +38,10 @@ COMMANDS = {
     "/help": "this list",
     "/quit": "end (also Ctrl-D)",
 }
-SETTABLE = ("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "seed")
+SETTABLE = (
+    *("max_tokens", "temperature", "top_p", "top_k", "min_p"),
+    *("repetition_penalty", "frequency_penalty", "presence_penalty", "seed"),
+)
 
 
 class Conversation:
@@ -178,9 +181,9 @@ def describe(params: SamplingParams) -> str:
         what = f"temperature {params.temperature:g}"
         parts = {"top_p": params.top_p != 1, "top_k": params.top_k > 0, "min_p": params.min_p > 0}
         what += "".join(f", {name} {getattr(params, name):g}" for name, said in parts.items() if said)
-    if params.repetition_penalty != 1:
-        what += f", repetition_penalty {params.repetition_penalty:g}"
-    return what
+    usual = {"repetition_penalty": 1, "frequency_penalty": 0, "presence_penalty": 0}
+    changed = {name: getattr(params, name) for name, value in usual.items() if getattr(params, name) != value}
+    return what + "".join(f", {name} {value:g}" for name, value in changed.items())
 
 
 def _forget_typed() -> None:

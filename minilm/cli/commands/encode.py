@@ -95,7 +95,7 @@ def similar(
     out: Output,
     run: Runtime,
 ) -> None:
-    """Texts ranked by how much they are like a query, by the model's own measure (mostly the cosine)."""
+    """Rank texts by similarity to a query, by the model's own measure (mostly the cosine)."""
     import torch
 
     out.check()

@@ -62,7 +62,7 @@ def _overview(summary: Summary) -> RenderableType:
         )
     contexts = sorted({min(count, spec.max_positions) for count in (1, 512, spec.max_positions)})
     work = ", ".join(f"{quantity(summary.flops(count))} at context {count:,}" for count in contexts)
-    table.add_row("FLOPs a token", f"{work} (matrix products of the forward pass)")
+    table.add_row("FLOPs per token", f"{work} (matrix products of the forward pass)")
     table.add_row("tokenizer", summary.tokenizer or "none")
     table.add_row("chat template", "yes" if summary.chat_template else "no")
     return table

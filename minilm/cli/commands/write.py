@@ -85,7 +85,7 @@ class Sampling:
         return SamplingParams(**asdict(self))
 
 
-MILD = {"temperature": 0.7, "min_p": 0.1, "repetition_penalty": 1.15}
+MILD = {"temperature": 0.7, "min_p": 0.1, "repetition_penalty": 1.1, "frequency_penalty": 0.3}
 """How a conversation is drawn where the model's files say nothing: else small models repeat themselves."""
 
 
@@ -144,7 +144,7 @@ def generate(
     out: Output,
     run: Runtime,
 ) -> None:
-    """Write on from prompts, as they stand (no chat template; for questions see `minilm chat`).
+    """Continue prompts, as they stand (no chat template; for questions see `minilm chat`).
 
     A single prompt on a terminal appears as it is written. Several are written together, each exactly as
     alone.
