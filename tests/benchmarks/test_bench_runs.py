@@ -276,14 +276,8 @@ def test_an_engine_that_is_not_installed_says_so(monkeypatch: pytest.MonkeyPatch
         peers.engine_class("x")
 
 
-@pytest.mark.parametrize(
-    ("size", "limit"),
-    [
-        (1 << 40, 1 << 10),
-        pytest.param(1 << 10, None, marks=pytest.mark.slow),
-        pytest.param(None, 1 << 10, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("size", "limit"), [(1 << 40, 1 << 10), (1 << 10, None), (None, 1 << 10)])
 def test_engines_that_do_not_fit_into_memory_are_left_out(
     size: int | None, limit: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -166,6 +166,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "Examples" in cli_runs.run("tune", "--help").stdout
 
 
+@pytest.mark.slow
 @NO_GPU
 def test_a_dry_run_lists_candidates_that_fit_the_chip() -> None:
     """In a process of its own: in the interpreter, launches would run."""

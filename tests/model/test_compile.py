@@ -63,7 +63,7 @@ def test_gradients_of_the_graph(family: str) -> None:
             assert_close(a, b, atol=1e-5 * max(1.0, float(b.abs().max())))
 
 
-@pytest.mark.parametrize("family", ["roberta", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("roberta", marks=pytest.mark.slow), "llama"])
 def test_compiled_model_computes_the_same(family: str) -> None:
     """With padding the border looks at the mask, which breaks the graph there, and only there."""
     model = model_of(small(family), 0)

@@ -381,6 +381,7 @@ def run(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", OTHER_ISAS)
 def test_every_instruction_set_in_short(isa: str) -> None:
     """The results of each kind of kernel; the rest of these files again is in `make test-slow`."""

@@ -211,6 +211,7 @@ def test_opcheck(bias: bool) -> None:
     torch.library.opcheck(activation.gated_backward, (draw(3, 3, 4), draw(2, 3, 8), "gelu_tanh"))
 
 
+@pytest.mark.slow
 def test_an_mlp_compiles_as_one_graph() -> None:
     up, bias, down = draw(0, 12, 6).requires_grad_(), draw(1, 12), draw(2, 6, 6)
 

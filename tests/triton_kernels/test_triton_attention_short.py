@@ -41,6 +41,7 @@ def problems(draw: st.DrawFn) -> dict[str, object]:
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(problem=problems())
 def test_forward_and_backward_err_no_more_than_twice_eager(problem: dict) -> None:  # type: ignore[type-arg]
