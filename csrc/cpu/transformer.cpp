@@ -491,7 +491,7 @@ Waited transformer(const TransformerParams& p) {
   auto* arrivals = reinterpret_cast<std::int64_t*>(at + s.counters - 64);
   Team team(at);
   const std::int64_t thread = __atomic_fetch_add(arrivals, 1, __ATOMIC_RELAXED);
-  if (thread >= p.threads) return {};  // cannot be: as many calls as threads
+  if (thread >= p.threads) return {};  // cannot be: there are no more calls than threads
   at += s.counters;
   float* qkv = reinterpret_cast<float*>(at);
   float* attended = reinterpret_cast<float*>(at + s.qkv);
