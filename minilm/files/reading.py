@@ -75,13 +75,15 @@ def read_bytes(path: Path, *, limit: int, error: type[Exception] = FileError) ->
         # Not blocking: the name may have become that of a pipe in between.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with open(descriptor, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise error(f"{path}: expected a file, and this is {_kind(os.fstat(descriptor).st_mode)}")
-            data = stream.read(limit + 1)
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise error(f"{path}: expected a file, and this is {_kind(status.st_mode)}")
+            size = min(status.st_size, limit)
+            data = stream.read(size + 1)  # which Python allocates before it reads: so not of the limit
     except OSError as problem:
         raise error(f"{path}: cannot be read: {_why(problem)}") from problem
-    if len(data) > limit:
-        raise error(f"{path}: more than {limit} bytes, the limit for such a file")
+    if len(data) > size:
+        raise error(f"{path}: more than {size} bytes, while it is read")
     return data
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -160,3 +161,14 @@ def test_a_pipe_as_weights_or_gguf(tmp_path: Path) -> None:
         minilm.AutoTokenizer.from_pretrained(tmp_path / "a.gguf")
     with pytest.raises((ValueError, OSError), match=r"a\.gguf"):
         minilm.AutoModelForCausalLM.from_pretrained(tmp_path / "a.gguf")
+
+
+def test_memory_is_that_of_the_file_and_not_of_the_limit(tmp_path: Path) -> None:
+    file = tmp_path / "config.json"
+    file.write_text('{"hidden_size": 8}')
+    tracemalloc.start()
+    try:
+        assert read_json(file, limit=1 << 30) == {"hidden_size": 8}
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
