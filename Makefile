@@ -31,7 +31,7 @@ PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal --durations 15
 test: .venv/.test
 	$(PYTEST) -m "not slow"
 
-test-slow: .venv/.test
+test-slow: .venv/.test-slow
 	$(PYTEST) -m slow
 
 test-isa: .venv/.test
@@ -80,6 +80,10 @@ kernels:
 .venv/.test: .venv/.models
 	$(PIP) --no-build-isolation --editable '.[test]'
 	@if [ "$$(uname -sm)" = "Linux x86_64" ] && ! $(BIN)/python -c "import triton" 2>/dev/null; then $(PIP) triton==3.6.0; fi
+	@touch $@
+
+.venv/.test-slow: .venv/.test
+	$(PIP) --no-build-isolation --editable '.[test-slow]'
 	@touch $@
 
 .venv/.lint: .venv/.minilm
