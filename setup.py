@@ -395,6 +395,7 @@ if __name__ == "__main__":
             "minilm.benchmarks.peers",
         ],
         package_dir={"minilm.kernels": "kernels", "minilm.benchmarks": "benchmarks"},
+        include_package_data=False,  # what a wheel has besides modules is said here, and not by MANIFEST.in
         package_data={
             "minilm": ["py.typed"],
             "minilm.kernels": ["*.json"],
