@@ -230,18 +230,24 @@ class KVCache:
         return (self.k_scales[layer], self.v_scales[layer]) if self.k_scales else (None, None)
 
     def _grow(self, pages: int) -> None:
-        def grown(old: Tensor) -> Tensor:
-            new = old.new_empty(len(old), self._pages + pages, *old.shape[2:])
-            packed.prefer_large_pages(new)
-            new.narrow(1, 0, self._pages).copy_(old)
-            return new
-
-        self._keys, self._values = grown(self._keys), grown(self._values)
-        self._key_scales, self._value_scales = grown(self._key_scales), grown(self._value_scales)
+        # One store after the other: never is there more than one of them twice.
+        self._keys = self._grown(self._keys, pages)
+        self.k_pages = _layers(self._keys)
+        self._values = self._grown(self._values, pages)
+        self.v_pages = _layers(self._values)
+        self._key_scales, self._value_scales = (
+            self._grown(scales, pages) for scales in (self._key_scales, self._value_scales)
+        )
         self.k_scales, self.v_scales = _layers(self._key_scales), _layers(self._value_scales)
-        self.k_pages, self.v_pages = _layers(self._keys), _layers(self._values)
         self._free = [*range(self._pages + pages - 1, self._pages - 1, -1), *self._free]
         self._pages += pages
+
+    def _grown(self, store: Tensor, pages: int) -> Tensor:
+        """A copy of a store with so many pages more."""
+        new = store.new_empty(len(store), self._pages + pages, *store.shape[2:])
+        packed.prefer_large_pages(new)
+        new.narrow(1, 0, self._pages).copy_(store.narrow(1, 0, self._pages))
+        return new
 
     def extend(self, rows: Sequence[int], counts: Sequence[int]) -> CacheStep:
         """Take room for `counts[i]` new tokens of `rows[i]` and say where they go."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import pytest
@@ -156,6 +157,29 @@ def test_growing_keeps_what_is_there_and_doubles() -> None:
     assert cache.keys(0, 0)[:, 0, 0].tolist() == [float(n) for n in range(200)]
     assert len(set(sizes)) < 15
     assert sizes[-1] < 2 * 2 * 200 * 4 * 4 * 2, "no more than twice of what is needed"
+
+
+def test_growing_copies_one_store_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When the new values are made, the old keys are gone; what failed leaves a cache that can go on."""
+    cache = cache_of(rows=1, page_size=2)
+    cache.extend([0], [2])
+    old_keys = weakref.ref(cache.k_pages[0])
+    whole = KVCache._grown
+    made = []
+
+    def grown(self: KVCache, store: torch.Tensor, pages: int) -> torch.Tensor:
+        made.append(old_keys() is not None)
+        if len(made) == 2:
+            raise MemoryError
+        return whole(self, store, pages)
+
+    monkeypatch.setattr(KVCache, "_grown", grown)
+    with pytest.raises(MemoryError):
+        cache.extend([0], [9])
+    assert made[:2] == [True, False]
+    cache.extend([0], [9])
+    assert cache.lengths[0] == 11
+    assert {len(store[0]) for store in (cache.k_pages, cache.v_pages)} == {6}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
