@@ -8,6 +8,7 @@ from .question_answering import QuestionAnsweringPipeline
 from .text_classification import TextClassificationPipeline
 from .text_generation import TextGenerationPipeline
 from .token_classification import TokenClassificationPipeline
+from .zero_shot import ZeroShotClassificationPipeline
 
 __all__ = [
     "ALIASES",
@@ -20,5 +21,6 @@ __all__ = [
     "TextClassificationPipeline",
     "TextGenerationPipeline",
     "TokenClassificationPipeline",
+    "ZeroShotClassificationPipeline",
     "pipeline",
 ]

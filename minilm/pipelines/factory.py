@@ -24,6 +24,7 @@ from .question_answering import QuestionAnsweringPipeline
 from .text_classification import TextClassificationPipeline
 from .text_generation import TextGenerationPipeline
 from .token_classification import TokenClassificationPipeline
+from .zero_shot import ZeroShotClassificationPipeline
 
 TASKS: dict[str, type[Pipeline[Any]]] = {
     cls.task: cls
@@ -34,6 +35,7 @@ TASKS: dict[str, type[Pipeline[Any]]] = {
         TextClassificationPipeline,
         TextGenerationPipeline,
         TokenClassificationPipeline,
+        ZeroShotClassificationPipeline,
     )
 }
 ALIASES = {"sentiment-analysis": "text-classification", "ner": "token-classification"}

@@ -1,0 +1,123 @@
+"""zero-shot-classification: labels that a model never saw, each put to it as a hypothesis about the text (Yin
+et al. 2019, arXiv:1909.00161). The model was trained to tell whether one text follows from another (NLI)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from ..model import AutoModelForSequenceClassification
+from ..sentence import Ran, Tokens
+from .base import Pipeline, Work
+
+
+@dataclass(frozen=True)
+class Options:
+    """`candidate_labels`: a list, or one text with commas between. `hypothesis_template`: has ``{}`` where
+    the label stands. `multi_label`: each label by itself, entailment against contradiction; else the labels
+    exclude each other. `entailment`: the name of the model's class for "follows"; if it is not said, the one
+    that begins with "entail"."""
+
+    candidate_labels: str | Sequence[str] | None = None
+    hypothesis_template: str = "This example is {}."
+    multi_label: bool = False
+    entailment: str | None = None
+
+    @property
+    def labels(self) -> list[str]:
+        """The labels. Raises ValueError where there are none, or one twice."""
+        given = self.candidate_labels
+        found = [label.strip() for label in given.split(",")] if isinstance(given, str) else list(given or [])
+        found = [label for label in found if label or not isinstance(given, str)]
+        if not found or not all(isinstance(label, str) and label for label in found):
+            raise ValueError(f"candidate_labels are one or more texts, and are {given!r:.80}")
+        if len(set(found)) < len(found):
+            twice = next(label for label in found if found.count(label) > 1)
+            raise ValueError(f"candidate_labels has {twice!r} twice")
+        return found
+
+    def hypotheses(self) -> list[str]:
+        """The hypothesis of each label. Raises ValueError for a template without a place for one."""
+        template, labels = self.hypothesis_template, self.labels
+        try:
+            made = [template.format(label) for label in labels]
+        except (IndexError, KeyError, AttributeError, ValueError) as error:
+            raise ValueError(f"hypothesis_template must have one {{}}, and is {template!r:.80}") from error
+        if made[0] == template:
+            raise ValueError(f"hypothesis_template must have one {{}} for the label, and is {template!r:.80}")
+        return made
+
+
+class ZeroShotClassificationPipeline(Pipeline[Options]):
+    """A text -> {"sequence", "labels", "scores"}, the likeliest label first.
+
+        classify = pipeline("zero-shot-classification", model="cross-encoder/nli-MiniLM2-L6-H768")
+        classify("The striker scored twice.", ["sport", "politics"])
+
+    All labels of all texts go through the model in batches by length.
+    """
+
+    task = "zero-shot-classification"
+    model_class = AutoModelForSequenceClassification
+    options_class = Options
+    older_names: ClassVar[Mapping[str, str]] = {"multi_class": "multi_label"}
+
+    def __call__(self, inputs: Any, *labels: Any, batch_size: int | None = None, **options: Any) -> Any:
+        """The result for one text, or the results for several; `candidate_labels` may be the second
+        argument."""
+        if len(labels) > 1 or (labels and "candidate_labels" in options):
+            raise TypeError(f"{self.task} takes texts and candidate_labels, and got more: {labels!r:.80}")
+        if labels:
+            options["candidate_labels"] = labels[0]
+        return super().__call__(inputs, batch_size=batch_size, **options)
+
+    def prepare(self, item: Any, options: Options) -> Work:
+        """One window a label: the text, and the hypothesis."""
+        text = self.text(item)
+        if not text.strip():
+            raise ValueError(f"{self.task} needs a text, and got {item!r}")
+        works = [self.encode(text, hypothesis) for hypothesis in options.hypotheses()]
+        return Work([window for work in works for window in work.windows], text, any(w.cut for w in works))
+
+    def head(self, result: Ran, windows: Sequence[Tokens]) -> Sequence[Tensor]:
+        """Logits [num_labels] of each window."""
+        logits: Tensor = self.model.answer(result.hidden, result.batch, None)["logits"]
+        return list(logits.float().cpu())
+
+    def finish(self, work: Work, outputs: list[Any], options: Options) -> Any:
+        """The labels by their scores."""
+        logits, labels = torch.stack(outputs), options.labels
+        entailment, contradiction = self._classes(options)
+        if options.multi_label or len(labels) == 1:
+            scores = logits[:, [contradiction, entailment]].softmax(-1)[:, 1]
+        else:
+            scores = logits[:, entailment].softmax(-1)
+        order = sorted(range(len(labels)), key=lambda i: -float(scores[i]))
+        found = scores.tolist()
+        return {
+            "sequence": work.state,
+            "labels": [labels[i] for i in order],
+            "scores": [found[i] for i in order],
+        }
+
+    def _classes(self, options: Options) -> tuple[int, int]:
+        """The classes for "follows" and for "contradicts"; a model without the second has another that is
+        not the first."""
+        names = {name.lower(): number for name, number in self.model.config.label2id.items()}
+        wanted = options.entailment
+        if wanted is None:
+            found = [number for name, number in names.items() if name.startswith("entail")]
+        else:
+            found = [names[wanted.lower()]] if wanted.lower() in names else []
+        if not found or len(names) < 2:
+            which = "none of them begins with 'entail'" if wanted is None else f"none is {wanted!r}"
+            raise ValueError(
+                f"{self.task} needs a model trained on NLI: its classes are "
+                f"{', '.join(self.model.config.id2label.values())}, and {which}; entailment= names the class"
+            )
+        against = [number for name, number in names.items() if name.startswith(("contra", "not"))]
+        return found[0], against[0] if against else (len(names) - 1 if found[0] == 0 else 0)

@@ -1,0 +1,22 @@
+"""Pre-trained models used without training: cloze, label scoring, few-shot prompts, pseudo-perplexity.
+
+Each file is one method of a page or two, with the paper that it is from.
+"""
+
+from .cloze import ClozeClassifier
+from .entities import PromptedEntities
+from .few_shot import FewShotTemplate
+from .labels import LabelScorer
+from .pseudo import next_sentence_scores, pseudo_log_likelihoods, pseudo_perplexity
+from .templates import Template
+
+__all__ = [
+    "ClozeClassifier",
+    "FewShotTemplate",
+    "LabelScorer",
+    "PromptedEntities",
+    "Template",
+    "next_sentence_scores",
+    "pseudo_log_likelihoods",
+    "pseudo_perplexity",
+]

@@ -1,0 +1,147 @@
+"""Classification by a masked language model that was trained for nothing else (Schick & Schuetze 2021,
+arXiv:2001.07676).
+
+    classify = ClozeClassifier(
+        "bert-base-uncased", "{text} It was {mask}.", {"positive": ["great", "good"], "negative": "terrible"}
+    )
+    classify.predict(["A waste of time.", "I laughed all evening."])   # ["negative", "positive"]
+
+The template makes the task one that the model knows: which word stands at the mask? What the model gives to
+the words of a label is the label's score.
+
+A template may have several fields, and an item a text for each: "{text} {subject} is the {mask} of {object}."
+asks for a relation between two entities.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..model import AutoModelForMaskedLM
+from ..sentence import check_batch_size, window
+from ..text import Tokenizer
+from .calibration import NOTHING, calibrated
+from .masked import Masked, log_probabilities, masked_model
+from .templates import Item, Template, Words, shortened, words_of
+
+
+class ClozeClassifier:
+    """A masked language model that chooses among words.
+
+    Args:
+        model: a folder, a name on the hub, or a loaded model (then with its `tokenizer`).
+        template: text with ``{mask}`` where the answer stands, and fields that an item fills.
+        words: label -> the word or words that stand for it, as they stand in the template. A word of several
+            tokens is scored with all of them masked, by the mean of their log probabilities. The probability
+            of a label is the mean of its words'.
+        calibrate: divide by what the model says of items that say nothing (`calibration`): a model likes some
+            words whatever the text is.
+        batch_size: the most prompts that go through the model at once; it does not change results.
+
+    A text that is too long is cut at its end, never the template, with a warning.
+    """
+
+    def __init__(
+        self,
+        model: AutoModelForMaskedLM | str | os.PathLike[str],
+        template: str,
+        words: Words,
+        *,
+        tokenizer: Tokenizer | None = None,
+        calibrate: bool = False,
+        batch_size: int = 32,
+    ) -> None:
+        self.template = Template(template)
+        if not self.template.has_mask:
+            raise ValueError(
+                f"a template has {{mask}} where the answer stands, and {template!r:.80} has none"
+            )
+        self.words = words_of(words)
+        self.labels = list(self.words)
+        self.calibrate = calibrate
+        self.batch_size = check_batch_size(batch_size)
+        self.model, self.tokenizer = masked_model(model, tokenizer)
+        self._prior: Tensor | None = None
+
+    def predict(self, items: Iterable[Item]) -> list[str]:
+        """The likeliest label of each item."""
+        return [self.labels[best] for best in self.probabilities(items).argmax(-1).tolist()]
+
+    def probabilities(self, items: Iterable[Item]) -> Tensor:
+        """Of each label, float32 [items, labels] in the order of `labels`; rows sum to 1."""
+        scores = self.scores(items)
+        if self.calibrate:
+            if self._prior is None:
+                self._prior = self.scores([dict.fromkeys(self.template.names, text) for text in NOTHING])
+            scores = calibrated(scores, self._prior)
+        return scores.softmax(-1)
+
+    def scores(self, items: Iterable[Item]) -> Tensor:
+        """log of the probability of each label's words at the mask, float32 [items, labels]."""
+        if isinstance(items, str):
+            raise TypeError("expected several items, [text, ...], and got one text")
+        cut = 0
+        prompts: list[list[list[Masked]]] = []  # of each item, each label, each word
+        for item in items:
+            found = [[self._masked(item, word) for word in said] for said in self.words.values()]
+            cut += any(was_cut for said in found for _, was_cut in said)
+            prompts.append([[prompt for prompt, _ in said] for said in found])
+        if cut:
+            longest = window(self.model, self.tokenizer)
+            warnings.warn(
+                f"{cut} of {len(prompts)} texts were cut: a prompt has {longest} tokens", stacklevel=2
+            )
+        every = {prompt for item in prompts for said in item for prompt in said}
+        logs = log_probabilities(self.model, every, self.batch_size)
+        rows = [[_mean([logs[prompt] for prompt in said]) for said in item] for item in prompts]
+        return torch.tensor(rows, dtype=torch.float32).view(len(rows), len(self.labels))
+
+    def _masked(self, item: Item, word: str) -> tuple[Masked, bool]:
+        """The prompt with `word` masked, and whether a text was cut for it. The tokens of a word are those
+        that it has in its place, with those of the space before it: a mask stands for both."""
+        fields = self.template.fields(item)
+        longest, cut = window(self.model, self.tokenizer), False
+        while True:
+            text, start = self.template.fill(fields, word)
+            encoded = self.tokenizer(
+                text, return_offsets_mapping=True, return_special_tokens_mask=True, verbose=False
+            )
+            ids: list[int] = encoded["input_ids"]
+            if len(ids) <= longest:
+                break
+            fields, cut = shortened(fields, len(ids) - longest, self._spans), True
+        low, high = len(text[:start].rstrip()), start + len(word)
+        places = [
+            i
+            for i, (begin, end) in enumerate(encoded["offset_mapping"])
+            if low < end and begin < high and not encoded["special_tokens_mask"][i]
+        ]
+        if not places:
+            raise ValueError(f"the word {word!r} has no token in the prompt {text!r:.80}")
+        answers = tuple(ids[i] for i in places)
+        if self.tokenizer.unk_token_id in answers:
+            raise ValueError(f"the vocabulary does not have the word {word!r}: choose another for this label")
+        assert self.tokenizer.mask_token_id is not None
+        for place in places:
+            ids[place] = self.tokenizer.mask_token_id
+        types = encoded.get("token_type_ids")
+        kept = tuple(types) if types is not None and any(types) else None
+        return Masked(tuple(ids), kept, tuple(places), answers), cut
+
+    def _spans(self, text: str) -> list[tuple[int, int]]:
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        spans: list[tuple[int, int]] = encoded["offset_mapping"]
+        return spans
+
+
+def _mean(words: list[list[float]]) -> float:
+    """Log probabilities of the tokens of each word of a label -> that of the label."""
+    scores = [sum(tokens) / len(tokens) for tokens in words]
+    most = max(scores)
+    return most + math.log(sum(math.exp(score - most) for score in scores) / len(scores))

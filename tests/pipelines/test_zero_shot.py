@@ -1,0 +1,103 @@
+"""zero-shot-classification against transformers' pipeline, on random models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tiny_models import TEXTS, save_model
+
+from minilm import pipeline
+
+NLI = {"id2label": {0: "CONTRADICTION", 1: "neutral", 2: "ENTAILMENT"}}
+NLI["label2id"] = {name: number for number, name in NLI["id2label"].items()}  # type: ignore[misc]
+LABELS = ["red tea", "the city", "john", "Nürnberg"]
+
+
+def nli(folder: Path, family: str = "bert", names: dict[int, str] | None = None) -> Path:
+    labels = NLI if names is None else {"id2label": names, "label2id": {n: i for i, n in names.items()}}
+    return save_model(folder, family, "ForSequenceClassification", **labels)
+
+
+def same(ours: Any, theirs: Any) -> None:
+    for found, expected in zip(ours, theirs, strict=True):
+        assert found.keys() == expected.keys()
+        assert found["sequence"] == expected["sequence"]
+        assert found["labels"] == expected["labels"]
+        assert found["scores"] == pytest.approx(expected["scores"], rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+def test_as_transformers(tmp_path: Path, family: str) -> None:
+    folder = nli(tmp_path, family)
+    ours = pipeline("zero-shot-classification", model=folder, device="cpu")
+    theirs = transformers.pipeline("zero-shot-classification", model=str(folder), device=-1)
+    texts = [TEXTS[0], TEXTS[2], TEXTS[4]]
+    for options in ({}, {"multi_label": True}, {"hypothesis_template": "the {} is old"}):
+        same(ours(texts, LABELS, **options), theirs(texts, LABELS, **options))
+    same([ours(texts[0], "red tea, john")], [theirs(texts[0], "red tea, john")])
+    same([ours(texts[0], candidate_labels="anna")], [theirs(texts[0], candidate_labels="anna")])
+    same(ours(iter(texts), candidate_labels=LABELS, batch_size=3), theirs(texts, LABELS))
+
+
+def test_a_text_that_is_too_long_is_cut_and_the_labels_are_not(tmp_path: Path) -> None:
+    folder = nli(tmp_path)
+    ours = pipeline("zero-shot-classification", model=folder, device="cpu")
+    theirs = transformers.pipeline("zero-shot-classification", model=str(folder), device=-1)
+    with pytest.warns(UserWarning, match="1 of 1 texts have more than 64 tokens"):
+        found = ours(TEXTS[3] * 3, LABELS)
+    same([found], [theirs(TEXTS[3] * 3, LABELS)])
+
+
+@pytest.mark.parametrize(
+    ("names", "entailment", "against"),
+    [
+        ({0: "entailment", 1: "neutral", 2: "contradiction"}, 0, 2),
+        ({0: "entailment", 1: "contradiction", 2: "neutral"}, 0, 1),
+        ({0: "neutral", 1: "entailment", 2: "contradiction"}, 1, 2),
+        ({0: "entailment", 1: "not_entailment"}, 0, 1),
+    ],
+)
+def test_the_classes_are_found_by_their_names(
+    tmp_path: Path, names: dict[int, str], entailment: int, against: int
+) -> None:
+    folder = nli(tmp_path, names=names)
+    ours = pipeline("zero-shot-classification", model=folder, device="cpu")
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    expected = {}
+    for label in LABELS:
+        with torch.no_grad():
+            logits = model(**tokenizer(TEXTS[0], f"This example is {label}.", return_tensors="pt")).logits[0]
+        expected[label] = logits[[against, entailment]].softmax(-1)[1].item()
+    found = ours(TEXTS[0], LABELS, multi_label=True)
+    assert dict(zip(found["labels"], found["scores"], strict=True)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_errors(tmp_path: Path) -> None:
+    ours = pipeline("zero-shot-classification", model=nli(tmp_path / "a"), device="cpu")
+    for labels in ([], "", ["a", ""], [1]):
+        with pytest.raises(ValueError, match="candidate_labels are one or more texts"):
+            ours("tea", labels)
+    with pytest.raises(ValueError, match="candidate_labels are one or more texts, and are None"):
+        ours("tea")
+    with pytest.raises(ValueError, match="candidate_labels has 'a' twice"):
+        ours("tea", "a, b, a")
+    for template in ("no place", "{0} {1}", "{name}", "{"):
+        with pytest.raises(ValueError, match="hypothesis_template must have one"):
+            ours("tea", LABELS, hypothesis_template=template)
+    with pytest.raises(ValueError, match="needs a text"):
+        ours(" ", LABELS)
+    with pytest.raises(TypeError, match="takes texts and candidate_labels, and got more"):
+        ours("tea", LABELS, True)
+    other = pipeline(
+        "zero-shot-classification", model=nli(tmp_path / "b", names={0: "yes", 1: "no"}), device="cpu"
+    )
+    with pytest.raises(ValueError, match="its classes are yes, no, and none of them begins with 'entail'"):
+        other("tea", LABELS)
+    with pytest.raises(ValueError, match="and none is 'maybe'"):
+        other("tea", LABELS, entailment="maybe")
+    assert other("tea", LABELS, entailment="yes")["labels"]
