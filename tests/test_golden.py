@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from minilm import LLM, SamplingParams, SentenceEncoder
 
@@ -20,6 +21,7 @@ def test_minilm_embeddings_are_those_of_sentence_transformers() -> None:
     assert np.abs(ours - expected).max() <= 1e-5
 
 
+@pytest.mark.slow
 def test_smollm2_writes_the_greedy_tokens_of_transformers() -> None:
     data = json.loads((GOLDEN / "SmolLM2-135M-Instruct.json").read_text(encoding="utf-8"))
     llm = LLM(data["model"])

@@ -161,6 +161,7 @@ def test_sdist_holds_what_a_wheel_is_built_from(source: Path) -> None:
     assert {"LICENSE", "README.md", "pyproject.toml", "setup.py", "constraints.txt"} <= names
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILER, reason="no C++ compiler on this machine")
 def test_a_compile_error_is_an_error(source: Path) -> None:
     (source / "csrc" / "cpu" / "attention.cpp").write_text("this is not C++\n")

@@ -374,6 +374,7 @@ def test_a_worker_that_dies_says_what_it_said() -> None:
 
 
 # Workloads
+@pytest.mark.slow
 def test_the_corpus_is_the_same_every_time() -> None:
     first = corpus.sentences(24)
     code = "from minilm.benchmarks import corpus; print(corpus.fingerprint(corpus.sentences(24)))"

@@ -5,6 +5,7 @@ changes are seen; what the raw op refuses."""
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -137,7 +138,7 @@ def test_a_batch_of_any_size_is_that_of_the_modules(family: str, size: int) -> N
         assert torch.equal(other, go_on(model, begun(model, BATCHES[size]), 3, MODULES))
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "mistral"])
+@pytest.mark.parametrize("family", ["gpt2", pytest.param("llama", marks=pytest.mark.slow), "mistral"])
 def test_contexts_across_pages_and_stretches(family: str) -> None:
     """512 keys are cut into sixteen stretches of 32, 513 into eleven of 48."""
     lengths = [31, 63, 255, 1, 390] if family == "gpt2" else [31, 63, 511, 1, 700]
@@ -146,8 +147,14 @@ def test_contexts_across_pages_and_stretches(family: str) -> None:
     assert_close(model, lengths)
 
 
-@pytest.mark.parametrize("dtype", FLOATS, ids=str)
-@pytest.mark.parametrize("cache", FLOATS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "cache"),
+    [
+        pytest.param(dtype, cache, marks=() if dtype == cache else pytest.mark.slow)
+        for dtype, cache in itertools.product(FLOATS, FLOATS)
+    ],
+    ids=str,
+)
 def test_16_bit_weights_and_caches_are_close(dtype: torch.dtype, cache: torch.dtype) -> None:
     for family in ("gpt2", "llama", "qwen3"):
         model = model_of(family).to(dtype)
@@ -219,7 +226,7 @@ def quantised_model(family: str, blocks: str | None, ends: str | None, tied: boo
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "own head"])
 @pytest.mark.parametrize("format", QUANTISED_ERROR)
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 def test_quantised_models_are_close(family: str, format: str, tied: bool) -> None:
     for blocks, ends in ((format, format), (None, format), (format, None)):
         model = quantised_model(family, blocks, ends, tied)
@@ -677,6 +684,7 @@ def test_dropout_is_left_to_the_modules() -> None:
     assert torch.isfinite(go_on(none, begun_by_any(none))).all()
 
 
+@pytest.mark.slow
 def test_a_compiled_step_is_traced() -> None:
     model = model_of("gpt2")
     cache = begun_by_any(model)

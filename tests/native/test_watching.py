@@ -271,6 +271,7 @@ def test_without_the_marks_of_pytorch_copies_are_compared(monkeypatch: pytest.Mo
 # Single layers
 
 
+@pytest.mark.slow
 def test_a_new_bias_at_the_old_address_is_not_taken_for_it() -> None:
     layer, x = layers.Linear(8, 8), torch.randn(3, 8)
     with torch.no_grad():

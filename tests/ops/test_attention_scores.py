@@ -108,7 +108,13 @@ def test_a_part_of_the_maps() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize(("causal", "window"), [(True, None), (False, None), (True, 2), (False, 3)])
+@pytest.mark.parametrize(
+    ("causal", "window"),
+    [
+        (True, 2),
+        *(pytest.param(*kind, marks=pytest.mark.slow) for kind in ((True, None), (False, None), (False, 3))),
+    ],
+)
 def test_the_bias_has_a_gradient(backend: str, causal: bool, window: int | None) -> None:
     case = Sequences((3, 1, 3), (4, 2, 3), 1, 2, 3, causal, window, 5)
     inputs = [*case.tensors(torch.float64), random(8, 2, 4, 4)]

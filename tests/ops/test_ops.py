@@ -256,7 +256,7 @@ def test_fused_attention_is_as_good_as_eager(case: Sequences, dtype: torch.dtype
     assert_as_good_as_eager(fused, eager, torch.from_numpy(expected), floor=floor)
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.slow), "torch"])
 def test_gradients_of_attention(backend: str) -> None:
     for causal, window in ((True, None), (False, None), (True, 2), (False, 3)):
         case = Sequences((3, 1, 3), (4, 2, 3), 1, 2, 3, causal, window, 5)
@@ -294,7 +294,7 @@ def test_gradients_of_the_reference(op: str) -> None:
             assert torch.autograd.gradcheck(lambda x, y, w: ops.add_rms_norm(x, y, w, 0.1), (a, b, w))
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
+@pytest.mark.parametrize("backend", [pytest.param("reference", marks=pytest.mark.slow), "torch"])
 def test_dropout_of_attention_keeps_the_mean(backend: str) -> None:
     """A third of the probabilities is dropped, and the rest scaled up: the mean over many draws is the plain
     result."""

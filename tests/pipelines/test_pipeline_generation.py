@@ -53,6 +53,7 @@ def test_greedy_texts(pairs: Any, family: str) -> None:
         assert_same(ours(PROMPTS[2], **GREEDY, **options), theirs(PROMPTS[2], **GREEDY, **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_drawn_texts_are_those_of_transformers(pairs: Any, family: str) -> None:
     """After the same torch.manual_seed; do_sample and the temperature are the pipeline's defaults."""

@@ -178,7 +178,9 @@ LONG = [
 
 @pytest.mark.parametrize("strategy", STRATEGIES[1:])
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("stride", [0, 7, 30])
+@pytest.mark.parametrize(
+    "stride", [pytest.param(0, marks=pytest.mark.slow), 7, pytest.param(30, marks=pytest.mark.slow)]
+)
 def test_windows_with_a_stride(pairs: Any, family: str, strategy: str, stride: int) -> None:
     ours, theirs = pairs[family]
     options = {"aggregation_strategy": strategy, "stride": stride}

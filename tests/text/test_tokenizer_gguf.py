@@ -47,6 +47,7 @@ def has_all_bytes(text: str) -> bool:
     return all(set(piece) <= known_bytes() for piece, _ in pieces)
 
 
+@pytest.mark.slow
 @examples(150)
 @given(text=folders.texts().filter(lambda text: not any(c.isnumeric() for c in text)), pair=folders.texts())
 def test_smollm_without_numbers(text: str, pair: str) -> None:

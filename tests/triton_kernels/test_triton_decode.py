@@ -165,6 +165,7 @@ def judge(case: Batch, ours: Tensor) -> None:
     assert_as_good_as_eager(ours, case.formula(case.q.dtype), exact, floor=floor)
 
 
+@pytest.mark.slow
 @examples(30)
 @given(case=batches(), splits=st.integers(0, 7))
 def test_errs_no_more_than_twice_eager(case: Batch, splits: int) -> None:
