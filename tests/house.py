@@ -20,8 +20,8 @@ ORDER = (
         "native",
         "generation",
     ),
-    *("sentence", "pipelines", "training", "peft", "evaluation", "interpret", "conversion", "serving"),
-    *("integrations", "doctor", "cli", "__main__", ""),
+    *("sentence", "util", "pipelines", "training", "peft", "evaluation", "interpret", "conversion"),
+    *("serving", "integrations", "doctor", "cli", "__main__", ""),
 )
 """The folders and files of minilm/ as they stand on each other, and as a person reads them: each may import
 those before it. The last is the package itself."""

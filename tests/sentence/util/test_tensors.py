@@ -123,6 +123,16 @@ def test_arguments_have_their_names_and_order() -> None:
         assert names == list(inspect.signature(other).parameters)[: len(names)], name
 
 
+def test_programs_find_it_where_they_look() -> None:
+    """As `from sentence_transformers import util` and `from sentence_transformers.util import ...` do."""
+    from minilm import util as short
+    from minilm.util import cos_sim
+
+    assert cos_sim is util.cos_sim
+    assert short.__all__ is util.__all__
+    assert all(getattr(short, name) is getattr(util, name) for name in util.__all__)
+
+
 def test_the_encoder_takes_the_names_of_similarities() -> None:
     model: Any = SimpleNamespace()
     SentenceEncoder.similarity_fn_name.__set__(model, util.SimilarityFunction.DOT_PRODUCT)
