@@ -305,5 +305,8 @@ def test_a_store_and_a_reranker(encoder: SentenceEncoder, tmp_path: Path) -> Non
     assert len(asyncio.run(by_name.acompress_documents(documents, "which?"))) == 3
     with pytest.raises(ValueError, match="top_n"):
         langchain.MinilmReranker(model=cross, top_n=0)
+    again = pickle.loads(pickle.dumps(by_name))
+    assert type(again) is langchain.MinilmReranker
+    assert again.compress_documents(documents, "which?") == by_name.compress_documents(documents, "which?")
     pairs = [("which?", text) for text in TEXTS]
     assert langchain.MinilmCrossEncoder(cross).score(pairs) == pytest.approx(cross.predict(pairs).tolist())

@@ -125,11 +125,13 @@ def test_arguments_have_their_names_and_order() -> None:
 
 def test_programs_find_it_where_they_look() -> None:
     """As `from sentence_transformers import util` and `from sentence_transformers.util import ...` do."""
+    from minilm import SimilarityFunction
     from minilm import util as short
     from minilm.util import cos_sim
 
     assert cos_sim is util.cos_sim
     assert short.__all__ is util.__all__
+    assert SimilarityFunction is util.SimilarityFunction
     assert all(getattr(short, name) is getattr(util, name) for name in util.__all__)
 
 
