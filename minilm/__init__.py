@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from .sentence import SentenceTransformer as SentenceTransformer
     from .text import AutoTokenizer as AutoTokenizer
     from .text import Tokenizer as Tokenizer
+    from .util import SimilarityFunction as SimilarityFunction
 
 _HOME = {
     "cache": ("KVCache",),
@@ -88,6 +89,7 @@ _HOME = {
         "AutoTokenizer",
         "Tokenizer",
     ),
+    "util": ("SimilarityFunction",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

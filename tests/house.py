@@ -20,7 +20,8 @@ ORDER = (
         "native",
         "generation",
     ),
-    *("sentence", "pipelines", "prompting", "training", "peft", "evaluation", "interpret", "conversion"),
+    *("sentence", "util", "pipelines", "prompting", "training", "peft", "evaluation", "interpret"),
+    "conversion",
     *("serving", "integrations", "doctor", "cli", "__main__", ""),
 )
 """The folders and files of minilm/ as they stand on each other, and as a person reads them: each may import

@@ -51,6 +51,10 @@ run code."""
 INTEGRATIONS: dict[str, str] = {
     "integrations.transformers": "transformers",
     "integrations.trainer": "transformers",
+    "integrations.langchain": "langchain_core",
+    "integrations.langchain_search": "langchain_core",
+    "integrations.llama_index": "llama_index",
+    "integrations.llama_index_search": "llama_index",
 }
 """Modules for other libraries, which nothing imports: each may import its library within functions."""
 

@@ -15,5 +15,6 @@ __all__ = [
     "chunks",
     "in_order",
     "run",
+    "util",
     "window",
 ]

@@ -102,22 +102,42 @@ def semantic_search(
     result. `score_function` takes tensors [N, D] and [M, D] and gives [N, M]. Raises ValueError for sizes
     below 1, for embeddings of different dimensions, and for a score that is no number.
     """
-    sizes = {"query_chunk_size": query_chunk_size, "corpus_chunk_size": corpus_chunk_size, "top_k": top_k}
-    for name, size in sizes.items():
-        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-            raise ValueError(f"{name} must be a positive integer, and is {size!r}")
-    queries = _matrix(query_embeddings)
+    queries = matrix(query_embeddings)
+    values, places = nearest(
+        queries, corpus_embeddings, query_chunk_size, corpus_chunk_size, top_k, score_function
+    )
+    return [
+        [{"corpus_id": row, "score": value} for row, value in zip(ids, scores, strict=True)]
+        for ids, scores in zip(places.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def nearest(
+    query_embeddings: Any,
+    corpus_embeddings: Any,
+    query_chunk_size: int,
+    corpus_chunk_size: int,
+    top_k: int,
+    score_function: Callable[[Any, Any], Tensor],
+    first: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`semantic_search` in tensors on the CPU: scores, and int64 rows of the corpus; [N, min(top_k, M)].
+
+    `first`: the number of the first query, for errors.
+    """
+    check_sizes(query_chunk_size=query_chunk_size, corpus_chunk_size=corpus_chunk_size, top_k=top_k)
+    queries = matrix(query_embeddings)
     corpus = _rows(corpus_embeddings)
     best: list[tuple[Tensor, Tensor] | None] = [None] * -(-len(queries) // query_chunk_size)
     for start in range(0, len(corpus), corpus_chunk_size):
-        chunk = _matrix(corpus[start : start + corpus_chunk_size])
+        chunk = matrix(corpus[start : start + corpus_chunk_size])
         score = score_function
         if score is cos_sim:  # each chunk of the corpus is scaled once
             chunk, score = normalize(chunk if chunk.is_floating_point() else chunk.double(), dim=-1), _scaled
         for number in range(len(best)):
             some = queries[number * query_chunk_size : (number + 1) * query_chunk_size].to(chunk.device)
-            values, places = _best(score(some, chunk), top_k)
-            _check_scores(values, places, number * query_chunk_size, start)
+            values, places = best_of(score(some, chunk), top_k)
+            _check_scores(values, places, first + number * query_chunk_size, start)
             found, places = values.cpu(), places.cpu() + start
             before = best[number]
             if before is not None:
@@ -125,15 +145,17 @@ def semantic_search(
                 found, order = found.sort(dim=1, descending=True, stable=True)
                 found, places = found[:, :top_k], places.gather(1, order[:, :top_k])
             best[number] = found, places
-    return [
-        [{"corpus_id": row, "score": value} for row, value in zip(ids, values, strict=True)]
-        for number, part in enumerate(best)
-        for ids, values in (
-            zip(part[1].tolist(), part[0].tolist(), strict=True)
-            if part is not None
-            else [((), ())] * len(queries[number * query_chunk_size : (number + 1) * query_chunk_size])
-        )
-    ]
+    parts = [part for part in best if part is not None]
+    if not parts:  # no queries, or nothing to find
+        return torch.zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.int64)
+    return torch.cat([values for values, _ in parts]), torch.cat([places for _, places in parts])
+
+
+def check_sizes(**sizes: Any) -> None:
+    """Raises ValueError, naming it, for one that is no positive integer."""
+    for name, size in sizes.items():
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+            raise ValueError(f"{name} must be a positive integer, and is {size!r}")
 
 
 def _scaled(a: Tensor, scaled: Tensor) -> Tensor:
@@ -142,10 +164,11 @@ def _scaled(a: Tensor, scaled: Tensor) -> Tensor:
     return normalize(a, dim=-1) @ scaled.T
 
 
-def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def best_of(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """The highest of each row, and where: of equal ones the first, in order. [N, M] -> [N, count] twice."""
-    values, places = scores.topk(min(count, scores.shape[1]), dim=1)
-    rows = (scores >= values[:, -1:]).sum(1) > values.shape[1]  # the last place is claimed by several
+    values, places = scores.topk(min(count + 1, scores.shape[1]), dim=1)
+    rows = (values[:, count - 1 : count] == values[:, count:]).any(1)  # the last place is claimed by several
+    values, places = values[:, :count], places[:, :count]
     for row in rows.nonzero().flatten().tolist():
         least = values[row, -1]
         above = (scores[row] > least).nonzero().flatten()
@@ -170,10 +193,11 @@ def _rows(x: Any) -> Any:
         return x[None] if x.ndim == 1 else x
     if isinstance(x, (list, tuple)):
         return x if not len(x) or np.ndim(x[0]) else [x]
-    return _matrix(x)
+    return matrix(x)
 
 
-def _tensor(x: Any) -> Tensor:
+def tensor(x: Any) -> Tensor:
+    """Embeddings as a tensor of real numbers: halves in float32, of what is sparse all. Raises TypeError."""
     if isinstance(x, (list, tuple)) and x and isinstance(x[0], (Tensor, np.ndarray)):
         x = torch.stack([torch.as_tensor(row) for row in x])
     try:
@@ -187,14 +211,15 @@ def _tensor(x: Any) -> Tensor:
     return found.float() if found.is_floating_point() and found.itemsize < 4 else found
 
 
-def _matrix(x: Any) -> Tensor:
-    found = _tensor(x)
+def matrix(x: Any) -> Tensor:
+    """`tensor` with two dimensions: of one vector, one row."""
+    found = tensor(x)
     return found[None] if found.dim() == 1 else found
 
 
 def _wide(a: Any, b: Any) -> tuple[Tensor, Tensor]:
     """Both as tensors of one floating type that holds their values, and products of integers."""
-    one, other = _tensor(a), _tensor(b)
+    one, other = tensor(a), tensor(b)
     if one.dim() and other.dim() and one.shape[-1] != other.shape[-1]:
         raise ValueError(
             f"embeddings of {one.shape[-1]} and of {other.shape[-1]} dimensions cannot be compared"
