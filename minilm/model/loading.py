@@ -285,6 +285,9 @@ class Checkpointed(Companion):
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"{folder} is a file; save_pretrained writes a folder")
+        if self.is_unfused:
+            self.as_fused().save_pretrained(folder, max_shard_size=max_shard_size)
+            return
         options = self.config.to_dict()
         options.pop("quantization_config", None)
         config = PretrainedConfig.from_dict(options)

@@ -12,16 +12,21 @@ from .loading import (
 from .quantized import KEEP
 from .rules import Rule, affine, copy, fuse, ignore, tied, transpose
 from .stored import check_format, own_rules, stored_format, stored_untied
+from .unfused import RECORD, OutputMatrix, foreign, fuse_modules, tied_names, unfuse_modules
 
 __all__ = [
     "KEEP",
+    "RECORD",
     "LoadReport",
     "MapEntry",
+    "OutputMatrix",
     "Rule",
     "affine",
     "check_format",
     "copy",
+    "foreign",
     "fuse",
+    "fuse_modules",
     "ignore",
     "initialise",
     "load_weights",
@@ -32,6 +37,8 @@ __all__ = [
     "stored_tensors",
     "stored_untied",
     "tied",
+    "tied_names",
     "transpose",
+    "unfuse_modules",
     "weight_map",
 ]

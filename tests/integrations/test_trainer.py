@@ -174,3 +174,38 @@ def test_accelerate_prepares_and_saves(start: tuple[Path, str, str], tmp_path: P
     again = getattr(minilm, start[1]).from_pretrained(tmp_path / "saved")
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(again(ids).logits, accelerator.unwrap_model(model).eval()(ids).logits)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_adapters(start: tuple[Path, str, str], resume: bool, tmp_path: Path) -> None:
+    """transformers' Trainer writes the adapter alone, loads the best one, and goes on from a checkpoint."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    folder, name, kind = start
+    task = "SEQ_CLS" if kind == "labels" else "CAUSAL_LM"
+    config = peft.LoraConfig(task_type=task, r=2, lora_dropout=0.0)
+    theirs = peft.get_peft_model(getattr(transformers, name).from_pretrained(folder), config)
+    theirs.save_pretrained(tmp_path / "adapter")
+    curves, last = [], []
+    for library in (minilm, transformers):
+        base = getattr(library, name).from_pretrained(folder)
+        run = tmp_path / library.__name__
+        trainer = transformers.Trainer(
+            model=peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True),
+            args=arguments(run, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True),
+            train_dataset=Rows(24, kind),
+            eval_dataset=Rows(7, kind),
+            data_collator=collate,
+        )
+        if resume:
+            trainer.args.max_steps = 3
+            trainer.train()
+            trainer.args.max_steps = 6
+            trainer.train(resume_from_checkpoint=True)
+        else:
+            trainer.train()
+        curves.append(curve(trainer))
+        assert (run / "checkpoint-6" / "adapter_model.safetensors").is_file()
+        assert not (run / "checkpoint-6" / "model.safetensors").exists()
+        last.append(trainer.model.eval()(input_ids=torch.tensor([[5, 6, 7, 8]])).logits)
+    assert curves[0] == pytest.approx(curves[1], abs=5e-4)
+    torch.testing.assert_close(last[0], last[1], atol=5e-3, rtol=1e-3)
