@@ -19,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from .weights import (
+    CONFIG_KEY,
     RECORD,
     OutputMatrix,
+    config_tensor,
     foreign,
     fuse_modules,
     resized,
@@ -87,7 +89,7 @@ class Companion(nn.Module):
         """
         if "_peft_config" in self.__dict__:
             return self.__dict__["_peft_config"]
-        if sys._getframe(1).f_globals.get("__name__", "").startswith("peft.tuners."):
+        if _asking().startswith("peft.tuners."):
             self.unfuse()
         raise AttributeError("peft_config")
 
@@ -156,6 +158,27 @@ class Companion(nn.Module):
         family, head = self.family, self.head_kind
         tensors = stored_tensors(self, family.rules(head), family.prefix(head), {})
         return {name: tensor.detach() for name, tensor in tensors.items()}
+
+    def config_to_save(self) -> PretrainedConfig:
+        """The configuration as config.json has it beside the weights."""
+        options = self.config.to_dict()
+        options.pop("quantization_config", None)
+        config = type(self.config).from_dict(options)
+        config.architectures = [self.family.class_name(self.head_kind)]
+        config.dtype = self.dtype
+        return config
+
+    def state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """As in PyTorch. In the file that transformers' Trainer writes of it, without a config.json beside it,
+        the configuration is a tensor of bytes, `minilm.config`, and ``from_pretrained`` finds it there."""
+        found = super().state_dict(*arguments, **options)
+        if _asking() == "transformers.trainer":
+            found[CONFIG_KEY] = config_tensor(self.config_to_save().to_json_string())
+        return found
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        state_dict.pop(prefix + CONFIG_KEY, None)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
@@ -323,6 +346,11 @@ class Companion(nn.Module):
             self.save_pretrained(folder)
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             return api.upload_folder(repo_id=url.repo_id, folder_path=folder, **options)
+
+
+def _asking() -> str:
+    """The module that called the method which calls this."""
+    return str(sys._getframe(2).f_globals.get("__name__", ""))
 
 
 def check_save_options(options: dict[str, Any]) -> None:

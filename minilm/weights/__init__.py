@@ -11,10 +11,21 @@ from .loading import (
 )
 from .quantized import KEEP
 from .rules import Rule, affine, copy, fuse, ignore, tied, transpose
-from .stored import check_format, own_rules, stored_format, stored_untied
+from .stored import (
+    CONFIG_KEY,
+    CONFIG_RULE,
+    check_format,
+    config_tensor,
+    own_rules,
+    stored_config,
+    stored_format,
+    stored_untied,
+)
 from .unfused import RECORD, OutputMatrix, foreign, fuse_modules, tied_names, unfuse_modules
 
 __all__ = [
+    "CONFIG_KEY",
+    "CONFIG_RULE",
     "KEEP",
     "RECORD",
     "LoadReport",
@@ -23,6 +34,7 @@ __all__ = [
     "Rule",
     "affine",
     "check_format",
+    "config_tensor",
     "copy",
     "foreign",
     "fuse",
@@ -33,6 +45,7 @@ __all__ = [
     "own_rules",
     "resized",
     "save_weights",
+    "stored_config",
     "stored_format",
     "stored_tensors",
     "stored_untied",
