@@ -52,14 +52,35 @@ class Companion(nn.Module):
         config: PretrainedConfig
         body: Any
         spec: ModelConfig
+        generation_config: Any
 
         def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None: ...
 
     accepts_loss_kwargs: ClassVar[bool] = True
     """For transformers' Trainer: `num_items_in_batch` is an argument of `forward`."""
     main_input_name: ClassVar[str] = "input_ids"
+    input_modalities: ClassVar[tuple[str, ...]] = ("text",)
+    output_modalities: ClassVar[tuple[str, ...]] = ("text",)
     supports_gradient_checkpointing: ClassVar[bool] = True
     _keys_to_ignore_on_save: ClassVar[None] = None
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """As in PyTorch. transformers' feature-extraction pipeline, which takes the first of what it gets by
+        position, gets a tuple."""
+        result = super().__call__(*arguments, **options)
+        if torch.compiler.is_compiling() or _asking() != "transformers.pipelines.feature_extraction":
+            return result
+        return result.to_tuple()
+
+    @property
+    def base_model_prefix(self) -> str:
+        """What a model with a head calls its base model: "bert"."""
+        return self.family.prefixes[0].rstrip(".")
+
+    def _prepare_generation_config(self, generation_config: Any = None, **options: Any) -> tuple[Any, Any]:
+        """For transformers' pipelines: a configuration with what of the options it has, and the others."""
+        config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+        return config, config.update(**options)
 
     def unfuse(self) -> Any:
         """Give the modules the checkpoint's names, and query, key, value, gate and up a linear layer each, in
@@ -169,7 +190,7 @@ class Companion(nn.Module):
         return config
 
     def state_dict(self, *arguments: Any, **options: Any) -> Any:
-        """As in PyTorch. In the file that transformers' Trainer writes of it, without a config.json beside it,
+        """As in PyTorch. In the file that transformers' Trainer writes of it, with no config.json beside it,
         the configuration is a tensor of bytes, `minilm.config`, and ``from_pretrained`` finds it there."""
         found = super().state_dict(*arguments, **options)
         if _asking() == "transformers.trainer":

@@ -20,6 +20,7 @@ from ..config import ConfigError
 from ..files import saving
 
 COMMON: dict[str, Any] = {
+    "_commit_hash": None,
     "architectures": None,
     "dtype": None,
     "finetuning_task": None,
@@ -37,7 +38,6 @@ NO_EFFECT = frozenset(
     {
         "_attn_implementation",
         "_attn_implementation_autoset",
-        "_commit_hash",
         "_name_or_path",
         "attn_implementation",
         "auto_map",
