@@ -81,6 +81,11 @@ def read_config(path: Path, **overrides: Any) -> PretrainedConfig:
         carried = stored_config(path)  # by what transformers' Trainer writes
         if carried is not None:
             return PretrainedConfig.from_dict(carried, **overrides)
+        if has_file(path / "adapter_config.json", error=ConfigError):
+            raise ConfigError(
+                f"{path} holds an adapter of PEFT and no model: load the model that it is for, and "
+                f"peft.PeftModel.from_pretrained(model, {str(path)!r}) puts it in"
+            )
         raise ConfigError(
             f"{path} has no config.json, so the kind of the model is not known: "
             "from_pretrained(..., config=model.config) takes that of another"

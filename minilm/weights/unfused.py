@@ -454,11 +454,11 @@ def fuse_modules(model: Any) -> None:
         return
     name = foreign(model)
     if name is not None:
-        what = type(walk(model, tuple(name.split(".")))).__name__
+        kind = type(walk(model, tuple(name.split("."))))
         raise ValueError(
-            f"{name} is not a layer of the model's own, but a {what} or with hooks, and a fused model has no "
-            "place for it: merge_and_unload() of the PEFT model merges adapters, its save_pretrained writes "
-            "them"
+            f"{name} is not a layer of the model's own, but a {kind.__name__} of {kind.__module__} or with "
+            "hooks, and a fused model has no place for it: merge_and_unload() of the PEFT model merges "
+            "adapters, and its save_pretrained writes them"
         )
     head: Any = record.parts.get("head")
     tied = True

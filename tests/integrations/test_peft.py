@@ -352,3 +352,47 @@ def test_others_do_not_unfuse() -> None:
     model = minilm.AutoModel.from_config(minilm.BertConfig(**ENCODER))
     assert not hasattr(model, "peft_config")
     assert not model.is_unfused
+
+
+def test_pipelines_take_an_adapted_model(tmp_path: Path) -> None:
+    from tiny_models import save_decoder
+
+    folder = save_decoder(tmp_path / "base", "llama")
+    tokenizer = minilm.AutoTokenizer.from_pretrained(folder)
+    model = minilm.AutoModelForCausalLM.from_pretrained(folder)
+    adapted = shaken(peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", r=2)), 1)
+    options = {"max_new_tokens": 6, "do_sample": False}
+    results = [
+        minilm.pipeline("text-generation", model=str(folder))("John Smith", **options),
+        minilm.pipeline("text-generation", model=adapted, tokenizer=tokenizer)("John Smith", **options),
+        minilm.pipeline("text-generation", model=adapted.merge_and_unload())("John Smith", **options),
+    ]
+    assert results[1] == results[2] != results[0]
+    prompts = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
+    with pytest.raises(ValueError, match="a pipeline does not see them"):
+        minilm.pipeline("text-generation", model=prompts, tokenizer=tokenizer)
+
+
+def test_sentences_of_an_adapted_encoder(tmp_path: Path) -> None:
+    from tiny_models import TEXTS, save_model
+
+    encoder = minilm.SentenceEncoder(str(save_model(tmp_path / "base", "bert")))
+    inner = encoder.transformer.model
+    plain = torch.tensor(encoder.encode(TEXTS))
+    adapted = shaken(peft.get_peft_model(inner, peft.LoraConfig(target_modules=["query", "dense"], r=2)), 1)
+    with_adapter = torch.tensor(encoder.encode(TEXTS))
+    assert not torch.allclose(with_adapter, plain, atol=1e-3)
+    adapted.merge_and_unload()
+    near(torch.tensor(encoder.encode(TEXTS)), with_adapter)
+
+
+def test_the_folder_of_an_adapter_is_no_model(tmp_path: Path) -> None:
+    folder = saved("bert", "sequence-classification", tmp_path / "base")
+    lora("bert", "sequence-classification", folder).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(minilm.ConfigError, match=r"holds an adapter of PEFT and no model.*peft\.PeftModel"):
+        minilm.AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
+    with pytest.raises(ValueError, match="is not a layer of the model's own, but a Linear of peft"):
+        lora("bert", "sequence-classification", folder).base_model.model.save_pretrained(tmp_path / "no")
+    auto = peft.AutoPeftModel
+    found = auto.from_pretrained(tmp_path / "adapter", import_allowlist=["minilm"])
+    assert type(found.get_base_model()) is minilm.BertForSequenceClassification
