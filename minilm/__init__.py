@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from .cache import KVCache as KVCache
     from .config import ConfigError as ConfigError
     from .config import ModelConfig as ModelConfig
-    from .families import PretrainedConfig as PretrainedConfig
     from .files import HubError as HubError
     from .files import WeightError as WeightError
     from .generation import LLM as LLM
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from .model import AutoModelForQuestionAnswering as AutoModelForQuestionAnswering
     from .model import AutoModelForSequenceClassification as AutoModelForSequenceClassification
     from .model import AutoModelForTokenClassification as AutoModelForTokenClassification
+    from .model import PretrainedConfig as PretrainedConfig
     from .ops import BackendError as BackendError
     from .ops import backend as backend
     from .ops import explain as explain
@@ -52,7 +52,6 @@ _HOME = {
         "ConfigError",
         "ModelConfig",
     ),
-    "families": ("PretrainedConfig",),
     "files": ("HubError", "WeightError"),
     "generation": (
         "GenerationConfig",
@@ -73,6 +72,7 @@ _HOME = {
         "AutoModelForQuestionAnswering",
         "AutoModelForSequenceClassification",
         "AutoModelForTokenClassification",
+        "PretrainedConfig",
     ),
     "ops": (
         "BackendError",

@@ -6,8 +6,10 @@ A Transformer can be read without it.
 
 from __future__ import annotations
 
+import copy
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,7 +18,18 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .weights import resized, stored_tensors
+from .weights import (
+    CONFIG_KEY,
+    RECORD,
+    OutputMatrix,
+    config_tensor,
+    foreign,
+    fuse_modules,
+    resized,
+    stored_tensors,
+    tied_names,
+    unfuse_modules,
+)
 
 if TYPE_CHECKING:
     from .config import ModelConfig
@@ -39,28 +52,165 @@ class Companion(nn.Module):
         config: PretrainedConfig
         body: Any
         spec: ModelConfig
+        generation_config: Any
 
         def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None: ...
 
     accepts_loss_kwargs: ClassVar[bool] = True
     """For transformers' Trainer: `num_items_in_batch` is an argument of `forward`."""
     main_input_name: ClassVar[str] = "input_ids"
+    input_modalities: ClassVar[tuple[str, ...]] = ("text",)
+    output_modalities: ClassVar[tuple[str, ...]] = ("text",)
     supports_gradient_checkpointing: ClassVar[bool] = True
     _keys_to_ignore_on_save: ClassVar[None] = None
 
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        """As in PyTorch. transformers' feature-extraction pipeline, which takes the first of what it gets by
+        position, gets a tuple."""
+        result = super().__call__(*arguments, **options)
+        if torch.compiler.is_compiling() or _asking() != "transformers.pipelines.feature_extraction":
+            return result
+        return result.to_tuple()
+
+    @property
+    def base_model_prefix(self) -> str:
+        """What a model with a head calls its base model: "bert"."""
+        return self.family.prefixes[0].rstrip(".")
+
+    def _prepare_generation_config(self, generation_config: Any = None, **options: Any) -> tuple[Any, Any]:
+        """For transformers' pipelines: a configuration with what of the options it has, and the others."""
+        config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
+        return config, config.update(**options)
+
+    def unfuse(self) -> Any:
+        """Give the modules the checkpoint's names, and query, key, value, gate and up a linear layer each, in
+        place (`minilm.weights.unfused`): for libraries that look for modules by name. PEFT has it done by
+        itself. Parameters are new ones, so an optimizer is made afterwards; the native passes rest until
+        `fuse`. Raises ValueError for a quantised model. Returns the model."""
+        unfuse_modules(self)
+        return self
+
+    def fuse(self) -> Any:
+        """The way back of `unfuse`; the parameters are new ones again. Raises ValueError where an adapter is
+        in the model. Returns the model."""
+        fuse_modules(self)
+        return self
+
+    @property
+    def is_unfused(self) -> bool:
+        """Whether the modules have the checkpoint's names now."""
+        return RECORD in self.__dict__
+
+    @property
+    def peft_config(self) -> Any:
+        """PEFT's adapters in the model; without any, an AttributeError.
+
+        A tuner of PEFT asks its model for this before it looks for modules, and so the model is unfused when
+        it is PEFT that asks. It deletes it when it has taken its modules out, and the model is fused again.
+        """
+        if "_peft_config" in self.__dict__:
+            return self.__dict__["_peft_config"]
+        if _asking().startswith("peft.tuners."):
+            self.unfuse()
+        raise AttributeError("peft_config")
+
+    @peft_config.setter
+    def peft_config(self, value: Any) -> None:
+        self.__dict__["_peft_config"] = value
+
+    @peft_config.deleter
+    def peft_config(self) -> None:
+        if self.__dict__.pop("_peft_config", None) is None:
+            raise AttributeError("peft_config")
+        if self.is_unfused and foreign(self) is None:
+            self.fuse()
+
+    @property
+    def _tied_weights_keys(self) -> dict[str, str] | None:
+        """For PEFT, which asks what is one tensor with the token table."""
+        return tied_names(self)
+
+    @property
+    def prepare_inputs_for_generation(self) -> Any:
+        """For PEFT, which asks a decoder for it: `generate` here has no such step, so that setting another
+        one, as prompt tuning does, is a ValueError."""
+        if not self.can_generate():
+            raise AttributeError("prepare_inputs_for_generation")
+        return self._inputs_for_generation
+
+    @prepare_inputs_for_generation.setter
+    def prepare_inputs_for_generation(self, value: Any) -> None:
+        if value != self._inputs_for_generation:
+            raise ValueError(
+                "generate of minilm has no step prepare_inputs_for_generation, by which prompts and prefixes "
+                "of PEFT come in: generate with transformers' model, which loads the same folder"
+            )
+
+    def _inputs_for_generation(self, input_ids: Tensor, **options: Any) -> dict[str, Any]:
+        """The arguments of `forward` for these prompts."""
+        return {"input_ids": input_ids, **options}
+
+    def get_submodule(self, target: str) -> nn.Module:
+        """As in PyTorch. The output matrix of an unfused model is a linear layer for who asks for it by
+        name."""
+        found = super().get_submodule(target)
+        return found.as_linear() if isinstance(found, OutputMatrix) else found
+
+    def train(self, mode: bool = True) -> Any:
+        """As in PyTorch."""
+        super().train(mode)
+        if self.is_unfused:
+            for name in ("body", "head"):
+                if name in self.__dict__:
+                    self.__dict__[name].train(mode)
+        return self
+
+    def as_fused(self) -> Any:
+        """The model itself, or if it is unfused a fused copy. Raises ValueError where an adapter is in it."""
+        return copy.deepcopy(self).fuse() if self.is_unfused else self
+
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
         """The parameters under transformers' names, for ``theirs.load_state_dict``: views, so writing to them
-        writes to the model. (`state_dict` has the names of the modules here.)"""
+        writes to the model (of an unfused model, they are copies). (`state_dict` has the names of the modules
+        here.)"""
+        if self.is_unfused:
+            fused: dict[str, Tensor] = self.as_fused().checkpoint_state_dict()
+            return fused
         family, head = self.family, self.head_kind
         tensors = stored_tensors(self, family.rules(head), family.prefix(head), {})
         return {name: tensor.detach() for name, tensor in tensors.items()}
+
+    def config_to_save(self) -> PretrainedConfig:
+        """The configuration as config.json has it beside the weights."""
+        options = self.config.to_dict()
+        options.pop("quantization_config", None)
+        config = type(self.config).from_dict(options)
+        config.architectures = [self.family.class_name(self.head_kind)]
+        config.dtype = self.dtype
+        return config
+
+    def state_dict(self, *arguments: Any, **options: Any) -> Any:
+        """As in PyTorch. In the file that transformers' Trainer writes of it, with no config.json beside it,
+        the configuration is a tensor of bytes, `minilm.config`, and ``from_pretrained`` finds it there."""
+        found = super().state_dict(*arguments, **options)
+        if _asking() == "transformers.trainer":
+            found[CONFIG_KEY] = config_tensor(self.config_to_save().to_json_string())
+        return found
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
+        state_dict.pop(prefix + CONFIG_KEY, None)
+        super()._load_from_state_dict(state_dict, prefix, *arguments)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """As in PyTorch; a state dict of transformers' model is understood too, and copied into the
-        parameters (`assign` is refused for it)."""
-        if not state_dict or any(name.startswith(("body.", "head.")) for name in state_dict):
+        parameters (`assign` is refused for it). An unfused model takes its own names."""
+        if (
+            self.is_unfused
+            or not state_dict
+            or any(name.startswith(("body.", "head.")) for name in state_dict)
+        ):
             return super().load_state_dict(state_dict, strict, assign)
         places = self.checkpoint_state_dict()
         prefix = self.family.prefix(self.head_kind)
@@ -102,17 +252,21 @@ class Companion(nn.Module):
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
         """Number of parameters, the elements of quantised matrices among them."""
-        counts = {
-            name: p.numel() for name, p in self.named_parameters() if p.requires_grad or not only_trainable
-        }
+        layers = (getattr(m, "named", m) for m in self.body.embeddings.children())
+        left_out = {id(p) for layer in layers for p in layer.parameters()} if exclude_embeddings else set()
+        counts = [
+            p.numel()
+            for p in self.parameters()
+            if id(p) not in left_out and (p.requires_grad or not only_trainable)
+        ]
         if not only_trainable:
             modules = ((n, m) for n, m in self.named_modules() if hasattr(m, "quantized"))
-            counts |= {name: math.prod(module.quantized.shape) for name, module in modules}
-        return sum(
-            count
-            for name, count in counts.items()
-            if not (exclude_embeddings and name.startswith("body.embeddings."))
-        )
+            counts += [
+                math.prod(module.quantized.shape)
+                for name, module in modules
+                if not (exclude_embeddings and name.startswith("body.embeddings."))
+            ]
+        return sum(counts)
 
     def get_memory_footprint(self) -> int:
         """Bytes that the parameters and the quantised matrices occupy."""
@@ -129,6 +283,10 @@ class Companion(nn.Module):
         Output matrices and biases follow; new rows are near the mean of the old, or if not `mean_resizing`
         random.
         """
+        if self.is_unfused:
+            raise ValueError(
+                "the model is unfused, as PEFT wants it: resize_token_embeddings goes before get_peft_model"
+            )
         table: Any = self.body.embeddings.tokens
         output: Any = getattr(getattr(self, "head", None), "decoder", None)
         for name, size in (("new_num_tokens", new_num_tokens), ("pad_to_multiple_of", pad_to_multiple_of)):
@@ -158,6 +316,7 @@ class Companion(nn.Module):
         """The matrix that scores the vocabulary, where it is not the token table; None where it is, or there
         is none."""
         found = getattr(getattr(self, "head", None), "decoder", None)
+        found = getattr(found, "named", found)
         return found if isinstance(found, nn.Module) else None
 
     def tie_weights(self, **_: Any) -> None:
@@ -208,6 +367,11 @@ class Companion(nn.Module):
             self.save_pretrained(folder)
             url = api.create_repo(repo_id, private=private, exist_ok=True)
             return api.upload_folder(repo_id=url.repo_id, folder_path=folder, **options)
+
+
+def _asking() -> str:
+    """The module that called the method which calls this."""
+    return str(sys._getframe(2).f_globals.get("__name__", ""))
 
 
 def check_save_options(options: dict[str, Any]) -> None:

@@ -11,7 +11,8 @@ _QUANTISED = (
 )
 _TRAINING = (
     "transformers.Trainer trains a minilm model (minilm.integrations.transformers.Trainer writes checkpoints "
-    "that load here), and so does a loop of one's own: model(**batch, labels=...).loss.backward()"
+    "that transformers loads too), and so does a loop of one's own: "
+    "model(**batch, labels=...).loss.backward()"
 )
 
 CLASSES = {
@@ -35,6 +36,11 @@ CLASSES = {
     "StaticCache": "model.new_cache(rows) makes the KV cache, and forward(use_cache=True) returns one",
     "LogitsProcessorList": "generate takes a list of functions, or transformers' own list",
     "StoppingCriteriaList": "generate takes a list of functions, or transformers' own list",
+    "get_peft_model": "peft.get_peft_model(model, config) takes a model of minilm",
+    "PeftModel": "peft.PeftModel.from_pretrained(model, name) takes a model of minilm",
+    "DataCollatorWithPadding": "transformers' collators take a tokenizer of minilm; tokenizer.pad is one",
+    "DataCollatorForLanguageModeling": "transformers' collators take a tokenizer of minilm",
+    "DataCollatorForTokenClassification": "transformers' collators take a tokenizer of minilm",
     "set_seed": "torch.manual_seed(seed), or seed= in generate and SamplingParams",
     "models": "from sentence_transformers import models, or SentenceEncoder(name), which reads modules.json",
 }

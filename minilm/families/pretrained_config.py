@@ -13,13 +13,14 @@ import copy
 import json
 import os
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 from .._version import __version__
 from ..config import ConfigError
 from ..files import saving
 
 COMMON: dict[str, Any] = {
+    "_commit_hash": None,
     "architectures": None,
     "dtype": None,
     "finetuning_task": None,
@@ -37,7 +38,6 @@ NO_EFFECT = frozenset(
     {
         "_attn_implementation",
         "_attn_implementation_autoset",
-        "_commit_hash",
         "_name_or_path",
         "attn_implementation",
         "auto_map",
@@ -128,6 +128,8 @@ class PretrainedConfig:
     """
 
     model_type: str = ""
+    reader: ClassVar[Any] = None
+    """What finds and reads a config.json: `minilm.model` gives it."""
 
     def __init__(self, **options: Any) -> None:
         from .table import family_of
@@ -246,6 +248,17 @@ class PretrainedConfig:
         """Write config.json into a folder, which is made if need be."""
         with saving(save_directory) as folder:
             (folder / "config.json").write_text(self.to_json_string(), encoding="utf-8")
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: Any, **options: Any) -> PretrainedConfig:
+        """As ``AutoConfig.from_pretrained``; ``BertConfig`` refuses another family's (ConfigError)."""
+        config: PretrainedConfig = cls.reader(pretrained_model_name_or_path, **options)
+        if cls.model_type not in ("", config.model_type):
+            raise ConfigError(
+                f"{cls.__name__} is for {cls.model_type}, and {pretrained_model_name_or_path} is a "
+                f"{config.model_type}"
+            )
+        return config
 
     @classmethod
     def from_dict(cls, options: dict[str, Any], **overrides: Any) -> PretrainedConfig:

@@ -102,7 +102,11 @@ def read_json_value(path: Path, *, limit: int = MOST_JSON, error: type[Exception
     has a key twice with different values (readers take either), or a number is NaN or infinite, which JSON
     does not have.
     """
-    data = read_bytes(path, limit=limit, error=error)
+    return parse_json(read_bytes(path, limit=limit, error=error), path, error=error)
+
+
+def parse_json(data: bytes, path: Path, *, error: type[Exception] = FileError) -> Any:
+    """The JSON value in `data`, which `path` holds; `error` as `read_json_value` raises it."""
     try:
         return json.loads(
             data.decode("utf-8-sig"),

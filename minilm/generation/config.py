@@ -166,10 +166,15 @@ class GenerationConfig:
         """The options that are set."""
         return {name: copy.deepcopy(value) for name, value in vars(self).items() if value is not None}
 
-    def update(self, **options: Any) -> dict[str, Any]:
-        """Set the options that a generation configuration has; returns the others."""
+    def update(
+        self, defaults_only: bool = False, allow_custom_entries: bool = False, **options: Any
+    ) -> dict[str, Any]:
+        """Set the options that a generation configuration has; returns the others. `defaults_only`: leave
+        those that are set. (`allow_custom_entries` is transformers': others are returned all the same.)"""
         unused = {}
         for name, value in options.items():
+            if defaults_only and (value is None or getattr(self, name, None) is not None):
+                continue
             if name in vars(self) or name in UNSUPPORTED or name in WITHOUT_EFFECT:
                 setattr(self, name, value)
             else:

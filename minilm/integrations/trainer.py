@@ -22,7 +22,7 @@ def trainer_class() -> Any:
 
         transformers' own Trainer trains, evaluates and resumes a model of minilm as well, but knows only its
         own classes' way to save: what it writes has no config.json, and the parameters' names are those of
-        minilm's modules. ``from_pretrained(folder, config=model.config)`` reads that.
+        minilm's modules. minilm's ``from_pretrained(folder)`` reads that, and transformers' does not.
         """
 
         def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

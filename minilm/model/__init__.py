@@ -4,6 +4,7 @@ Reading order: `layers`, `transformer` (the body), `batch` (what goes through it
 API around it), `heads` and `causal`, then `loading`.
 """
 
+from ..families import PretrainedConfig
 from .auto import MODELS, AutoConfig, alias, alias_names
 from .batch import Batch, Packed, pack
 from .causal import AutoModelForCausalLM, CausalLMHead
@@ -28,7 +29,7 @@ __all__ = [
     "AutoModelForMaskedLM", "AutoModelForNextSentencePrediction", "AutoModelForPreTraining",
     "AutoModelForQuestionAnswering", "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification", "Batch", "Block", "CausalLMHead", "Embedding", "Embeddings",
-    "Linear", "ModelOutput", "Norm", "Packed", "PreTrainedModel", "QuantizedEmbedding", "QuantizedLinear",
-    "Transformer", "alias", "alias_names", "angle_table", "angles", "as_device", "as_dtype", "pack",
-    "read_config", "with_effect",
+    "Linear", "ModelOutput", "Norm", "Packed", "PreTrainedModel", "PretrainedConfig", "QuantizedEmbedding",
+    "QuantizedLinear", "Transformer", "alias", "alias_names", "angle_table", "angles", "as_device",
+    "as_dtype", "pack", "read_config", "with_effect",
 ]  # fmt: skip

@@ -55,6 +55,9 @@ class AutoConfig:
         return PretrainedConfig(model_type=model_type, **options)
 
 
+PretrainedConfig.reader = AutoConfig.from_pretrained
+
+
 def alias(name: str) -> Any:
     """The class that a name of transformers stands for: BertModel, GPT2LMHeadModel, LlamaConfig,
     RobertaTokenizerFast, ..."""

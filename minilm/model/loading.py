@@ -23,12 +23,14 @@ from ..files import (
 )
 from ..substitutes import OPTIONS, instead
 from ..weights import (
+    CONFIG_RULE,
     LoadReport,
     check_format,
     initialise,
     load_weights,
     own_rules,
     save_weights,
+    stored_config,
     stored_format,
     stored_untied,
 )
@@ -76,7 +78,18 @@ def read_config(path: Path, **overrides: Any) -> PretrainedConfig:
         path = path.parent  # weights, named by their file: what they are stands beside them
     file = path / "config.json" if path.is_dir() else path
     if not has_file(file, error=ConfigError):
-        raise ConfigError(f"{path} has no config.json, so the kind of the model is not known")
+        carried = stored_config(path)  # by what transformers' Trainer writes
+        if carried is not None:
+            return PretrainedConfig.from_dict(carried, **overrides)
+        if has_file(path / "adapter_config.json", error=ConfigError):
+            raise ConfigError(
+                f"{path} holds an adapter of PEFT and no model: load the model that it is for, and "
+                f"peft.PeftModel.from_pretrained(model, {str(path)!r}) puts it in"
+            )
+        raise ConfigError(
+            f"{path} has no config.json, so the kind of the model is not known: "
+            "from_pretrained(..., config=model.config) takes that of another"
+        )
     try:
         return PretrainedConfig.from_dict(read_json(file, limit=MOST_CONFIG, error=ConfigError), **overrides)
     except ConfigError as error:
@@ -217,7 +230,7 @@ class Checkpointed(Companion):
             report: LoadReport = load_weights(
                 model,
                 checkpoint,
-                own_rules(model, checkpoint) or model.family.rules(model.head_kind),
+                (*(own_rules(model, checkpoint) or model.family.rules(model.head_kind)), CONFIG_RULE),
                 model.family.prefixes,
                 dtype=wanted,
                 device=target,
@@ -285,14 +298,13 @@ class Checkpointed(Companion):
         folder = Path(save_directory)
         if folder.is_file():
             raise ValueError(f"{folder} is a file; save_pretrained writes a folder")
-        options = self.config.to_dict()
-        options.pop("quantization_config", None)
-        config = PretrainedConfig.from_dict(options)
+        if self.is_unfused:
+            self.as_fused().save_pretrained(folder, max_shard_size=max_shard_size)
+            return
+        config = self.config_to_save()
         quantization = describe(self)
         if quantization is not None:
             config.quantization_config = quantization
-        config.architectures = [self.family.class_name(self.head_kind)]
-        config.dtype = self.dtype
         family, head = self.family, self.head_kind
         generation = getattr(self, "generation_config", None)
         # Without one of its own, a model goes by its config.json, and not by what another has left.

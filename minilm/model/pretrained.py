@@ -353,12 +353,12 @@ class PreTrainedModel(ops.Whole, Checkpointed):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.body.parameters()).device
+        return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weights; of a quantised model, that of activations and of what stays floating."""
-        return next(self.body.parameters()).dtype
+        return next(self.parameters()).dtype
 
     @property
     def base_model(self) -> PreTrainedModel:
@@ -367,10 +367,9 @@ class PreTrainedModel(ops.Whole, Checkpointed):
 
     def __getattr__(self, name: str) -> Any:
         family: Family | None = self.__dict__.get("family")
-        if family is not None and f"{name}." == family.prefix(
-            self.head_kind
-        ):  # model.bert, model.transformer
-            return self.base_model
+        asked = family is not None and name not in self._modules  # an unfused model has such a module
+        if family is not None and asked and f"{name}." == family.prefix(self.head_kind):
+            return self.base_model  # model.bert, model.transformer
         return super().__getattr__(name)
 
     @property
@@ -380,7 +379,8 @@ class PreTrainedModel(ops.Whole, Checkpointed):
 
     def get_input_embeddings(self) -> Embedding | QuantizedEmbedding:
         """The token table."""
-        return self.body.embeddings.tokens
+        tokens = self.body.embeddings.tokens
+        return getattr(tokens, "named", tokens)  # of an unfused model
 
     def fused_sizes(self) -> dict[str, tuple[int, ...]]:
         """Rows of the parts of fused matrices, for the weight rules that split them."""

@@ -71,8 +71,8 @@ def pipeline(
 
     Args:
         task: one of `TASKS`, or an alias of one; None: what the model was made for.
-        model: a folder, a name on the hub, or a loaded model. feature-extraction and text-generation have a
-            default.
+        model: a folder, a name on the hub, or a loaded model, with PEFT's adapters or without.
+            feature-extraction and text-generation have a default.
         tokenizer: None takes the model's own.
         device: where to; -1 is the CPU, a number a GPU; None takes the GPU if there is one, or leaves a
             loaded model.
@@ -97,6 +97,7 @@ def pipeline(
             raise ValueError(
                 f"{'pipeline' if task is None else task} needs a model=: a folder, or a name on the hub"
             )
+    model = _adapted(model)
     name = _name(_task_of(model, hub) if task is None else task)
     cls = TASKS[name]
     if isinstance(model, PreTrainedModel):
@@ -127,6 +128,18 @@ def pipeline(
             raise ValueError("a model that was not loaded from files needs a tokenizer=")
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     return cls(loaded, tokenizer, batch_size=batch_size, **options)
+
+
+def _adapted(model: Any) -> Any:
+    """The model that a PEFT model is around, whose adapters are in it; any other as it is."""
+    if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
+        return model
+    if model.active_peft_config.is_prompt_learning:
+        raise ValueError(
+            "prompts and prefixes that PEFT has trained stand before a model, where a pipeline does not see "
+            "them: call the PEFT model itself"
+        )
+    return model.get_base_model()
 
 
 def _name(task: str) -> str:

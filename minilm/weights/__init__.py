@@ -11,27 +11,47 @@ from .loading import (
 )
 from .quantized import KEEP
 from .rules import Rule, affine, copy, fuse, ignore, tied, transpose
-from .stored import check_format, own_rules, stored_format, stored_untied
+from .stored import (
+    CONFIG_KEY,
+    CONFIG_RULE,
+    check_format,
+    config_tensor,
+    own_rules,
+    stored_config,
+    stored_format,
+    stored_untied,
+)
+from .unfused import RECORD, OutputMatrix, foreign, fuse_modules, tied_names, unfuse_modules
 
 __all__ = [
+    "CONFIG_KEY",
+    "CONFIG_RULE",
     "KEEP",
+    "RECORD",
     "LoadReport",
     "MapEntry",
+    "OutputMatrix",
     "Rule",
     "affine",
     "check_format",
+    "config_tensor",
     "copy",
+    "foreign",
     "fuse",
+    "fuse_modules",
     "ignore",
     "initialise",
     "load_weights",
     "own_rules",
     "resized",
     "save_weights",
+    "stored_config",
     "stored_format",
     "stored_tensors",
     "stored_untied",
     "tied",
+    "tied_names",
     "transpose",
+    "unfuse_modules",
     "weight_map",
 ]

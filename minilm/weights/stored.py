@@ -1,4 +1,5 @@
-"""What a checkpoint says of its weights: whether its output matrix is the token table, and their format."""
+"""What a checkpoint says of its weights: whether its output matrix is the token table, their format, and
+where nothing else does, the configuration."""
 
 from __future__ import annotations
 
@@ -9,15 +10,62 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..files import Checkpoint, WeightError
-from .rules import Rule, copy
+from ..config import ConfigError
+from ..files import (
+    INDEX,
+    MOST_CONFIG,
+    SINGLE,
+    Checkpoint,
+    SafetensorsCheckpoint,
+    WeightError,
+    has_file,
+    open_checkpoint,
+    parse_json,
+)
+from .rules import Rule, copy, ignore
+
+CONFIG_KEY = "minilm.config"
+"""The tensor that holds the text of config.json, where somebody else writes a model's state into a file of
+its own: transformers' Trainer."""
+CONFIG_RULE = ignore(CONFIG_KEY, "the configuration")
+
+
+def config_tensor(text: str) -> torch.Tensor:
+    """The text of config.json as uint8."""
+    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+
+def stored_config(folder: Path) -> dict[str, Any] | None:
+    """The options of the configuration that the weights in a folder carry; None if they carry none. Raises
+    ConfigError where it is damaged."""
+    if not any(has_file(folder / name, error=ConfigError) for name in (SINGLE, INDEX)):
+        return None
+    with open_checkpoint(folder) as checkpoint:
+        info = checkpoint.tensors.get(CONFIG_KEY)
+        if info is None or not isinstance(checkpoint, SafetensorsCheckpoint):
+            return None
+        if info.dtype != torch.uint8 or len(info.shape) != 1 or info.shape[0] > MOST_CONFIG:
+            raise ConfigError(
+                f"{info.file}: {CONFIG_KEY} must be the bytes of a config.json, and is {info.stored} "
+                f"{list(info.shape)}"
+            )
+        data = torch.empty(info.shape, dtype=torch.uint8)
+        checkpoint.read_into(CONFIG_KEY, data)
+        options = parse_json(bytes(data.numpy()), info.file, error=ConfigError)
+    if not isinstance(options, dict):
+        raise ConfigError(f"{info.file}: {CONFIG_KEY} must hold a JSON object, and holds {options!r:.60}")
+    return options
 
 
 def own_rules(model: nn.Module, checkpoint: Checkpoint) -> tuple[Rule, ...]:
     """Rules for a checkpoint that has the parameters under the names of the modules here, as
     ``torch.save(model.state_dict())`` and others write it; none for any other."""
     names = [name for name, _ in model.named_parameters()]
-    return tuple(copy(name, name) for name in names) if set(checkpoint.tensors) == set(names) else ()
+    return (
+        tuple(copy(name, name) for name in names)
+        if set(checkpoint.tensors) - {CONFIG_KEY} == set(names)
+        else ()
+    )
 
 
 def stored_untied(model: Any, checkpoint: Checkpoint) -> bool:

@@ -13,7 +13,10 @@ from torch.utils.data import Dataset
 
 import minilm
 from minilm.integrations.trainer import trainer_class
+from minilm.weights import CONFIG_KEY
 
+safetensors = pytest.importorskip("safetensors")
+pytest.importorskip("safetensors.torch")
 pytest.importorskip("accelerate", reason="transformers' Trainer needs accelerate")
 Trainer = trainer_class()
 pytestmark = pytest.mark.slow
@@ -142,14 +145,85 @@ def test_what_is_saved_loads_in_both_libraries(start: tuple[Path, str, str], tmp
 
 
 def test_the_checkpoints_of_transformers_own_trainer(start: tuple[Path, str, str], tmp_path: Path) -> None:
-    """They have no configuration, which can be given."""
+    """They have no config.json, and carry the configuration beside the weights."""
     trainer = trained(transformers.Trainer, minilm, start, tmp_path / "run")
-    folder = tmp_path / "run" / "checkpoint-6"
-    with pytest.raises(minilm.ConfigError, match=r"no config\.json"):
-        getattr(minilm, start[1]).from_pretrained(folder)
-    model = getattr(minilm, start[1]).from_pretrained(folder, config=trainer.model.config)
+    trainer.save_model(str(tmp_path / "last"))
+    assert CONFIG_KEY not in trainer.model.state_dict()
     ids = torch.tensor([[5, 6, 7, 8]])
-    assert torch.equal(model(ids).logits, trainer.model.eval()(ids).logits)
+    cls = getattr(minilm, start[1])
+    for folder in (tmp_path / "run" / "checkpoint-6", tmp_path / "last"):
+        assert not (folder / "config.json").exists()
+        model = cls.from_pretrained(folder)
+        assert torch.equal(model(ids).logits, trainer.model.eval()(ids).logits)
+        assert type(model) is type(trainer.model)
+        found = minilm.AutoConfig.from_pretrained(folder)
+        assert found.architectures == [type(model).__name__]
+        model.save_pretrained(tmp_path / "again")
+        theirs = getattr(transformers, start[1]).from_pretrained(tmp_path / "again")
+        torch.testing.assert_close(theirs(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+        given = cls.from_pretrained(folder, config=trainer.model.config)
+        assert torch.equal(given(ids).logits, model(ids).logits)
+        state = safetensors.torch.load_file(folder / "model.safetensors")
+        assert not any(cls.from_config(found).load_state_dict(state))
+
+
+def test_checkpoints_without_a_configuration(start: tuple[Path, str, str], tmp_path: Path) -> None:
+    """A state that somebody saved alone, and one whose configuration is damaged."""
+    model = getattr(minilm, start[1]).from_pretrained(start[0])
+    file = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(model.state_dict(), file)
+    with pytest.raises(minilm.ConfigError, match=r"no config\.json.*from_pretrained\(\.\.\., config="):
+        getattr(minilm, start[1]).from_pretrained(tmp_path)
+    for damaged, message in (
+        (torch.ones(3), "must be the bytes of a config.json, and is F32"),
+        (torch.tensor(list(b"{no"), dtype=torch.uint8), "model.safetensors: not JSON"),
+        (torch.tensor(list(b"[3]"), dtype=torch.uint8), r"must hold a JSON object, and holds \[3\]"),
+    ):
+        safetensors.torch.save_file({**model.state_dict(), CONFIG_KEY: damaged}, file)
+        with pytest.raises(minilm.ConfigError, match=message):
+            minilm.AutoConfig.from_pretrained(tmp_path)
+
+
+def test_metrics_predictions_and_the_best_model(start: tuple[Path, str, str], tmp_path: Path) -> None:
+    """As with transformers: what compute_metrics sees, predict returns, and which checkpoint is kept."""
+    found: list[Any] = []
+    for library in (minilm, transformers):
+        seen = []
+
+        def metrics(prediction: Any, seen: list[Any] = seen) -> dict[str, float]:
+            seen.append(prediction)
+            logits, labels = prediction.predictions, prediction.label_ids
+            real = logits[labels != -100] if logits.ndim == 3 else logits  # at padding it is zero here
+            return {"mean": float(real.mean()), "labels": float(labels.sum())}
+
+        trainer = transformers.Trainer(
+            model=getattr(library, start[1]).from_pretrained(start[0]),
+            args=arguments(
+                tmp_path / library.__name__,
+                eval_strategy="steps",
+                eval_steps=3,
+                load_best_model_at_end=True,
+                metric_for_best_model="mean",
+            ),
+            train_dataset=Rows(40, start[2]),
+            eval_dataset=Rows(11, start[2]),
+            data_collator=collate,
+            compute_metrics=metrics,
+        )
+        trainer.train()
+        best = str(trainer.state.best_model_checkpoint).rpartition("/")[2]
+        result = trainer.predict(Rows(5, start[2]))
+        found.append((best, trainer.evaluate(), result.predictions, result.label_ids, result.metrics))
+        assert len(seen) == 4
+    ours, theirs = found
+    assert ours[0] == theirs[0]
+    for name in ("eval_loss", "eval_mean", "eval_labels"):
+        assert ours[1][name] == pytest.approx(theirs[1][name], abs=5e-4)
+    real = theirs[3] != -100 if start[2] == "tokens" else slice(None)
+    mine, expected = (torch.tensor(logits[real]) for logits in (ours[2], theirs[2]))
+    torch.testing.assert_close(mine, expected, atol=5e-4, rtol=1e-3)
+    assert (ours[3] == theirs[3]).all()
+    assert ours[4].keys() == theirs[4].keys()
 
 
 def test_accelerate_prepares_and_saves(start: tuple[Path, str, str], tmp_path: Path) -> None:
@@ -174,3 +248,38 @@ def test_accelerate_prepares_and_saves(start: tuple[Path, str, str], tmp_path: P
     again = getattr(minilm, start[1]).from_pretrained(tmp_path / "saved")
     ids = torch.tensor([[5, 6, 7, 8]])
     assert torch.equal(again(ids).logits, accelerator.unwrap_model(model).eval()(ids).logits)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_adapters(start: tuple[Path, str, str], resume: bool, tmp_path: Path) -> None:
+    """transformers' Trainer writes the adapter alone, loads the best one, and goes on from a checkpoint."""
+    peft = pytest.importorskip("peft", reason="PEFT is not installed")
+    folder, name, kind = start
+    task = "SEQ_CLS" if kind == "labels" else "CAUSAL_LM"
+    config = peft.LoraConfig(task_type=task, r=2, lora_dropout=0.0)
+    theirs = peft.get_peft_model(getattr(transformers, name).from_pretrained(folder), config)
+    theirs.save_pretrained(tmp_path / "adapter")
+    curves, last = [], []
+    for library in (minilm, transformers):
+        base = getattr(library, name).from_pretrained(folder)
+        run = tmp_path / library.__name__
+        trainer = transformers.Trainer(
+            model=peft.PeftModel.from_pretrained(base, tmp_path / "adapter", is_trainable=True),
+            args=arguments(run, eval_strategy="steps", eval_steps=3, load_best_model_at_end=True),
+            train_dataset=Rows(24, kind),
+            eval_dataset=Rows(7, kind),
+            data_collator=collate,
+        )
+        if resume:
+            trainer.args.max_steps = 3
+            trainer.train()
+            trainer.args.max_steps = 6
+            trainer.train(resume_from_checkpoint=True)
+        else:
+            trainer.train()
+        curves.append(curve(trainer))
+        assert (run / "checkpoint-6" / "adapter_model.safetensors").is_file()
+        assert not (run / "checkpoint-6" / "model.safetensors").exists()
+        last.append(trainer.model.eval()(input_ids=torch.tensor([[5, 6, 7, 8]])).logits)
+    assert curves[0] == pytest.approx(curves[1], abs=5e-4)
+    torch.testing.assert_close(last[0], last[1], atol=5e-3, rtol=1e-3)

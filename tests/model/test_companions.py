@@ -299,3 +299,14 @@ def test_embeddings_by_the_names_of_others() -> None:
     assert tied.can_generate()
     assert isinstance(tied, AutoModelForCausalLM)
     assert not model_of("bert").can_generate()
+
+
+def test_configurations_by_name(tmp_path: Path) -> None:
+    """``BertConfig.from_pretrained``, as ``AutoConfig``'s; another family's is refused."""
+    config = minilm.BertConfig(hidden_size=12, num_attention_heads=3, num_labels=3)
+    config.save_pretrained(tmp_path)
+    for cls in (minilm.BertConfig, minilm.PretrainedConfig, type(config)):
+        assert cls.from_pretrained(tmp_path) == config
+        assert cls.from_pretrained(tmp_path, hidden_size=24).hidden_size == 24
+    with pytest.raises(ConfigError, match=r"LlamaConfig is for llama, and .* is a bert"):
+        minilm.LlamaConfig.from_pretrained(tmp_path)

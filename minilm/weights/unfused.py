@@ -1,0 +1,506 @@
+"""A model whose modules bear the checkpoint's names: `bert.encoder.layer.0.attention.self.query`.
+
+A model here has one matrix for query, key and value, and one for gate and up. Libraries that look for modules
+by name (PEFT) find those of transformers in a model that is unfused: `unfuse_modules` makes a tree of modules
+by the family's rules, one linear layer, norm or table for each tensor of the checkpoint, and registers it in
+the place of the body and the head. These stay what computes, out of the registry, and each of their layers
+becomes a `Relay`, which looks in the tree for the module that stands at its name now. So what others put
+there counts: an adapter around `query`, a copy of `classifier` that is trained. The native passes see relays
+and leave the model to its modules.
+
+`fuse_modules` is the way back, when nothing foreign is left in the tree.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import ops
+from ..differences import tell
+from .plan import fused_sizes
+from .rules import Rule
+
+Path = tuple[str, ...]
+RECORD = "_unfused"
+"""Key in a model's `__dict__` of what `fuse_modules` needs."""
+PARTS = ("body", "pooler", "head")
+_OWN: set[type] = set()
+"""The classes of linear layers and tables that models here are made of."""
+
+
+class Node(nn.Module):
+    """A place in the tree that has others below it."""
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """Only what is below it computes."""
+        raise RuntimeError(
+            "this is a name in an unfused model, not a layer: call the model, or model.base_model"
+        )
+
+
+class BaseNode(Node):
+    """The base model of a model with a head: `model.bert`."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.__dict__["_model"] = model
+
+    def forward(self, *arguments: Any, **options: Any) -> Any:
+        """As ``model.base_model``."""
+        return self.__dict__["_model"].base_model(*arguments, **options)
+
+
+class PoolerNode(Node):
+    """tanh(W x + b) of a sequence's first token (BERT); `dense` is below it."""
+
+    def forward(self, hidden: Tensor, packed: Any) -> Tensor:
+        """hidden [T, C] -> [B, C]."""
+        if packed.padded_left:
+            tell("first-token")
+        return project(self._modules["dense"], hidden[packed.first()], "tanh")
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm by `minilm.ops`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C]."""
+        return ops.layer_norm(x, self.weight, self.bias, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm by `minilm.ops`."""
+
+    weight: nn.Parameter
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C]."""
+        return ops.rms_norm(x, self.weight, self.eps)
+
+
+class OutputMatrix(nn.Module):
+    """What scores the vocabulary: `lm_head`. The table of tokens where the two are tied.
+
+    No `nn.Linear`, so that PEFT's target_modules="all-linear" leaves it out, as it leaves that of a model of
+    transformers out. ``model.get_submodule`` gives a linear layer with its parameters, to be
+    put in its place.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, kind: type[nn.Linear]) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., C] -> [..., V]."""
+        return ops.linear(x, self.weight, self._parameters.get("bias"))
+
+    def as_linear(self) -> nn.Linear:
+        """The same as a linear layer."""
+        linear = _linear(self.kind, self._parameters)
+        linear.train(self.training)
+        return linear
+
+
+def _linear(kind: type[nn.Linear], parameters: dict[str, nn.Parameter | None]) -> nn.Linear:
+    """A linear layer with these very parameters."""
+    weight, bias = parameters["weight"], parameters.get("bias")
+    assert weight is not None
+    made = kind(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    made._parameters.update(weight=weight, bias=bias)
+    return made
+
+
+def project(layer: Any, x: Tensor, activation: str | None = None) -> Tensor:
+    """activation(layer(x)), in one operation where the layer is one of ours."""
+    y: Tensor
+    if activation is None:
+        y = layer(x)
+    elif type(layer) in _OWN:
+        y = layer(x, activation)
+    else:
+        y = ops.ACTIVATIONS[activation](layer(x))
+    return y
+
+
+def walk(root: nn.Module, path: Path) -> Any:
+    """The module at a path, through whatever was put around one on the way."""
+    found: Any = root
+    for name in path:
+        inside = found._modules.get(name)
+        found = getattr(found, name) if inside is None else inside
+    return found
+
+
+class Relay(nn.Module):
+    """Stands in the body for the module at one name of the tree."""
+
+    def __init__(self, model: nn.Module, path: Path) -> None:
+        super().__init__()
+        self.__dict__.update(_model=model, path=path)
+
+    @property
+    def named(self) -> Any:
+        """What stands there now."""
+        return walk(self.__dict__["_model"], self.__dict__["path"])
+
+    def forward(self, *arguments: Any) -> Any:
+        """As the module there."""
+        return self.named(*arguments)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "_model" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.named, name)
+
+    def extra_repr(self) -> str:
+        return ".".join(self.__dict__["path"])
+
+
+class LinearRelay(Relay):
+    """For a linear layer, with the activation that its caller asks for."""
+
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        """x [..., in] -> [..., out]."""
+        return project(self.named, x, activation)
+
+
+class JoinedRelay(nn.Module):
+    """For one matrix of several: query, key and value; gate and up."""
+
+    def __init__(self, model: nn.Module, paths: Sequence[Path]) -> None:
+        super().__init__()
+        self.__dict__.update(_model=model, paths=tuple(paths))
+
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        """x [..., in] -> [..., the sum of the parts]."""
+        model = self.__dict__["_model"]
+        y = torch.cat([walk(model, path)(x) for path in self.__dict__["paths"]], -1)
+        return y if activation is None else ops.ACTIVATIONS[activation](y)
+
+    def extra_repr(self) -> str:
+        return ", ".join(".".join(path) for path in self.__dict__["paths"])
+
+
+class NormRelay(Relay):
+    """For a norm, with the residual sum before it."""
+
+    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """(norm(x + delta), x + delta)."""
+        total = x if delta is None else x + delta
+        return self.named(total), total
+
+    def norm(self, x: Tensor) -> Tensor:
+        """norm(x)."""
+        y: Tensor = self.named(x)
+        return y
+
+
+class TableRelay(Relay):
+    """For the table of types, of which the first row is read where a call gives none."""
+
+    @property
+    def weight(self) -> Tensor:
+        """The vectors, as the module there gives them."""
+        table = self.named
+        plain = table.weight
+        if type(table) in _OWN:
+            return plain  # type: ignore[no-any-return]
+        rows: Tensor = table(torch.arange(plain.shape[0], device=plain.device))
+        return rows
+
+
+class MaskedLM(nn.Module):
+    """The head that guesses masked tokens, over relays: `AutoModelForMaskedLM`'s."""
+
+    def __init__(self, head: Any, decoder: Relay) -> None:
+        super().__init__()
+        self.activation = head.activation
+        self.dense, self.norm, self.next_sentence = head.dense, head.norm, head.next_sentence
+        self.decoder = decoder
+
+    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """hidden [T, C] -> logits [T, V]; the token table is not needed."""
+        scores: Tensor = self.decoder(self.norm.norm(self.dense(hidden, self.activation)))
+        return scores
+
+
+@dataclass
+class Seat:
+    """A layer of the body or the head whose work modules of the tree do."""
+
+    parent: nn.Module
+    name: str
+    module: nn.Module
+    relay: nn.Module
+    paths: tuple[Path, ...]
+
+
+@dataclass
+class Record:
+    """What an unfused model was, and where its parts are."""
+
+    parts: dict[str, nn.Module | None]
+    seats: list[Seat] = field(default_factory=list)
+    output: Path | None = None
+    """Of the matrix that scores the vocabulary."""
+
+
+def unfuse_modules(model: Any) -> None:
+    """Give the modules of `model` the checkpoint's names, in place. Its parameters are new ones afterwards:
+    an optimizer is made after this. Nothing happens to a model that is unfused; a quantised one is a
+    ValueError."""
+    if RECORD in model.__dict__:
+        return
+    if any(hasattr(module, "quantized") for module in model.modules()):
+        raise ValueError(
+            "a quantised model has no separate query, key and value matrices that could be trained or take "
+            "adapters: load it without weights=, or with weights='float'"
+        )
+    _Unfusing(model).run()
+
+
+class _Unfusing:
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        family, head = model.family, model.head_kind
+        self.rules: tuple[Rule, ...] = family.rules(head)
+        self.prefix: str = family.prefix(head)
+        self.linear: type[nn.Linear] = type(model.body.layers[0].attention.out)
+        self.tokens = model.body.embeddings.tokens
+        _OWN.update((self.linear, type(self.tokens)))
+        base = BaseNode(model) if self.prefix else Node()
+        self.base = base
+        self.top = Node()
+        if self.prefix:
+            self._put(tuple(self.prefix.rstrip(".").split(".")), base)
+        self.record = Record({name: model._modules[name] for name in PARTS if name in model._modules})
+
+    def run(self) -> None:
+        """Make the tree, and exchange it for the parts."""
+        model, parts = self.model, self.record.parts
+        body, pooler, head = (parts.get(name) for name in PARTS)
+        owners = [
+            (name, module)
+            for name, module in model.named_modules()
+            if module is not head and any(p is not None for p in module._parameters.values())
+        ]
+        first: Path = ()
+        for name, module in owners:
+            if name.startswith("pooler."):
+                first = self._paths(f"{name}.weight")[0][0][:-1]
+                self._put(first, PoolerNode())
+            if name != "head.decoder":
+                parent, _, leaf = name.rpartition(".")
+                self._seat(model.get_submodule(parent), leaf, module, name)
+        if hasattr(head, "decoder"):
+            self._output(head)
+        tree = Node()
+        tree._modules.update(self.base._modules if self.prefix else self.top._modules)
+        model._modules.clear()
+        model._modules.update(self.top._modules)
+        assert body is not None
+        body._modules["tree"] = self.base if self.prefix else tree
+        model.__dict__["body"] = body
+        if head is not None:
+            model.__dict__["head"] = self._head(head)
+        if pooler is not None and self.prefix:
+            model.__dict__["pooler"] = Relay(model, first)
+        model.__dict__[RECORD] = self.record
+        changed(model)
+        model.train(model.training)
+
+    def _head(self, head: nn.Module) -> nn.Module:
+        """The head, over relays."""
+        if self.record.output is None:
+            return head
+        relay = LinearRelay(self.model, self.record.output)
+        if "dense" in head._modules:
+            return MaskedLM(head, relay)
+        head.__dict__.pop("decoder", None)
+        head._modules["decoder"] = relay
+        return head
+
+    def _paths(self, target: str) -> tuple[tuple[Path, ...], Rule, str]:
+        """Where the parts of our parameter `target` are in the tree, and its kind (weight or bias)."""
+        for rule in self.rules:
+            found = rule.match_target(target)
+            if found is not None and rule.transform != "ignore":
+                prefix = self.prefix if rule.in_base else ""
+                names = [(prefix + source).split(".") for source in found[0]]
+                return tuple(tuple(name[:-1]) for name in names), rule, names[0][-1]
+        raise ValueError(f"no rule says what {target} is called in a checkpoint")
+
+    def _put(self, path: Path, module: nn.Module) -> None:
+        """Register a module at a path, with nodes on the way."""
+        at: nn.Module = self.top
+        for name in path[:-1]:
+            at = at._modules.setdefault(name, Node())  # type: ignore[assignment]
+        at._modules[path[-1]] = module
+
+    def _seat(self, parent: nn.Module, name: str, module: Any, full: str) -> None:
+        paths, rule, _ = self._paths(f"{full}.weight")
+        relay: nn.Module
+        if isinstance(module, nn.Linear):
+            if rule.transform == "fuse":
+                self._split(module, paths, rule, full)
+                relay = JoinedRelay(self.model, paths)
+            else:
+                self._put(paths[0], module)
+                relay = LinearRelay(self.model, paths[0])
+        elif isinstance(module, nn.Embedding):
+            self._put(paths[0], module)
+            relay = (TableRelay if name == "types" else Relay)(self.model, paths[0])
+        else:
+            self._put(paths[0], _norm(module))
+            relay = NormRelay(self.model, paths[0])
+        parent._modules[name] = relay
+        self.record.seats.append(Seat(parent, name, module, relay, paths))
+
+    def _split(self, module: nn.Linear, paths: tuple[Path, ...], rule: Rule, full: str) -> None:
+        sizes = list(fused_sizes(rule, self.model, f"{full}.weight", module.weight.shape[0]))
+        parts: list[dict[str, nn.Parameter | None]] = [{} for _ in paths]
+        for kind, parameter in module._parameters.items():
+            pieces: Sequence[Any] = [None] * len(paths)
+            if parameter is not None:
+                pieces = [
+                    nn.Parameter(piece.clone(), parameter.requires_grad)
+                    for piece in torch.split(parameter.detach(), sizes)
+                ]
+            for part, piece in zip(parts, pieces, strict=True):
+                part[kind] = piece
+        for path, part in zip(paths, parts, strict=True):
+            self._put(path, _linear(self.linear, part))
+        module._parameters.update(dict.fromkeys(module._parameters))
+
+    def _output(self, head: Any) -> None:
+        rule = next(r for r in self.rules if r.target == "head.decoder.weight")
+        path = tuple(rule.sources[0].split(".")[:-1])
+        matrix = OutputMatrix(self.linear)
+        own = self.tokens if head.decoder is None else head.decoder
+        matrix._parameters["weight"] = own.weight
+        if "bias" in head._parameters:
+            matrix._parameters["bias"] = head._parameters["bias"]
+        self._put(path, matrix)
+        self.record.output = path
+
+
+def _norm(module: Any) -> nn.Module:
+    """The tree's norm with the parameters of one of ours."""
+    made: nn.Module
+    if module.rms:
+        made = RMSNorm(module.eps)
+    else:
+        made = LayerNorm(module.weight.shape, eps=module.eps, device="meta")
+        made._parameters["bias"] = module._parameters["bias"]
+    made._parameters["weight"] = module._parameters["weight"]
+    return made
+
+
+def tied_names(model: Any) -> dict[str, str] | None:
+    """transformers' `_tied_weights_keys`: the output matrix's name -> that of the token table, where an
+    unfused model has one tensor for both."""
+    record: Record | None = model.__dict__.get(RECORD)
+    if record is None or record.output is None or not model.spec.tie_word_embeddings:
+        return None
+    table = next(seat.paths[0] for seat in record.seats if seat.name == "tokens")
+    return {".".join((*record.output, "weight")): ".".join((*table, "weight"))}
+
+
+def changed(model: Any) -> None:
+    """Drop what was made of the weights of a model that was rebuilt."""
+    for module in (model, model.body):
+        module.__dict__.pop(ops.MADE, None)
+    model.weights_changed()
+
+
+def foreign(model: Any) -> str | None:
+    """What in the tree of an unfused model is not a layer of its own: the name of an adapter's, of a copy
+    that is trained, or of a layer with hooks; None if there is nothing."""
+    record: Record = model.__dict__[RECORD]
+    paths = [path for seat in record.seats for path in seat.paths]
+    paths += [] if record.output is None else [record.output]
+    known = set()
+    for path in paths:
+        for end in range(1, len(path) + 1):
+            place = walk(model, path[:end])
+            own = isinstance(place, Node) if end < len(path) else _is_plain(place)
+            if not own or place._forward_hooks or place._forward_pre_hooks or "forward" in place.__dict__:
+                return ".".join(path[:end])
+            known.add(place)
+    return next((name for name, m in model.named_modules() if m is not model and m not in known), None)
+
+
+def _is_plain(place: nn.Module) -> bool:
+    return type(place) in (LayerNorm, RMSNorm, OutputMatrix) or type(place) in _OWN
+
+
+def fuse_modules(model: Any) -> None:
+    """The way back, in place: the native passes compute again. Parameters are new ones again. Nothing happens
+    to a model that is fused; one with adapters in it is a ValueError."""
+    record: Record | None = model.__dict__.get(RECORD)
+    if record is None:
+        return
+    name = foreign(model)
+    if name is not None:
+        kind = type(walk(model, tuple(name.split("."))))
+        raise ValueError(
+            f"{name} is not a layer of the model's own, but a {kind.__name__} of {kind.__module__} or with "
+            "hooks, and a fused model has no place for it: merge_and_unload() of the PEFT model merges "
+            "adapters, and its save_pretrained writes them"
+        )
+    head: Any = record.parts.get("head")
+    tied = True
+    if record.output is not None:
+        matrix: Any = walk(model, record.output)
+        weight = matrix._parameters["weight"]
+        tied = weight is model.body.embeddings.tokens.weight
+        head._modules["decoder"] = None if tied else _linear(_kind(matrix), {"weight": weight})
+        if "bias" in head._parameters:
+            head._parameters["bias"] = matrix._parameters["bias"]
+    for seat in record.seats:
+        seat.parent._modules[seat.name] = _seated(seat, [walk(model, path) for path in seat.paths])
+    body: Any = record.parts["body"]
+    del body._modules["tree"]
+    for part in record.parts:
+        model.__dict__.pop(part, None)
+    del model.__dict__[RECORD]
+    model._modules.clear()
+    model._modules.update(record.parts)
+    model.train(model.training)
+    if record.output is not None and not tied and model.spec.tie_word_embeddings:
+        model.spec = replace(model.spec, tie_word_embeddings=False)
+        model.config.tie_word_embeddings = False
+    changed(model)
+
+
+def _kind(matrix: Any) -> type[nn.Linear]:
+    kind: type[nn.Linear] = matrix.kind if type(matrix) is OutputMatrix else type(matrix)
+    return kind
+
+
+def _seated(seat: Seat, found: list[Any]) -> nn.Module:
+    """What takes its seat again: the layer of the tree, or one that is joined of several."""
+    if type(found[0]) in (LayerNorm, RMSNorm):
+        for kind in seat.module._parameters:
+            seat.module._parameters[kind] = found[0]._parameters.get(kind)
+        return seat.module
+    if len(found) == 1:
+        return found[0]  # type: ignore[no-any-return]
+    for kind in ("weight", "bias"):
+        pieces = [layer._parameters[kind] for layer in found]
+        if pieces[0] is not None:
+            joined = torch.cat([piece.detach() for piece in pieces])
+            seat.module._parameters[kind] = nn.Parameter(joined, any(p.requires_grad for p in pieces))
+    return seat.module
