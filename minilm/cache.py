@@ -1,4 +1,4 @@
-"""The KV cache: what a decoder remembers of the tokens it has read, in pages.
+"""The KV cache: keys and values of the tokens that a decoder has read, stored in pages.
 
     sequence 0: "the cat sat"    block_table   0: [2, 0]     k_pages[layer]   page 0: sat .    page 1: a dog
     sequence 1: "a dog"                        1: [1]        [page, slot,     page 2: the cat

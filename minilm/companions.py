@@ -1,7 +1,7 @@
-"""What other libraries ask of a model: transformers' Trainer, accelerate, peft, and programs that move state
-dicts about.
+"""Methods that other libraries call on a model: transformers' Trainer, accelerate, peft, and code that copies
+state dicts.
 
-A Transformer can be read without it.
+Not needed to understand the Transformer.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""`ModelConfig`: the closed list of ways in which two Transformers differ.
+"""`ModelConfig`: every option by which the supported Transformers differ.
 
-A checkpoint's ``config.json`` speaks the dialect of its family (``n_embd`` or ``hidden_size``, ``rope_theta``
-here or there). Each family translates its dialect into this one (`minilm.families`), and the model code reads
-nothing else. So this page says what the one Transformer of `minilm.model.pretrained` can be; a field stands
-here only because two families really differ by it.
+Each family has its own names for the options in ``config.json`` (``n_embd`` or ``hidden_size``,
+``rope_theta`` at the top level or nested). `minilm.families` translates them into this one configuration, and
+the model code reads nothing else. So this file lists all variants of the one Transformer in `minilm.model`;
+each field is here because two families differ by it.
 
-Alphabet of dimensions, used in every docstring: B sequences, T packed tokens, S context, H query heads, Hkv
+Letters for dimensions in all docstrings: B sequences, T packed tokens, S context, H query heads, Hkv
 key/value heads, D head size, C channels, F inner channels of the MLP, L layers, P positions, V vocabulary.
 """
 

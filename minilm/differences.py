@@ -1,8 +1,7 @@
-"""What is said once a process: where minilm differs from transformers on purpose, and names of arguments that
-have newer ones.
+"""Warnings given once per process: deliberate differences from transformers, and renamed arguments.
 
-docs/differences.md is the table of the former; what changes a result in silence is here, and warns where it
-happens.
+docs/differences.md lists all deliberate differences. Those that would change a result silently are here, and
+warn where they take effect.
 """
 
 from __future__ import annotations

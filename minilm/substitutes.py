@@ -1,5 +1,5 @@
-"""Names of transformers that minilm does not have, and what to use in their place: the errors that meet them
-say it."""
+"""Suggestions for error messages: what to use in place of names and options of transformers that minilm does
+not have."""
 
 from __future__ import annotations
 
