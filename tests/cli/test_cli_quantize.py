@@ -135,7 +135,7 @@ def test_failures_leave_nothing(encoder: Path, texts: Path, tmp_path: Path) -> N
     out = tmp_path / "out"
     for arguments, message in (
         ([encoder, out, "-w", "q3"], "weights must be one of int8"),
-        ([encoder, out, "-w", "gguf"], "is none"),
+        ([encoder, out, "-w", "gguf"], "is not one"),
         ([encoder, out, "--texts", tmp_path / "nowhere.txt"], "nowhere.txt"),
         ([tmp_path / "nothing", out], "nothing"),
         ([encoder, texts], "this is a file"),

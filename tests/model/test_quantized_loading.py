@@ -305,7 +305,7 @@ def test_what_is_quantised_already(tmp_path: Path) -> None:
     model = load("llama", weights="q4")
     model.save_pretrained(tmp_path)
     assert same(planes(load("llama", tmp_path, weights="q4")), planes(model))  # asked for what it is
-    with pytest.raises(ValueError, match="quantised already, to q4_1: quantise the original to q8_0"):
+    with pytest.raises(ValueError, match="already quantised to q4_1: quantise the original to q8_0"):
         load("llama", tmp_path, weights="q8")
     with pytest.raises(ValueError, match="keeps the formats of a GGUF file"):
         load("llama", tmp_path, weights="gguf")
