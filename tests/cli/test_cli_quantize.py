@@ -148,7 +148,7 @@ def test_failures_leave_nothing(encoder: Path, texts: Path, tmp_path: Path) -> N
     assert "--force" in failure("quantize", encoder, out, "--texts", texts)
     run("quantize", encoder, out, "--texts", texts, "--force", "-w", "int8")
     assert (out / "mine.txt").read_text() == "keep"
-    assert "quantised already, to int8" in failure("quantize", out, tmp_path / "again", "-w", "q8")
+    assert "already quantised to int8" in failure("quantize", out, tmp_path / "again", "-w", "q8")
 
 
 def test_convert_makes_it_floating_again(encoder: Path, texts: Path, tmp_path: Path) -> None:
