@@ -262,8 +262,8 @@ class Doubled(nn.Linear):
 
 def test_what_is_asked_for_besides_is_left_to_the_modules() -> None:
     model = model_of("llama")
-    assert "results of each layer" in refusal(model, lambda: model(ids(), output_hidden_states=True))
-    assert "results of each layer" in refusal(model, lambda: model(ids(), output_attentions=True))
+    assert "outputs of each layer" in refusal(model, lambda: model(ids(), output_hidden_states=True))
+    assert "outputs of each layer" in refusal(model, lambda: model(ids(), output_attentions=True))
     model.requires_grad_(True)
     assert "gradients are enabled" in refusal(model)
     with torch.no_grad():
