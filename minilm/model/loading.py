@@ -121,7 +121,7 @@ def as_device(device: torch.device | str | int | None, device_map: Any) -> torch
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device_map == "auto" else device_map
     found = torch.device("cpu" if device is None else device)
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device is {str(found)!r}, and this PyTorch finds no CUDA device")
+        raise ValueError(f"device is {str(found)!r}, and this PyTorch sees no CUDA device")
     return found
 
 
