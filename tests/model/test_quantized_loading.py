@@ -572,7 +572,7 @@ def test_sentences_and_pairs(tmp_path: Path) -> None:
     assert len(cross.predict([("a", "b"), ("c", "d")])) == 2
     pipe = minilm.pipeline("text-classification", scorer, weights="int8", device="cpu")
     assert quantised_layers(pipe.model) == 8
-    with pytest.raises(ValueError, match="give the model.s name"):
+    with pytest.raises(ValueError, match="give the model's name"):
         minilm.pipeline("text-classification", pipe.model, tokenizer=pipe.tokenizer, weights="int8")
 
 
@@ -586,7 +586,7 @@ def test_llm() -> None:
     ids = torch.tensor([answer.prompt_token_ids])
     text = loaded.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
     assert text[: len(answer.outputs[0].token_ids)] == list(answer.outputs[0].token_ids)
-    with pytest.raises(ValueError, match="give the model.s name"):
+    with pytest.raises(ValueError, match="give the model's name"):
         minilm.LLM(loaded, tokenizer=d.tokenizer, weights="q4")
 
 
