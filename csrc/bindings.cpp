@@ -1,6 +1,6 @@
-// The normalisations as PyTorch sees them: schemas, checks, CPU registration. No files of the CPU extension
-// but the bindings include torch, and these only its stable ABI: the binary serves every PyTorch from 2.10
-// on. Fakes and autograd: minilm/ops/backends/native.py.
+// PyTorch bindings of the normalisations: schemas, checks, CPU registration. In the CPU extension only the
+// bindings include torch, and only its stable ABI, so the binary works with every PyTorch from 2.10 on. Fake
+// implementations and autograd are in minilm/ops/backends/native.py.
 
 #include <torch/csrc/stable/library.h>
 
@@ -17,7 +17,7 @@ namespace {
 
 using namespace minilm;
 
-// What the kernels take as it is: rows of contiguous channels at one distance. All else is copied.
+// The layout that the kernels accept: contiguous channels, rows at a constant distance. Others are copied.
 Tensor as_rows(const Tensor& t) {
   const bool one_stride = t.dim() == 2 && t.stride(1) == 1 && t.numel() > 0;
   return one_stride ? t : as_contiguous(t);
@@ -81,7 +81,7 @@ NormOutputs norm(const char* op, const Tensor& x, const std::optional<Tensor>& r
   const int64_t channels = sizes.back();
   const int64_t rows = x.numel() / channels;
   const auto statistics = p.dtype == DType::kFloat64 ? ScalarType::Double : ScalarType::Float;
-  // Kept alive until the kernel is done: copies, where the layout asked for them.
+  // Kept alive until the kernel is done: copies, if the layout required them.
   const Tensor x_rows = as_rows(x);
   const Tensor residual_rows = residual.has_value() ? as_rows(*residual) : x_rows;
   const Tensor weight_row = as_contiguous(weight);
@@ -170,7 +170,7 @@ std::tuple<Tensor, Tensor> add_rms_norm(const Tensor& x, const Tensor& residual,
 
 }  // namespace
 
-// mean and rstd are [..., 1], float32 (float64 for float64 data): what the backward wants.
+// mean and rstd are [..., 1], float32 (float64 for float64 data), for the backward.
 STABLE_TORCH_LIBRARY_FRAGMENT(minilm, m) {
   m.def(
       "layer_norm(Tensor x, Tensor weight, Tensor? bias, float eps) -> (Tensor y, Tensor mean, Tensor rstd)");

@@ -1,4 +1,4 @@
-// Attention on packed sequences and over a paged cache as PyTorch sees it. Fakes:
+// PyTorch bindings of attention on packed sequences and over a paged cache. Fake implementations are in
 // minilm/ops/backends/native_attention.py.
 
 #include <torch/csrc/stable/library.h>
@@ -32,7 +32,7 @@ int64_t check_window(const char* op, std::optional<int64_t> window) {
   return std::min(window.value_or(0), int64_t{1} << 31);  // no sequence is longer
 }
 
-// What q, keys and values say of the heads.
+// Sizes of the heads, from q, keys and values.
 void set_heads(const char* op, AttentionParams& p, const Tensor& q, int64_t kv_heads) {
   p.heads = q.size(1);
   p.kv_heads = kv_heads;
@@ -42,7 +42,7 @@ void set_heads(const char* op, AttentionParams& p, const Tensor& q, int64_t kv_h
                   " key/value heads");
 }
 
-// Calls f(task) for all tasks, of unequal sizes, on as many threads as there are.
+// Calls f(task) for all tasks, of unequal sizes, on all threads.
 template <typename Make>
 void share_out(int64_t tasks, Make make) {
   std::atomic<int64_t> next{0};
@@ -63,7 +63,8 @@ void run(const AttentionParams& p, int64_t sequences, int64_t max_keys) {
   });
 }
 
-// The same where every sequence has one query: stretches of keys are tasks, so that a long context is shared.
+// The same if every sequence has one query: stretches of keys are tasks, so that threads share a long
+// context.
 void run_decode(const AttentionParams& p, int64_t sequences, int64_t max_keys) {
   const auto& kernels = cpu_kernels();
   const int64_t of_one = kernels.decode_partials(p, max_keys), size = kernels.decode_scratch(p);
@@ -112,7 +113,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
     max_keys = std::max(max_keys, keys);
   }
 
-  // Kept alive until the kernel is done: copies, where the layout asked for them.
+  // Kept alive until the kernel is done: copies, if the layout required them.
   const Tensor q_rows = as_heads(q);
   Tensor k_rows = as_heads(k), v_rows = as_heads(v);
   if (k_rows.stride(0) != v_rows.stride(0)) {
@@ -194,8 +195,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
 
 }  // namespace
 
-// pairs: what is multiplied is rounded to bfloat16, where the instruction set has such products (a step of
-// decoding does without).
+// pairs: factors are rounded to bfloat16, if the instruction set has such products (not in decoding steps).
 STABLE_TORCH_LIBRARY_FRAGMENT(minilm, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale,"

@@ -1,9 +1,9 @@
-// The CUDA ops as PyTorch sees them: schemas, checks, registration, on PyTorch's stable ABI alone. Kernels
-// run on the current stream of the tensors' device; nothing waits for the device, and all that is allocated
-// are results and the parts of a split context, so a step can be captured in a CUDA graph. Fakes:
+// PyTorch bindings of the CUDA ops: schemas, checks, registration, using only PyTorch's stable ABI. Kernels
+// run on the current stream of the tensors' device without synchronising, and only results and the parts of a
+// split context are allocated, so a step can be captured in a CUDA graph. Fake implementations are in
 // minilm/ops/backends/cuda.py.
 //
-// With MINILM_CUDA_EMULATE the same file makes the library minilm_emulated, in which the same kernels run on
+// With MINILM_CUDA_EMULATE the same file builds the library minilm_emulated, in which the same kernels run on
 // a CPU (csrc/cuda/emulation.h).
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -37,7 +37,7 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-// The device of `t` made current, and its current stream, for as long as this lives.
+// Makes the device of `t` current for the lifetime of this object, and has its current stream.
 class Place {
  public:
 #ifdef MINILM_CUDA_EMULATE
@@ -65,7 +65,7 @@ void done(const char* op, const char* error) {
   STD_TORCH_CHECK(error == nullptr, op, ": ", error == nullptr ? "" : error);
 }
 
-// What a tensor must be, checked before any pointer is taken.
+// Checks of tensors, before any pointer is taken.
 struct Check {
   const char* op;
   const Tensor& like;  // whose device all must be on
@@ -114,8 +114,8 @@ Tensor copied(const Tensor& t) {
   return copy;
 }
 
-// `t` where its rows (all but the first axis) are contiguous, 16 bytes aligned and a multiple of 16 bytes
-// apart; else a copy.
+// `t` if its rows (all but the first axis) are contiguous, 16 bytes aligned and a multiple of 16 bytes apart;
+// else a copy.
 Tensor as_rows(const Tensor& t) {
   int64_t inner = 1;
   bool taken = aligned(t) && t.dim() > 0;

@@ -1,7 +1,7 @@
-// What comes before the blocks: the vectors of a token, its position and its type, added and normalised.
+// The embeddings: the vectors of a token, its position and its type, added and normalised.
 //
-// Bytes: each vector once, the result once. Rows are shared by the threads; a row's sum has the order of its
-// tables, so it does not depend on them.
+// Bytes: each vector once, the result once. Threads split the rows; a row's sum is in the order of its
+// tables, so it does not depend on the threads.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -30,7 +30,7 @@ bool plain(const Tensor& t, ScalarType type, int64_t size) {
   return t.is_cpu() && t.is_contiguous() && t.scalar_type() == type && t.dim() == 1 && t.size(0) == size;
 }
 
-// Rows of one table, and which of them each token takes: numbers[t], or the first one where there are none.
+// Rows of one table, and the row of each token: numbers[t], or the first row if there are no numbers.
 struct Part {
   VectorTable table;
   const int64_t* numbers;

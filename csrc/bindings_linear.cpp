@@ -1,8 +1,7 @@
-// Packed linear layers as PyTorch sees them: packing, and the layer itself.
+// PyTorch bindings of packed linear layers: packing, and the layer itself.
 //
 // A packed weight is a uint8 tensor in the layout of the instruction set in use (see cpu/linear.h): it is
-// made when a model is first run and never stored. Every size is checked here against the bytes that are
-// there.
+// created when a model first runs and never saved. All sizes are checked here against the bytes available.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

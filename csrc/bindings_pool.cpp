@@ -1,11 +1,10 @@
-// What comes after the blocks of a sentence encoder: the mean of each text's tokens, scaled to length 1.
+// Mean pooling of a sentence encoder: the mean of each text's tokens, scaled to length 1.
 //
 //   y = sum_t x_t / T        a text without tokens gives zeros
-//   y / max(|y|, 1e-12)      if it is asked for
+//   y / max(|y|, 1e-12)      optional
 //
-// Bytes: the hidden states once. Texts are shared by the threads. Stretches of tokens are added up for
-// themselves, as the rounding error of a long sum grows with its length; a text's result does not depend on
-// the others.
+// Bytes: the hidden states once. Threads split the texts. Stretches of tokens are summed separately, as the
+// rounding error of a long sum grows with its length; a text's result does not depend on the others.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

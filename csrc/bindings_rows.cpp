@@ -1,4 +1,4 @@
-// Rotary embedding and the append to a paged cache as PyTorch sees them. Fakes:
+// PyTorch bindings of rotary embedding and of the append to a paged cache. Fake implementations are in
 // minilm/ops/backends/native_attention.py.
 
 #include <torch/csrc/stable/library.h>
@@ -33,7 +33,7 @@ Angles check_angles(const char* op, const Tensor& q, const Tensor& k, const Tens
   return {as_contiguous(cos), as_contiguous(sin)};
 }
 
-// Heads that are copied and turned.
+// Heads that are copied and rotated.
 class Turned {
  public:
   Turned(const Tensor& x, const Angles& angles)
@@ -65,7 +65,7 @@ class Turned {
   int64_t size_;
 };
 
-// Heads that go to their slots of the pages.
+// Heads that are stored in slots of the pages.
 class Appended {
  public:
   Appended(const Tensor& x, Tensor& pages, std::optional<Tensor>& scales, DType dtype, const int64_t* slots)

@@ -1,4 +1,4 @@
-// All blocks of a Transformer as one op, and whole steps of decoding as another (cpu/transformer.cpp).
+// PyTorch bindings of two ops: all blocks of a Transformer, and whole decoding steps (cpu/transformer.cpp).
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -41,7 +41,7 @@ bool plain(const Tensor& t, ScalarType type, int64_t dims) {
   return t.is_cpu() && t.is_contiguous() && t.scalar_type() == type && t.dim() == dims;
 }
 
-// Memory that is kept for the next call of this thread, so that its pages need not be fetched anew.
+// Memory that is kept for the next call of this thread, to avoid page faults.
 char* workspace(size_t bytes) {
   constexpr size_t kKept = size_t{256} << 20;
   thread_local std::unique_ptr<char[]> memory;
@@ -55,7 +55,7 @@ char* workspace(size_t bytes) {
   return memory.get() + (64 - reinterpret_cast<uintptr_t>(memory.get()) % 64) % 64;
 }
 
-// One call on its way to the kernel: what was checked is written to `p`, which points into this object.
+// The arguments of one call: checked values are written to `p`, which points into this object.
 class Call {
  public:
   minilm::TransformerParams p = {};
@@ -93,8 +93,8 @@ class Call {
     p.sin = data<float>(sin);
   }
 
-  // `steps`: new tokens of each sequence, of which this call has one only; more than 1 when the tokens after
-  // it are fed to the same call.
+  // `steps`: new tokens of each sequence. A call reads one; more than 1 means that the same call also feeds
+  // the tokens after it.
   void set_cache(const Tensor& keys, const Tensor& values, const Tensor& slots, const Tensor& block_table,
                  const Tensor& context_lens, bool fresh, std::optional<Tensor>& k_scales,
                  std::optional<Tensor>& v_scales, int64_t steps = 1) {
@@ -226,7 +226,7 @@ Tensor transformer(const Tensor& embedded, const Tensor& arena, const Tensor& la
   return x;
 }
 
-// What a token is to the first block: its vector, that of its position if these are learned, and its angles.
+// The input of the first block: a token's vector, that of its position if these are learned, and its angles.
 class Inputs {
  public:
   Inputs(const VectorTable& tokens, const std::optional<Tensor>& positions, int64_t offset,
@@ -257,7 +257,7 @@ class Inputs {
     check(half_ == 0 || (place >= 0 && place < angles_), "a position is beyond the table of angles");
   }
 
-  // Of a token and a place that were checked. x: [C]; cos, sin: [angles()].
+  // For a checked token and position. x: [C]; cos, sin: [angles()].
   void write(int64_t token, int64_t place, float* x, float* cos, float* sin) const {
     std::fill(x, x + channels_, 0.0f);
     tokens_.add(token, x);
@@ -274,10 +274,10 @@ class Inputs {
   const float* sin_ = nullptr;
 };
 
-// tokens [B], the newest of each sequence, to the logits [B, V] of the token after it and the likeliest one,
-// int64 [steps, B]: one step, or as many as `slots` [B * steps] and context_lens have room for, in which the
-// likeliest token of a step is fed to the next. A step that gives one of `ends` is the last: logits are those
-// of the last step, and where no step was made, -1 stands for its tokens.
+// tokens [B], the newest of each sequence -> the logits [B, V] of the next token, and the most likely tokens,
+// int64 [steps, B]: one step, or as many as `slots` [B * steps] and context_lens have room for, each feeding
+// its most likely token to the next. A step that gives one of `ends` is the last. Logits are those of the
+// last step; the tokens of steps that did not run are -1.
 std::tuple<Tensor, Tensor> decode_steps(
     const Tensor& tokens, const Tensor& table, std::optional<Tensor> scale, std::optional<Tensor> minimum,
     std::optional<Tensor> position_table, int64_t position_offset, std::optional<Tensor> cos,

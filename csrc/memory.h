@@ -1,5 +1,4 @@
-// Large pages for what is read from end to end: a table of 4 KiB pages for a model's weights does not fit in
-// the processor's cache of addresses.
+// Huge pages for memory that is read sequentially: a model's weights in 4 KiB pages exceed the TLB.
 #pragma once
 
 #include <sys/mman.h>
@@ -9,8 +8,8 @@
 
 namespace minilm {
 
-// Asks for 2 MiB pages for memory whose content is not needed: what an allocator hands out again has small
-// pages from before, which are given back. Where there are no large ones, nothing else happens.
+// Requests 2 MiB pages for memory whose contents are not needed. Memory that an allocator reuses has small
+// pages, which are freed first. If there are no huge pages, nothing else happens.
 inline void prefer_large_pages(void* memory, std::size_t bytes) {
 #ifdef MADV_HUGEPAGE
   constexpr std::uintptr_t kPage = std::uintptr_t{1} << 21;

@@ -1,6 +1,6 @@
-// The Python module minilm._C. Importing it registers the ops (bindings.cpp) and chooses the instruction set
-// of the CPU kernels: the best that this machine runs, or the one that MINILM_CPU_ISA names. Only Python's
-// limited API is used.
+// The Python module minilm._C. Importing it registers the ops (bindings.cpp) and selects the instruction set
+// of the CPU kernels: the best of this machine, or the one in MINILM_CPU_ISA. It uses only Python's limited
+// API.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -52,9 +52,9 @@ PyObject* packed_bytes(PyObject*, PyObject* arguments) {
   return PyLong_FromLongLong(kernels.packed_bytes(static_cast<minilm::Format>(format), in, places));
 }
 
-// (owners, keys, things, dicts, sizes, modules, types): whether every thing is still the one that its owner,
-// a dict, has under its key (None: it has none), every dict has its size and every module its type. It is
-// asked once a call about everything that a model holds; in Python it would take ten times as long.
+// (owners, keys, things, dicts, sizes, modules, types): whether every thing is still the value of its key in
+// its owner, a dict (None: no such key), every dict has its size and every module its type. This is checked
+// once per call for everything in a model; in Python it would take ten times as long.
 PyObject* same(PyObject*, PyObject* arguments) {
   PyObject *owners, *keys, *things, *dicts, *sizes, *modules, *types;
   PyTypeObject* kind = &PyTuple_Type;

@@ -1,4 +1,4 @@
-// Work shared out to PyTorch's threads.
+// Parallel loops on PyTorch's threads.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -9,8 +9,8 @@
 
 namespace minilm {
 
-// f(begin, end) for parts of [0, count) of at least `grain`, on all threads; in this one where the others
-// have no cores.
+// f(begin, end) for parts of [0, count) of at least `grain`, on all threads; only on this one if the others
+// have no free cores.
 template <typename F>
 void parallel(int64_t count, int64_t grain, F f) {
   if (count <= 0) return;

@@ -1,4 +1,4 @@
-// What a kernel is told: plain pointers, strides and sizes. Shared by the bindings and by every kernel.
+// Parameters of the kernels: plain pointers, strides and sizes. Shared by the bindings and all kernels.
 #pragma once
 
 #include <cstdint>
@@ -26,7 +26,7 @@ struct LayerNormParams {
   DType parameter_dtype;
 };
 
-// As LayerNormParams, without mean and bias.
+// Like LayerNormParams, without mean and bias.
 struct RmsNormParams {
   const void* x;         // [rows, C], dtype
   const void* residual;  // [rows, C], dtype; null: nothing is added
@@ -104,7 +104,7 @@ struct AttentionParams {
   DType cache_dtype;  // of pages
 };
 
-// How the weights of a linear layer are kept.
+// Formats of the weights of a linear layer.
 enum class Format : std::int32_t {
   kFloat32 = 0,
   kBFloat16 = 1,
@@ -125,7 +125,7 @@ enum class Activation : std::int32_t {
   kTanh = 6,
 };
 
-// A weight [out, in] on its way into panels (see cpu/linear.h). Rows are contiguous.
+// A weight [out, in] to be packed into panels (see cpu/linear.h). Rows are contiguous.
 struct PackParams {
   Format format;
   std::int64_t out;
@@ -156,7 +156,7 @@ struct LinearParams {
   std::int64_t y_stride;  // elements
 };
 
-// A packed linear layer as the Transformer holds it.
+// A packed linear layer of a Transformer.
 struct PackedWeight {
   const void* packed;
   Format format;
@@ -165,7 +165,7 @@ struct PackedWeight {
   std::int64_t columns;
 };
 
-// One block: the weights, and what differs between layers.
+// One block: the weights, and the settings that differ between layers.
 struct BlockWeights {
   PackedWeight qkv, out, up, down;  // up: gate and up in alternating panels, where the MLP is gated
   const float* attention_norm[2];   // weight, bias (null for RMSNorm)

@@ -1,4 +1,4 @@
-// What the bindings ask of tensors before a kernel gets a pointer, and how they name what they found.
+// Checks of tensors in the bindings, before a kernel gets a pointer, and their error messages.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -87,8 +87,8 @@ inline void check_tensor(const char* op, const char* name, const Tensor& t, Scal
                   text(sizes), ", and is ", name_of(t.scalar_type()), " ", text(shape_of(t)));
 }
 
-// Heads [T, H, D] of which those of a token lie side by side, as in a part of a fused projection. Another
-// layout is copied.
+// Heads [T, H, D] whose heads of a token are contiguous, as in a part of a fused projection. Other layouts
+// are copied.
 inline Tensor as_heads(const Tensor& t) {
   const bool side_by_side =
       (t.size(2) == 1 || t.stride(2) == 1) && (t.size(1) == 1 || t.stride(1) == t.size(2));

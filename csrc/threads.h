@@ -1,4 +1,4 @@
-// How many threads a pass has that keeps them together all along (cpu/team.h).
+// The number of threads of a native pass, whose threads synchronise all the time (cpu/team.h).
 #pragma once
 
 #include <atomic>
@@ -30,13 +30,13 @@ inline std::int64_t nanoseconds(clockid_t clock) {
   return static_cast<std::int64_t>(time.tv_sec) * 1000000000 + time.tv_nsec;
 }
 
-// Leaves threads at home while other programs have their cores.
+// Uses fewer threads while other programs use the cores.
 //
-// A thread that loses its core in the middle of a task keeps all others waiting for some milliseconds: in
-// passes of many short phases, two threads beside one busy program take twice the time of one. So a pass in
-// which threads lost their cores, and all together did less than the others would have done alone, makes the
-// passes of the next milliseconds smaller by them. Then they are tried again: after a pause that doubles, up
-// to a second, for as long as that does not go well for some time.
+// If a thread loses its core in the middle of a task, all others wait for some milliseconds: in passes with
+// many short phases, two threads next to one busy program take twice the time of one thread. So if threads
+// lost their cores in a pass, and all together did less than the others would have done alone, the passes of
+// the next milliseconds run without them. Then they are tried again, after a pause that doubles, up to a
+// second, until it goes well for some time.
 class Crowding {
  public:
   static constexpr std::int64_t kFirstPause = 4000000, kLongestPause = 1000000000;  // nanoseconds

@@ -1,4 +1,4 @@
-// Tables of vectors, as embeddings look them up: floats, or one of the quantised formats.
+// Embedding tables: floats, or one of the quantised formats.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -14,7 +14,7 @@
 
 namespace minilm {
 
-// A table of vectors [rows, C] in a float dtype, or quantised (minilm/ops/quantized.py says how).
+// A table of vectors [rows, C] in a float dtype, or quantised (see minilm/ops/quantized.py).
 class VectorTable {
   using Tensor = torch::stable::Tensor;
   using Type = torch::headeronly::ScalarType;

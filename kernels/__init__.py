@@ -1,9 +1,10 @@
-"""Triton kernels of minilm, installed as `minilm.kernels`.
+"""The Triton kernels, imported as `minilm.kernels`.
 
-One file a kernel: its jit functions and their launcher. This package imports torch and triton, nothing of
-minilm, and uses relative imports only. `import minilm` does not import it: the dispatch table does, when an
-op is first asked for its Triton implementation.
+Performance layer: skip on first reading. One file per kernel: its jit functions and their launcher. This
+package imports torch and triton, nothing from minilm, and uses relative imports only. `import minilm` does
+not import it: the dispatch table does, when the Triton implementation of an op is first considered.
 
-Another package on PyPI is called `kernels`, and transformers looks for it. An interpreter started in the
-repository's root finds this folder instead; it has no version, so transformers does not take it for that one.
+PyPI has another package called `kernels`, which transformers looks for. A Python process started in the
+repository's root finds this folder instead; it has no version, so transformers does not take it for that
+package.
 """

@@ -1,4 +1,4 @@
-"""Bias + activation, and gated activation (SwiGLU, GeGLU): what an MLP does between its matrix products.
+"""Bias + activation, and gated activation (SwiGLU, GeGLU): the steps of an MLP between its matrix products.
 
     y = f(x + b)                                 dx = dy f'(x + b),  db = sum over rows of dx
     y = f(gate) up,  [gate, up] = x [.., 2F]     dgate = dy up f'(gate),  dup = dy f(gate)
@@ -7,13 +7,13 @@
     gelu_tanh: f = x s(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3), as 1/2 (1 + tanh u) = s(2 u), s the sigmoid
     silu: f = x s(x);  and the other functions that config.json may name, each one line of `activate`
 
-The matrix products stay with the library: its product without the bias is read once here, and the backward
-computes f' from the same values, so nothing is kept beside them. All arithmetic is float32 with one rounding
-at the store, where eager PyTorch rounds the sum, the activation and the product one by one. db is summed by
-a fixed number of programs, each over its share of the rows, into one row of a table: no atomics.
+PyTorch's library computes the matrix products; this kernel reads the product without bias once, and the
+backward computes f' from the same values, so nothing else is stored. All arithmetic is float32 with one
+rounding at the store; eager PyTorch rounds the sum, the activation and the product separately. db is summed
+by a fixed number of programs, each over its share of the rows, into one row of a table: no atomics.
 
-Bytes an element of y, in a type of b bytes: 2 b forward, 3 b backward; gated 3 b and 5 b. About 10 to 25
-operations with one or two exponentials: memory is the limit on every GPU.
+Bytes per element of y, in a type of b bytes: 2 b forward, 3 b backward; gated 3 b and 5 b. About 10 to 25
+operations with one or two exponentials: limited by memory bandwidth on every GPU.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ KINDS: dict[str, str] = {
 
 
 def twin(x: np.ndarray, kind: str) -> tuple[np.ndarray, np.ndarray]:
-    """(f(x), f'(x)) as a reader would write them, in NumPy."""
+    """(f(x), f'(x)) in plain NumPy."""
 
     def s(v: np.ndarray) -> np.ndarray:
         return 0.5 * (1 + np.tanh(v / 2))
@@ -333,13 +333,13 @@ gated_op.register_autograd(_gated_gradient, setup_context=_gated_setup)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """As `minilm.ops.project`. Without an activation all of it is the library's, which adds the bias as it
-    stores."""
+    """See `minilm.ops.linear`. Without an activation PyTorch's library does everything, including the
+    bias."""
     if activation is None:
         return F.linear(x, weight, bias)
     return bias_activation(F.linear(x, weight), bias, KINDS[activation])
 
 
 def gated(x: Tensor, activation: str) -> Tensor:
-    """As `minilm.ops.gated`."""
+    """See `minilm.ops.gated`."""
     return gated_op(x, KINDS[activation])

@@ -1,4 +1,4 @@
-"""Attention on packed sequences, forward: softmax(scale q k^T + ...) v without ever holding the scores.
+"""Attention on packed sequences, forward: softmax(scale q k^T + ...) v without storing the scores.
 
 For a block of queries, over blocks of keys j (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao 2023,
 arXiv:2307.08691), in base 2, where s = log2(e) (score):
@@ -10,17 +10,17 @@ arXiv:2307.08691), in base 2, where s = log2(e) (score):
 
     score = scale q k^T;  cap tanh(score / cap);  + bias[h, i, j];  + slope_h * -|i - j|   (each optional)
 
-Query i of a sequence with Sq queries and Sk keys stands at key i + Sk - Sq. With `causal` it sees no key
-after itself, with a window only keys at a distance below it. Blocks that no query of the block sees are not
-visited; those that all see in full are not masked.
+Query i of a sequence with Sq queries and Sk keys is at the position of key i + Sk - Sq. With `causal` it sees
+no later keys, with a window only keys less than `window` away. Blocks of keys that no query of the block sees
+are skipped; blocks that all queries see completely are not masked.
 
-Layout: q [Tq, H, D], k and v [Tk, Hkv, D], any strides with contiguous D. A program owns BLOCK_M queries of
-one head of one sequence; H / Hkv heads read the same keys, which L2 serves. Operations: 4 Sq Sk D a head,
-half of that if causal, and one exponential a score. Bytes: q, k, v, o once, if keys stay in L2: short
-sequences are bound by memory, long ones by the tensor cores or, for D <= 64, by the exponentials.
+Layout: q [Tq, H, D], k and v [Tk, Hkv, D], any strides with contiguous D. A program computes BLOCK_M queries
+of one head of one sequence; H / Hkv heads read the same keys, from L2. Operations: 4 Sq Sk D per head, half
+of that if causal, and one exponential per score. Bytes: q, k, v, o once, if keys stay in L2: short sequences
+are limited by memory bandwidth, long ones by the tensor cores or, for D <= 64, by the exponentials.
 
-Offsets are 64 bits wide where they grow with all tokens, 32 within a sequence, to spare registers:
-`laid_out` refuses what does not fit.
+Offsets are 64 bits wide where they grow with all tokens, and 32 within a sequence, to save registers:
+`laid_out` raises an error for tensors that do not fit.
 """
 
 from __future__ import annotations
@@ -150,12 +150,10 @@ def attention_op(
     max_q: int, max_k: int, scale: float, causal: bool, window: int, cap: float, dropout: float, seed: int,
     with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(o [Tq, H, D], lse float32 [H, Tq]). Without `with_lse` lse is empty, and nothing is
-    differentiable.
+    """(o [Tq, H, D], lse float32 [H, Tq]). Without `with_lse` lse is empty, and the op is not differentiable.
 
-    bias [H, >= max_q, >= max_k] by the position in the sequence, below 2^31 elements a head, slopes float32
-    [H] (ALiBi), or None each; window 0, cap 0.0 and dropout 0.0 are none. `seed` numbers the dropout's
-    stream.
+    bias [H, >= max_q, >= max_k] by the position in the sequence, below 2^31 elements per head, slopes float32
+    [H] (ALiBi), both may be None; window 0, cap 0.0 and dropout 0.0 mean none. `seed` is for the dropout.
     """
     q, k, v = laid_out(q, max_q), laid_out(k, max_k), laid_out(v, max_k)
     tokens, heads, head_dim = q.shape
@@ -210,8 +208,8 @@ def attention(
     bias: Tensor | None = None, alibi_slopes: Tensor | None = None, soft_cap: float | None = None,
     lse: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `minilm.ops.attention_with_lse`, with dropout. The log-sum-exp is written if `lse` asks for it or a
-    gradient will, and is empty else."""
+    """See `minilm.ops.attention_with_lse`; with dropout. The log-sum-exp is computed if `lse` is set or a
+    gradient needs it, and is empty otherwise."""
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     differentiated = (x for x in (q, k, v, bias) if x is not None)
     lse = lse or (torch.is_grad_enabled() and any(x.requires_grad for x in differentiated))

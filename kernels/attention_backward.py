@@ -1,16 +1,16 @@
-"""Attention on packed sequences, backward: nothing of the forward is kept but o and the log-sum-exp.
+"""Attention on packed sequences, backward: only o and the log-sum-exp of the forward are stored.
 
-    p  = exp(score - lse)                 the probabilities again, block by block
+    p  = exp(score - lse)                 the probabilities, recomputed block by block
     dv = p^T do                           p with its dropout
     dp = do v^T                           with the dropout of p
     ds = p (dp - delta)                   delta_i = sum over D of do o
-    dq = scale ds k,  dk = scale ds^T q   ds times (1 - tanh^2) first, where the scores are capped
+    dq = scale ds k,  dk = scale ds^T q   ds times (1 - tanh^2) first, if the scores are capped
     dbias[h, i, j] = sum over the batch of ds
 
-Three kernels, so that every sum is made in one place and no result depends on an order of arrival: dq by
+There are three kernels, so that every sum is computed by one program and results are deterministic: dq by
 blocks of queries over keys; dk and dv by blocks of keys over the queries of all heads that share them; dbias
-by blocks of [i, j] over the batch. Operations: 14 Sq Sk D a head (the forward has 4), of which 6 make the
-probabilities and dp twice, once in each of the first two kernels.
+by blocks of [i, j] over the batch. Operations: 14 Sq Sk D per head (the forward has 4), of which 6 compute
+the probabilities and dp twice, once in each of the first two kernels.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def twin(
     bias: np.ndarray, scale: float, causal: bool, block: int,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
     """(dq, dk, dv, dbias) of one head of one sequence, in NumPy: q, do, o [Sq, D], k, v [Sk, D], lse [Sq],
-    bias [Sq, Sk]. The kernels make dq in one walk over the blocks and dk, dv in another."""
+    bias [Sq, Sk]. The kernels compute dq in one pass over the blocks and dk, dv in another."""
     delta, offset = (do * o).sum(1), len(k) - len(q)
     dq, dk, dv, db = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v), np.zeros_like(bias)
     for start in range(0, len(k), block):
@@ -300,6 +300,6 @@ def _(do, q, k, v, o, lse, bias, slopes, *rest):
 
 
 def needs_lse(with_lse: bool) -> None:
-    """The backward has no probabilities but those that it makes from the log-sum-exp."""
+    """Raise RuntimeError without the log-sum-exp, from which the backward recomputes the probabilities."""
     if not with_lse:
         raise RuntimeError("attention without the log-sum-exp has no derivative: ask for it (with_lse)")

@@ -1,5 +1,5 @@
-"""What the attention kernels share: scores of a block, the keys that a block of queries sees, dropout,
-layouts."""
+"""Functions shared by the attention kernels: scores of a block, the keys that a block of queries sees,
+dropout, layouts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .registration import INTERPRETED
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# The interpreter holds bfloat16 as integers, and would multiply those.
+# The interpreter stores bfloat16 as integers, and would multiply those.
 IN_FLOAT32 = tl.constexpr(INTERPRETED)
 
 
@@ -92,14 +92,14 @@ def key_range(
 
 
 FAR = 2**31
-"""Where offsets of 32 bits end."""
+"""Limit of 32-bit offsets."""
 MOST_SEQUENCES = 65520
-"""Of one launch: the second and third axis of a grid end at 65,535. A multiple of 16, for aligned loads."""
+"""Maximum per launch: axes 2 and 3 of a grid are limited to 65,535. A multiple of 16, for aligned loads."""
 
 
 def laid_out(x: Tensor, longest: int) -> Tensor:
-    """x [T, H, D] with contiguous D, such that offsets between heads, and between the tokens of the longest
-    sequence, fit into 32 bits. Raises ValueError where they cannot."""
+    """x [T, H, D] with contiguous D, copied if necessary, so that offsets between heads, and between tokens
+    of the longest sequence, fit into 32 bits. Raises ValueError if they cannot."""
     reach = max(longest * x.stride(0), x.shape[1] * x.stride(1), x.shape[0] * x.shape[1])
     if x.stride(-1) == 1 and reach < FAR:
         return x
@@ -112,14 +112,14 @@ def laid_out(x: Tensor, longest: int) -> Tensor:
 
 
 def batches(cu_q: Tensor, cu_k: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The sequences in as many parts as launches need."""
+    """The sequences, split into one part per launch."""
     for start in range(0, len(cu_q) - 1, MOST_SEQUENCES):
         part = slice(start, start + MOST_SEQUENCES + 1)
         yield cu_q[part], cu_k[part]
 
 
 def empty_outputs(q: Tensor, with_lse: bool) -> tuple[Tensor, Tensor]:
-    """(o, lse) to be filled."""
+    """Uninitialised (o, lse)."""
     shape = (q.shape[1], q.shape[0]) if with_lse else (0,)
     lse = torch.empty(shape, dtype=torch.float32, device=q.device)
     return torch.empty(q.shape, dtype=q.dtype, device=q.device), lse

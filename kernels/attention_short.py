@@ -1,20 +1,21 @@
-"""Attention on short packed sequences, forward: all keys of a sequence in one block, several heads a program.
+"""Attention on short packed sequences, forward: all keys of a sequence in one block, several heads per
+program.
 
     s = q k^T                               [BLOCK_M, BLOCK_N], -inf where a query does not see a key
-    m = max_j s_j                           one maximum a row, and no rescaling: there is no second block
-    p = 2^(c s - c m),  c = log2(e) scale   one multiply-add and one exponential a score
+    m = max_j s_j                           one maximum per row, and no rescaling: there is no second block
+    p = 2^(c s - c m),  c = log2(e) scale   one multiply-add and one exponential per score
     o = p v / sum_j p_j,  lse = scale m + ln sum_j p_j (on request)
 
-With one block of keys the loop over blocks is gone, and the loop over heads takes its place: a program owns
-BLOCK_M queries of HEADS neighbouring heads of one sequence, and the loads of the next head are in flight
-while this one is multiplied. The heads of a token lie side by side, in [T, (H + 2 Hkv) D] as the fused
-projection leaves it: q, k and v are views of that, any strides with contiguous D, and nothing is copied.
+With one block of keys there is no loop over blocks, but a loop over heads: a program computes BLOCK_M queries
+of HEADS neighbouring heads of one sequence, and loads the next head while it multiplies this one. The heads
+of a token are contiguous, in [T, (H + 2 Hkv) D] as the fused projection writes it: q, k and v are views of
+that (any strides with contiguous D), and nothing is copied.
 
-Scale is positive; full, causal or window, as in `attention`, whose backward needs o and lse alone and is
-this one's too. Operations: 4 Sq Sk D a head, and one exponential a score. Bytes: q, k, v and o once, 4 D b a
-token and head, and keys again for each further block of queries, but from L2. At S = 256 in 16 bits that is
-128 operations a byte, far below what tensor cores need: memory is the limit, and what counts is how many
-bytes are in flight.
+Scale is positive; full, causal or window attention, as in `attention`. The backward is that of `attention`,
+which needs only o and lse. Operations: 4 Sq Sk D per head, and one exponential per score. Bytes: q, k, v and
+o once, 4 D b per token and head, and keys again from L2 for each further block of queries. At S = 256 in 16
+bits that is 128 operations per byte, far below what tensor cores need: memory is the limit, and the number of
+bytes in flight matters.
 """
 
 from __future__ import annotations
@@ -103,8 +104,8 @@ def attention_short_op(
     q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, scale: float,
     causal: bool, window: int, with_lse: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """(o [Tq, H, D], lse float32 [H, Tq] or empty); arguments as in `attention_op`, where
-    `heuristics.attention_is_short`."""
+    """(o [Tq, H, D], lse float32 [H, Tq] or empty); arguments as in `attention_op`. Only for sizes for which
+    `heuristics.attention_is_short` is true."""
     q, k, v = laid_out(q, max_q), laid_out(k, max_k), laid_out(v, max_k)
     tokens, heads, head_dim = q.shape
     o, lse = empty_outputs(q, with_lse)

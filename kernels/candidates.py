@@ -1,4 +1,4 @@
-"""What `minilm tune` tries beside the answer of a heuristic: pure functions, like the heuristics."""
+"""Candidate configurations for `minilm tune`, in addition to a heuristic's result; pure functions."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ VARIED: dict[str, dict[str, tuple[int, ...]]] = {
     "attention_dq": {**ATTENTION, "num_stages": (1, 2, 3)},
     "attention_dkdv": {**ATTENTION, "num_stages": (1, 2, 3)},
 }
-"""Fields of a block that may be changed, and to what. Kernels that are not named keep their tiles: only warps
-and stages are tried."""
+"""Fields of a block to vary, and their values. For kernels that are not listed, only warps and stages are
+varied, not the tiles."""
 
 LENGTHS = {"queries": "max_queries", "keys": "max_keys"}
-"""Tiles that would be mostly masks beyond a length of the call."""
+"""Tile dimension -> the length beyond which it would be mostly masked."""
 
 SHARED_MEMORY: dict[str, Callable[[Mapping[str, int], Any, Device], int]] = {
     "attention": lambda sizes, block, device: attention_shared_memory(
         sizes["head_dim"], sizes["itemsize"], block, device, bool(sizes["biased"])
     ),
 }
-"""Bytes of shared memory that a block needs, where a formula is known. What does not fit is no candidate."""
+"""Bytes of shared memory that a block needs, if a formula is known. Blocks that do not fit are excluded."""
 
 
 def _distance(one: Any, other: Any) -> float:
-    """How many halvings and doublings (of a stage: additions) are between two blocks."""
+    """Number of halvings and doublings (for stages: differences) between two blocks."""
     steps = 0.0
     for name, a, b in zip(one._fields, one, other, strict=True):
         if name == "num_stages":
@@ -49,7 +49,7 @@ def _distance(one: Any, other: Any) -> float:
 
 
 def candidates(kernel: str, sizes: Mapping[str, int], answer: Any, device: Device) -> list[Any]:
-    """Blocks to try for `kernel` at `sizes`, the heuristic's own `answer` first, the most alike next.
+    """Blocks to try for `kernel` at `sizes`: the heuristic's own `answer` first, the most similar ones next.
 
     All combinations of the values in VARIED whose tiles are not longer than the sequences, and whose shared
     memory fits the device.

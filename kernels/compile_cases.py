@@ -1,8 +1,8 @@
-"""The configurations in use: calls of the launchers at the shapes of real models, for the compile report.
+"""Cases of the compile report: calls of the launchers at the shapes of real models.
 
-A case does not say what is compiled. It calls the launcher, and `launches` notes what the launcher asks
-Triton for: which kernels, the types of the arguments and which of them are divisible by 16, the constants,
-warps and stages, as the heuristics choose them for a chip. Nothing runs, and no GPU is needed.
+A case only calls the launcher, and `launches` records what the launcher requests from Triton: kernels, types
+of arguments and which of them are divisible by 16, constants, warps and stages, as the heuristics choose them
+for a chip. Nothing runs, and no GPU is needed.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
 
 class Expected(NamedTuple):
-    """What the machine code of one jit function must show."""
+    """Requirements on the machine code of one jit function."""
 
     tensor_cores: str = ""
     """"full": the chip's largest instruction (mma.sync, wgmma, tcgen05) and no smaller one; "small": any, for
     tiles of fewer rows than wgmma has; "": none."""
     width: int = 16
-    """At least half of the bytes are loaded so many at a time; 0: it does not matter."""
+    """At least half of the bytes are loaded by instructions of this width; 0: any width."""
     optional: bool = False
-    """Whether it is launched depends on the chip."""
+    """True if the launch depends on the chip."""
     spills: Mapping[str, str] = {}
-    """Chips where registers may spill to memory, each with the reason why that is accepted."""
+    """Chips on which registers may spill to memory, with the reason why that is accepted."""
 
 
 class Case(NamedTuple):
@@ -57,11 +57,11 @@ class Case(NamedTuple):
     name: str
     call: Callable[[], object]
     expected: Mapping[str, Expected]
-    """By the name of the jit function: all that the call launches."""
+    """Requirements by jit function, for all that the call launches."""
 
 
 class Launch(NamedTuple):
-    """What a launcher asked Triton to compile; plain data, so that another process can."""
+    """A recorded compilation request to Triton; plain data, so that another process can compile it."""
 
     module: str
     function: str
@@ -73,7 +73,7 @@ class Launch(NamedTuple):
 
 
 class _Driver:
-    """What Triton's launch path asks of a driver, answered for a chip that is not here."""
+    """A stand-in for Triton's driver, for a chip that is not present."""
 
     def __init__(self, device: Device) -> None:
         self.capability = 10 * device.capability[0] + device.capability[1]
@@ -90,9 +90,9 @@ class _Driver:
 
 @contextmanager
 def recording(device: Device) -> Iterator[list[Launch]]:
-    """Inside, launchers choose for `device`, and their launches are noted in the list and not run."""
+    """Inside, launchers configure for `device`; launches are recorded in the list instead of run."""
     if INTERPRETED:
-        raise RuntimeError("in Triton's interpreter kernels run at once: start without TRITON_INTERPRET")
+        raise RuntimeError("Triton's interpreter runs kernels immediately: start without TRITON_INTERPRET")
     found: list[Launch] = []
 
     def note(*, fn: Any, compile: dict[str, Any], **rest: Any) -> bool:
@@ -117,7 +117,7 @@ def recording(device: Device) -> Iterator[list[Launch]]:
 
 
 def launches(case: Case, chip: str) -> list[Launch]:
-    """What the case's launcher asks for on `chip`; raises if that is not what the case expects."""
+    """The launches of the case on `chip`; raises if they are not those that the case expects."""
     with recording(CHIPS[chip]) as found:
         case.call()
     names = {launch.function for launch in found}
@@ -149,8 +149,8 @@ def _attention(
     dropout: float = 0.0, lse: bool = True,
     **expected: Expected,
 ) -> Case:  # fmt: skip
-    """Two sequences of `length`, q, k and v side by side as one product leaves them; forward and backward, or
-    without the log-sum-exp the forward alone."""
+    """Two sequences of `length`, with q, k and v contiguous as in the fused projection; forward and backward,
+    or without the log-sum-exp only the forward."""
 
     def call() -> None:
         packed = torch.empty(2 * length, heads + 2 * kv_heads, head_dim, dtype=dtype, requires_grad=lse)
@@ -178,7 +178,7 @@ def _attention_short(
     name: str, length: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, *,
     sequences: int = 64, causal: bool = False, window: int = 0, lse: bool = False,
 ) -> Case:  # fmt: skip
-    """The forward of sequences of `length`, from q, k and v side by side."""
+    """The forward of sequences of `length`, with q, k and v contiguous."""
 
     def call() -> None:
         packed = torch.empty(sequences * length, heads + 2 * kv_heads, head_dim, dtype=dtype)
@@ -198,7 +198,7 @@ def _decode(
     name: str, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype, *, batch: int = 1, new: int = 1,
     context: int = 4096, cache: torch.dtype | None = None,
 ) -> Case:  # fmt: skip
-    """`new` tokens of each of `batch` sequences over a paged cache, split as the chip asks for."""
+    """`new` tokens of each of `batch` sequences over a paged cache, split as chosen for the chip."""
 
     def call() -> None:
         pages = torch.empty(batch * context // 16, 16, kv_heads, head_dim, dtype=cache or dtype)

@@ -5,14 +5,14 @@
     loss_t = log s + (m - x_y)               loss = sum of loss_t / n, n rows whose label counts
     dx_v = (e^((x_v - m) - log s) - [v = y]) dloss / n
 
-m and log s are kept apart: near 1e4 float32 has steps of 1e-3, which log s + m would be rounded to, while
-x - m is exact where it matters. One program owns a row and walks over it in blocks; rows with the label
-`ignore_index` are not read at all, and their gradient is zero. A label that is no column gives NaN and reads
-nothing. The gradient is written element by element where it is told to: over the logits themselves where
-they are nobody else's (see linear_cross_entropy), into a new tensor where the caller keeps them.
+m and log s are stored separately: near 1e4 float32 has steps of 1e-3, to which log s + m would be rounded,
+while x - m is exact where it matters. One program processes a row in blocks; rows with the label
+`ignore_index` are not read, and their gradient is zero. A label out of range gives NaN and reads nothing. The
+gradient is written over the logits if nothing else uses them (see linear_cross_entropy), or into a new
+tensor.
 
-Bytes for [T, V] in a type of b bytes: forward T V b, gradient 2 T V b; one exponential an element in each.
-Memory is the limit. All arithmetic is float32.
+Bytes for [T, V] in a type of b bytes: forward T V b, gradient 2 T V b; one exponential per element in each.
+Limited by memory bandwidth. All arithmetic is float32.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def _(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor
 def cross_entropy_backward(
     logits: Tensor, labels: Tensor, top: Tensor, logsum: Tensor, factor: Tensor, ignore_index: int
 ) -> Tensor:
-    """The gradient of the logits, new: they are the caller's. `factor` is dloss / count."""
+    """The gradient of the logits, in a new tensor, as the caller owns the logits. `factor`: dloss / count."""
     dx = logits.new_empty(logits.shape)
     write_gradient(_contiguous_rows(logits), labels.contiguous(), top, logsum, factor, ignore_index, dx)
     return dx
@@ -176,5 +176,5 @@ cross_entropy_op.register_autograd(_loss_gradient, setup_context=_setup)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """As `minilm.ops.cross_entropy`."""
+    """See `minilm.ops.cross_entropy`."""
     return cross_entropy_op(logits, labels, ignore_index)[0]

@@ -1,30 +1,30 @@
-"""Attention of new tokens over a paged cache: decoding, and the chunks of a long prompt.
+"""Attention of new tokens over a paged cache: for decoding, and for chunks of a long prompt.
 
-The context of each sequence is cut into parts, which different programs take (Flash-Decoding, Dao et al.
-2023). For part s, over its blocks of keys j, in base 2, where s_j = log2(e) scale q k_j (kernels/attention.py
-has the recurrence for m, l, o):
+The context of each sequence is split into parts, one per program (Flash-Decoding, Dao et al. 2023). For part
+s, over its blocks of keys j, in base 2, where s_j = log2(e) scale q k_j (kernels/attention.py has the
+recurrence for m, l, o):
 
     o_s = sum_j 2^(s_j - m_s) v_j / l_s      l_s = sum_j 2^(s_j - m_s)      e_s = m_s + log2 l_s
     o   = sum_s 2^(e_s - e) o_s / sum_s 2^(e_s - e)      e = max_s e_s      a part without keys: e_s = -inf
 
-With one part o_0 is the result and is written as such. The heads of a group read the same keys, so they and
-the new tokens of the sequence are the rows of one product: row r is token r // G of head r % G.
+With one part o_0 is the result. The heads of a group read the same keys, so they and the new tokens of the
+sequence are the rows of one product: row r is token r // G of head r % G.
 
-A part has as many keys as the sequence's own context says, max(KEYS, context / PARTS) in whole blocks, and
-the combine adds parts in a fixed order: a sequence's result is bit by bit the same alone and in any batch of
-as many new tokens at most (a step of decoding is one). What it costs: a batch that fills the chip without any
-splitting is split all the same, and writes and reads partial results, 2 G / keys of a part of its reading: 6
-% of a 16-bit cache with G = 4 and 128 keys. The grid is as long as the longest context needs; a program
-beyond its sequence's own parts writes one -inf a row and ends.
+The size of a part depends only on the sequence's own context, max(KEYS, context / PARTS) in whole blocks, and
+the combine step adds parts in a fixed order. So a sequence's result is bit-identical alone and in any batch
+with at most as many new tokens (in decoding: one). The price: even a batch that fills the chip without
+splitting is split, and writes and reads partial results, a fraction 2 G / keys of its reads: 6 % for a 16-bit
+cache with G = 4 and 128 keys. The grid covers the longest context; a program beyond its sequence's own parts
+writes one -inf per row and ends.
 
-Layout: q [T, H, D]; pages [pages, page size, Hkv, D], any strides; token t of sequence b lies in slot
-t % page size of page block_table[b, t // page size]. int8 pages stand for pages * scales, one float32 a slot
-and head: k's go to the scores, and v is widened to q's type in registers.
+Layout: q [T, H, D]; pages [pages, page size, Hkv, D], any strides; token t of sequence b is in slot
+t % page size of page block_table[b, t // page size]. The values of int8 pages are pages * scales, with one
+float32 per slot and head: k's scales are applied to the scores, and v is converted to q's type in registers.
 
-Bytes: each visible key and value once, 2 S Hkv D (D + 4 in int8) a sequence, q and o; with parts also their
-results, 4 (D + 1) for each row and part, written and read. Operations: 4 S D a head. A step of one token has
-2 G operations a byte of a 16-bit cache, far below what a GPU can do, so memory is the limit: what counts is
-that enough loads are in flight on every multiprocessor (`heuristics.context_parts`).
+Bytes: each visible key and value once, 2 S Hkv D (D + 4 in int8) per sequence, q and o; with parts also their
+results, 4 (D + 1) per row and part, written and read. Operations: 4 S D per head. A step of one token has
+2 G operations per byte of a 16-bit cache, far below what a GPU can do, so memory is the limit: enough loads
+must be in flight on every multiprocessor (`heuristics.context_parts`).
 """
 
 from __future__ import annotations
@@ -225,8 +225,8 @@ def paged_attention_op(
     block_table: Tensor, cu_q: Tensor, context_lens: Tensor, max_q: int, max_context: int, scale: float,
     window: int, splits: int,
 ) -> Tensor:  # fmt: skip
-    """[T, H, D] in q's dtype. Scales, of int8 pages, are contiguous; window 0 is none. `splits`: at most so
-    many parts, however few keys they have; 0 lets `heuristics.context_parts` choose both."""
+    """[T, H, D] in q's dtype. Scales of int8 pages are contiguous; window 0 means none. `splits`: maximum
+    number of parts, however few keys they have; 0: `heuristics.context_parts` chooses both."""
     block_table = block_table.contiguous()
     tokens, heads, size = q.shape
     page_size, kv_heads = k_pages.shape[1:3]
@@ -275,7 +275,7 @@ def paged_attention(
     context_lens: Tensor, max_seqlen_q: int, max_context: int, scale: float, window: int | None,
     k_scales: Tensor | None = None, v_scales: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """As `minilm.ops.paged_attention`."""
+    """See `minilm.ops.paged_attention`."""
     return paged_attention_op(
         q, k_pages, v_pages, k_scales, v_scales, block_table, cu_seqlens_q, context_lens, max_seqlen_q,
         max_context, scale, window or 0, 0,

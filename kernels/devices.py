@@ -1,4 +1,4 @@
-"""What a GPU is to the choice of block sizes."""
+"""The properties of a GPU that determine block sizes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 class Device(NamedTuple):
-    """The properties that heuristics may look at."""
+    """The properties that heuristics may use."""
 
     name: str
     capability: tuple[int, int]
@@ -27,18 +27,18 @@ CHIPS = {
     "sm_90": Device("NVIDIA H100", (9, 0), 227 * 1024, 132),
     "sm_100": Device("NVIDIA B200", (10, 0), 227 * 1024, 148),
 }
-"""A device of each kind that the compile report compiles for. Limits of shared memory: CUDA C++ Programming
-Guide, table of technical specifications per compute capability."""
+"""One device per architecture of the compile report. Limits of shared memory: CUDA C++ Programming Guide,
+table of technical specifications per compute capability."""
 
 INTERPRETER = Device("Triton's interpreter", (9, 0), 227 * 1024, 2)
-"""What the interpreter plays: two multiprocessors, so that a grid of few programs is walked over by them."""
+"""The device that the interpreter simulates: two multiprocessors, so that few programs loop over the work."""
 
 _assumed: Device | None = None
 
 
 @contextmanager
 def assume(device: Device) -> Iterator[None]:
-    """Inside, launchers choose as on `device`, whatever runs them."""
+    """Inside, launchers choose configurations for `device`, whatever the real one."""
     global _assumed
     before, _assumed = _assumed, device
     try:
@@ -48,7 +48,7 @@ def assume(device: Device) -> Iterator[None]:
 
 
 def assumed() -> bool:
-    """Whether a device is assumed, so that nothing need be able to run."""
+    """Whether `assume` is active, so that nothing has to run."""
     return _assumed is not None
 
 
@@ -64,7 +64,7 @@ def _cuda(index: int) -> Device:
 
 
 def device_of(device: torch.device) -> Device:
-    """The properties of the device that tensors are on; for a CPU, what the interpreter plays."""
+    """The properties of the device of tensors; for a CPU, those that the interpreter simulates."""
     if _assumed is not None:
         return _assumed
     if device.type != "cuda":

@@ -1,21 +1,21 @@
-"""The last linear layer and its cross-entropy in one: the logits [T, V] never exist.
+"""The last linear layer and its cross-entropy fused: the logits [T, V] are never in memory as a whole.
 
     for each chunk of rows h of hidden [T, C]:
-        x  = h W^T                              [rows, V], the only logits there are
+        x  = h W^T                              [rows, V], logits of this chunk only
         loss += losses of x                     (see cross_entropy)
-        x <- softmax(x) - onehot                over the same memory
+        x <- softmax(x) - onehot                in place
         dh = x W;  dW += x^T h                  dW in float32
-    loss = loss / n;  at the backward dh and dW are multiplied by dloss / n
+    loss = loss / n;  in the backward dh and dW are multiplied by dloss / n
 
-The gradients are computed in the forward, if they will be needed: the chunk's logits are there then, where
-recomputing them in the backward would be a fourth matrix product. What has to be kept for it, dh and dW, is
-what the backward would return anyway. They are scaled by dloss / n at the end only: in float16 a probability
-over n underflows, and a gradient scaler's factor comes with dloss.
+The gradients, if needed, are computed in the forward, while the chunk's logits are in memory: recomputing
+them in the backward would be a fourth matrix product. Only dh and dW have to be stored, which the backward
+would return anyway. They are scaled by dloss / n at the end: in float16 a probability over n underflows, and
+a gradient scaler's factor is part of dloss.
 
-A chunk has as many rows as keep its logits below dW in size (`heuristics.loss_chunk`). Operations: 2 T V C
-forward, 6 with gradients, by the library's matrix products. Bytes beyond those of the products: the logits
-five times (written, read for the loss, read and written for the gradient, read by the two products), from
-L2 where a chunk fits it.
+The size of a chunk keeps its logits smaller than dW (`heuristics.loss_chunk`). Operations: 2 T V C forward, 6
+with gradients, by the library's matrix products. Bytes in addition to the products: the logits five times
+(written, read for the loss, read and written for the gradient, read by the two products), from L2 if a chunk
+fits into it.
 """
 
 from __future__ import annotations
@@ -57,14 +57,13 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.float(), b.float())
 
 
-# Not a triton_op: torch.compile would unroll the loop, and has nothing to add to the library's products.
+# Not a triton_op: torch.compile would unroll the loop, and cannot improve the library's products.
 @torch.library.custom_op("minilm_triton::linear_cross_entropy", mutates_args=())
 def linear_cross_entropy_op(
     hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int, rows: int, need_h: bool, need_w: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, count, dh [T, C], dW float32 [V, C]), the gradients not yet multiplied by dloss / count, and
-    empty where they are not needed. `rows` is the size of a chunk; 0: as
-    `heuristics.loss_chunk` says."""
+    empty if they are not needed. `rows` is the size of a chunk; 0: by `heuristics.loss_chunk`."""
     if rows == 0 and len(hidden):
         sizes = len(hidden), len(weight), weight.shape[1], hidden.element_size()
         rows = loss_chunk(*sizes, device_of(hidden.device)).rows
@@ -111,7 +110,7 @@ def _gradient(ctx, dloss, *_):
     if dloss is None:
         return (None,) * 7
     count, dh, dw = ctx.saved_tensors
-    # No label counts: the loss is NaN, and the gradients are zero, as PyTorch's.
+    # No label counts: the loss is NaN, and the gradients are zero, as in PyTorch.
     factor = torch.where(count > 0, dloss / count, 0.0)
     grad_h = dh * factor if ctx.need_h else None
     return grad_h, (dw * factor).to(ctx.dtype) if ctx.need_w else None, *(None,) * 5
@@ -121,7 +120,7 @@ linear_cross_entropy_op.register_autograd(_gradient, setup_context=_setup)
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """As `minilm.ops.linear_cross_entropy`. Under autocast both matrices are cast, as F.linear would."""
+    """See `minilm.ops.linear_cross_entropy`. Under autocast both matrices are cast, as by F.linear."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))

@@ -5,16 +5,16 @@
     y    = xhat * w + b
 
     g    = dy * w                               with c1 = mean(g * xhat), c2 = mean(g) (RMSNorm: 0)
-    ds   = (g - xhat * c1 - c2) * rstd + dsum   dsum: what flows into the returned sum
+    ds   = (g - xhat * c1 - c2) * rstd + dsum   dsum: the gradient of the returned sum
     dw   = sum over rows of dy * xhat;  db = sum over rows of dy
 
 A row is read once and stays in registers, in two tiles of columns (`heuristics.two_tiles`), so the variance
-can be computed from the distances to the mean, which is exact for means far from zero. The backward runs a
-fixed number of programs; each walks over its rows with its part of dw and db in registers and writes it once,
-as one row of a [programs, C] table whose sum is taken afterwards: no atomics, the same result every time.
+can be computed from the differences from the mean, which is accurate for means far from zero. The backward
+runs a fixed number of programs; each loops over its rows, accumulates its part of dw and db in registers and
+writes it once, as one row of a [programs, C] table that is summed afterwards: no atomics, deterministic.
 
-Bytes a row: forward 2 C b, with the residual 4 C b; backward 3 C b (4 C b with dsum) plus programs x C x 8
-once. About 10 operations an element forward: memory is the limit on every GPU.
+Bytes per row: forward 2 C b, with the residual 4 C b; backward 3 C b (4 C b with dsum) plus programs x C x 8
+once. About 10 operations per element forward: limited by memory bandwidth on every GPU.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from .registration import kernel_op
 def twin(
     x: np.ndarray, residual: np.ndarray | None, w: np.ndarray, b: np.ndarray | None, eps: float, rms: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The forward kernel as a reader would write it, in NumPy: (y, s) of rows [T, C]."""
+    """The forward kernel in plain NumPy: (y, s) of rows [T, C]."""
     s = x if residual is None else x + residual
     d = s if rms else s - s.mean(1, keepdims=True)
     xhat = d / np.sqrt((d * d).mean(1, keepdims=True) + eps)
@@ -191,7 +191,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _outputs(x: Tensor, has_residual: bool, rms: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, sum, mean, rstd) to be filled; what a variant does not have is empty."""
+    """Uninitialised (y, sum, mean, rstd); those that a variant does not need are empty."""
     rstd = x.new_empty(x.shape[:-1], dtype=torch.float32)
     total = x.new_empty(x.shape if has_residual else 0)
     return x.new_empty(x.shape), total, rstd.new_empty(0 if rms else rstd.shape), rstd

@@ -1,20 +1,21 @@
-"""A few rows times a quantised weight: y = f(x W^T + b), W from 8-bit or 4-bit codes within the kernel.
+"""A few rows times a quantised weight: y = f(x W^T + b), W dequantised from 8-bit or 4-bit codes in the
+kernel.
 
-    int8   w = code                   one scale a row n of W, applied at the end: y = f(scale_n (x w) + b)
-    q8_0   w = scale code             one scale for each 32 columns
-    q4_0   w = scale (code - 8)       likewise; codes 0..15, two to a byte
+    int8   w = code                   one scale per row n of W, applied at the end: y = f(scale_n (x w) + b)
+    q8_0   w = scale code             one scale per 32 columns
+    q4_0   w = scale (code - 8)       likewise; codes 0..15, two per byte
     q4_1   w = scale code + minimum
 
 Byte 16 g + j of a row of 4-bit codes holds the columns 32 g + j (low half) and 32 g + j + 16 (high half).
 A tile of bytes [N, G, 16] is therefore two tiles of weights [N, 16 G], whose columns are G runs of 16; the
 same columns of x are loaded for each, and nothing is shuffled. w is rounded to x's type, sums are float32.
 
-The product is computed as W x^T: W has at least 64 rows to give to the tensor core's long side, where x has
-1 to 64. A narrow W does not fill the chip, so its columns may be cut into parts; each part writes its sums,
-and a second kernel adds them in order: the same result every time, and for a row alone or in a batch.
+The product is computed as W x^T: W has at least 64 rows for the long side of the tensor core, while x has 1
+to 64. A W with few rows does not fill the chip, so its columns may be split into parts; each part writes its
+sums, and a second kernel adds them in order: deterministic, and the same for a row alone or in a batch.
 
 Bytes: N K (8 bits) or N K / 2 (4 bits) and the scales, N K / 16 or N K / 8 with minima; x and y are small.
-Operations 2 M N K, and 2 to 4 to unpack each weight: with M below 64, memory is the limit.
+Operations 2 M N K, and 2 to 4 to unpack each weight: with M below 64, limited by memory bandwidth.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ from .registration import kernel_op
 def twin(
     x: np.ndarray, format: str, codes: np.ndarray, scale: np.ndarray, minimum: np.ndarray | None
 ) -> np.ndarray:
-    """x W^T in NumPy, one group of columns after the other: x [M, K], the planes as above."""
+    """x W^T in NumPy, group by group of columns: x [M, K], the planes as above."""
     if format == "int8":
         return x @ codes.T.astype(x.dtype) * scale
     y = np.zeros((len(x), len(codes)), x.dtype)
@@ -203,6 +204,6 @@ def _(x, format, codes, scale, minimum, bias, kind):
 def quantized_linear(
     x: Tensor, weight: tuple[Any, ...], bias: Tensor | None, activation: str | None
 ) -> Tensor:
-    """As `minilm.ops.quantized_linear`; `weight` is its (format, codes, scale, minimum). No derivative."""
+    """See `minilm.ops.quantized_linear`; `weight` is (format, codes, scale, minimum). No derivative."""
     kind = "linear" if activation is None else KINDS[activation]
     return quantized_linear_op(x, *weight, bias, kind)

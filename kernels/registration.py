@@ -1,8 +1,8 @@
-"""How launchers become PyTorch ops.
+"""Registers launchers as PyTorch ops.
 
-On a GPU they are `triton_op`s: torch.compile looks into them and sees the kernels. In Triton's interpreter
-(TRITON_INTERPRET=1, kernels run as NumPy on the CPU) there is nothing to look into, and tracing would run the
-interpreter on tensors without data: there the same functions are opaque `custom_op`s.
+On a GPU they are `triton_op`s: torch.compile traces into them and sees the kernels. In Triton's interpreter
+(TRITON_INTERPRET=1, kernels run as NumPy on the CPU) tracing would run the interpreter on tensors without
+data, so there the same functions are opaque `custom_op`s.
 """
 
 from __future__ import annotations

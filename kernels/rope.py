@@ -5,15 +5,15 @@ With c, s the cosine and sine of a token's angles, for the pairs (i, i + D/2) of
     y_i       = x_i c_i - x_(i + D/2) s_i
     y_(i+D/2) = x_(i + D/2) c_i + x_i s_i
 
-The derivative turns back: the same with -s. The append copies k (turned) and v of token t to slot slots[t] of
-the pages, as they are or, into int8 pages, as round(x / scale), scale = max |x| / 127 over a head's D.
+The derivative rotates back: the same with -s. The append copies k (rotated) and v of token t to slot slots[t]
+of the pages, unchanged or, for int8 pages, as round(x / scale), scale = max |x| / 127 over a head's D.
 
 Layout: q [T, H, D], k and v [T, Hkv, D], any strides; cos, sin float32 [T, D/2]; pages [pages, page size,
-Hkv, D], a slot is page * page size + offset. A program owns one token and some heads of q, of k or of v; each
-element is read twice, as itself and as the partner of another, the second time from L1.
+Hkv, D], a slot is page * page size + offset. A program processes one token and some heads of q, of k or of v;
+each element is read twice, for itself and for its partner, the second time from L1.
 
-Bytes a token, b to an element: rope 2 (H + Hkv) D b + 4 D; the append 2 Hkv D (b + cache's b) + 8; both
-together save the second reading of k. Three operations an element: memory is the limit.
+Bytes per token, with b bytes per element: rope 2 (H + Hkv) D b + 4 D; the append 2 Hkv D (b + cache's b) + 8;
+both together save the second read of k. Three operations per element: limited by memory bandwidth.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def twin(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
 
 
 def quantise_twin(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What goes into int8 pages and their scales, in NumPy: x [..., D] -> int8 [..., D], [...]."""
+    """Values for int8 pages and their scales, in NumPy: x [..., D] -> int8 [..., D], [...]."""
     scale = np.abs(x).max(-1) / 127
     return np.rint(x / np.where(scale == 0, 1, scale)[..., None]).astype(np.int8), scale
 
@@ -142,7 +142,7 @@ def _empty(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
 
 @kernel_op("minilm_triton::rope", mutates_args={})
 def rope_op(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, back: bool) -> tuple[Tensor, Tensor]:
-    """q and k turned by the angles, or by their negatives."""
+    """q and k rotated by the angles, or by their negatives."""
     q_out, k_out = _empty(q, k)
     tokens, heads, size = q.shape
     if tokens:
@@ -204,7 +204,7 @@ def append_kv_op(
     k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, k_scales: Tensor | None,
     v_scales: Tensor | None,
 ) -> None:  # fmt: skip
-    """k and v into the slots; scales for int8 pages, contiguous."""
+    """Store k and v in the slots; scales for int8 pages are contiguous."""
     _launch_append(k, k, v, (k, k), k, k, k_pages, v_pages, slots, k_scales, v_scales, rope=False)
 
 
@@ -218,7 +218,7 @@ def rope_append_op(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor,
     slots: Tensor, k_scales: Tensor | None, v_scales: Tensor | None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """q and k turned; k, as it is returned, and v into the slots."""
+    """Returns q and k rotated; stores the rotated k and v in the slots."""
     q_out, k_out = _empty(q, k)
     angles = cos.contiguous(), sin.contiguous()
     _launch_append(
@@ -233,7 +233,7 @@ def _(q, k, *rest):
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """As `minilm.ops.rope`; no derivative by the angles."""
+    """See `minilm.ops.rope`; no derivative with respect to the angles."""
     q_out, k_out = rope_op(q, k, cos, sin, False)
     return q_out, k_out
 
@@ -242,7 +242,7 @@ def append_kv(
     k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor,
     k_scales: Tensor | None = None, v_scales: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """As `minilm.ops.append_kv`."""
+    """See `minilm.ops.append_kv`."""
     append_kv_op(k, v, k_pages, v_pages, slots, k_scales, v_scales)
 
 
@@ -250,6 +250,6 @@ def rope_append(
     q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, k_pages: Tensor, v_pages: Tensor,
     slots: Tensor, k_scales: Tensor | None = None, v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """As `minilm.ops.rope_append`."""
+    """See `minilm.ops.rope_append`."""
     q_out, k_out = rope_append_op(q, k, v, cos, sin, k_pages, v_pages, slots, k_scales, v_scales)
     return q_out, k_out

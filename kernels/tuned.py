@@ -1,4 +1,4 @@
-"""Configurations that were measured: what a heuristic looks up before it computes an answer.
+"""Tables of measured configurations, which heuristics look up before they compute a block.
 
 A table is a JSON file {"version": 1, "entries": [...]} of entries
 
@@ -6,10 +6,10 @@ A table is a JSON file {"version": 1, "entries": [...]} of entries
      "shape": {"head_dim": 64, "itemsize": 2, "max_queries": 512, "max_keys": 512},
      "block": {"queries": 128, "keys": 64, "num_warps": 4, "num_stages": 3}, ...}
 
-and whatever else `minilm tune` notes about the measurement. `shape` has the heuristic's arguments, sizes
-that vary from call to call rounded up to a power of two; `block` is its answer. An entry of the device's own
-name is taken first, then one of the same compute capability; the person's table (`own_path`) before the one
-that is shipped beside this file. Nothing is ever measured at a call.
+and further data from `minilm tune` about the measurement. `shape` has the heuristic's arguments, with sizes
+that vary from call to call rounded up to a power of two; `block` is its result. An entry with the device's
+own name takes precedence over one with the same compute capability; the user's table (`own_path`) over the
+one that is shipped with this file. Nothing is measured during a call.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ Configurations = dict[tuple[str | tuple[int, int], str, Shape], dict[str, int]]
 
 
 class Asked(NamedTuple):
-    """One question to a heuristic, and its own answer (a table may have overruled it)."""
+    """One call of a heuristic, and its own result (which a table may have overridden)."""
 
     kernel: str
     shape: Shape
@@ -47,8 +47,8 @@ class TableError(ValueError):
 
 
 def own_path() -> Path | None:
-    """The person's table: $MINILM_TUNED, or tuned.json in minilm's folder of the user's cache. An empty
-    MINILM_TUNED is none: then only the shipped table counts."""
+    """The user's table: $MINILM_TUNED, or tuned.json in minilm's folder in the user's cache. If MINILM_TUNED
+    is empty, only the shipped table is used."""
     named = os.environ.get("MINILM_TUNED")
     if named is not None:
         return Path(named) if named else None
@@ -101,7 +101,7 @@ _observers: list[list[Asked]] = []
 
 @contextmanager
 def forced(kernel: str, block: dict[str, int]) -> Iterator[None]:
-    """Inside, the heuristic of `kernel` answers `block`: how candidates are measured."""
+    """Inside, the heuristic of `kernel` returns `block`; used to measure candidates."""
     _forced[kernel] = block
     try:
         yield
@@ -111,7 +111,7 @@ def forced(kernel: str, block: dict[str, int]) -> Iterator[None]:
 
 @contextmanager
 def observed() -> Iterator[list[Asked]]:
-    """Inside, what the heuristics are asked is noted in the list."""
+    """Inside, calls of the heuristics are recorded in the list."""
     asked: list[Asked] = []
     _observers.append(asked)
     try:
@@ -121,7 +121,7 @@ def observed() -> Iterator[list[Asked]]:
 
 
 def find(kernel: str, device: Device, shape: Shape) -> dict[str, int] | None:
-    """What was measured for this shape on this device, or on one of its compute capability."""
+    """The measured block for this shape on this device, or on one of its compute capability."""
     if kernel in _forced:
         return _forced[kernel]
     table = _table()
@@ -133,7 +133,7 @@ B = TypeVar("B")
 
 
 class Tunable(Generic[P, B]):
-    """A heuristic, f(sizes..., device) -> a NamedTuple of integers, that tables may overrule."""
+    """A heuristic, f(sizes..., device) -> a NamedTuple of integers, that tables can override."""
 
     def __init__(self, kernel: str, varying: tuple[str, ...], heuristic: Callable[P, B]) -> None:
         self.kernel, self.heuristic = kernel, heuristic
@@ -144,7 +144,7 @@ class Tunable(Generic[P, B]):
         ALL[kernel] = self
 
     def shape(self, *sizes: int) -> Shape:
-        """The key of a call: names and sizes without the device, in the order of the names."""
+        """The key of a call: names and sizes without the device, sorted by name."""
         named = zip(self._names[:-1], sizes, strict=True)
         return tuple(sorted((n, _power_of_2(v) if n in self._varying else int(v)) for n, v in named))
 
@@ -161,7 +161,7 @@ class Tunable(Generic[P, B]):
         return self.heuristic(*args, **kwargs) if block is None else self.block(block)
 
     def block(self, fields: dict[str, int]) -> B:
-        """The answer that a table's `block` stands for."""
+        """Convert a table's `block` to the heuristic's result type."""
         if set(fields) != set(self._block._fields):
             expected = ", ".join(self._block._fields)
             raise TableError(f"a tuned block of {self.kernel} is {fields}, and must have {expected}")

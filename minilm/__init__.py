@@ -2,7 +2,7 @@
 
     from minilm import AutoModel, AutoTokenizer, SentenceEncoder, LLM
 
-Names are imported when they are first used, so that ``import minilm`` costs nothing.
+Names are imported on first use, so ``import minilm`` is fast.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""The KV cache: what a decoder remembers of the tokens it has read, in pages.
+"""The KV cache: keys and values of the tokens that a decoder has read, stored in pages.
 
     sequence 0: "the cat sat"    block_table   0: [2, 0]     k_pages[layer]   page 0: sat .    page 1: a dog
     sequence 1: "a dog"                        1: [1]        [page, slot,     page 2: the cat
                                                               Hkv, D]
 
-Each sequence owns whole pages of `page_size` tokens, found through its row of the block table, so that
-sequences of any length live side by side, grow without moving, and give their pages back when they end (Kwon
-et al. 2023, arXiv:2309.06180). Padding is never stored.
+Each sequence owns whole pages of `page_size` tokens, listed in its row of the block table. So sequences of
+any length share the memory, grow without being copied, and free their pages when they end (PagedAttention:
+Kwon et al. 2023, arXiv:2309.06180). Padding is never stored.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .ops.backends import packed
 
 @dataclass
 class CacheStep:
-    """Where the new tokens of one forward pass go, and what they may look back on."""
+    """Where to store the new tokens of one forward pass, and which cached tokens they attend to."""
 
     slots: Tensor
     """int64 [T]: page * page_size + offset of each new token."""
@@ -34,32 +34,32 @@ class CacheStep:
     """int32 [B], new tokens included."""
     max_context: int
     fresh: bool
-    """No sequence had a past: attention needs the new tokens only."""
+    """True if no sequence had cached tokens before: attention needs the new tokens only."""
 
 
 @dataclass
 class Layout:
-    """Where the tokens of a padded row stand; those of any other row stand in the columns 0, 1, 2, ..."""
+    """The columns of the tokens of a padded row; tokens of other rows are in columns 0, 1, 2, ..."""
 
     columns: Tensor
-    """Of each token in the cache, int64 [S] on the CPU."""
+    """Column of each cached token, int64 [S] on the CPU."""
     width: int
-    """Columns that were passed, padding included."""
+    """Number of columns passed so far, padding included."""
     origin: int
     """The column of position 0."""
 
 
 def _layers(store: Tensor) -> list[Tensor]:
-    """The part of each layer, as a tensor of its own to autograd, which may be written to in training."""
+    """One tensor per layer, detached so that autograd allows in-place writes in training."""
     return [layer.detach() for layer in store]
 
 
 class KVCache:
     """Keys and values of all layers for a set of sequences (rows), each of its own length.
 
-    `page_size` in tokens. `dtype` is that of the stored keys and values; in int8 each head of a token has a
-    float32 scale beside it (a little more than half of what 16 bits take). Rows are added by `add_rows`; the
-    forward pass calls `extend` once and then `minilm.ops.append_kv` for each layer.
+    `page_size` in tokens. `dtype` is that of the stored keys and values; int8 adds a float32 scale per token
+    and head (together a little more than half the memory of 16 bits). `add_rows` adds rows; the forward pass
+    calls `extend` once and then `minilm.ops.append_kv` for each layer.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class KVCache:
         self.dtype = dtype
         self.device = torch.device(device)
         self.steps_a_look = 1
-        """Of how many steps of decoding one looks whether the model was changed."""
+        """Check for changed weights only once in this many decoding steps."""
         self.lengths: dict[int, int] = {}
         self._pages_of: dict[int, list[int]] = {}
         self._layouts: dict[int, Layout] = {}
@@ -86,19 +86,19 @@ class KVCache:
         self._keys = torch.empty(shape, dtype=dtype, device=self.device)
         self._values = torch.empty(shape, dtype=dtype, device=self.device)
         self.k_pages = _layers(self._keys)
-        """Of each layer, [pages, page size, Hkv, D]."""
+        """Keys of each layer, [pages, page size, Hkv, D]."""
         self.v_pages = _layers(self._values)
         layers = config.num_layers if dtype == torch.int8 else 0
         self._key_scales = torch.empty(layers, *shape[1:4], device=self.device)
         self._value_scales = torch.empty(layers, *shape[1:4], device=self.device)
         self.k_scales = _layers(self._key_scales)
-        """Of each layer, [pages, page size, Hkv]; without int8 there are none."""
+        """Scales of each layer, [pages, page size, Hkv]; empty unless the dtype is int8."""
         self.v_scales = _layers(self._value_scales)
         self._next_row = 0
         self.add_rows(rows)
 
     def add_rows(self, count: int) -> list[int]:
-        """Begin `count` empty sequences; returns their row numbers."""
+        """Add `count` empty sequences; returns their row numbers."""
         rows = list(range(self._next_row, self._next_row + count))
         self._next_row += count
         for row in rows:
@@ -107,34 +107,34 @@ class KVCache:
         return rows
 
     def free_row(self, row: int) -> None:
-        """Forget a sequence and take its pages back."""
+        """Remove a sequence and free its pages."""
         self._free.extend(reversed(self._pages_of.pop(row)))
         self._layouts.pop(row, None)
         del self.lengths[row]
 
     @property
     def rows(self) -> list[int]:
-        """The living rows, in order of their birth (unless `reorder` changed it)."""
+        """The current rows, in order of creation (unless `reorder` changed it)."""
         return list(self.lengths)
 
     def reorder(self, rows: Sequence[int]) -> None:
-        """Put the living rows into another order."""
+        """Change the order of the rows."""
         if sorted(rows) != sorted(self.lengths):
             raise ValueError(f"the rows are {self.rows}, and the new order is {list(rows)}")
         self.lengths = {row: self.lengths[row] for row in rows}
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns that were passed: tokens of the longest sequence, and padding (transformers' name)."""
+        """Number of columns passed: tokens of the longest sequence, and padding (transformers' name)."""
         widths = {**self.lengths, **{row: layout.width for row, layout in self._layouts.items()}}
         return max(widths.values(), default=0)
 
     def layout(self, row: int) -> Layout:
-        """Where the tokens of a sequence stand."""
+        """The columns of the tokens of a sequence."""
         length = self.lengths[row]
         return self._layouts.get(row) or Layout(torch.arange(length), length, 0)
 
     def set_layout(self, row: int, layout: Layout) -> None:
-        """Say where the tokens of a sequence stand."""
+        """Set the columns of the tokens of a sequence."""
         length = self.lengths[row]
         if layout.width == length and (layout.origin == 0 or length == 0):
             self._layouts.pop(row, None)
@@ -142,10 +142,11 @@ class KVCache:
             self._layouts[row] = layout
 
     def new_columns(self, mask: Tensor | None, columns: int) -> tuple[Tensor | None, int | None]:
-        """The part of a mask, [B, S] or [B, past + S], for the S new columns; and the past, if it told that.
+        """The part of a mask, [B, S] or [B, past + S], for the S new columns; and the number of past columns,
+        if the mask includes them.
 
-        Raises ValueError where the past is told otherwise than it is held: padding is not in the cache, and
-        everything in it is seen.
+        Raises ValueError if the mask disagrees with the cache about the past: padding is not cached, and all
+        cached tokens are attended to.
         """
         past = self.get_seq_length()
         if not isinstance(mask, Tensor) or mask.dim() != 2 or mask.shape[1] == columns or past == 0:
@@ -169,8 +170,9 @@ class KVCache:
         return mask[:, past:], past
 
     def lay_out(self, columns: Tensor, lengths: list[int], width: int, past: int | None) -> list[Layout]:
-        """How each sequence will stand with its new tokens, in `columns` [T] of `width` new ones. `past`: the
-        columns before, if the mask told them; else each goes on from its last token, be it padded behind."""
+        """The layout of each sequence with its new tokens, in `columns` [T] of `width` new columns. `past`:
+        the number of columns before, if the mask included them; else each sequence continues right after its
+        last token, even if padding followed it."""
         found = []
         for row, new in zip(self.lengths, torch.split(columns.cpu(), lengths), strict=True):
             old = self.layout(row)
@@ -183,17 +185,17 @@ class KVCache:
         return found
 
     def is_padded(self, padded: bool, past: int | None) -> bool:
-        """Whether `lay_out` has something to say: the new columns are `padded`, or the past is."""
+        """Whether layouts are needed: the new columns are `padded`, or the past is."""
         ragged = past is not None and any(length != past for length in self.lengths.values())
         return padded or ragged or bool(self._layouts)
 
     def state(self, rows: Sequence[int] | None = None) -> dict[int, tuple[int, Layout | None]]:
-        """Of these rows (None: of all), what `restore` goes back to, as long as nothing is taken away."""
+        """The state of these rows (None: of all) for `restore`; valid as long as nothing is removed."""
         chosen = self.lengths if rows is None else rows
         return {row: (self.lengths[row], self._layouts.get(row)) for row in chosen}
 
     def restore(self, state: dict[int, tuple[int, Layout | None]]) -> None:
-        """Forget what came since `state`."""
+        """Remove everything added since `state`."""
         for row in self.rows:
             if row not in state:
                 self.free_row(row)
@@ -212,7 +214,7 @@ class KVCache:
         yield from (*self.k_pages, *self.v_pages, *self.k_scales, *self.v_scales)
 
     def reserve(self, tokens: int) -> None:
-        """Make room for `tokens` more tokens in new pages, so that growing does not copy later."""
+        """Allocate pages for `tokens` more tokens, so that growing does not copy later."""
         missing = -(-tokens // self.page_size) - len(self._free)
         if missing > 0:
             self._grow(max(missing, self._pages // 2))
@@ -250,7 +252,7 @@ class KVCache:
         return new
 
     def extend(self, rows: Sequence[int], counts: Sequence[int]) -> CacheStep:
-        """Take room for `counts[i]` new tokens of `rows[i]` and say where they go."""
+        """Reserve slots for `counts[i]` new tokens of `rows[i]`; returns where to store them."""
         fresh = all(self.lengths[row] == 0 for row in rows)
         needed = [
             -(-(self.lengths[row] + n) // self.page_size) - len(self._pages_of[row])
@@ -284,8 +286,7 @@ class KVCache:
 
     @contextmanager
     def restored(self, rows: Sequence[int] | None = None) -> Iterator[None]:
-        """A ``with`` block that adds to these rows (None: to any): after an error they have their lengths
-        from before."""
+        """A ``with`` block that adds to these rows (None: to any); an error in it restores their lengths."""
         before = self.state(rows)
         try:
             yield
@@ -295,7 +296,7 @@ class KVCache:
             raise
 
     def keys(self, layer: int, row: int) -> Tensor:
-        """The keys of one sequence in one layer, [S, Hkv, D] (for attention maps and for readers)."""
+        """The keys of one sequence in one layer, [S, Hkv, D] (for attention maps and inspection)."""
         pages = torch.tensor(self._pages_of[row], dtype=torch.int64, device=self.device)
         keys: Tensor = self.k_pages[layer][pages]
         if self.k_scales:
@@ -303,8 +304,8 @@ class KVCache:
         return keys.flatten(0, 1)[: self.lengths[row]]
 
     def crop(self, max_length: int) -> None:
-        """Forget all but the first `max_length` columns of every sequence; below 0, its last ones; 0: nothing
-        (as transformers, to which -k is to remove k)."""
+        """Remove all but the first `max_length` columns of every sequence; a negative -k removes the last k
+        columns; 0 removes nothing (as in transformers)."""
         if not isinstance(max_length, int) or isinstance(max_length, bool):
             raise TypeError(f"crop takes a whole number of columns, and got {max_length!r}")
         for row in self.lengths if max_length else ():
@@ -315,7 +316,7 @@ class KVCache:
             self.set_layout(row, Layout(kept, width, old.origin))
 
     def crop_row(self, row: int, max_length: int) -> None:
-        """Forget all but the first `max_length` tokens of one sequence."""
+        """Remove all but the first `max_length` tokens of one sequence."""
         if max_length < 0:
             raise ValueError(f"a sequence cannot be cropped to {max_length} tokens")
         if self.lengths[row] > max_length:
@@ -328,7 +329,7 @@ class KVCache:
                 self.set_layout(row, Layout(kept, int(kept[-1]) + 1, old.origin))
 
     def fork(self, row: int) -> int:
-        """A new row with a copy of `row`'s past: several continuations of one prompt read it once."""
+        """A new row with a copy of `row`'s cached tokens, so that several continuations share one prefill."""
         (child,) = self.add_rows(1)
         length = self.lengths[row]
         if length:

@@ -1,4 +1,4 @@
-"""Chat templates by themselves: `render` makes a text of a template and messages."""
+"""Chat templates on their own: `render` turns a template and messages into text."""
 
 from .text import ChatTemplateError, render
 

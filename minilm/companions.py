@@ -1,7 +1,7 @@
-"""What other libraries ask of a model: transformers' Trainer, accelerate, peft, and programs that move state
-dicts about.
+"""Methods that other libraries call on a model: transformers' Trainer, accelerate, peft, and code that copies
+state dicts.
 
-A Transformer can be read without it.
+Not needed to understand the Transformer.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ if TYPE_CHECKING:
 
 
 class LoadedKeys(NamedTuple):
-    """What `load_state_dict` returns, as PyTorch names it."""
+    """Result of `load_state_dict`, with PyTorch's field names."""
 
     missing_keys: list[str]
     unexpected_keys: list[str]
 
 
 class Companion(nn.Module):
-    """The part of a model that others call."""
+    """The methods of a model that other libraries call."""
 
     if TYPE_CHECKING:
         family: Family
@@ -57,7 +57,7 @@ class Companion(nn.Module):
         def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None: ...
 
     accepts_loss_kwargs: ClassVar[bool] = True
-    """For transformers' Trainer: `num_items_in_batch` is an argument of `forward`."""
+    """For transformers' Trainer: `forward` takes `num_items_in_batch`."""
     main_input_name: ClassVar[str] = "input_ids"
     input_modalities: ClassVar[tuple[str, ...]] = ("text",)
     output_modalities: ClassVar[tuple[str, ...]] = ("text",)
@@ -204,7 +204,7 @@ class Companion(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As in PyTorch; a state dict of transformers' model is understood too, and copied into the
+        """As in PyTorch; also accepts a state dict of transformers' model, which is copied into the
         parameters (`assign` is refused for it). An unfused model takes its own names."""
         if (
             self.is_unfused
@@ -225,7 +225,7 @@ class Companion(nn.Module):
         problems = misshapen + [f"{name} is missing" for name in missing] * strict
         problems += [f"{name} is unexpected" for name in unexpected] * strict
         if assign:
-            problems.append("assign=True cannot split or join matrices: leave it out")
+            problems.append("assign=True cannot split or fuse matrices: leave it out")
         if problems:
             more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
             raise RuntimeError(
@@ -238,20 +238,20 @@ class Companion(nn.Module):
         return LoadedKeys(missing, unexpected)
 
     def _name_here(self, name: str, places: Mapping[str, Tensor], prefix: str) -> str:
-        """The body's names come with the prefix of a model with a head, or without."""
+        """The name here for `name`, whose body prefix (that of a model with a head) is optional."""
         for other in (name, prefix + name, *(name.removeprefix(p) for p in self.family.prefixes)):
             if other in places:
                 return other
         return name
 
     def _is_known(self, name: str) -> bool:
-        """Whether the family writes this name and the model has no use for it, as for a tied matrix."""
+        """Whether the family knows this name but the model does not need it, such as a tied matrix."""
         short = next((name.removeprefix(p) for p in self.family.prefixes if name.startswith(p)), name)
         rules = self.family.rules(self.head_kind)
         return any(rule.match_key(key) is not None for rule in rules for key in (name, short))
 
     def num_parameters(self, only_trainable: bool = False, exclude_embeddings: bool = False) -> int:
-        """Number of parameters, the elements of quantised matrices among them."""
+        """Number of parameters, including the elements of quantised matrices."""
         layers = (getattr(m, "named", m) for m in self.body.embeddings.children())
         left_out = {id(p) for layer in layers for p in layer.parameters()} if exclude_embeddings else set()
         counts = [
@@ -269,7 +269,7 @@ class Companion(nn.Module):
         return sum(counts)
 
     def get_memory_footprint(self) -> int:
-        """Bytes that the parameters and the quantised matrices occupy."""
+        """Bytes of the parameters and the quantised matrices."""
         return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
 
     def resize_token_embeddings(
@@ -278,10 +278,10 @@ class Companion(nn.Module):
         pad_to_multiple_of: int | None = None,
         mean_resizing: bool = True,
     ) -> Any:
-        """Grow or shrink the vocabulary to `new_num_tokens` (None: as it is), rounded up to a multiple.
+        """Grow or shrink the vocabulary to `new_num_tokens` (None: unchanged), rounded up to a multiple.
 
-        Output matrices and biases follow; new rows are near the mean of the old, or if not `mean_resizing`
-        random.
+        Output matrices and biases are resized too; new rows are sampled near the mean of the old ones, or at
+        random without `mean_resizing`.
         """
         if self.is_unfused:
             raise ValueError(
@@ -313,53 +313,53 @@ class Companion(nn.Module):
         return table
 
     def get_output_embeddings(self) -> nn.Module | None:
-        """The matrix that scores the vocabulary, where it is not the token table; None where it is, or there
-        is none."""
+        """The output matrix, if it is separate from the token table; None if they are tied or there is
+        none."""
         found = getattr(getattr(self, "head", None), "decoder", None)
         found = getattr(found, "named", found)
         return found if isinstance(found, nn.Module) else None
 
     def tie_weights(self, **_: Any) -> None:
-        """Nothing to do: a tied matrix is the token table itself here."""
+        """Does nothing: in minilm a tied matrix is the token table itself."""
 
     @property
     def loss_type(self) -> str | None:
-        """For transformers' Trainer, which counts the labels of a batch by it: those of a causal model are
-        shifted."""
+        """For transformers' Trainer, which uses it to count the labels of a batch (shifted for causal
+        models)."""
         return "ForCausalLM" if self.head_kind == "causal-lm" else None
 
     def can_generate(self) -> bool:
-        """Whether it has `generate`."""
+        """Whether the model has `generate`."""
         return self.head_kind == "causal-lm"
 
     @property
     def is_gradient_checkpointing(self) -> bool:
-        """Whether blocks are computed again in the backward pass, in place of keeping what they made."""
+        """Whether blocks are recomputed in the backward pass instead of storing their activations."""
         return bool(getattr(self.body, "gradient_checkpointing", False))
 
     def gradient_checkpointing_enable(
         self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **options: Any
     ) -> None:
-        """Keep the inputs of each block alone for the backward pass, which runs the blocks again (Chen et al.
-        2016, arXiv:1604.06174). Options of transformers may ask for what is done: use_reentrant=False,
+        """Store only the inputs of each block for the backward pass, which recomputes the rest (Chen et al.
+        2016, arXiv:1604.06174). Options of transformers are accepted with these values: use_reentrant=False,
         every_n_layers=1, offload=False."""
         asked = {"use_reentrant": False, "every_n_layers": 1, "offload": False}
         given = {**options, **(gradient_checkpointing_kwargs or {})}
         for name, value in given.items():
             if name not in asked or value not in (None, asked[name]):
-                raise ValueError(f"gradient checkpointing has {asked}, and got {name}={value!r}")
+                raise ValueError(f"gradient checkpointing supports {asked}, and got {name}={value!r}")
         self.body.gradient_checkpointing = True
 
     def gradient_checkpointing_disable(self) -> None:
-        """Keep everything again."""
+        """Store all activations again."""
         self.body.gradient_checkpointing = False
 
     def enable_input_require_grads(self) -> None:
-        """For adapters under reentrant checkpointing, which is not what is done here: nothing is needed."""
+        """Does nothing: only reentrant checkpointing of adapters needs it, and minilm's is not reentrant."""
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, **options: Any) -> Any:
         """Save to a folder and upload it with huggingface_hub, which has the credentials; options are those
-        of `HfApi.upload_folder` (commit_message, revision, create_pr, token). Returns its answer."""
+        of `HfApi.upload_folder` (commit_message, revision, create_pr, token). Returns its result."""
         from huggingface_hub import HfApi
 
         api = HfApi(token=options.pop("token", None))
@@ -375,9 +375,9 @@ def _asking() -> str:
 
 
 def check_save_options(options: dict[str, Any]) -> None:
-    """Options of transformers' `save_pretrained` that ask for what is done anyway, or for nothing; others are
-    a TypeError or ValueError. `state_dict`, `save_function` and `is_main_process` are accelerate's: the model
-    writes its own parameters."""
+    """Accept options of transformers' `save_pretrained` that have no effect or ask for what is done anyway;
+    raise TypeError or ValueError for others. `state_dict`, `save_function` and `is_main_process` come from
+    accelerate: the model writes its own parameters."""
     harmless: dict[str, tuple[Any, ...]] = {
         "safe_serialization": (True,),
         "push_to_hub": (False,),
@@ -395,11 +395,11 @@ def check_save_options(options: dict[str, Any]) -> None:
 
 
 def refuse_transforms() -> None:
-    """RuntimeError within `torch.vmap` and while a model is exported: the lengths of a batch are read to pack
-    it, which these do not allow."""
+    """Raise RuntimeError within `torch.vmap` and during export: packing reads the lengths of a batch, which
+    these do not allow."""
     if torch.compiler.is_exporting() or torch._C._is_tracing():
         raise RuntimeError(
-            "torch.export, torch.jit.trace and torch.onnx.export cannot take a model of minilm, which packs "
+            "torch.export, torch.jit.trace and torch.onnx.export cannot trace a minilm model, which packs "
             "each batch by its lengths: export transformers' model, which loads the same folder"
         )
     if torch.compiler.is_compiling():
@@ -407,6 +407,6 @@ def refuse_transforms() -> None:
     transform = torch._C._functorch.peek_interpreter_stack()
     if transform is not None and transform.key() == torch._C._functorch.TransformType.Vmap:
         raise RuntimeError(
-            "torch.vmap cannot run a model of minilm, which reads the ids that it is given: pass the whole "
-            "batch, [batch, tokens], to the model itself, or several models one after the other"
+            "torch.vmap cannot run a minilm model, which reads the values of the ids: pass the whole batch, "
+            "[batch, tokens], to the model itself, and run several models one after the other"
         )

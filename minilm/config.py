@@ -1,11 +1,11 @@
-"""`ModelConfig`: the closed list of ways in which two Transformers differ.
+"""`ModelConfig`: every option by which the supported Transformers differ.
 
-A checkpoint's ``config.json`` speaks the dialect of its family (``n_embd`` or ``hidden_size``, ``rope_theta``
-here or there). Each family translates its dialect into this one (`minilm.families`), and the model code reads
-nothing else. So this page says what the one Transformer of `minilm.model.pretrained` can be; a field stands
-here only because two families really differ by it.
+Each family has its own names for the options in ``config.json`` (``n_embd`` or ``hidden_size``,
+``rope_theta`` at the top level or nested). `minilm.families` translates them into this one configuration, and
+the model code reads nothing else. So this file lists all variants of the one Transformer in `minilm.model`;
+each field is here because two families differ by it.
 
-Alphabet of dimensions, used in every docstring: B sequences, T packed tokens, S context, H query heads, Hkv
+Letters for dimensions in all docstrings: B sequences, T packed tokens, S context, H query heads, Hkv
 key/value heads, D head size, C channels, F inner channels of the MLP, L layers, P positions, V vocabulary.
 """
 
@@ -29,10 +29,10 @@ ACTIVATIONS = (
 
 
 LARGEST = 2**31 - 1
-"""Of any size: positions and lengths are held in 32 bits."""
+"""Upper limit of every size: positions and lengths are stored in 32 bits."""
 
 NORM_EPS = (0.0, 1.0)
-"""Of the epsilon of a norm: beyond, a norm is nothing but a division by its square root."""
+"""Allowed range of `norm_eps`. A larger value would outweigh the variance that it is added to."""
 
 ROPE_RANGES: dict[str, tuple[float, float]] = {
     "theta": (1.0, 1e12),
@@ -43,8 +43,8 @@ ROPE_RANGES: dict[str, tuple[float, float]] = {
     "beta_fast": (1e-6, 1e6),
     "beta_slow": (1e-6, 1e6),
 }
-"""The least and the largest value that rotary frequencies are made of. Models in use have a theta from 1e4 to
-5e8 and factors from 1 to 64."""
+"""Allowed range of each parameter of the rotary frequencies. Published models have a theta from 1e4 to 5e8
+and factors from 1 to 64."""
 
 
 def check_number(name: str, value: object, least: float, most: float) -> None:
@@ -55,22 +55,21 @@ def check_number(name: str, value: object, least: float, most: float) -> None:
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and the ways in which its reach is
-    extended.
+    """Rotary position embedding (Su et al. 2021, arXiv:2104.09864) and its variants for longer contexts.
 
     ``default``: frequencies theta^(-2i/D). ``linear``: divided by `factor` (Chen et al. 2023,
     arXiv:2306.15595). ``dynamic``: theta grows once a sequence is longer than `max_positions` (NTK-aware).
-    ``llama3``: low frequencies divided by `factor`, high ones kept, a ramp between. ``yarn``: Peng et al.
-    2023, arXiv:2309.00071.
+    ``llama3``: low frequencies divided by `factor`, high ones kept, interpolated between. ``yarn``: Peng et
+    al. 2023, arXiv:2309.00071.
     """
 
     theta: float = 10_000.0
     type: Literal["default", "linear", "dynamic", "llama3", "yarn"] = "default"
     factor: float = 1.0
     max_positions: int = 2048
-    """The context that `dynamic` starts to stretch at."""
+    """The sequence length beyond which `dynamic` raises theta."""
     original_max_positions: int = 2048
-    """The context of pre-training, that `llama3` and `yarn` interpolate from."""
+    """The context length of pre-training, from which `llama3` and `yarn` interpolate."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     attention_factor: float = 1.0
@@ -103,7 +102,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """One Transformer body. Sizes in elements, probabilities in 0..1."""
+    """Configuration of one Transformer body. Sizes are in elements, probabilities from 0 to 1."""
 
     vocab_size: int
     hidden_size: int
@@ -113,33 +112,33 @@ class ModelConfig:
     head_dim: int
     intermediate_size: int
     max_positions: int
-    """Longest sequence: rows of the position table less `position_offset`, or the context a rope model was
-    made for."""
+    """Longest sequence: rows of the position table minus `position_offset`, or the context that a rope model
+    was trained for."""
 
     causal: bool
-    """Decoders attend to the past only; encoders to the whole sequence."""
+    """True: a token attends to earlier tokens only (decoders); False: to the whole sequence (encoders)."""
     pre_norm: bool
-    """Where the norms stand: before each sub-layer (GPT-2, Llama), or after the residual sum (BERT)."""
+    """True: norms before each sub-layer (GPT-2, Llama); False: after the residual sum (BERT)."""
     norm: Literal["layer_norm", "rms_norm"]
     norm_eps: float
     activation: str
     gated_mlp: bool = False
-    """down(act(gate x) * up x), Shazeer 2020, arXiv:2002.05202, in place of down(act(up x))."""
+    """down(act(gate x) * up x), Shazeer 2020, arXiv:2002.05202, instead of down(act(up x))."""
 
     # Embeddings
     positions: Literal["learned", "rope"] = "learned"
     position_offset: int = 0
-    """First row of the position table in use (RoBERTa: padding index + 1)."""
+    """Row of the position table for the first token (RoBERTa: padding index + 1)."""
     positions_skip_padding_id: int | None = None
-    """RoBERTa counts as positions only the tokens that are not this id, whatever the attention mask says."""
+    """Tokens with this id get no position, whatever the attention mask (RoBERTa)."""
     rope: RopeConfig | None = None
     type_vocab_size: int = 0
     types_are_tokens: bool = False
-    """GPT-2 looks token types up in the token table."""
+    """Token types are looked up in the token table (GPT-2)."""
     embedding_norm: bool = False
     final_norm: bool = False
 
-    # Biases, and what attention does besides
+    # Biases, and options of attention
     qkv_bias: bool = True
     out_bias: bool = True
     mlp_bias: bool = True
@@ -155,9 +154,9 @@ class ModelConfig:
 
     tie_word_embeddings: bool = True
     pad_token_id: int | None = None
-    """Row of the token table that is not trained as an input (GPT-2 has none)."""
+    """Row of the token table that gets no gradient as an input (GPT-2 has none)."""
 
-    # Dropout, in training only
+    # Dropout (training only)
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
@@ -201,18 +200,18 @@ class ModelConfig:
         if self.windows and len(self.windows) != self.num_layers:
             raise ConfigError(f"{len(self.windows)} attention windows for {self.num_layers} layers")
         if any(window is not None and window < 1 for window in self.windows):
-            raise ConfigError(f"an attention window must be at least 1 token, and they are {self.windows}")
+            raise ConfigError(f"each attention window must be at least 1 token, and they are {self.windows}")
         if self.positions == "rope" and (self.rope is None or self.head_dim % 2):
             raise ConfigError(
                 f"rope needs a RopeConfig and an even head size, and the head size is {self.head_dim}"
             )
 
     def window(self, layer: int) -> int | None:
-        """Keys that a query of `layer` sees, itself included; None is all."""
+        """Number of keys that a query of `layer` sees, itself included; None: all."""
         return self.windows[layer] if self.windows else None
 
     def scale(self, layer: int) -> float:
-        """What the scores of `layer` are multiplied by before the softmax."""
+        """Factor of the attention scores of `layer` before the softmax."""
         scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
         return scale / (layer + 1) if self.scale_by_inverse_layer else scale
 

@@ -1,8 +1,7 @@
-"""What is said once a process: where minilm differs from transformers on purpose, and names of arguments that
-have newer ones.
+"""Warnings given once per process: deliberate differences from transformers, and renamed arguments.
 
-docs/differences.md is the table of the former; what changes a result in silence is here, and warns where it
-happens.
+docs/differences.md lists all deliberate differences. Those that would change a result silently are here, and
+warn where they take effect.
 """
 
 from __future__ import annotations
@@ -14,35 +13,35 @@ from typing import Any
 
 DIFFERENCES = {
     "left-padding": (
-        "this batch is padded on the left, and the model has a table of positions: each text begins at the "
-        "first of them, as with padding on the right (transformers counts the padding, unless it is given "
-        "position_ids)"
+        "this batch is padded on the left, and the model has a position table: each text starts at position "
+        "0, as with padding on the right (transformers counts padding as positions, unless position_ids are "
+        "given)"
     ),
     "first-token": (
-        "a text that is padded on the left is judged by its own first token (transformers takes the first "
-        "column of the batch, which is padding)"
+        "this batch is padded on the left: the first token of each text is pooled (transformers pools the "
+        "first column of the batch, which is padding)"
     ),
     "labels-at-padding": (
-        "labels stand at padding, and are left out of the loss (transformers counts all but -100, so that "
-        "its loss is another)"
+        "labels at padding are ignored in the loss (transformers counts all labels except -100, so its loss "
+        "differs)"
     ),
     "labels-after-padding": (
-        "labels of a batch that is padded on the left: the first token of a text is not predicted "
-        "(transformers predicts it from the padding before it, so that its loss is another)"
+        "this batch is padded on the left: the label of each text's first token is ignored in the loss "
+        "(transformers predicts it from the padding before it, so its loss differs)"
     ),
 }
 
 said: set[str] = set()
-"""What has been said in this process. Empty it to hear all again."""
+"""Keys of the warnings already given in this process. Clear it to get them again."""
 
 
 def tell(difference: str) -> None:
-    """Warn of one of `DIFFERENCES`, the first time that it happens."""
+    """Give the warning for one of `DIFFERENCES`, the first time only."""
     once(difference, f"{DIFFERENCES[difference]}; see docs/differences.md")
 
 
 def once(key: str, message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn, the first time that it is asked for under `key`, of the program's line that called minilm."""
+    """Warn, once per `key`, with the line of the user's program that called minilm as the location."""
     if key in said:
         return
     said.add(key)
@@ -53,9 +52,9 @@ def once(key: str, message: str, category: type[Warning] = UserWarning) -> None:
 
 
 def renamed(who: str, options: Mapping[str, Any], older: Mapping[str, str]) -> dict[str, Any]:
-    """`options` with the names that they have now, by `older`: older name -> newer name.
+    """`options` under their current names; `older` maps older name -> current name.
 
-    Each older name warns once. None stands for an option that is not given. Raises TypeError where both are.
+    Each older name warns once. None means that an option is not given. Raises TypeError if both names are.
     """
     found = dict(options)
     for old, new in older.items():

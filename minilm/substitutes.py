@@ -1,5 +1,5 @@
-"""Names of transformers that minilm does not have, and what to use in their place: the errors that meet them
-say it."""
+"""Suggestions for error messages: what to use in place of names and options of transformers that minilm does
+not have."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CLASSES = {
     "set_seed": "torch.manual_seed(seed), or seed= in generate and SamplingParams",
     "models": "from sentence_transformers import models, or SentenceEncoder(name), which reads modules.json",
 }
-"""Class or function -> the way round."""
+"""Class or function -> what to use instead."""
 
 OPTIONS = {
     "load_in_8bit": "weights='int8' (or 'q8_0') quantises as it loads",
@@ -58,9 +58,9 @@ OPTIONS = {
     "from_flax": "only safetensors and GGUF files are read",
     "subfolder": "give the path of the folder itself",
 }
-"""Option of `from_pretrained` -> the way round."""
+"""Option of `from_pretrained` -> what to use instead."""
 
 
 def instead(table: dict[str, str], names: list[str]) -> str:
-    """ "; load_in_8bit: weights='int8' ..." for those of the names that are in the table."""
+    """ "; load_in_8bit: weights='int8' ..." for the names that are in the table."""
     return "".join(f"; {name}: {table[name]}" for name in names if name in table)

@@ -1,4 +1,4 @@
-"""The folders and files of minilm/, as they stand on each other."""
+"""The folders and files of minilm/, in the order of their imports."""
 
 from __future__ import annotations
 
@@ -24,5 +24,5 @@ ORDER = (
     "conversion",
     *("serving", "integrations", "doctor", "cli", "__main__", ""),
 )
-"""The folders and files of minilm/ as they stand on each other, and as a person reads them: each may import
-those before it. The last is the package itself."""
+"""The folders and files of minilm/ in reading order: each may import only those before it. The last entry is
+the package itself."""

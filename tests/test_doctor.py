@@ -143,7 +143,7 @@ def test_an_explicit_backend_shows_in_every_row() -> None:
     assert {row["backend"] for row in report["ops"]} == {"reference"}
     assert report["environment"]["MINILM_BACKEND"] == "reference"
     reasons = {row["refused"].get("torch") for row in report["ops"] if row["op"] == "attention"}
-    assert reasons == {"not asked for (chosen: reference)"}
+    assert reasons == {"not requested (chosen: reference)"}
 
 
 def test_a_backend_that_cannot_run_is_a_problem() -> None:

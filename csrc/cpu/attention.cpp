@@ -1,7 +1,7 @@
 // Attention of many queries on packed sequences (encoders, prompts): softmax(scale q k^T) v, one head of one
 // sequence at a time.
 //
-// Queries are in the lanes, a block of kPanel of them at a time:
+// SIMD lanes hold queries, a block of kPanel at a time:
 //
 //   panel = scale q^T                 [D, queries]
 //   for each tile of kTileRows keys:  s = K panel                 [keys, queries]: numbers of K, broadcast
@@ -9,19 +9,19 @@
 //   for each tile of queries:         out = p^T V / sum           [queries, channels]: numbers of p,
 //   broadcast
 //
-// Keys and values are read where they are, nothing is added up across lanes, and all keys of a query are at
-// hand, so nothing is rescaled. (Rows of 16 bits, of pages, or of sizes that leave lanes empty are copied
-// first.) Operations: 4 queries keys D, and an exponential for each score: for 16 scores 2 D vector
-// multiply-adds and about 12 for the exponential, so that small heads feel the exponentials. Bytes: q, k, v
-// and out once, from cache; the scores of a block, 4 kPanel bytes a key, stay in the first or second.
+// Keys and values are read in place, nothing is summed across lanes, and all keys of a query are available,
+// so nothing is rescaled. (Rows of 16 bits, of pages, or of sizes that leave lanes empty are copied first.)
+// Operations: 4 queries keys D, and one exponential per score: for 16 scores 2 D vector multiply-adds and
+// about 12 for the exponential, so exponentials matter for small heads. Bytes: q, k, v and out once, from
+// cache; the scores of a block, 4 kPanel bytes per key, stay in the first- or second-level cache.
 //
-// With `pairs`, where the instruction set multiplies pairs of bfloat16: queries, keys, probabilities and
-// values are rounded to it, and a 32-bit word of K is two of its channels, one of p two keys. The loops are
-// the same, with half the steps.
+// With `pairs`, if the instruction set multiplies pairs of bfloat16: queries, keys, probabilities and values
+// are rounded to bfloat16; a 32-bit word of K has two channels, one of p two keys. The loops are the same,
+// with half the steps.
 //
 //   panel  [D / 2][queries][2]    p  [keys / 2][queries][2]    V  [keys / 2][channels][2]
 //
-// A query's result depends on its own sequence alone: the order of every sum is given by the places of the
+// A query's result depends only on its own sequence: the order of every sum follows the positions of the
 // keys.
 
 #include "cpu/attention.h"
@@ -261,7 +261,7 @@ void values(int queries, const float* weights, std::int64_t step, std::int64_t k
   if constexpr (R < kTileRows) values<kPairs, V, R + 1>(queries, weights, step, keys, v, stride, tile);
 }
 
-// What one head of one sequence is computed from, and memory for a block of queries.
+// The inputs of one head of one sequence, and memory for a block of queries.
 struct Head {
   const float* q;
   Rows k, v;

@@ -1,4 +1,4 @@
-// Attention of one head or one stretch of keys; attention.cpp explains.
+// Attention of one head or one stretch of keys; see attention.cpp.
 #pragma once
 
 #include "cpu/vec.h"

@@ -1,16 +1,16 @@
-// Attention of one query a sequence (decoding): softmax(scale q k^T) v over the pages of the cache.
+// Attention of one query per sequence (decoding): softmax(scale q k^T) v over the pages of the cache.
 //
-// Keys and values are read where they stand, all heads of a token together, a stretch of keys at a time;
-// stretches are tasks of their own, and their partial results are put together by `combine`:
+// Keys and values are read in place, all heads of a token together, a stretch of keys at a time. Each stretch
+// is a task, and `combine` merges their partial results:
 //
-//   of each stretch   m = max(s), l = sum exp(s - m), o = sum exp(s - m) v           with s = scale q k
-//   of a head         out = sum exp(m - M) o / sum exp(m - M) l                      with M = max(m)
+//   per stretch   m = max(s), l = sum exp(s - m), o = sum exp(s - m) v           with s = scale q k
+//   per head      out = sum exp(m - M) o / sum exp(m - M) l                      with M = max(m)
 //
-// Bytes: 2 context D b for each key head, and 2 context D multiply-adds for each query head: with few query
-// heads a key head, memory is the limit.
+// Bytes: 2 context D b per key head, and 2 context D multiply-adds per query head: with few query heads per
+// key head, memory is the limit.
 //
-// A query's result depends on its own sequence alone: how many stretches there are, and the order of every
-// sum, is given by the number of keys and their places.
+// A query's result depends only on its own sequence: the number of stretches and the order of every sum
+// follow from the number of keys and their positions.
 
 #include "cpu/attention.h"
 #include "cpu/keys.h"
@@ -171,8 +171,8 @@ void weigh_of(const AttentionParams& p, std::int64_t group, const float* weights
   if (group == 3) weigh_all<T, 3, N>(p, weights, v, distance, out, stride);
 }
 
-// Asks for the rows of up to `count` keys from `key` on, before `last`, all heads of them. What the heads
-// read of a row is a pattern that processors do not foresee.
+// Prefetches the rows of up to `count` keys from `key` on, before `last`, with all heads. Hardware
+// prefetchers do not detect the pattern in which the heads read a row.
 template <typename T>
 inline __attribute__((always_inline)) void ask_for(const AttentionParams& p, const void* base,
                                                    std::int64_t sequence, std::int64_t key,
@@ -224,7 +224,7 @@ void exponentials(float* scores, std::int64_t keys, float* partial) {
   partial[1] = sum_lanes<float>(total);
 }
 
-// Of codes, scores and weights take the scales of their keys or values: scores[head][key] *=
+// For codes, multiply scores or weights by the scales of their keys or values: scores[head][key] *=
 // scales[key][head].
 void scale_rows(const AttentionParams& p, const float* scales, std::int64_t sequence, std::int64_t first,
                 std::int64_t last, float* scores) {

@@ -11,8 +11,8 @@
 
 namespace minilm {
 
-// A table for each instruction set (table.cpp); setup.py compiles the kernels once for each and says here
-// which ones there are.
+// One table per instruction set (table.cpp); setup.py compiles the kernels once for each, and defines here
+// which ones exist.
 #ifdef MINILM_HAS_GENERIC
 namespace generic {
 extern const CpuKernels kKernels;

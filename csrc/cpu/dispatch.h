@@ -1,5 +1,4 @@
-// The CPU kernels of the best instruction set that this machine runs, chosen once when the extension is
-// loaded.
+// The CPU kernels of the best instruction set of this machine, chosen once when the extension is loaded.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// Which keys a query sees, and where the rows of keys and values are: packed, or in the pages of a cache.
+// The keys that a query sees, and the location of keys and values: packed rows, or pages of a cache.
 #pragma once
 
 #include "cpu/vec.h"

@@ -4,21 +4,21 @@
 //   s = x + residual         rounded to the data's type: y is the norm of exactly the sum that is returned
 //   m = sum(s) / C           a first estimate of the mean
 //   d = s - m                nearly exact, however far from zero the mean is
-//   e = sum(d) / C           what rounding left in m
+//   e = sum(d) / C           the rounding error of m
 //   v = sum(d d) / C - e e   the (biased) variance
 //   y = (d - e) / sqrt(v + eps) * weight + bias;  mean = m + e;  rstd = 1 / sqrt(v + eps)
 //
-// The mean is corrected before it is used, so the error of y does not grow with mean / deviation beyond what
-// the inputs' own rounding brings. All arithmetic is in float32 (float64 for float64 data) and is rounded
-// once, at the store.
+// The mean is corrected before it is used, so a large mean does not increase the error of y beyond that from
+// the rounding of the inputs. All arithmetic is in float32 (float64 for float64 data) and is rounded once, at
+// the store.
 //
-// Layout: one row at a time in three passes; every pass but the first finds the row in the first-level cache
-// (up to 8,192 float32 channels in 32 KiB). A row belongs to one thread, and the order of its sums depends on
-// C and the vector width alone: a row's result is the same, bit for bit, in any batch and with any number of
+// Layout: one row at a time in three passes; all passes except the first find the row in the first-level
+// cache (up to 8,192 float32 channels in 32 KiB). One thread processes a row, and the order of its sums
+// depends only on C and the vector width: a row's result is bit-identical in any batch and with any number of
 // threads.
 //
-// Memory traffic: 2 C b a row (b bytes an element), with residual 4 C b: x, residual -> sum, y. About 12
-// operations an element against 16 bytes, so memory is the limit once the data has left the caches.
+// Memory traffic: 2 C b per row (b bytes per element), with residual 4 C b: x, residual -> sum, y. About 12
+// operations per element for 16 bytes, so memory is the limit if the data is not in the caches.
 
 #include "cpu/rows.h"
 #include "params.h"

@@ -1,18 +1,19 @@
-// y = activation(x W^T + bias) on packed weights: the float tiles, packing, and what comes after the sums.
+// y = activation(x W^T + bias) on packed weights: the float tiles, packing, and the epilogue after the sums.
 //
 //   for each panel of W                      read once from memory, then from the second-level cache
 //     for each tile of kTileRows rows of x   sums = x_tile panel, in registers over all inputs
 //       y_tile = activation(sums + bias)     (gated: of two panels; residual: y_tile += sums + bias)
 //
-// Operations: 2 rows in out. Bytes: the weights once, x once a panel (from cache), y once. With AVX2, a tile
-// of 6 x 16 does 12 multiply-adds for 2 loads of W and 6 broadcasts of x an input; with AVX-512, 12 x 32 does
-// 24 for 14. So with many rows arithmetic is the limit. With one row (decoding) two multiply-adds use 2
-// vectors of weights, and memory is the limit: 2 operations for each 4 bytes (2 bytes in 16-bit formats).
+// Operations: 2 rows in out. Bytes: the weights once, x once per panel (from cache), y once. With AVX2, a
+// tile of 6 x 16 does 12 multiply-adds for 2 loads of W and 6 broadcasts of x per input; with AVX-512, 12 x
+// 32 does 24 for
+// 14. So with many rows arithmetic is the limit. With one row (decoding) two multiply-adds use 2 vectors of
+// weights, and memory is the limit: 2 operations per 4 bytes (2 bytes in 16-bit formats).
 //
-// 16-bit weights are widened to float32. Where an instruction multiplies pairs of bfloat16 (AVX512_BF16),
-// rows of x are rounded to bfloat16 for such weights, and a word, which is 4 bytes of a row and of each
-// output of the panel, holds two inputs instead of one: twice the multiply-adds for the same loads. Sums are
-// float32; what is subnormal counts as zero.
+// 16-bit weights are converted to float32. If the instruction set multiplies pairs of bfloat16 (AVX512_BF16),
+// rows of x are rounded to bfloat16 for such weights, and a word (4 bytes of a row and of each output of the
+// panel) has two inputs instead of one: twice the multiply-adds for the same loads. Sums are float32;
+// subnormal numbers count as zero.
 
 #include "cpu/linear.h"
 
@@ -63,7 +64,7 @@ void round_rows(const float* x, std::int64_t x_stride, std::int64_t in, std::int
 
 inline int word_inputs(Format format) { return format == Format::kBFloat16 ? Word<BFloat16>::kInputs : 1; }
 
-// x_tile panel for R rows; kAsks: what lies `ahead` bytes further on is asked for in advance.
+// x_tile panel for R rows; kAsks: prefetch the memory `ahead` bytes further on.
 template <typename T, int R, bool kAsks>
 inline __attribute__((always_inline)) void sums_of(const char* x, std::int64_t stride, std::int64_t words,
                                                    const T* panel, std::int64_t ahead, Tile& tile) {
@@ -124,8 +125,7 @@ inline std::int64_t panel_bytes(Format format, std::int64_t in) {
   return is_quantized(format) ? quantized_panel_bytes(format, in) : float_panel_bytes(format, in);
 }
 
-// Bytes that a panel read from memory is asked for in advance. With some rows the processor looks less far
-// ahead by itself.
+// Prefetch distance in bytes for a panel in memory. With several rows the hardware prefetches less far ahead.
 inline std::int64_t ahead_of(std::int64_t rows) { return rows <= 4 ? 2048 : 8192; }
 
 inline void put(float* y, F32 value, std::int64_t left, bool accumulate) {
@@ -145,7 +145,7 @@ void fill(const LinearParams& p, std::int64_t row, int rows, const char* panel, 
     quantized_tile(p.format, rows, x, p.x_stride, p.in, panel, ahead, tile);
     return;
   }
-  // Stretches of inputs are added up for themselves: the rounding error of a long sum grows with its length.
+  // Stretches of inputs are summed separately: the rounding error of a long sum grows with its length.
   const std::int64_t bytes = kPanel * (p.format == Format::kFloat32 ? 4 : 2);
   const std::int64_t stretch = word_inputs(p.format) == 1 ? kStretch : kPairStretch;
   for (std::int64_t k = 0; k < p.in; k += stretch) {
@@ -161,8 +161,7 @@ void fill(const LinearParams& p, std::int64_t row, int rows, const char* panel, 
   }
 }
 
-// Asks for the tile's part of y, which is in no near cache: stores that wait for their lines hold up the
-// sums.
+// Prefetches the tile's part of y: stores that wait for cache lines would stall the sums.
 inline __attribute__((always_inline)) void ask_for(const float* y, std::int64_t stride, int rows) {
   for (int r = 0; r < rows; ++r) {
     __builtin_prefetch(y + r * stride, 1);

@@ -1,20 +1,20 @@
-// Linear layers on packed weights: what the float and the quantised kernels share.
+// Linear layers on packed weights: code shared by the float and the quantised kernels.
 //
 // The rows of a weight [out, in] (its outputs) are packed into panels of kPanel outputs, two vectors wide, so
 // that a lane of a vector is an output. A panel is stored input by input,
 //
 //   panel p, input k:   W[order[p kPanel + 0], k]  W[order[p kPanel + 1], k] ...  (kPanel values)
 //
-// in one stretch that is read front to back, whatever the number of rows of x. Where bfloat16 is multiplied
-// in pairs, it is stored in pairs: W[order[p kPanel + 0], k and k + 1] ..., the last one filled up with zero.
-// `order` says which output stands where: as they come, or gate and up in turns, so that a gated layer finds
-// both in neighbouring panels.
+// contiguously, and is read from start to end for any number of rows of x. If bfloat16 is multiplied in
+// pairs, it is stored in pairs: W[order[p kPanel + 0], k and k + 1] ..., the last one padded with zero.
+// `order` is the order of the outputs: unchanged, or alternating between gate and up, so that a gated layer
+// finds both in neighbouring panels.
 //
 // packed:  bias, float32 [places]  |  panel 0  |  panel 1  | ...     each part a multiple of 64 bytes
 //
 // A tile is kTileRows rows of x times one panel. Its sums stay in registers over all inputs, and each output
-// adds its products in the order of the inputs, in stretches of fixed length: its result depends on its own
-// row and weights alone, not on the rows beside it, on the tile it fell into, or on the thread.
+// adds its products in the order of the inputs, in stretches of fixed length: its result depends only on its
+// own row and weights, not on other rows, on the tile, or on the thread.
 #pragma once
 
 #include "cpu/math.h"
@@ -41,13 +41,14 @@ std::int64_t quantized_panel_bytes(Format format, std::int64_t in);
 void pack_float(const PackParams& p, std::int64_t panel, void* to);
 void pack_quantized(const PackParams& p, std::int64_t panel, void* to);
 
-// Bytes of one row of x as the quantised kernels want it, and the rows [begin, end) of x brought there.
+// Bytes of one prepared row of x for the quantised kernels, and the preparation of the rows [begin, end) of
+// x.
 std::int64_t quantized_row_bytes(Format format, std::int64_t in);
 void quantize_rows(Format format, const float* x, std::int64_t x_stride, std::int64_t in, std::int64_t begin,
                    std::int64_t end, void* to);
 
-// tile.sums[r] = row r of x times `panel`, for rows 1..kTileRows. The memory `ahead` bytes beyond what is
-// read is asked for in advance.
+// tile.sums[r] = row r of x times `panel`, for rows 1..kTileRows. Prefetches the memory `ahead` bytes beyond
+// what is read.
 void float_tile(Format format, int rows, const char* x, std::int64_t x_stride, std::int64_t in,
                 const void* panel, std::int64_t ahead, Tile& tile);
 void quantized_tile(Format format, int rows, const void* x, std::int64_t x_stride, std::int64_t in,

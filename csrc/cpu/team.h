@@ -1,20 +1,19 @@
-// Threads that go through the same phases side by side.
+// A team of threads that run the same phases, with a barrier after each.
 //
-// Every thread calls run() for the same phases in the same order. The tasks of a phase are handed out by a
-// counter, and a phase ends for all when its last task has been done: its results may be read after run().
-// Nothing depends on how many threads came, or when: one alone does all tasks, and one that comes late finds
-// none left. So it runs on any thread pool, and it does not matter which thread does which task.
+// Every thread calls run() for the same phases in the same order. A counter assigns the tasks of a phase to
+// threads, and a phase ends for all when its last task is done: its results may be read after run(). The
+// number of threads and their timing do not matter: a single thread does all tasks, and a late thread finds
+// none left. So this runs on any thread pool, and any thread may do any task.
 //
-// The invariant: a thread that has drawn a task which it has not done yet keeps the phase from ending, so
-// that what earlier phases wrote stays as it is while it reads that. One that has drawn none may be late: the
-// others may be phases ahead, and be writing to anything. So whatever reads shared memory stands in a task,
-// or in the `first` of a phase, which a thread runs when it has drawn its first task there.
+// The invariant: a thread with an unfinished task keeps the phase from ending, so results of earlier phases
+// do not change while it reads them. A thread without a task may be late: the others may be several phases
+// ahead and writing anywhere. So all reads of shared memory must be in a task, or in the `first` function of
+// a phase, which a thread runs when it has got its first task of the phase.
 //
-// Who has nothing left to do spins for some 100 microseconds, longer than most phases take and than it takes
-// to be woken, and then sleeps until the last task is done. Where another program has a core, its turn is
-// some milliseconds long: a thread that spun on would keep its own core from the one that it waits for. How
-// long it waited is counted, so that the caller can tell whether the next pass wants fewer threads
-// (threads.h).
+// A thread without work spins for some 100 microseconds, longer than most phases and than a wake-up takes,
+// and then sleeps until the last task is done. If another program uses a core, its time slice is some
+// milliseconds: a spinning thread could keep its own core from the thread that it waits for. The waiting time
+// is counted, so that the caller can use fewer threads for the next pass (threads.h).
 #pragma once
 
 #if defined(__linux__)
@@ -35,7 +34,7 @@ namespace minilm::MINILM_ISA {
 
 class Team {
  public:
-  // Two cache lines: the number of tasks drawn; that of tasks done, and of threads that sleep.
+  // Two cache lines: the number of tasks assigned; those of tasks done and of sleeping threads.
   static constexpr std::int64_t kBytesAPhase = 128;
 
   explicit Team(char* counters) : counters_(counters) {}
@@ -66,7 +65,7 @@ class Team {
     if (__atomic_load_n(done, __ATOMIC_ACQUIRE) < all) wait(done, sleeping, all);
   }
 
-  // What this thread did not work in.
+  // The time in which this thread did not work.
   const Waited& waited() const { return waited_; }
 
  private:

@@ -1,27 +1,30 @@
-// All blocks of a Transformer, on packed sequences, in one call and one parallel region.
+// All blocks of a Transformer, on packed sequences, in one call and one parallel region. It computes what
+// minilm/model/layers.py defines; performance layer, skip on first reading.
 //
 //   before norm (Llama, GPT-2)                 after norm (BERT)
 //     h = norm(x);  q, k, v = rope(h Wqkv)       q, k, v = x Wqkv
 //     x += attention(q, k, v) Wout               x = norm(x + attention(q, k, v) Wout)
 //     h = norm(x);  x += act(h Wup) Wdown        x = norm(x + act(x Wup) Wdown)
 //
-// There are three ways to share the work, and all run the same code (`Steps`), on different Parts:
+// There are three ways to split the work between threads, and all run the same code (`Steps`), on different
+// Parts:
 //
-//   Many rows (encoders, prompts): everything but attention concerns a row alone. So a task is a block of
-//   some hundred rows, which one thread takes from the attention of one layer through output projection,
-//   norms and MLP to the q, k and v of the next, in its own second-level cache. Two phases a layer:
+//   Many rows (encoders, prompts): everything except attention works on single rows. So a task is a block of
+//   some hundred rows, for which one thread computes everything from the attention output of one layer
+//   through output projection, norms and MLP to q, k and v of the next, in its second-level cache. Two phases
+//   per layer:
 //
 //       [qkv of layer 0] -> [attention] -> [out, MLP, qkv of layer 1] -> [attention] -> ...
 //
-//   Many rows of short sequences: a task is a whole layer of some sequences, whose q, k and v then never
-//   leave the caches of the thread that makes them. One phase a layer.
+//   Many rows of short sequences: a task is a whole layer of some sequences, so q, k and v stay in the caches
+//   of one thread. One phase per layer.
 //
-//   Few rows (decoding): the weights are what costs time. A phase is one step of the layer, and its tasks are
-//   stretches of a weight's panels, so that all threads together read each weight once. After the last layer
-//   comes, if there is one, the head that makes logits.
+//   Few rows (decoding): reading the weights takes the time. A phase is one step of the layer, and its tasks
+//   are stretches of a weight's panels, so that all threads together read each weight once. After the last
+//   layer comes the head that computes logits, if there is one.
 //
-// Memory traffic, few rows: all weights once, the cache once. Many rows: all weights once a block of rows,
-// from memory or the third-level cache: 4 bytes for about 2 x 96 operations, far from binding.
+// Memory traffic, few rows: all weights once, the cache once. Many rows: all weights once per block of rows,
+// from memory or the third-level cache: 4 bytes per about 2 x 96 operations, so memory is not the limit.
 
 #include "cpu/transformer.h"
 
@@ -44,7 +47,7 @@ constexpr std::int64_t kPhasesALayer = 14;
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// The rows that a thread, or the whole team, is working on, and memory for what is computed of them.
+// The rows that a thread, or the whole team, is working on, and memory for their results.
 struct Part {
   std::int64_t first, rows;
   float* h;           // [rows, C]: what the norm gives
@@ -54,7 +57,7 @@ struct Part {
   float* statistics;  // [2 rows]
 };
 
-// What has nothing to do before it.
+// For steps without preparation.
 struct Nothing {
   void operator()(std::int64_t, std::int64_t) const {}
 };
@@ -96,11 +99,11 @@ struct Together {
   }
 };
 
-// ... or, where there are but few rows, what concerns a row in every thread for itself, in its own memory, as
-// that takes less time than to wait for another; the panels with all threads. `own` reads what all threads
-// write, x or the partial results of attention, so it runs when the thread has drawn a task of this step
-// (`Team`): until that is done, nobody gets to the step that writes there. A thread that comes late, and
-// finds no task, does not read, and what it did not make nobody reads: the step is over.
+// ... or, with few rows, every thread computes the row-wise work itself, in its own memory, which takes less
+// time than waiting for another thread; all threads share the panels. `own` reads what all threads write (x,
+// or the partial results of attention), so it runs once the thread has got a task of this step (`Team`):
+// until that is done, no thread reaches the step that writes there. A late thread without a task does not
+// read, and nothing needs its result: the step is over.
 struct Each {
   Team& team;
   std::int64_t threads;
@@ -350,7 +353,7 @@ struct Steps {
   }
 };
 
-// Attention of one layer. A decode step leaves partial results; `put_together` makes the rest of them.
+// Attention of one layer. A decoding step leaves partial results; `put_together` merges them.
 struct Attention {
   const TransformerParams& p;
   const Workspace& s;
@@ -429,8 +432,8 @@ std::int64_t sequence_from(const TransformerParams& p, std::int64_t row) {
   return begin;
 }
 
-// Memory that holds row `first` and the rows after it, as if it held all rows. An integer is computed with:
-// where row 0 would be, there may be no memory.
+// The address of row 0 for memory that starts at row `first`. Computed as an integer, since there may be no
+// memory at row 0.
 float* as_if_from_row_0(float* memory, std::int64_t first, std::int64_t columns) {
   return reinterpret_cast<float*>(reinterpret_cast<std::uintptr_t>(memory) - first * columns * 4);
 }

@@ -1,4 +1,4 @@
-// All blocks of a Transformer in one call; transformer.cpp explains.
+// All blocks of a Transformer in one call; see transformer.cpp.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
-// Vectors of one instruction set, in the compiler's own notation (GNU vector extensions of g++ and clang++),
-// so that one body serves SSE2, AVX2, AVX-512 and NEON. No standard library in here: an inline function of
-// it, compiled with AVX-512, could be the copy that the linker keeps for everybody.
+// Vectors of one instruction set, with the compiler's GNU vector extensions (g++ and clang++), so that one
+// source serves SSE2, AVX2, AVX-512 and NEON. The standard library is not used here: the linker could keep
+// the AVX-512 copy of one of its inline functions for all instruction sets.
 #pragma once
 
 #include <cstdint>

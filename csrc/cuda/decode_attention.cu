@@ -1,5 +1,6 @@
-// Decode attention on FMA units: one new token a sequence over its pages, one query head a block. The kernel
-// for heads that share no keys (MHA); with a group, decode_attention_mma.cu reads the cache once for all.
+// Decode attention on FMA units: one new token per sequence over its pages, one query head per block. The
+// kernel for heads that share no keys (MHA); for grouped heads, decode_attention_mma.cu reads the cache once
+// per group.
 //
 //   s_t = scale log2(e) q k_t      m = max s_t      l = sum exp2(s_t - m)
 //   out = sum exp2(s_t - m) v_t / l

@@ -1,4 +1,4 @@
-// What the kernels of decode attention share: where a result goes.
+// Shared by the kernels of decode attention: storing a result.
 #pragma once
 
 #include "cuda/device.h"

@@ -1,5 +1,5 @@
-// The parts of a split context made one: each part is a softmax of its own tokens with the log-sum-exp of its
-// scores.
+// Merges the parts of a split context: each part is the softmax over its own tokens with the log-sum-exp of
+// its scores.
 //
 //   out = sum_s w_s part_s / sum_s w_s        w_s = exp2(lse_s - max lse)
 //
@@ -9,8 +9,8 @@
 //
 //   lane 0: [0..3]   lane 1: [4..7]   ...   lane D/4 - 1        splits one after another, two reads each
 //
-// Bytes: B H splits (4 D + 4), out of the second-level cache where the parts were just written. What limits
-// it is the start of a kernel.
+// Bytes: B H splits (4 D + 4), from the second-level cache, as the parts were just written. Limited by the
+// launch of a kernel.
 
 #include "cuda/device.h"
 

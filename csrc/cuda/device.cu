@@ -1,4 +1,4 @@
-// What the launchers ask of the device.
+// Device properties for the launchers.
 
 #include "cuda/device.h"
 

@@ -1,6 +1,6 @@
-// What the kernels are written in: 16-bit numbers, wide loads, the tensor-core product, block reductions, the
-// launch. Under nvcc these are instructions; without it they are what emulation.h makes of them, so that the
-// same kernels run on a host.
+// Building blocks of the kernels: 16-bit numbers, wide loads, the tensor-core product, block reductions, the
+// launch. With nvcc these are instructions; without it emulation.h emulates them, so that the same kernels
+// run on a CPU.
 #pragma once
 
 #include <cstdint>

@@ -1,9 +1,10 @@
-// A thread block on the host: what lets a C++ compiler build the kernels as they stand, and tests run them.
+// Emulates a thread block on the CPU, so that a C++ compiler can build the unchanged kernels and tests can
+// run them.
 //
-// Every thread of a block is a coroutine with a stack of its own. It runs until it waits for others: at
+// Every thread of a block is a coroutine with its own stack. It runs until it waits for others: at
 // __syncthreads, or where lanes of a warp exchange values. Between two such points threads run one after
-// another, in rising or falling order (`falling`): a kernel whose result depends on the order lacks a
-// barrier. Waiting for a thread that never comes is an error, not a hang. Blocks run one after another.
+// another, in ascending or descending order (`falling`): if the result depends on the order, the kernel lacks
+// a barrier. Waiting for a thread that has ended is an error, not a hang. Blocks run one after another.
 #pragma once
 
 #include <ucontext.h>
@@ -110,7 +111,7 @@ inline void wait(Barrier& barrier, unsigned count) {
 
 inline Warp& warp() { return block.warps[threadIdx.x / 32]; }
 
-// What the lanes of a warp hand each other: all write, all wait, all may read until the next but one
+// Values that the lanes of a warp exchange: all write, all wait, all may read until the next but one
 // exchange.
 template <typename T>
 inline const unsigned char (&exchange(const T& value))[32][32] {

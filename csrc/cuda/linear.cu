@@ -1,4 +1,4 @@
-// A linear layer for 1 to 8 rows: what a decode step is made of.
+// A linear layer for 1 to 8 rows, for decoding steps.
 //
 //   y = activation(n(x) W^T + bias) + residual        n: nothing, RMSNorm or LayerNorm
 //   gated: y = activation(n(x) Wg^T) * (n(x) Wu^T) + residual, W = Wg above Wu

@@ -1,4 +1,4 @@
-// What a CUDA kernel is told: plain pointers, strides and sizes. Strides count elements.
+// Parameters of the CUDA kernels: plain pointers, strides and sizes. Strides count elements.
 #pragma once
 
 #include <cstdint>
@@ -7,7 +7,7 @@ namespace minilm::cuda {
 
 enum class Data : std::int32_t { kFloat16, kBFloat16, kFloat32, kInt8 };
 
-// The queries, keys and values of new tokens: turned by their angles and stored in the cache.
+// The queries, keys and values of new tokens: rotated by their angles and stored in the cache.
 struct RopeAppendParams {
   Data data;         // of q, k, v: float16 or bfloat16
   Data cache;        // of the pages: that of the data, or int8
@@ -29,7 +29,7 @@ struct RopeAppendParams {
   std::int32_t heads, kv_heads, head_dim;
 };
 
-// One new token a sequence attends to its own past, which lies in pages.
+// One new token per sequence attends to its own past, which is in pages.
 struct DecodeParams {
   Data data;            // of q and out: float16 or bfloat16
   Data cache;           // of the pages: that of the data, or int8

@@ -1,5 +1,5 @@
 // Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"): 128 random bits for each
-// counter under a key, without any state. Who draws for the same sequence and step draws the same.
+// counter under a key, without any state. The same sequence and step always give the same bits.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// Who does what: the index arithmetic of the CUDA kernels, as functions that run on the host too, where
-// tests/csrc/test_cuda_tiling.py holds them to account.
+// The index arithmetic of the CUDA kernels, as functions that also run on the CPU, where
+// tests/csrc/test_cuda_tiling.py tests them.
 #pragma once
 
 #include <cstdint>

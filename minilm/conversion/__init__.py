@@ -1,4 +1,4 @@
-"""Checkpoints into other checkpoints, and what they are."""
+"""Converting, quantising and summarising checkpoints."""
 
 from .checkpoints import convert
 from .quantization import Perplexities, Quantization, quantize

@@ -1,10 +1,10 @@
-"""From any checkpoint that minilm loads to a folder of safetensors that transformers loads too.
+"""Converts any checkpoint that minilm loads to a folder of safetensors that transformers loads too.
 
     convert("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2", dtype="bfloat16")
 
-Everything is written to a hidden folder first (`minilm.files.saving`). The destination appears, or changes
-from the old checkpoint to the new one, when all is there; whenever the process ends, it has the one or the
-other.
+Everything is written to a hidden folder first (`minilm.files.saving`). The destination is created, or
+replaced, only when all files are complete; if the process is killed, it has either the old or the new
+checkpoint.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ from .summary import fitting_head, named_head, on_meta, planned
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written."""
+    """Result of `convert`."""
 
     folder: Path
     architecture: str
-    """The class that loads it, as transformers calls it."""
+    """The class that loads it, by transformers' name."""
     head: Head
     dtype: torch.dtype
     parameters: int
     quantised: dict[str, int]
-    """Formats, and how many matrices are in each; empty where all is floating."""
+    """Formats, and the number of matrices in each; empty if none is quantised."""
     floating: dict[str, str]
-    """Our names of matrices that were to be quantised, and why they could not be."""
+    """Matrices that should have been quantised (names in the model), and why they could not be."""
     files: dict[str, int]
     """Names, relative to the folder, and sizes in bytes."""
     left_out: dict[str, str]
-    """Tensors of the source that the model has no use for, and why."""
+    """Tensors of the source that the model does not use, and why."""
     tokenizer: bool
 
 
@@ -70,11 +70,11 @@ def convert(
     """Write the model called `source` (a folder, a GGUF file, a name on the hub) to the folder `destination`.
 
     `dtype` of the weights; None keeps the source's (GGUF: float32). `force` replaces the checkpoint in a
-    folder that is not empty: the files that belong to a model there go, others stay. The tokenizer's files,
-    and the modules of sentence-transformers, come along. A head that the source lacks is not made up.
-    `weights`: as of `from_pretrained`; a quantised folder is one that only minilm loads.
+    folder that is not empty: files that belong to a model are removed, others stay. The tokenizer's files and
+    the modules of sentence-transformers are copied. A head that the source lacks is an error. `weights`: as
+    in `from_pretrained`; only minilm loads a quantised folder.
 
-    Raises ValueError (a destination that may not be written), and what loading and saving raise.
+    Raises ValueError (a destination that may not be overwritten), and the errors of loading and saving.
     """
     path, folder = resolve(source), Path(destination).expanduser()
     as_dtype(dtype)
@@ -135,7 +135,7 @@ def _initialised(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
 
 
 def _write_tokenizer(path: Path, folder: Path) -> bool:
-    """The source's own files, or those made of a GGUF file's metadata; False if it has no tokenizer."""
+    """Copy the source's files, or create them from a GGUF file's metadata; False if it has no tokenizer."""
     if path.is_dir() and any(has_file(path / name) for name in VOCABULARY_FILES):
         _copy(path, folder, [name for name in TOKENIZER_FILES if name not in CONFIG_FILES])
         return True

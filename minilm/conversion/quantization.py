@@ -1,4 +1,5 @@
-"""From any checkpoint that minilm loads to a folder of quantised weights, and what that cost in accuracy.
+"""Converts any checkpoint that minilm loads to a folder of quantised weights, and measures the loss of
+quality.
 
 done = quantize("SmolLM2-135M-Instruct", "smollm2-q4", weights="q4")
 done.before, done.after, done.error
@@ -22,12 +23,13 @@ from ..text import AutoTokenizer
 from .checkpoints import Conversion, convert
 
 TEXTS, TOKENS, WINDOW = 256, 2048, 512
-"""How many of Python's own texts an encoder is judged on, of how many tokens a decoder, in which windows."""
+"""Number of texts (from Python's documentation) to evaluate an encoder, of tokens for a decoder, and its
+window."""
 
 
 @dataclass(frozen=True)
 class Perplexities:
-    """Of a decoder, in float32 and quantised, on the same text."""
+    """Perplexity of a decoder in float32 and quantised, on the same text."""
 
     floating: float
     quantised: float
@@ -36,14 +38,14 @@ class Perplexities:
 
 @dataclass(frozen=True)
 class Quantization:
-    """What was written, and how good it is."""
+    """Result of `quantize`: the written files, and the measured error."""
 
     conversion: Conversion
     before: int
     """Bytes of the weight files of the source."""
     after: int
     error: Perplexities | Likeness | None
-    """Against the source in float32; None where there is no tokenizer to read texts with."""
+    """Compared with the source in float32; None if there is no tokenizer."""
 
 
 def quantize(
@@ -59,9 +61,9 @@ def quantize(
 ) -> Quantization:
     """Write the model called `source` with quantised weights to the folder `destination`.
 
-    `weights`: as of `from_pretrained`. `dtype`: of what stays floating. `texts`: on which the error is
-    measured (of a decoder: the first `tokens` tokens of all together); None takes documentation that comes
-    with Python. The rest as of `minilm.conversion.checkpoints`, whose errors this has too.
+    `weights`: as in `from_pretrained`. `dtype`: of the unquantised weights. `texts`: texts for measuring the
+    error (for a decoder: the first `tokens` tokens of all together); None: documentation that comes with
+    Python. Other options and errors as in `convert`.
     """
     texts = shipped_texts() if texts is None else texts
     path, folder = resolve(source), Path(destination).expanduser()
@@ -79,7 +81,7 @@ def _weight_bytes(path: Path) -> int:
 
 
 def _perplexities(source: Path, folder: Path, texts: Sequence[str], tokens: int) -> Perplexities:
-    """One model after the other, so that memory holds one."""
+    """One model after the other, so that only one is in memory."""
     ids = AutoTokenizer.from_pretrained(folder)("\n\n".join(texts), verbose=False)["input_ids"][:tokens]
     found = []
     for path, weights in ((source, "float"), (folder, None)):
@@ -91,7 +93,7 @@ def _perplexities(source: Path, folder: Path, texts: Sequence[str], tokens: int)
 
 
 def _likeness(source: Path, folder: Path, texts: Sequence[str]) -> Likeness:
-    log = logging.getLogger("minilm.sentence.files")  # that a model says nothing of pooling is no matter here
+    log = logging.getLogger("minilm.sentence.files")  # a model without pooling settings needs no warning here
     level = log.level
     log.setLevel(logging.ERROR)
     found = []
@@ -106,15 +108,15 @@ def _likeness(source: Path, folder: Path, texts: Sequence[str]) -> Likeness:
 
 
 def shipped_texts(count: int = TEXTS) -> list[str]:
-    """Paragraphs of Python's own documentation, from the module that `help()` shows topics of.
+    """Paragraphs of Python's own documentation, from the module with the topics of `help()`.
 
-    Raises ValueError where this Python comes without it.
+    Raises ValueError if this Python comes without it.
     """
     try:
         from pydoc_data.topics import topics
     except ImportError as error:
         raise ValueError(
-            "this Python has no texts of its own (pydoc_data): name some with --texts"
+            "this Python comes without documentation texts (pydoc_data): give texts with --texts"
         ) from error
     paragraphs = (" ".join(part.split()) for topic in topics.values() for part in topic.split("\n\n"))
     texts = (text for text in paragraphs if text[:1].isupper() and 8 <= len(text.split()) <= 100)

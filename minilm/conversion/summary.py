@@ -1,10 +1,10 @@
-"""What a checkpoint is, told from its headers alone: no weight is read.
+"""Summary of a checkpoint from its headers only, without reading weights.
 
     summary = summarise("all-MiniLM-L6-v2")
     summary.count, summary.memory(torch.float16), summary.flops(512), summary.parameters
 
-The model is built on the meta device, where tensors have shapes and no values, and the plan of loading is
-made (`minilm.weights.weight_map`); numbers are counted on these, so they are those of the model that would
+The model is created on the meta device, where tensors have shapes and no values, and loading is planned
+(`minilm.weights.weight_map`); all numbers are computed from these, so they are those of the model that would
 be loaded.
 """
 
@@ -30,7 +30,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PER_TOKEN: frozenset[Head] = frozenset(
     ("masked-lm", "pre-training", "token-classification", "question-answering", "causal-lm")
 )
-"""Heads that compute something for every token; the others do it once a sequence."""
+"""Heads that compute something for every token; the others do it once per sequence."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Summary:
-    """A checkpoint as minilm understands it. Counts are of parameters, sizes in bytes."""
+    """Summary of a checkpoint. Counts are of parameters, sizes in bytes."""
 
     name: str
     path: Path
@@ -55,15 +55,15 @@ class Summary:
     files: dict[str, int]
     """The weight files and their sizes."""
     given: dict[str, Any]
-    """config.json, or what a GGUF file says in its place."""
+    """config.json, or its equivalent in a GGUF file."""
     config: PretrainedConfig
     spec: ModelConfig
     head: Head
     parameters: tuple[Parameter, ...]
     weights: tuple[MapEntry, ...]
-    """What becomes of each tensor of the checkpoint."""
+    """How each tensor of the checkpoint is used."""
     tokenizer: str | None
-    """The file that the tokenizer is made of."""
+    """The file of the tokenizer."""
     chat_template: bool
     linear_weights: int
     """Elements of the matrices that every token is multiplied with."""
@@ -75,7 +75,7 @@ class Summary:
 
     @property
     def class_name(self) -> str:
-        """The class that loads it, under the ecosystem's name."""
+        """The class that loads it, by transformers' name."""
         return MODELS[self.head].__name__
 
     def memory(self, dtype: torch.dtype) -> int:
@@ -83,24 +83,23 @@ class Summary:
         return self.count * dtype.itemsize
 
     def kv_bytes(self, dtype: torch.dtype) -> int:
-        """Bytes of the KV cache a token; 0 for encoders, which have none."""
+        """Bytes of the KV cache per token; 0 for encoders, which have none."""
         return 2 * self.spec.num_layers * self.spec.kv_size * dtype.itemsize if self.spec.causal else 0
 
     def flops(self, context: int) -> int:
-        """Floating-point operations of the forward pass for one token that attends to `context` tokens,
-        itself included.
+        """FLOPs per token of a forward pass, for a token that attends to `context` tokens, including itself.
 
-        A multiplication and an addition are two. Counted are the matrix products: the linear layers, and in
-        attention the scores and the weighted sum, 4 H D a visible token. A decode step does this much; a
-        prompt of S tokens, or an encoder's text, S times it where the attention is computed in full. What
-        runs once a sequence (a pooler, a classifier) is left out.
+        A multiplication and an addition count as two. Only matrix products are counted: the linear layers,
+        and in attention the scores and the weighted sum, 4 H D per visible token. This is the cost of a
+        decoding step; a prompt of S tokens, or an encoder's text, costs S times as much if attention is
+        computed in full. Work done once per sequence (a pooler, a classifier) is left out.
         """
         layers = range(self.spec.num_layers)
         visible = sum(min(context, self.spec.window(layer) or context) for layer in layers)
         return 2 * self.linear_weights + 4 * self.spec.q_size * visible
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it, as JSON can hold it."""
+        """All of it, in JSON types."""
         contexts = sorted({min(c, self.spec.max_positions) for c in (1, 512, self.spec.max_positions)})
         return {
             "name": self.name,
@@ -123,10 +122,10 @@ class Summary:
 
 
 def summarise(name_or_path: str | os.PathLike[str], *, head: Head | None = None) -> Summary:
-    """Look at a folder, a GGUF file or a name on the hub (which is fetched if need be).
+    """Summarise a folder, a GGUF file or a name on the hub (which is downloaded if necessary).
 
-    `head`: with which head to see it; if not said, the one that the checkpoint names, or else the one that
-    fits its tensors. Raises HubError, ConfigError and WeightError as loading does.
+    `head`: the head to assume; by default the one that the checkpoint names, or else the one that fits its
+    tensors. Raises HubError, ConfigError and WeightError like loading.
     """
     path = resolve(name_or_path)
     config = read_config(path)
@@ -156,7 +155,7 @@ def summarise(name_or_path: str | os.PathLike[str], *, head: Head | None = None)
 
 
 def named_head(config: PretrainedConfig) -> Head | None:
-    """The head that the configuration's `architectures` name; None if it names none that minilm has."""
+    """The head that the configuration's `architectures` name; None if minilm does not have it."""
     family = family_of(config.model_type)
     for name in config.get("architectures") or ():
         for head in MODELS:
@@ -166,9 +165,9 @@ def named_head(config: PretrainedConfig) -> Head | None:
 
 
 def fitting_head(config: PretrainedConfig, checkpoint: Checkpoint) -> Head:
-    """The head for which the checkpoint has all weights, and of which it leaves the fewest over.
+    """The head that the checkpoint fits best: fewest missing weights, then fewest unused ones.
 
-    Raises WeightError when the tensors do not fit the family with any head.
+    Raises WeightError if the tensors do not fit the family with any head.
     """
     best: tuple[int, int, Head] | None = None
     failure: WeightError | None = None
@@ -190,7 +189,7 @@ def fitting_head(config: PretrainedConfig, checkpoint: Checkpoint) -> Head:
 
 
 def on_meta(config: PretrainedConfig, head: Head, **options: Any) -> PreTrainedModel:
-    """The model with its shapes and without values."""
+    """The model on the meta device: shapes without values."""
     with torch.device("meta"):
         return MODELS[head](config, **options)
 
@@ -222,7 +221,7 @@ def _parameters(model: PreTrainedModel, entries: Iterable[MapEntry]) -> Iterable
 
 
 def _linear_weights(model: PreTrainedModel) -> int:
-    """Elements of all matrices that each token is multiplied with, the tied output matrix included."""
+    """Elements of all matrices that each token is multiplied with, including a tied output matrix."""
     per_sequence = "head.next_sentence."
     total = 0
     for name, module in model.named_modules():

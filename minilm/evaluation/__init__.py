@@ -1,4 +1,4 @@
-"""How good a model is."""
+"""Quality metrics: perplexity, and cosine similarity to reference embeddings."""
 
 from .scores import Likeness, likeness, perplexity
 

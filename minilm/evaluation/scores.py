@@ -1,4 +1,4 @@
-"""How good a model is, in one number: for holding a changed model (quantised, say) against the original."""
+"""Metrics to compare a changed model, such as a quantised one, with the original."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .. import ops
 from ..model import AutoModelForCausalLM
 
 _ROWS = 256
-"""Positions whose logits are computed at a time: 50 MB of them with 49,152 tokens."""
+"""Number of positions whose logits are computed at a time: 50 MB for a vocabulary of 49,152."""
 
 
 def perplexity(
@@ -25,10 +25,10 @@ def perplexity(
 ) -> float:
     """exp of the mean of -log p(token | tokens before it in its window), over all tokens but the first.
 
-    The text is read in windows of `window` tokens that begin `stride` tokens apart (half a window if not
-    said); what the window before has counted is context only. So each token counts once, and from the second
-    window on has at least ``window - stride`` tokens before it. Raises ValueError for a text of less than two
-    tokens, or a window that the model cannot read.
+    The text is read in windows of `window` tokens that start `stride` tokens apart (by default half a
+    window); tokens counted in the previous window are only context. So each token counts once, and from the
+    second window on has at least ``window - stride`` tokens before it. Raises ValueError for a text of fewer
+    than two tokens, or a window that the model does not support.
     """
     tokens = torch.as_tensor(token_ids, dtype=torch.int64, device=model.device).flatten()
     stride = max(1, window // 2) if stride is None else stride
@@ -53,7 +53,7 @@ def perplexity(
 
 @dataclass(frozen=True)
 class Likeness:
-    """Cosines of vectors with those that they should be."""
+    """Cosine similarity of embeddings to the expected ones: mean, minimum and number of rows."""
 
     mean: float
     worst: float
@@ -61,7 +61,7 @@ class Likeness:
 
 
 def likeness(vectors: Tensor, expected: Tensor) -> Likeness:
-    """The cosines of the rows of `vectors` [N, C] with those of `expected`, computed in float64."""
+    """Cosine similarities of the rows of `vectors` [N, C] to those of `expected`, computed in float64."""
     if vectors.shape != expected.shape or vectors.dim() != 2 or len(vectors) == 0:
         raise ValueError(
             "likeness needs two equal shapes [N, C], and these are "

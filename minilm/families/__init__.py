@@ -1,6 +1,6 @@
-"""One file a family: how it differs from the others, its configuration and its weight names.
+"""One file per model family: how it differs from the others, its configuration and its weight names.
 
-To add one: a file that says how it differs (`FAMILY = Family(...)`), and a line in `table.FAMILIES`.
+To add a family, write a file with a ``FAMILY = Family(...)`` and add a line to `table.FAMILIES`.
 """
 
 from .family import Family, Head

@@ -1,9 +1,10 @@
-"""BERT (Devlin et al. 2018, arXiv:1810.04805), and so MiniLM, E5, BGE, GTE and the many others built like it.
+"""BERT (Devlin et al. 2018, arXiv:1810.04805); also MiniLM, E5, BGE, GTE and other models with its
+architecture.
 
-An encoder. Token, position and type vectors are summed and normalised. Each layer normalises *after* its
-residual sums: x = norm(x + attention(x)), x = norm(x + mlp(x)), LayerNorm, exact GELU, biases everywhere. The
-pooler is a dense layer with tanh on the first token ([CLS]). The masked-LM head is dense + GELU + LayerNorm,
-then the token table again as the output matrix, with a bias of its own.
+An encoder. Token, position and type embeddings are summed and normalised. Each layer normalises *after* its
+residual sums: x = norm(x + attention(x)), x = norm(x + mlp(x)), with LayerNorm, exact GELU and biases
+everywhere. The pooler is a dense layer with tanh on the first token ([CLS]). The masked-LM head is dense +
+GELU + LayerNorm, then the token table as the output matrix, with its own bias.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ MASKED_LM = (
     *affine("cls.predictions.transform.dense", "head.dense"),
     *affine("cls.predictions.transform.LayerNorm", "head.norm"),
     tied("cls.predictions.decoder.weight", "head.decoder.weight", "tied to the token embeddings"),
-    # transformers has the bias twice, and they are one only where the matrix is tied
+    # transformers stores the bias twice, and ties both only if the matrix is tied
     copy("cls.predictions.decoder.bias", "head.bias", also=("cls.predictions.bias",), write_also=True),
 )
 NEXT_SENTENCE = affine("cls.seq_relationship", "head.next_sentence")

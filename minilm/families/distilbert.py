@@ -1,9 +1,9 @@
 """DistilBERT (Sanh et al. 2019, arXiv:1910.01108): BERT at half the depth, without token types and without a
 pooler.
 
-The options have names of their own (dim, n_heads, hidden_dim). Heads: classification is dense + ReLU on the
-first token, then the scores; the masked-LM head's norm has an epsilon of 1e-12 whatever the configuration
-says, as all its norms do.
+The options have different names (dim, n_heads, hidden_dim). Heads: classification is dense + ReLU on the
+first token, then the class logits. All norms, also that of the masked-LM head, have an epsilon of 1e-12,
+whatever the configuration.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ EPS = 1e-12
 
 
 def translate(hf: Options) -> ModelConfig:
-    """DistilBERT's options -> ModelConfig. (sinusoidal_pos_embds only says how a fresh position table is
-    filled.)"""
+    """DistilBERT's options -> ModelConfig. (sinusoidal_pos_embds only affects how a new position table is
+    initialised.)"""
     return ModelConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.dim,

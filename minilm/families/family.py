@@ -1,4 +1,4 @@
-"""What a family says of itself: its config dialect, its weight names, its heads."""
+"""`Family`, the description of a model family: its config.json options, weight names and heads."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ RANGES: dict[str, tuple[float, float]] = {
     "rope_theta": ROPE_RANGES["theta"],
     "initializer_range": (0, 1e6),
 }
-"""Options of config.json, by the families' own names -> the least and the largest value. Dropout is from 0 to
-1."""
+"""Options of config.json, by the families' own names -> the smallest and the largest value. Dropout is from 0
+to 1."""
 
 
 class Options(Protocol):
@@ -45,29 +45,29 @@ class Options(Protocol):
 
 @dataclass(frozen=True)
 class SequenceHead:
-    """How one vector of a sequence becomes its class scores."""
+    """How the head for sequence classification computes logits from one vector per sequence."""
 
     pool: Literal["first", "last"] = "first"
     hidden: Literal["pooler", "tanh", "relu", None] = None
-    """A dense layer before the scores: the body's own pooler, or one of the head's with this activation."""
+    """The dense layer before the logits: the body's pooler, or a layer in the head with this activation."""
     drop_input: bool = False
-    """Dropout also before that layer (RoBERTa)."""
+    """Apply dropout also before that layer (RoBERTa)."""
     bias: bool = True
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model family. Weight rules are written without the prefix; `heads` holds those of each head by
-    kind."""
+    """One model family. Weight rules are written without the prefix; `heads` has the rules of each kind of
+    head."""
 
     model_type: str
     class_prefix: str
-    """What transformers' class names begin with: Bert, Roberta, GPT2, ..."""
+    """Prefix of transformers' class names: Bert, Roberta, GPT2, ..."""
     defaults: Mapping[str, Any]
-    """Options of config.json that the family knows, with the values that they have when absent."""
+    """Options of config.json that the family knows, with their default values."""
     translate: Callable[[Options], ModelConfig]
     prefixes: tuple[str, ...]
-    """What names of the body begin with in a checkpoint of a model with a head; the first is written."""
+    """Prefixes of the body's weight names in a checkpoint of a model with a head; the first is written."""
     body: tuple[Rule, ...]
     heads: Mapping[Head, tuple[Rule, ...]]
     pooler: tuple[Rule, ...] = ()
@@ -77,14 +77,14 @@ class Family:
     """Options that exist in transformers -> the only values that minilm supports."""
     sequence_head: SequenceHead = SequenceHead()
     mlm_activation: str | None = None
-    """Activation of the masked-LM head when it is not the body's."""
+    """Activation of the masked-LM head if it is not the body's."""
     mlm_norm_eps: float | None = None
     head_dropout: Mapping[Head, tuple[str | float, ...]] = field(default_factory=dict)
     """Dropout before a head: the first of these options that is set, or a number."""
     class_names: Mapping[Head, str] = field(default_factory=dict)
     """Class names in transformers that do not follow the usual pattern (GPT2LMHeadModel)."""
     head_prefixes: Mapping[Head, str] = field(default_factory=dict)
-    """Heads whose checkpoints write the body under another of `prefixes` (Llama's question answering)."""
+    """Heads whose checkpoints use another of `prefixes` for the body (Llama's question answering)."""
 
     def config(self, hf: Options) -> ModelConfig:
         """Translate the options. Raises ConfigError naming an option that is not supported."""
@@ -106,7 +106,7 @@ class Family:
             )
             if limits is not None and hf.get(name) is not None:
                 check_number(f"{self.model_type}: {name}", hf.get(name), *limits)
-        if hf.num_hidden_layers > MOST_LAYERS:  # what is listed layer by layer would fill the memory
+        if hf.num_hidden_layers > MOST_LAYERS:  # lists with one item per layer would fill the memory
             raise ConfigError(
                 f"{self.model_type}: num_hidden_layers is {hf.num_hidden_layers}, and at most {MOST_LAYERS} "
                 "are supported"
@@ -119,8 +119,8 @@ class Family:
             raise ConfigError(f"{self.model_type}: the configuration cannot be read: {error}") from error
 
     def rules(self, head: Head) -> tuple[Rule, ...]:
-        """All rules for a model with `head`: its own, and the other heads' names, to be skipped with a
-        reason."""
+        """All rules for a model with `head`: its own, and rules that skip the weights of other heads, with
+        the reason."""
         own = (*self.body, *self.pooler, *self.heads.get(head, ()))
         names = {name for rule in own for name in (*rule.sources, *rule.also)}
         skipped: dict[str, Rule] = {}
@@ -132,7 +132,7 @@ class Family:
         return (*own, *skipped.values())
 
     def prefix(self, head: Head) -> str:
-        """What names of the body begin with in a checkpoint that is written for `head`."""
+        """Prefix of the body's weight names in a checkpoint that is written for `head`."""
         return "" if head == "base" else self.head_prefixes.get(head, self.prefixes[0])
 
     def dropout(self, head: Head, hf: Options) -> float:
@@ -145,7 +145,7 @@ class Family:
         return 0.0
 
     def class_name(self, head: Head) -> str:
-        """transformers' name of the class with this head, which config.json's `architectures` holds."""
+        """transformers' name of the class with this head, as in config.json's `architectures`."""
         usual = {
             "base": "Model",
             "masked-lm": "ForMaskedLM",
@@ -160,7 +160,7 @@ class Family:
 
 
 def _check_quantization(model_type: str, given: Any) -> None:
-    """Only what minilm quantised is read: the codes of others have other layouts, and often other maths."""
+    """Refuse checkpoints quantised by other libraries: their layouts and often their formulas differ."""
     if given is None:
         return
     method = given.get("quant_method") if isinstance(given, dict) else None
@@ -176,7 +176,7 @@ def _check_quantization(model_type: str, given: Any) -> None:
 
 
 def equal_heads(hf: Options) -> int:
-    """The head size where the heads share the width out."""
+    """The head size hidden_size / num_attention_heads."""
     width, heads = hf.hidden_size, hf.num_attention_heads
     if heads < 1 or width % heads:
         raise ConfigError(
@@ -191,7 +191,7 @@ NOT_A_DECODER: dict[str, tuple[Any, ...]] = {
     "position_embedding_type": ("absolute",),
     "pruned_heads": ({},),
 }
-"""What BERT-like checkpoints may ask for and minilm does not do."""
+"""Options of BERT-like checkpoints -> the only values that minilm supports."""
 
 DECODER_ONLY: dict[str, tuple[Any, ...]] = {
     "add_cross_attention": (False,),
@@ -201,7 +201,7 @@ DECODER_ONLY: dict[str, tuple[Any, ...]] = {
 
 
 def rope_config(hf: Options, default_theta: float = 10_000.0) -> RopeConfig:
-    """Rope options, written as transformers 5 does (`rope_parameters`) or 4 did (`rope_theta`,
+    """Rope options, as transformers 5 writes them (`rope_parameters`) or transformers 4 did (`rope_theta`,
     `rope_scaling`)."""
     given = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
     if not isinstance(given, dict):
@@ -210,7 +210,7 @@ def rope_config(hf: Options, default_theta: float = 10_000.0) -> RopeConfig:
     kind = options.get("rope_type", options.get("type", "default"))
     if any(isinstance(value, dict) for value in options.values()):
         raise ConfigError(
-            f"{hf.model_type}: rope_parameters for each layer type apart are not supported: {options}"
+            f"{hf.model_type}: separate rope_parameters per layer type are not supported: {options}"
         )
     known = {
         "default": set(),
@@ -222,7 +222,7 @@ def rope_config(hf: Options, default_theta: float = 10_000.0) -> RopeConfig:
             "original_max_position_embeddings",
         },
     }
-    if kind not in list(known):  # which may be of any type
+    if kind not in list(known):  # `kind` may be of any type, also unhashable
         raise ConfigError(
             f"{hf.model_type}: rope_type {kind!r} is not supported; supported are {', '.join(known)}"
         )
@@ -245,7 +245,7 @@ def rope_config(hf: Options, default_theta: float = 10_000.0) -> RopeConfig:
     surplus = set(options) - known[kind] - {"rope_type", "type", "rope_theta", "partial_rotary_factor"}
     if kind == "default":  # leftovers of an unscaled model have no effect in transformers either
         surplus -= {"factor", "original_max_position_embeddings"}
-    if surplus:  # as transformers does: `attn_factor` beside yarn is common, and means something to others
+    if surplus:  # a warning, as in transformers: `attn_factor` next to yarn is common, for other software
         names = ", ".join(sorted(map(str, surplus)))
         warnings.warn(
             f"{hf.model_type}: rope_type {kind!r} does not know the options {names}, which have no effect",
@@ -291,8 +291,8 @@ def _yarn_attention_factor(options: Mapping[str, Any], factor: float) -> float:
 
 
 def layer_windows(hf: Options, sliding_window: int | None) -> tuple[int | None, ...]:
-    """Windows by layer from `layer_types`, or from `max_window_layers` (the first layers attend in full) in
-    its absence."""
+    """The window of each layer, from `layer_types`, or else from `max_window_layers` (the first N layers have
+    full attention)."""
     types = hf.get("layer_types")
     if types is None:
         first = hf.max_window_layers

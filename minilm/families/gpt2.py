@@ -1,10 +1,10 @@
 """GPT-2 (Radford et al. 2019).
 
-A decoder: each token attends to itself and its past. Positions are a learned table. Norms stand *before* the
-sub-layers, x = x + attention(norm(x)), x = x + mlp(norm(x)), with one more at the end, so the residual stream
-is never normalised. LayerNorm, the tanh form of GELU, biases everywhere. The output matrix is the token
-table. Checkpoints hold their matrices as [in, out] (the "Conv1D" of the first release), q, k and v already
-fused, and the causal mask as a buffer.
+A decoder: each token attends to itself and earlier tokens. Positions are a learned table. Norms come *before*
+the sub-layers, x = x + attention(norm(x)), x = x + mlp(norm(x)), with a final norm at the end, so the
+residual stream itself is never normalised. LayerNorm, the tanh form of GELU, biases everywhere. The output
+matrix is the token table. Checkpoints store matrices as [in, out] (the "Conv1D" of the first release), q, k
+and v already fused, and the causal mask as a buffer.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ DEFAULTS = {
 
 
 def translate(hf: Options) -> ModelConfig:
-    """GPT-2's options -> ModelConfig. (reorder_and_upcast_attn asks for a float32 softmax, which minilm's
-    always is; the summary_* options belong to a multiple-choice head.)"""
+    """GPT-2's options -> ModelConfig. (reorder_and_upcast_attn means a float32 softmax, which minilm always
+    uses; the summary_* options belong to a multiple-choice head.)"""
     return ModelConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.n_embd,

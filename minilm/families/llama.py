@@ -1,10 +1,10 @@
 """Llama (Touvron et al. 2023, arXiv:2302.13971; Llama 2, arXiv:2307.09288; Llama 3, arXiv:2407.21783),
 SmolLM2, TinyLlama.
 
-A decoder with pre-norms like GPT-2's, and everything else changed: RMSNorm in place of LayerNorm, rotary
-positions in place of a table, a gated MLP (SwiGLU), no biases, fewer key/value heads than query heads (from
-Llama 2 70B on). Llama 3.1 stretches its rotary frequencies (`llama3`). Small ones tie the output matrix to
-the token table.
+A decoder with pre-norm like GPT-2, and everything else different: RMSNorm instead of LayerNorm, rotary
+positions instead of a table, a gated MLP (SwiGLU), no biases, fewer key/value heads than query heads (since
+Llama 2 70B). Llama 3.1 scales its rotary frequencies (`llama3`). Small models tie the output matrix to the
+token table.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Mistral (Jiang et al. 2023, arXiv:2310.06825): Llama with a sliding window, which every layer applies.
+"""Mistral (Jiang et al. 2023, arXiv:2310.06825): Llama with sliding-window attention in every layer.
 
-A query sees `sliding_window` keys, itself included; over the layers, information still travels further. Later
-releases (v0.2 on) switch the window off with null.
+A query sees `sliding_window` keys, itself included; over several layers, information travels further. Later
+releases (since v0.2) switch the window off with null.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DEFAULTS = {
 
 
 def translate(hf: Options) -> ModelConfig:
-    """Mistral's options -> ModelConfig: Llama's, without biases, and the window."""
+    """Mistral's options -> ModelConfig: as for Llama, without biases and with the window."""
     windows = (hf.get("sliding_window"),) * hf.num_hidden_layers
     return replace(llama.translate(hf), windows=windows, qkv_bias=False, out_bias=False, mlp_bias=False)
 

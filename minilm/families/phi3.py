@@ -1,9 +1,9 @@
-"""Phi-3 (Abdin et al. 2024, arXiv:2404.14219): Llama whose checkpoints hold q, k, v, and gate and up, as one
-matrix each.
+"""Phi-3 (Abdin et al. 2024, arXiv:2404.14219): Llama whose checkpoints fuse q, k, v into one matrix, and gate
+and up into another.
 
-That is how minilm holds them too, so two rules become plain copies. Every layer has a sliding window, where
-there is one, and residual sums may drop out in training. The models for 4,096 tokens are supported; those for
-128,000 scale their rotary frequencies by a table (longrope), which is refused by name.
+minilm stores them the same way, so two rules become plain copies. If there is a sliding window, all layers
+have it; residual sums can have dropout in training. The models for 4,096 tokens are supported; those for
+128,000 scale their rotary frequencies by a table (longrope), which raises an error that names it.
 """
 
 from __future__ import annotations

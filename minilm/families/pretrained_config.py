@@ -1,10 +1,10 @@
-"""`PretrainedConfig`: a checkpoint's config.json as people read and write it, under its family's own names.
+"""`PretrainedConfig`: a checkpoint's config.json, under its family's own names, as in transformers.
 
     config = AutoConfig.from_pretrained("bert-base-uncased"); config.hidden_size, config.id2label,
     config.num_labels = 3
 
-It is a mutable bag of options with the family's defaults. The model reads `ModelConfig`, which the family
-makes of it.
+It is a mutable set of options with the family's defaults. The model reads `ModelConfig`, into which the
+family translates it.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ NO_EFFECT = frozenset(
         "vocab_file",
     }
 )
-"""Keys that real config.json files hold and that change nothing in a forward pass of these families."""
+"""Keys in published config.json files that do not affect a forward pass of these families."""
 
 
 MOST_LABELS = 10_000_000
@@ -146,7 +146,7 @@ class PretrainedConfig:
         if num_labels is not None:
             self.num_labels = num_labels
 
-    # The bag
+    # Options
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or name in ("_values", "_family"):
             raise AttributeError(name)
@@ -232,7 +232,7 @@ class PretrainedConfig:
 
     # Files
     def to_dict(self) -> dict[str, Any]:
-        """All options and the model type, as config.json holds them."""
+        """All options and the model type, as in config.json."""
         values = copy.deepcopy(self._values)
         if values["id2label"] is not None:
             values["id2label"] = {str(k): v for k, v in values["id2label"].items()}
@@ -241,11 +241,11 @@ class PretrainedConfig:
         return {"model_type": self.model_type, **values}
 
     def to_json_string(self) -> str:
-        """The text of config.json."""
+        """The contents of config.json as text."""
         return json.dumps({**self.to_dict(), "minilm_version": __version__}, indent=2, sort_keys=True) + "\n"
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write config.json into a folder, which is made if need be."""
+        """Write config.json into a folder, which is created if necessary."""
         with saving(save_directory) as folder:
             (folder / "config.json").write_text(self.to_json_string(), encoding="utf-8")
 
@@ -262,8 +262,8 @@ class PretrainedConfig:
 
     @classmethod
     def from_dict(cls, options: dict[str, Any], **overrides: Any) -> PretrainedConfig:
-        """From the contents of a config.json. Keys that the family does not know are announced in one
-        warning."""
+        """Create from the contents of a config.json. One warning lists the keys that the family does not
+        know."""
         from .table import family_of
 
         model_type = options.get("model_type") or cls.model_type
@@ -271,7 +271,7 @@ class PretrainedConfig:
             raise ConfigError("the configuration has no model_type, so the family of the model is not known")
         family = family_of(model_type)
         known = {*COMMON, *family.defaults, *family.attribute_map, *NO_EFFECT, *family.rejected}
-        known.add("quantization_config")  # which says what is seen from the tensors; the family checks it
+        known.add("quantization_config")  # redundant with the tensors; the family checks it
         unknown = sorted(k for k, v in options.items() if k not in known and v not in (None, False))
         if unknown:
             warnings.warn(
@@ -285,7 +285,7 @@ class PretrainedConfig:
         )
         if "num_labels" in options and options.get("id2label") is None:
             config.num_labels = options["num_labels"]
-        for name in ("num_labels", *overrides):  # before id2label, which says more
+        for name in ("num_labels", *overrides):  # num_labels before id2label, which overrides it
             if name in overrides:
                 setattr(config, name, overrides[name])
         return config

@@ -1,7 +1,7 @@
-"""Qwen2 and Qwen2.5 (arXiv:2407.10671, arXiv:2412.15115): Llama with biases on q, k and v alone.
+"""Qwen2 and Qwen2.5 (arXiv:2407.10671, arXiv:2412.15115): Llama with biases on q, k and v only.
 
-Layers from `max_window_layers` on, or those that `layer_types` names, can have a sliding window
-(`use_sliding_window`).
+With `use_sliding_window`, layers from `max_window_layers` on, or those that `layer_types` names, have a
+sliding window.
 """
 
 from __future__ import annotations

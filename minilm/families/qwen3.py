@@ -1,7 +1,7 @@
-"""Qwen3 (arXiv:2505.09388): Llama with an RMSNorm over each head of q and k, which keeps the scores from
-growing.
+"""Qwen3 (arXiv:2505.09388): Llama with an RMSNorm over each head of q and k, which keeps attention scores
+bounded.
 
-The head size is an option of its own (128 whatever the width), biases are optional, windows are as in Qwen2.
+The head size is a separate option (128 for any width), biases are optional, windows are as in Qwen2.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""RoBERTa (Liu et al. 2019, arXiv:1907.11692): BERT's body, trained longer, with three habits of its own.
+"""RoBERTa (Liu et al. 2019, arXiv:1907.11692): BERT's body, trained longer, with three differences.
 
-Positions begin at the padding index + 1 (so 2), a leftover of fairseq that makes the table two rows longer
-than the longest text, and count only tokens that are not padding. There is one token type. Its heads differ:
-the masked-LM head always uses exact GELU, and the classification head has its own dense + tanh in place of
-the pooler's.
+Positions start at the padding index + 1 (usually 2), a convention of fairseq that makes the table two rows
+longer than the longest text, and count only tokens that are not padding. There is one token type. The heads
+differ: the masked-LM head always uses exact GELU, and the classification head has its own dense + tanh
+instead of the pooler's.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ DEFAULTS = {**bert.DEFAULTS, "vocab_size": 50265, "pad_token_id": 1, "bos_token_
 
 
 def translate(hf: Options) -> ModelConfig:
-    """RoBERTa's options -> ModelConfig: BERT's, with the shifted positions."""
+    """RoBERTa's options -> ModelConfig: as for BERT, with shifted positions."""
     if hf.pad_token_id is None:
-        raise ConfigError(f"{hf.model_type}: positions begin after pad_token_id, and it is not set")
+        raise ConfigError(f"{hf.model_type}: positions start after pad_token_id, which is not set")
     offset = hf.pad_token_id + 1
     if hf.max_position_embeddings <= offset:
         raise ConfigError(
-            f"{hf.model_type}: positions begin at pad_token_id + 1 = {offset}, and "
+            f"{hf.model_type}: positions start at pad_token_id + 1 = {offset}, and "
             f"max_position_embeddings is {hf.max_position_embeddings}"
         )
     return replace(
@@ -49,7 +49,7 @@ FAMILY = Family(
             *affine("lm_head.dense", "head.dense"),
             *affine("lm_head.layer_norm", "head.norm"),
             tied("lm_head.decoder.weight", "head.decoder.weight", "tied to the token embeddings"),
-            copy("lm_head.decoder.bias", "head.bias", also=("lm_head.bias",), write_also=True),  # as BERT's
+            copy("lm_head.decoder.bias", "head.bias", also=("lm_head.bias",), write_also=True),  # as for BERT
         ),
         "sequence-classification": (
             *affine("classifier.dense", "head.dense"),

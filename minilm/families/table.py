@@ -23,7 +23,7 @@ FAMILIES: dict[str, str] = {
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a `model_type`. Raises ConfigError, with the supported ones, for any other."""
+    """The family of a `model_type`. For any other, raises ConfigError, which lists the supported ones."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise ConfigError(f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
     family: Family = import_module(f".{FAMILIES[model_type]}", __package__).FAMILY

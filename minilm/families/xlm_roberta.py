@@ -1,7 +1,7 @@
 """XLM-RoBERTa (Conneau et al. 2019, arXiv:1911.02116): RoBERTa with a sentencepiece vocabulary of a hundred
 languages.
 
-As a network it is RoBERTa to the letter; its checkpoints even call their body ``roberta``.
+The network is identical to RoBERTa; in checkpoints the body is even called ``roberta``.
 """
 
 from __future__ import annotations

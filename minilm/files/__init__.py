@@ -1,6 +1,6 @@
-"""What lies on disk, opened strictly: the hub, safetensors, GGUF, quantised checkpoints.
+"""Model files on disk, read with strict checks: the hub cache, safetensors, GGUF, quantised checkpoints.
 
-What needs PyTorch is imported when it is first used: names are resolved and texts tokenised without it.
+Modules that need PyTorch are imported on first use: finding files and tokenising texts work without it.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
-"""Checkpoints: named tensors on disk, known by name, shape and dtype before a byte of data is read.
+"""Checkpoints: named tensors on disk, whose names, shapes and dtypes are known before any data is read.
 
-One tensor at a time is copied straight to where it shall be: `read_into(name, out)` converts to the dtype and
-device of `out` on the way. Nothing else is allocated, so that loading takes hardly more memory than the
-weights do. Every file is taken for hostile until proven otherwise: whatever is wrong with it is a
-`WeightError` that names it.
+Tensors are copied one at a time, directly to their destination: `read_into(name, out)` converts to the dtype
+and device of `out`. Nothing else is allocated, so loading takes hardly more memory than the weights. Every
+file is untrusted: any fault is a `WeightError` that names the file.
 """
 
 from __future__ import annotations
@@ -25,9 +24,9 @@ C = TypeVar("C", bound="Checkpoint")
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What is known of a stored tensor without reading it. `dtype` is what reading gives, `stored` the file's
-    own word for how it is kept ("BF16", "Q4_K"), `format` ours (`minilm.ops.quantized`) where it is a matrix
-    whose codes can be read as they are."""
+    """Metadata of a stored tensor. `dtype` is the dtype after reading, `stored` the file's name of its type
+    ("BF16", "Q4_K"), `format` minilm's format (`minilm.ops.quantized`) if it is a matrix whose codes can be
+    read directly."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -37,20 +36,20 @@ class TensorInfo:
 
 
 class Checkpoint(ABC):
-    """Named tensors on disk. `path` is the file or folder as messages name it; `tensors` is in the order of
-    the files. Use as a context manager, or call `close()`."""
+    """Named tensors on disk. `path` is the file or folder, for messages; `tensors` is in the order of the
+    files. Use it as a context manager, or call `close()`."""
 
     path: Path
     tensors: dict[str, TensorInfo]
 
     def read_into(self, name: str, out: Tensor) -> None:
-        """Copies the tensor `name` to `out`, which has its shape and any dtype, device and strides."""
+        """Copy the tensor `name` to `out`, which has the same shape and any dtype, device and strides."""
         info = self._known(name, tuple(out.shape))
         with torch.no_grad():
             self._read(name, info, out)
 
     def read_codes_into(self, name: str, out: QuantizedWeight) -> None:
-        """Copies the quantised matrix `name`, as it is stored, to `out` of its shape and format."""
+        """Copy the quantised matrix `name` unchanged to `out`, which has the same shape and format."""
         info = self._known(name, out.shape)
         if out.format != info.format:
             raise WeightError(f"{info.file}: {name} is stored as {info.stored}, not as {out.format}")
@@ -73,7 +72,7 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Lets go of the files. Reading again opens them again."""
+        """Close the files. Reading again reopens them."""
 
     def __enter__(self: C) -> C:
         return self

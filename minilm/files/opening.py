@@ -1,4 +1,4 @@
-"""From a path to the checkpoint that is there, whatever its format.
+"""Opens a checkpoint of any supported format.
 
 Pickled checkpoints (`pytorch_model.bin`) are never read: unpickling a file runs the code in it.
 """
@@ -18,9 +18,9 @@ _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Opens the weights at `path`: a .safetensors or .gguf file, an index of shards, or a folder that has one
-    of them (`model.safetensors`, else `model.safetensors.index.json`, else its only .gguf file). Matrices
-    that minilm saved quantised are one tensor each."""
+    """Open the weights at `path`: a .safetensors or .gguf file, an index of shards, or a folder with one of
+    them (`model.safetensors`, else `model.safetensors.index.json`, else its only .gguf file). Each matrix
+    that minilm saved quantised appears as one tensor."""
     path = Path(path)
     if path.is_dir():
         settle(path)
@@ -57,6 +57,6 @@ def _find(folder: Path) -> Path:
 
 def _no_pickle(path: Path) -> str:
     return (
-        f"{path}: this is a pickle, and unpickling runs whatever code is in it, so minilm never reads one; "
+        f"{path}: this is a pickle, and unpickling runs the code in it, so minilm never reads one; "
         "convert it where you trust it: transformers.AutoModel.from_pretrained(folder).save_pretrained(new)"
     )

@@ -1,9 +1,9 @@
-"""Checkpoints of quantised models: safetensors files in which a matrix is several tensors.
+"""Checkpoints of quantised models: safetensors files in which a matrix is stored as several tensors.
 
-What minilm saves of a quantised matrix `X.weight` are its planes (minilm/ops/quantized.py), as
-`X.weight.codes`, `X.weight.scale` and, in q4_1, `X.weight.minimum`; always those of [out, in], also in
-families whose checkpoints have their matrices the other way round. `QuantizedCheckpoint` shows them as the
-one tensor that they are, so that rules and plan need not know. The format is seen from the planes.
+minilm saves a quantised matrix `X.weight` as its planes (minilm/ops/quantized.py): `X.weight.codes`,
+`X.weight.scale` and, in q4_1, `X.weight.minimum`; always for [out, in], also in families whose checkpoints
+store transposed matrices. `QuantizedCheckpoint` presents them as one tensor, so that rules and plan do not
+depend on them. The dtypes of the planes determine the format.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ _PLANES = ("codes", "scale", "minimum")
 
 
 class QuantizedCheckpoint(Checkpoint):
-    """`inner`, with the planes of each quantised matrix as one tensor.
+    """`inner`, with the planes of each quantised matrix presented as one tensor.
 
-    Raises WeightError where planes are missing, or are not those of any format.
+    Raises WeightError if planes are missing or do not fit any format.
     """
 
     def __init__(self, inner: Checkpoint) -> None:
@@ -85,7 +85,7 @@ class QuantizedCheckpoint(Checkpoint):
 
 
 def _format(dtypes: dict[str, torch.dtype]) -> str | None:
-    """The format whose planes have these dtypes; no two are alike in them."""
+    """The format whose planes have these dtypes, which differ between all formats; None: no format."""
     for name, kind in FORMATS.items():
         expected = {"codes": kind.codes, "scale": kind.scale}
         if dtypes == (expected | {"minimum": kind.scale} if kind.minimum else expected):

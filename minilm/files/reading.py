@@ -1,8 +1,7 @@
-"""Files of a model, read with nothing taken on trust: not that they are files, nor that they are small.
+"""Safe reading of a model's files: checks the type and the size of a file first.
 
-A name in a folder may be a link that leads nowhere, a directory, a pipe that never ends, or a sparse file of
-a terabyte. Type and size are asked before a byte is read, and reading stops at a limit whatever the size
-said.
+A name in a folder may be a broken link, a directory, an endless pipe, or a sparse file of a terabyte. Type
+and size are checked before reading, and reading stops at a limit in any case.
 """
 
 from __future__ import annotations
@@ -15,15 +14,15 @@ from pathlib import Path
 from typing import Any
 
 MOST_JSON = 1 << 30
-"""Bytes of a JSON file: tokenizer.json of a large vocabulary has 30 MB."""
+"""Maximum bytes of a JSON file; tokenizer.json of a large vocabulary has 30 MB."""
 MOST_TEXT = 1 << 28
-"""Bytes of a text file: vocab.txt, merges.txt."""
+"""Maximum bytes of a text file (vocab.txt, merges.txt)."""
 MOST_TEMPLATE = 1 << 24
-"""Bytes of a chat template; the longest known have 30 KB."""
+"""Maximum bytes of a chat template; the longest known have 30 KB."""
 MOST_CONFIG = 1 << 26
-"""Bytes of a config.json and its like. Names of 100,000 labels take 5 MB."""
+"""Maximum bytes of config.json and similar files. Names of 100,000 labels take 5 MB."""
 
-_SMALL = 1 << 20  # from here on, numbers are not checked one by one
+_SMALL = 1 << 20  # above this size, numbers are not checked individually
 
 _KINDS = (
     (stat.S_ISDIR, "a directory"),
@@ -35,21 +34,21 @@ _KINDS = (
 
 
 class WeightError(ValueError):
-    """A checkpoint cannot be read or does not fit the model; the message names file, key and the fault."""
+    """A checkpoint cannot be read or does not fit the model; the message names file, key and fault."""
 
 
 class FileError(ValueError):
-    """A file that is missing or does not hold what it should. The message names it."""
+    """A file is missing or has wrong contents. The message names it."""
 
 
 def has_file(path: Path, *, error: type[Exception] = FileError) -> bool:
-    """Whether `path` is a file, through links or not. False only where there is nothing of that name: a link
-    that leads nowhere, a directory, a pipe or a device in its place raises `error`."""
+    """Whether `path` is a file or a link to one. False only if nothing has that name: a broken link, a
+    directory, a pipe or a device in its place raises `error`."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
         if os.path.islink(path):
-            raise error(f"{path}: a link to {os.readlink(path)}, where there is no file") from None
+            raise error(f"{path}: a broken link to {os.readlink(path)}") from None
         return False
     except (OSError, ValueError) as problem:
         raise error(f"{path}: cannot be read: {_why(problem)}") from problem
@@ -59,27 +58,27 @@ def has_file(path: Path, *, error: type[Exception] = FileError) -> bool:
 
 
 def file_size(path: Path, *, error: type[Exception] = FileError) -> int:
-    """Bytes of the regular file `path`; `error` if it is missing or is none."""
+    """Size in bytes of the regular file `path`; raises `error` if it is missing or not a regular file."""
     if not has_file(path, error=error):
         raise error(f"{path}: no such file")
     return os.stat(path).st_size
 
 
 def read_bytes(path: Path, *, limit: int, error: type[Exception] = FileError) -> bytes:
-    """The contents of the file `path`, of at most `limit` bytes. Raises `error` when it is missing, no
-    regular file, larger, or cannot be read. Never waits, as opening a pipe would."""
+    """The contents of the file `path`, of at most `limit` bytes. Raises `error` if it is missing, not a
+    regular file, larger, or cannot be read. Never blocks, as opening a pipe would."""
     size = file_size(path, error=error)
     if size > limit:
         raise error(f"{path}: {size} bytes are too many for such a file (limit {limit})")
     try:
-        # Not blocking: the name may have become that of a pipe in between.
+        # Non-blocking: the file may have been replaced by a pipe in between.
         descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
         with open(descriptor, "rb") as stream:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
                 raise error(f"{path}: expected a file, and this is {_kind(status.st_mode)}")
             size = min(status.st_size, limit)
-            data = stream.read(size + 1)  # which Python allocates before it reads: so not of the limit
+            data = stream.read(size + 1)  # Python allocates this much first, so not the limit
     except OSError as problem:
         raise error(f"{path}: cannot be read: {_why(problem)}") from problem
     if len(data) > size:
@@ -98,9 +97,9 @@ def read_text(path: Path, *, limit: int = MOST_TEXT, error: type[Exception] = Fi
 def read_json_value(path: Path, *, limit: int = MOST_JSON, error: type[Exception] = FileError) -> Any:
     """The JSON value in `path`.
 
-    `error` is raised when it is missing, too large, not UTF-8, not JSON, nested too deeply, when an object
-    has a key twice with different values (readers take either), or a number is NaN or infinite, which JSON
-    does not have.
+    Raises `error` if it is missing, too large, not UTF-8, not JSON, or nested too deeply, if an object has a
+    key twice with different values (parsers disagree on which one counts), or if a number is NaN or infinite,
+    which JSON does not allow.
     """
     return parse_json(read_bytes(path, limit=limit, error=error), path, error=error)
 
@@ -118,12 +117,12 @@ def parse_json(data: bytes, path: Path, *, error: type[Exception] = FileError) -
         raise error(f"{path}: not UTF-8 text: {problem.reason} at byte {problem.start}") from problem
     except RecursionError:
         raise error(f"{path}: nested too deeply for a JSON file of a model") from None
-    except ValueError as problem:  # json.JSONDecodeError, or an integer of more digits than Python reads
+    except ValueError as problem:  # json.JSONDecodeError, or an integer with too many digits for Python
         raise error(f"{path}: not JSON: {problem}") from problem
 
 
 def read_json(path: Path, *, limit: int = MOST_JSON, error: type[Exception] = FileError) -> dict[str, Any]:
-    """The JSON object in `path`. Raises `error` as `read_json_value` does, and for anything but an object."""
+    """The JSON object in `path`. Raises `error` like `read_json_value`, and for other values than objects."""
     value = read_json_value(path, limit=limit, error=error)
     if not isinstance(value, dict):
         raise error(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -140,7 +139,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _constant(name: str) -> float:
-    raise ValueError(f"{name} is no number of JSON")
+    raise ValueError(f"{name} is not allowed in JSON")
 
 
 def _finite(digits: str) -> float:

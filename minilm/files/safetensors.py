@@ -1,9 +1,9 @@
-"""safetensors files: one, or the shards that an index names, read piece by piece.
+"""safetensors files: one, or the shards that an index lists, read piece by piece.
 
-They are memory-mapped. Pages of a mapping that were touched count as memory of the process for as long as the
-mapping lives, so that a naive reader of a 10 GB file seems to need 20 GB. Opening a file again drops its
-pages and costs little (0.1 ms for five tensors, 1 ms for a thousand); the reader does it whenever a small
-part of the checkpoint has been touched, see `_window`.
+They are memory-mapped. Touched pages of a mapping count as memory of the process as long as the mapping
+exists, so a naive reader of a 10 GB file seems to need 20 GB. Reopening a file drops its pages and is cheap
+(0.1 ms for five tensors, 1 ms for a thousand); the reader does so whenever a small part of the checkpoint has
+been touched, see `_window`.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _DTYPES = {
 
 
 def blocks(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
-    """Indices that cut an array of `shape` into consecutive pieces of at most `limit` elements each, in
-    memory order.
+    """Indices that split an array of `shape` into consecutive pieces of at most `limit` elements, in memory
+    order.
 
-    [10, 4] with limit 12 gives rows 0-3, 3-6, 6-9, 9-10; a row longer than the limit is cut itself.
+    [10, 4] with limit 12 gives rows 0-3, 3-6, 6-9, 9-10; a row longer than the limit is split as well.
     """
     if math.prod(shape) <= limit:
         yield ()
@@ -51,10 +51,10 @@ def blocks(shape: Sequence[int], limit: int) -> Iterator[tuple[slice, ...]]:
 
 
 class SafetensorsCheckpoint(Checkpoint):
-    """One safetensors file, or the shards that an index names. Opening it checks the headers of all files.
+    """One safetensors file, or the shards that an index lists. Opening it checks the headers of all files.
 
-    With an index, index and shards must agree: every shard exists and lies beside the index, and holds
-    exactly the tensors that the index says.
+    An index must agree with its shards: every shard exists in the folder of the index, and has exactly the
+    tensors that the index lists.
     """
 
     def __init__(self, path: Path) -> None:
@@ -74,7 +74,7 @@ class SafetensorsCheckpoint(Checkpoint):
         from safetensors import SafetensorError
 
         found: dict[str, TensorInfo] = {}
-        file_size(file, error=WeightError)  # only a regular file is opened: a pipe would wait for ever
+        file_size(file, error=WeightError)  # only open regular files: a pipe would block
         try:
             handle = self._open(file)
             for name in handle.offset_keys():
@@ -97,7 +97,7 @@ class SafetensorsCheckpoint(Checkpoint):
         self.tensors.update(found)
 
     def _open(self, file: Path) -> Any:
-        """The open handle of `file`; a new one, with no page touched, after every `_window` bytes."""
+        """The open handle of `file`; reopened, with no page touched, after every `_window` bytes."""
         from safetensors import safe_open
 
         if self._handle is None or self._handle[0] != file or self._touched >= self._window:
@@ -123,17 +123,17 @@ class SafetensorsCheckpoint(Checkpoint):
 
 
 def _window(tensors: Iterable[TensorInfo]) -> int:
-    """Bytes that may be touched before a file is opened again: 1/64 of the checkpoint, from 2 to 64 MiB.
+    """Bytes that may be touched before a file is reopened: 1/64 of the checkpoint, from 2 to 64 MiB.
 
-    A piece is half a window, so that at most 1.5 windows are touched: 2.5 % of the weights, 5 % of them in
-    half precision. A model of 100 MB is read through windows of 2 MiB, one of 14 GB through 64 MiB.
+    A piece is half a window, so at most 1.5 windows are touched: 2.5 % of the weights (5 % if they are
+    converted to half precision). A model of 100 MB is read in windows of 2 MiB, one of 14 GB in 64 MiB.
     """
     total = sum(math.prod(info.shape) * info.dtype.itemsize for info in tensors)
     return min(max(total // 64, 2 << 20), 64 << 20)
 
 
 def _hint(file: Path) -> str:
-    """Why a file that should be safetensors is not, where there is a common reason."""
+    """A common reason why a file is not safetensors, or ""."""
     try:
         with open(file, "rb") as stream:
             start = stream.read(64)
@@ -145,7 +145,7 @@ def _hint(file: Path) -> str:
 
 
 def _read_index(path: Path) -> dict[Path, set[str]]:
-    """The shards that an index names, in its order, and the tensors that it says each has."""
+    """The shards that an index lists, in its order, and the tensors of each."""
     weight_map = read_json(path, limit=MOST_CONFIG, error=WeightError).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightError(f"{path}: not a safetensors index: it has no weight_map of tensor names to files")
@@ -153,8 +153,7 @@ def _read_index(path: Path) -> dict[Path, set[str]]:
     for name, file in weight_map.items():
         if not isinstance(file, str) or not file.endswith(".safetensors") or "\0" in file:
             raise WeightError(f"{path}: {name} should be in a .safetensors file, the index says {file!r}")
-        # Only the name is judged, not where links lead: the hub's cache is made of links that leave their
-        # folder.
+        # Only check the name, not the target of links: files in the hub's cache are links out of the folder.
         if "\\" in file or PurePosixPath(file).is_absolute() or ".." in PurePosixPath(file).parts:
             raise WeightError(f"{path}: {name} is said to be in {file!r}, outside the folder")
         shards.setdefault(path.parent / file, set()).add(name)

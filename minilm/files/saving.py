@@ -1,21 +1,21 @@
-"""Saving: many files that take the place of others as one.
+"""Atomic saving: replaces several files in a folder together.
 
-A checkpoint is several files that belong together, and the folder may hold files of others beside them, so
-that it cannot be swapped as a whole. `saving(folder)` gives a hidden folder to write to, and then
+A checkpoint is several files that belong together, and the folder may also contain other files, so it cannot
+be replaced as a whole. `saving(folder)` yields a hidden folder to write to, and then
 
-1. makes sure that all of it is on the disk, and writes a plan: which files are to come, which are to go, and
-   what is there now, by size and time;
-2. renames the hidden folder to `.minilm-switch`. This one rename is the switch. What happens before it leaves
-   the folder as it was;
-3. moves the files to their places, and removes the rest. config.json and modules.json go first and come back
-   last, so that a program that knows nothing of this finds no model, rather than half of one.
+1. flushes all files to disk, and writes a plan: which files to add, which to remove, and the size and time of
+   the current ones;
+2. renames the hidden folder to `.minilm-switch`. This rename is the commit point: a failure before it leaves
+   the folder unchanged;
+3. moves the files into place, and removes the old ones. config.json and modules.json are removed first and
+   added last, so that other programs find no model rather than half of one.
 
-A process may die within 3. Then the plan and the files that are left are in `.minilm-switch`, and whoever
-next reads or saves the folder (`settle`) finishes it, or says why it cannot. What a process leaves that dies
-before 2 is removed by the next save. Both are told from what a living process does by a lock on the hidden
-folder.
+If a process dies during step 3, the plan and the remaining files are in `.minilm-switch`, and the next read
+or save of the folder (`settle`) finishes the job, or reports why it cannot. Leftovers of a process that died
+before step 2 are removed by the next save. A lock on the hidden folder distinguishes leftovers from the files
+of a running process.
 
-A folder that does not exist yet is made beside its place, and renamed.
+A folder that does not exist yet is created under a temporary name next to it, and renamed.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ _FIRST_AND_LAST = ("config.json", "modules.json")
 _PATIENCE = 60.0  # seconds for another process to move its files
 
 _roots: list[tuple[Path, list[str]]] = []
-"""Folders that saves of this process write to, and the patterns of what they replace."""
+"""Folders that saves of this process write to, and the patterns of the files that they replace."""
 
 Identity = list[int] | None
-"""Size and time of a file, None where there is none."""
+"""Size and time of a file, None if it does not exist."""
 
 
 @contextmanager
 def saving(folder: str | os.PathLike[str], *, replaces: Sequence[str] = ()) -> Iterator[Path]:
-    """A folder to write files to, which take their places in `folder` together when the block ends.
+    """Yields a folder to write files to, which are moved to `folder` together when the block ends.
 
-    `replaces`: patterns of names, relative to `folder`, of files that go if they are not written anew; all
-    others stay. When the block raises, or the process dies in it, `folder` is as it was. A `saving` within
-    the block, into the folder that it was given or one below, is part of the outer one.
+    `replaces`: patterns of names, relative to `folder`, of files to remove unless they are written again; all
+    others stay. If the block raises, or the process dies in it, `folder` is unchanged. A `saving` inside the
+    block, into the yielded folder or one below it, becomes part of the outer one.
 
-    Raises FileError where `folder` is none, where something else than a file is in a file's place, or where
-    an earlier save was interrupted and cannot be finished; OSError as writing does.
+    Raises FileError if `folder` is not a folder, if something that is not a file is in a file's place, or if
+    an earlier save was interrupted and cannot be finished; OSError if writing fails.
     """
     folder = Path(folder)
     for root, patterns in _roots:
@@ -89,7 +89,7 @@ def saving(folder: str | os.PathLike[str], *, replaces: Sequence[str] = ()) -> I
         _commit(hidden, folder, entry[1])
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
-        for parent in made[1:]:  # the nearest first; not if somebody else has put something there
+        for parent in made[1:]:  # innermost first; not if another process has put something there
             with suppress(OSError):
                 parent.rmdir()
         raise
@@ -98,10 +98,10 @@ def saving(folder: str | os.PathLike[str], *, replaces: Sequence[str] = ()) -> I
 
 
 def settle(folder: Path) -> None:
-    """Finishes a save into `folder` whose process died while it was moving the files to their places; waits
-    for one that lives. Costs one look at the folder where there is none.
+    """Finish a save into `folder` whose process died while moving files into place; wait for one that is
+    still running. If there is none, this only lists the folder.
 
-    Raises FileError where it cannot be finished: the folder may not be written, or files in it have changed.
+    Raises FileError if it cannot be finished: the folder is not writable, or files in it have changed.
     """
     switch = folder / SWITCH
     until = time.monotonic() + _PATIENCE
@@ -121,7 +121,7 @@ def settle(folder: Path) -> None:
                 time.sleep(0.02)
                 continue
             if descriptor is not None and not _same(descriptor, switch):
-                continue  # it was finished meanwhile
+                continue  # another process has finished it
             _recover(switch, folder)
             return
         finally:
@@ -129,7 +129,7 @@ def settle(folder: Path) -> None:
 
 
 def _recover(switch: Path, folder: Path) -> None:
-    if not os.path.lexists(switch / _PLAN):  # all files were in their places
+    if not os.path.lexists(switch / _PLAN):  # all files were in place
         shutil.rmtree(switch, ignore_errors=True)
         return
     plan = _read_plan(switch / _PLAN)
@@ -140,15 +140,15 @@ def _recover(switch: Path, folder: Path) -> None:
         if not fits:
             raise FileError(
                 f"{folder}: a save into it was interrupted, and {name} has been changed since, so that it "
-                f"cannot be finished; delete {switch} to go on with the files as they are, or save the model "
+                f"cannot be finished; delete {switch} to keep the files as they are, or save the model "
                 "again after that"
             )
     try:
         _move(switch, folder, plan)
     except OSError as problem:
         raise FileError(
-            f"{folder}: a save into it was interrupted, and its files cannot be put in their places "
-            f"({problem}); load or save the model once where the folder may be written"
+            f"{folder}: a save into it was interrupted, and its files cannot be moved into place "
+            f"({problem}); load or save the model once where the folder is writable"
         ) from problem
 
 
@@ -157,7 +157,7 @@ def _commit(hidden: Path, folder: Path, patterns: Sequence[str]) -> None:
     names = _files(new)
     usual = stat.S_IMODE(os.stat(hidden).st_mode) & 0o666
     for name in names:
-        (new / name).chmod(usual)  # safetensors makes files that only their owner can read
+        (new / name).chmod(usual)  # safetensors creates files that only their owner can read
         _sync(new / name)
     for parent in sorted({(new / name).parent for name in names} | {new}):
         _sync(parent)
@@ -165,7 +165,7 @@ def _commit(hidden: Path, folder: Path, patterns: Sequence[str]) -> None:
         try:
             os.rename(new, folder)
         except OSError:
-            if not folder.is_dir():  # if somebody has made it meanwhile, files are moved into it
+            if not folder.is_dir():  # if another process has created it, move the files into it
                 raise
         else:
             _sync(folder.parent)
@@ -194,26 +194,24 @@ def _commit(hidden: Path, folder: Path, patterns: Sequence[str]) -> None:
         _move(switch, folder, plan)
     except OSError as problem:
         if all(_identity(folder / name) == old for name, (_, old) in plan.items()):
-            os.rename(switch, hidden)  # nothing could be moved, so nothing has happened
+            os.rename(switch, hidden)  # nothing was moved, so undo the rename
             raise
         raise FileError(
-            f"{folder}: not all of the saved files could be put in their places ({problem}); the rest is in "
+            f"{folder}: not all of the saved files could be moved into place ({problem}); the rest is in "
             f"{switch}, and the next load or save of the folder tries again"
         ) from problem
-    except BaseException:  # Ctrl-C: what is left to do takes no time
+    except BaseException:  # Ctrl-C: the rest takes no time
         _move(switch, folder, plan)
         raise
 
 
 def _move(switch: Path, folder: Path, plan: dict[str, tuple[Identity, Identity]]) -> None:
-    """Carries out what is left of a plan."""
+    """Execute the rest of a plan."""
     new = switch / _NEW
     coming = sorted(name for name, (identity, _) in plan.items() if identity is not None)
     going = sorted(plan.keys() - coming)
     tells = [name for name in coming if PurePosixPath(name).name in _FIRST_AND_LAST]
-    tells.sort(
-        key=lambda name: (name.count("/"), name)
-    )  # the folder's own config.json goes before all others
+    tells.sort(key=lambda name: (name.count("/"), name))  # the folder's own config.json first
     for name in (*tells, *going):
         if name in going or os.path.lexists(new / name):
             (folder / name).unlink(missing_ok=True)
@@ -223,7 +221,7 @@ def _move(switch: Path, folder: Path, plan: dict[str, tuple[Identity, Identity]]
             os.replace(new / name, folder / name)
     for parent in {(folder / name).parent for name in going} - {folder}:
         with suppress(OSError):
-            parent.rmdir()  # if nothing else is in it
+            parent.rmdir()  # if it is empty
     for parent in {(folder / name).parent for name in plan} | {folder}:
         if parent.is_dir():
             _sync(parent)
@@ -236,7 +234,7 @@ def _read_plan(file: Path) -> dict[str, tuple[Identity, Identity]]:
     plan: dict[str, tuple[Identity, Identity]] = {}
     try:
         if stored["version"] != 1:
-            raise FileError(f"{file}: written by a newer release, which has to finish this save")
+            raise FileError(f"{file}: written by a newer release of minilm, which must finish this save")
         for name, (new, old) in stored["files"].items():
             parts = PurePosixPath(name).parts
             if (
@@ -271,14 +269,14 @@ def _identity(file: Path) -> Identity:
 
 
 def _check_place(folder: Path, name: str) -> None:
-    """Raise FileError where `name` cannot become a file of `folder`."""
+    """Raise FileError if `name` cannot become a file in `folder`."""
     for parent in PurePosixPath(name).parents:
         place = folder / parent
         if os.path.lexists(place) and not place.is_dir():
             raise FileError(f"{place}: expected a folder to save into, and this is something else")
     place = folder / name
     if place.is_dir() and not place.is_symlink():
-        raise FileError(f"{place}: a directory is where a file is to be written")
+        raise FileError(f"{place}: expected a file to write, and this is a directory")
 
 
 def _files(folder: Path, patterns: Sequence[str] | None = None) -> list[str]:
@@ -305,7 +303,7 @@ def _files(folder: Path, patterns: Sequence[str] | None = None) -> list[str]:
 
 
 def _sweep(home: Path, prefix: str) -> None:
-    """Removes the hidden folders that dead processes left in `home`."""
+    """Remove hidden folders that dead processes left in `home`."""
     ours = re.compile(re.escape(prefix) + "[a-z0-9_]{8}")
     for entry in list(os.scandir(home)):
         if ours.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
@@ -323,7 +321,7 @@ def _hidden(home: Path, prefix: str) -> tuple[Path, int | None]:
         with suppress(FileExistsError, FileNotFoundError):
             hidden.mkdir()
             lock = _open_folder(hidden)
-            # Another process may have taken it for one of a dead process, before the lock.
+            # Before the lock, another process may have removed it as a leftover.
             if _locked(lock) and (lock is None or _same(lock, hidden)):
                 (hidden / _NEW).mkdir()
                 return hidden, lock
@@ -335,14 +333,14 @@ def _old(entry: os.DirEntry[str]) -> bool:
 
 
 def _open_folder(folder: Path) -> int | None:
-    """A descriptor to lock, None where a folder has none (Windows)."""
+    """A file descriptor to lock, None if folders have none (Windows)."""
     if os.name == "nt":
         return None
     return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
 
 
 def _locked(descriptor: int | None) -> bool:
-    """Whether the lock is ours now. A file system without locks never says that somebody has it."""
+    """Try to lock; True if successful, or if the file system has no locks."""
     if descriptor is None:
         return True
     import fcntl
@@ -369,7 +367,7 @@ def _close(descriptor: int | None) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Makes sure that what was written is on the disk; of a folder, the names in it."""
+    """Flush a file to disk; for a folder, the names in it."""
     folder = path.is_dir()
     if folder and os.name == "nt":
         return
@@ -377,7 +375,7 @@ def _sync(path: Path) -> None:
     try:
         os.fsync(descriptor)
     except OSError as problem:
-        if problem.errno not in (errno.EINVAL, errno.ENOTSUP):  # a file system that cannot
+        if problem.errno not in (errno.EINVAL, errno.ENOTSUP):  # not supported by the file system
             raise
     finally:
         os.close(descriptor)

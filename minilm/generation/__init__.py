@@ -1,4 +1,4 @@
-"""From scores to texts: the decoding loop, what draws, what stops it, and what people call."""
+"""From logits to text: the decoding loop, sampling, stopping, `generate` and `LLM`."""
 
 from .engine import context_window
 from .llm import LLM, RequestOutput, SamplingParams, TextStream

@@ -1,4 +1,5 @@
-"""What a caller of `generate` runs at each step: logits processors, stopping criteria and allowed tokens."""
+"""Custom functions that `generate` calls at each step: logits processors, stopping criteria and allowed
+tokens."""
 
 from __future__ import annotations
 
@@ -13,13 +14,13 @@ from .engine import Sample
 
 
 class Callbacks:
-    """Shows the functions of a caller the whole batch, as transformers does: the rows as they stand, ended
-    ones filled with `pad`, in the order of the result.
+    """Calls the custom functions with the whole batch, as transformers does: all rows in the order of the
+    result, those that have ended filled with `pad`.
 
     logits_processor: functions of (input_ids int64 [B, S], scores float32 [B, V]) -> scores, called between
     the penalties and the temperature. stopping_criteria: of (input_ids, scores) -> bool or bool [B], called
-    after each token; a row that one of them names ends. prefix_allowed_tokens_fn: of (row, its tokens) -> the
-    tokens that may come next. Rows that have ended are shown too, with zeros for scores.
+    after each token; a row for which one is true ends. prefix_allowed_tokens_fn: of (row, its tokens) -> the
+    allowed next tokens. The batch includes rows that have ended, with zeros as scores.
     """
 
     def __init__(
@@ -39,16 +40,16 @@ class Callbacks:
             (allowed,) = _functions("prefix_allowed_tokens_fn", [prefix_allowed_tokens_fn], "(row, tokens)")
             self._processors.insert(0, only_allowed(allowed))
         self.scores: list[Tensor] | None = None
-        """Those of the steps so far, which criteria get as well, if the caller wants them."""
+        """The scores of the steps so far, which criteria receive too if `output_scores` is set."""
 
     @property
     def processor(self) -> Callable[[Sequence[Sample], Tensor], Tensor] | None:
-        """For the engine: the samples that grow and their logits [b, V] -> other logits; None: nothing."""
+        """For the engine: (running samples, their logits [b, V]) -> new logits; None: no processors."""
         return self._process if self._processors else None
 
     @property
     def criterion(self) -> Callable[[Sequence[Sample]], list[bool]] | None:
-        """For the engine: the samples that have grown -> which of them end; None: nothing."""
+        """For the engine: samples that got a token -> which of them end; None: no criteria."""
         return self._ended if self._criteria else None
 
     def _process(self, samples: Sequence[Sample], logits: Tensor) -> Tensor:
@@ -86,7 +87,7 @@ class Callbacks:
 
 
 def only_allowed(function: Callable[[int, Tensor], Iterable[int]]) -> Callable[[Tensor, Tensor], Tensor]:
-    """A logits processor that lets a row go on only with the tokens that `function` names for it."""
+    """A logits processor that restricts each row's next token to those that `function` returns for it."""
 
     def process(ids: Tensor, scores: Tensor) -> Tensor:
         mask = torch.full_like(scores, -math.inf)
@@ -110,7 +111,7 @@ def padded(prompts: Tensor, texts: Sequence[list[int]], pad: int) -> Tensor:
 
 
 def _functions(name: str, given: Any, kind: str) -> list[Callable[..., Any]]:
-    """None, functions, or one of transformers' lists of them."""
+    """The list of functions in None, a sequence of functions, or one of transformers' lists."""
     found = list(given) if isinstance(given, Iterable) else [] if given is None else [given]
     for function in found:
         if not callable(function):

@@ -1,7 +1,7 @@
-"""`GenerationConfig`: how a checkpoint wants its text to be written, as generation_config.json holds it.
+"""`GenerationConfig`: a checkpoint's defaults for generation, as in generation_config.json.
 
-An option that is None is not set: what is asked of `generate` comes first, then `model.generation_config`,
-then `DEFAULTS`.
+An option that is None is not set. Arguments of `generate` take precedence over `model.generation_config`, and
+that over `DEFAULTS`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "output_logits": False,
     "return_dict_in_generate": False,
 }
-"""What `generate` takes for options that nobody has set; transformers' values."""
+"""Defaults of `generate` for options that are not set; the same as transformers'."""
 
 WITHOUT_DEFAULT = (
     "max_new_tokens",
@@ -47,7 +47,7 @@ WITHOUT_DEFAULT = (
     "seed",
 )
 OPTIONS = (*DEFAULTS, *WITHOUT_DEFAULT)
-"""The options that minilm honours."""
+"""The options that minilm supports."""
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "num_beams": (1,),
@@ -82,7 +82,7 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "output_attentions": (False,),
     "output_hidden_states": (False,),
 }
-"""Options of transformers that minilm does not have, with the values (besides None) that ask for nothing."""
+"""Options of transformers that minilm does not support -> the values (besides None) that have no effect."""
 
 WITHOUT_EFFECT = frozenset(
     {
@@ -109,11 +109,11 @@ WITHOUT_EFFECT = frozenset(
         "_commit_hash",
     }
 )
-"""Options that only tune what is unsupported, or how transformers computes."""
+"""Options that only affect unsupported features, or internals of transformers."""
 
 
 class GenerationConfig:
-    """A bag of options of `generate`, under transformers' names. Options that are not set are None."""
+    """Options of `generate`, under transformers' names. Options that are not set are None."""
 
     def __init__(self, **options: Any) -> None:
         for name in OPTIONS:
@@ -128,8 +128,8 @@ class GenerationConfig:
 
     @classmethod
     def from_model_config(cls, config: PretrainedConfig) -> GenerationConfig:
-        """From the options of generation that a model's own configuration holds (special tokens, and more in
-        old ones)."""
+        """Create from the generation options in a model configuration (special tokens; old ones have
+        more)."""
         known = {*OPTIONS, *UNSUPPORTED} - {"use_cache"}
         return cls(
             **{name: value for name, value in config.to_dict().items() if name in known and value is not None}
@@ -137,8 +137,8 @@ class GenerationConfig:
 
     @classmethod
     def from_checkpoint(cls, stored: dict[str, Any], config: PretrainedConfig) -> GenerationConfig:
-        """From the contents of a generation_config.json; from the model's configuration when there is none
-        ({})."""
+        """Create from the contents of a generation_config.json; if there is none ({}), from the model's
+        configuration."""
         if not isinstance(stored, dict):
             raise ConfigError(
                 f"generation_config.json must hold an object, and holds {type(stored).__name__}"
@@ -151,7 +151,7 @@ class GenerationConfig:
     def from_pretrained(
         cls, pretrained_model_name: str | os.PathLike[str], **overrides: Any
     ) -> GenerationConfig:
-        """generation_config.json of a folder or of a name on the hub, with overrides."""
+        """Load generation_config.json from a folder or a name on the hub, with overrides."""
         from ..files import MOST_CONFIG, has_file, read_json, resolve
         from ..model import HUB_OPTIONS
 
@@ -169,7 +169,7 @@ class GenerationConfig:
     def update(
         self, defaults_only: bool = False, allow_custom_entries: bool = False, **options: Any
     ) -> dict[str, Any]:
-        """Set the options that a generation configuration has; returns the others. `defaults_only`: leave
+        """Set the options that are options of generation; returns the others. `defaults_only`: leave
         those that are set. (`allow_custom_entries` is transformers': others are returned all the same.)"""
         unused = {}
         for name, value in options.items():
@@ -182,12 +182,12 @@ class GenerationConfig:
         return unused
 
     def to_json_string(self) -> str:
-        """The text of generation_config.json."""
+        """The contents of generation_config.json as text."""
         held = {**self.to_dict(), "minilm_version": __version__}
         return json.dumps(held, indent=2, sort_keys=True, default=_plain) + "\n"
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
-        """Write generation_config.json into a folder, which is made if need be."""
+        """Write generation_config.json into a folder, which is created if necessary."""
         from ..files import saving
 
         with saving(save_directory) as folder:
@@ -203,7 +203,7 @@ class GenerationConfig:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays, tensors and sets of token ids, as JSON holds them."""
+    """Convert arrays, tensors and sets of token ids to JSON types."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, set | frozenset):

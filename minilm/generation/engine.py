@@ -1,13 +1,15 @@
-"""The one decoding loop: requests go in, tokens come out, many texts at a time.
+"""The decoding loop, with continuous batching: takes requests, generates tokens for many texts at a time.
 
-    waiting   prompts not yet read           step(): 1. read prompts, packed end to end, while there is room
-    running   texts that grow                        2. one new token for every running text, as one packed
-    batch; several, where that is the likeliest and nobody waits for each
+    waiting   prompts not yet read           step(): 1. prefill: read waiting prompts, packed, as capacity
+    running   texts being generated                     allows
+                                                     2. decode: one new token for every running text, as one
+                                                        packed batch; several tokens at once if decoding is
+                                                        greedy and nothing has to happen between them
 
-A text that ends leaves the batch at once and gives its pages of the cache back, and a waiting prompt takes
-its place (continuous batching: Yu et al. 2022, "Orca"). Several samples of one prompt read it once. A prompt
-longer than what one step may read is read in chunks, so that it does not hold up the others. `generate` and
-`LLM` both run on this loop.
+A text that ends leaves the batch at once and frees its pages of the cache, and a waiting prompt takes its
+place (continuous batching: Yu et al. 2022, "Orca"). Several samples of one prompt share its prefill. A prompt
+longer than the limit per step is read in chunks, so that it does not delay the other texts. `generate` and
+`LLM` both use this loop.
 """
 
 from __future__ import annotations
@@ -30,28 +32,28 @@ from .values import whole
 
 @dataclass(eq=False)
 class Sample:
-    """One text that is being written for a request."""
+    """One text that is generated for a request."""
 
     request: Request
     index: int
-    """Which of the request's samples it is, from 0."""
+    """Number of this sample within the request, from 0."""
     tokens: list[int] = field(default_factory=list)
-    """What was written, the token that ended it included."""
+    """The generated tokens, including the one that ended the text."""
     finish_reason: Literal["stop", "length"] | None = None
-    """None while it grows; "stop" for an end token or a stop string, "length" for the limit of tokens."""
+    """None while running; "stop": an end token or a stop string; "length": the limit of tokens."""
     stop_reason: int | str | None = None
     """The end token or the stop string."""
     watch: Callable[[int], str | None] | None = None
-    """Called with each token that does not end the text; a stop string that it returns does."""
+    """Called with each token that does not end the text; if it returns a stop string, that ends the text."""
     logprobs: list[dict[int, tuple[float, int]]] = field(default_factory=list)
-    """For each token: token -> (log-probability, rank from 1) of the best ones and of the one taken."""
+    """Per step: token -> (log-probability, rank from 1), for the best tokens and the chosen one."""
     row: int = -1
-    """Its sequence in the cache; -1 before and after."""
+    """Its row in the cache; -1 before and after."""
     whole: bool = True
-    """False where an error came while a token was taken: whoever watches may have missed it."""
+    """False if an error was raised while a token was appended: `watch` may have missed the token."""
 
     def take(self, token: int) -> bool:
-        """Write one more token; returns whether the text ends with it."""
+        """Append a token; returns whether the text ends with it."""
         request = self.request
         self.whole = False
         self.tokens.append(token)
@@ -67,7 +69,7 @@ class Sample:
 
 @dataclass(eq=False)
 class Request:
-    """A prompt, and what is to be written after it."""
+    """A prompt and its generation options."""
 
     prompt: list[int]
     sampling: Sampling
@@ -75,17 +77,15 @@ class Request:
     ends: frozenset[int] = frozenset()
     """Tokens that end a text."""
     n: int = 1
-    """Samples to write."""
+    """Number of samples to generate."""
     logprobs: int | None = None
-    """Of how many of the best tokens to keep the log-probabilities (those of the model, before any
-    processing)."""
+    """Record the log-probabilities of this many best tokens (the model's, before any processing)."""
     at_once: bool = False
-    """Nobody looks at the samples before they are finished: a step may write several of their tokens."""
+    """The samples are not streamed, so a step may generate several tokens of each."""
     row: int = -1
-    """The sequence in the cache that the prompt is read into; given by the caller to go on from what it
-    holds."""
+    """The cache row for the prompt; set by the caller to continue from what the row already holds."""
     given_up: bool = field(default=False, init=False)
-    """It is no longer in the engine, finished or not."""
+    """Whether the request was removed from the engine, finished or not."""
     samples: list[Sample] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -93,30 +93,30 @@ class Request:
 
     @property
     def finished(self) -> bool:
-        """All samples have ended."""
+        """Whether all samples have ended."""
         return all(sample.finish_reason for sample in self.samples)
 
 
 STRIDE = 8
-"""Tokens that texts which nobody watches grow by in one step: what stands between two calls of the model is
-then done once for all of them, and nothing that happens meanwhile, a new request say, waits for long."""
+"""Tokens per step for texts that are not streamed: the work between two calls of the model is then done once
+for all of them, and a new request still does not wait long."""
 
 LEAST_ROOM = 64
-"""New tokens for which a text finds room in the cache when it begins, if it may have as many."""
+"""Minimum number of new tokens to reserve cache pages for when a text starts (or its limit, if less)."""
 
 Drawer = Callable[[Tensor, Sequence[Sample]], Tensor]
 """(processed logits [B, V], the sample of each row) -> tokens int64 [B]."""
 Processor = Callable[[Sequence[Sample], Tensor], Tensor]
-"""The samples and their logits [B, V] after the penalties -> the logits to go on with."""
+"""(samples, their logits [B, V] after the penalties) -> new logits."""
 Criterion = Callable[[Sequence[Sample]], list[bool]]
-"""Asked after each step: the samples that grew -> which of them have ended."""
+"""Called after each step: samples that got a token -> which of them end."""
 Recorder = Callable[[Sequence[Sample], Tensor, Tensor], None]
-"""Told at each step: the samples, the model's logits and the processed ones, float32 [B, V]."""
+"""Called at each step with the samples, the model's logits and the processed ones, float32 [B, V]."""
 
 
 def draw_by_seed(logits: Tensor, samples: Sequence[Sample]) -> Tensor:
-    """Each row by its request's seed, its index and its step; without a seed the global generator gives
-    one."""
+    """Sample each row with its request's seed, its index and its step; without a seed, the global generator
+    provides one."""
     keys = []
     for sample in samples:
         seed = sample.request.sampling.seed
@@ -128,10 +128,10 @@ def draw_by_seed(logits: Tensor, samples: Sequence[Sample]) -> Tensor:
 class Engine:
     """Runs requests on a model.
 
-    `max_num_seqs`: texts that grow at the same time. `max_num_batched_tokens`: prompt tokens that one step
-    reads. `together`: all waiting prompts are read before the first token is drawn, so that the samples go in
-    step. `keep_rows`: ended texts stay in the cache. `inference_mode=False` where the results, or the cache,
-    shall meet autograd later.
+    `max_num_seqs`: maximum number of running texts. `max_num_batched_tokens`: maximum prompt tokens per step.
+    `together`: read all waiting prompts before sampling the first token, so that all samples are at the same
+    step. `keep_rows`: finished texts stay in the cache. `inference_mode=False` is for results or a cache that
+    are used with autograd later.
     """
 
     def __init__(
@@ -173,19 +173,18 @@ class Engine:
         self._given_up: deque[Request] = deque()
 
     def add(self, request: Request) -> None:
-        """Put a request in the queue. The caller has checked that it fits the model's window
-        (`check_length`)."""
+        """Queue a request. The caller must have checked that it fits the model's window (`check_length`)."""
         if not request.prompt:
             raise ValueError("the prompt is empty: there is no token to continue from")
         self.waiting.append(request)
 
     def abort_later(self, request: Request) -> None:
-        """Forget a request at the end of this step or of the next: for threads that must not wait."""
+        """Remove a request at the end of this or the next step, without blocking the calling thread."""
         self._given_up.append(request)
 
     def abort(self, request: Request) -> None:
-        """Forget a request, finished or not, and take its pages back; within a step, at its end."""
-        if self._stepping:  # a stream can be dropped anywhere, also by a garbage collection in here
+        """Remove a request, finished or not, and free its pages; during a step, at its end."""
+        if self._stepping:  # a garbage collection during a step can drop a stream
             self._given_up.append(request)
             return
         request.given_up = True
@@ -200,32 +199,29 @@ class Engine:
                 self._free(sample)
 
     def clear(self) -> None:
-        """Forget every request."""
+        """Remove all requests."""
         for request in {*self.waiting, *(sample.request for sample in self.running)}:
             self.abort(request)
 
     @property
     def busy(self) -> bool:
-        """Some request is not finished."""
+        """Whether some request is not finished."""
         return bool(self.waiting or self.running)
 
     def run(self) -> None:
-        """Step until nothing is left to do."""
+        """Step until all requests are finished."""
         while self.busy:
             self.step()
 
     def step(self) -> list[Sample]:
-        """Read what prompts there is room for, and write one token of each running text (or several, see
-        `Request.at_once`); returns what grew.
+        """Read waiting prompts as capacity allows, and generate one token of each running text (or several,
+        see `Request.at_once`). Returns the samples that got tokens.
 
-        After an error everything stands as before the step, so that it can be tried again, save texts that
-        have taken their token already, and requests that an error in their own `watch` has broken: those are
-        given up.
+        After an error the state is as before the step, so that it can be repeated, except for texts that have
+        already got their token, and requests whose own `watch` raised the error: those are removed.
         """
         if self._stepping:
-            raise RuntimeError(
-                "a step cannot be made within a step: the model, a hook or a watch called back"
-            )
+            raise RuntimeError("step() was called during a step, by the model, a hook or a watch function")
         lengths = dict(self.cache.lengths)
         self._stepping, self._begun = True, []
         try:
@@ -239,11 +235,11 @@ class Engine:
                 self.abort(self._given_up.popleft())
 
     def _recover(self, lengths: dict[int, int]) -> None:
-        """Take back what a step has begun; `lengths` are those of the cache before it."""
+        """Undo an unfinished step; `lengths` are the lengths of the cache's rows before it."""
         samples = [*self.running, *(s for r in self._begun for s in r.samples if s not in self.running)]
         for request in reversed(self._begun):
             started = [bool(sample.tokens) for sample in request.samples]
-            if not any(started):  # its prompt is read, as far as it was new, once more
+            if not any(started):  # its prompt is read again, except for what the row held before
                 for sample in request.samples:
                     if sample.row >= 0 and sample.index:
                         self.cache.free_row(sample.row)
@@ -298,15 +294,16 @@ class Engine:
         self.cache.free_row(sample.row)
         sample.row = -1
 
-    # Reading prompts
+    # Prefill
     def _admit(self) -> list[tuple[Request, int]]:
-        """The next prompts to read, and how many tokens of each: all that remain, except of the last one."""
+        """The next prompts to read, and how many tokens of each: all that remain, except for the last
+        prompt."""
         chunks: list[tuple[Request, int]] = []
         seats = self.max_num_seqs - len(self.running)
         budget = self.max_num_batched_tokens
         for request in self.waiting:
             seats -= request.n
-            # A request with more samples than there are seats runs alone.
+            # A request with more samples than max_num_seqs runs alone.
             if not budget or (seats < 0 and (self.running or chunks)):
                 break
             if request.row < 0:
@@ -317,13 +314,13 @@ class Engine:
         return chunks
 
     def _read(self, chunks: list[tuple[Request, int]]) -> tuple[list[Sample], Tensor]:
-        """Read parts of prompts; gives the samples whose prompt is read to its end, and their first logits
+        """Read chunks of prompts; returns the samples whose prompt is complete, and their first logits
         [B, V]."""
         tokens: list[int] = []
         positions: list[int] = []
         ends = [0]
         samples: list[Sample] = []
-        last: list[int] = []  # of each sample, the packed index of its prompt's last token
+        last: list[int] = []  # per sample, the packed index of its prompt's last token
         for request, count in chunks:
             start = self.cache.lengths[request.row]
             tokens += request.prompt[start : start + count]
@@ -351,16 +348,16 @@ class Engine:
         for sample in samples:
             request = sample.request
             if sample.index == 0:
-                self.waiting.popleft()  # only the last of the chunks can be of a request that stays
+                self.waiting.popleft()  # only the last chunk can belong to a request that keeps waiting
                 sample.row, request.row = request.row, -1
             else:
                 sample.row = self.cache.fork(request.samples[0].row)
         return samples, self.model.logits(hidden[torch.tensor(last, dtype=torch.int64, device=hidden.device)])
 
     def _make_room(self, chunks: list[tuple[Request, int]]) -> None:
-        """Have pages ready for the texts that begin: a cache that has to grow between two steps is copied.
+        """Reserve cache pages for the texts that start, since growing the cache later copies it.
 
-        A long text gets room for as much again as its prompt, and more when it needs it."""
+        A text gets room for as many new tokens as its prompt has, and for more when it needs it."""
         size, pages = self.cache.page_size, 0
         for request, _ in chunks:
             if self.cache.lengths[request.row] == 0:
@@ -369,9 +366,9 @@ class Engine:
                 pages += request.n * -(-length // size)
         self.cache.reserve(pages * size)
 
-    # Writing
+    # Decoding
     def _write(self, samples: list[Sample]) -> None:
-        """Feed the last token of each sample, and write the next ones."""
+        """Feed the last token of each sample, and generate the next ones."""
         model, rows = self.model, [sample.row for sample in samples]
         tokens = torch.tensor([sample.tokens[-1] for sample in samples], device=model.device)
         steps = self._stride(samples)
@@ -384,7 +381,7 @@ class Engine:
         *before, _ = found.tolist()
         for step, likeliest in enumerate(before):
             for sample, token in zip(samples, likeliest, strict=True):
-                if sample.finish_reason is None and sample.take(token):  # what came after it is forgotten
+                if sample.finish_reason is None and sample.take(token):  # drop the tokens after its end
                     length = self.cache.lengths[sample.row] - (len(before) - step)
                     self.cache.crop_row(sample.row, length)
         growing = [place for place, sample in enumerate(samples) if sample.finish_reason is None]
@@ -393,8 +390,7 @@ class Engine:
             self._choose([samples[place] for place in growing], logits[chosen], found[-1][chosen])
 
     def _stride(self, samples: list[Sample]) -> int:
-        """How many tokens to write in one step: more than one where it is known before that each is the
-        likeliest."""
+        """How many tokens to generate in one step: several only if all are certain to be greedy choices."""
         if self.waiting or self._record or self._processor or self._criterion:
             return 1
         for request in {sample.request for sample in samples}:
@@ -404,7 +400,7 @@ class Engine:
         return min(STRIDE, *(s.request.max_new_tokens - len(s.tokens) for s in samples))
 
     def _choose(self, samples: list[Sample], logits: Tensor, best: Tensor | None = None) -> None:
-        """Append the next token to each sample; logits [B, V], of which `best` [B] are the likeliest."""
+        """Append the next token to each sample; logits [B, V], `best` [B] their argmax."""
         tokens = self._likeliest(samples, logits, best)
         if tokens is None:
             rules = [sample.request.sampling for sample in samples]
@@ -426,7 +422,7 @@ class Engine:
                     sample.finish_reason = "stop"
 
     def _likeliest(self, samples: list[Sample], logits: Tensor, best: Tensor | None) -> list[int] | None:
-        """The likeliest tokens, if they are what every sample's rules come to; else None."""
+        """The argmax tokens, if every sample's options lead to them; else None."""
         rules = [sample.request.sampling for sample in samples]
         if self._record or self._processor or any(rule.do_sample or rule.counts for rule in rules):
             return None
@@ -451,7 +447,7 @@ class Engine:
 
 
 def best_logprobs(logits: Tensor, count: int, token: int) -> dict[int, tuple[float, int]]:
-    """token -> (log-probability, rank from 1), of `token` and of the `count` best; logits [V]."""
+    """token -> (log-probability, rank from 1), for `token` and the `count` best; logits [V]."""
     logs = logits.float().log_softmax(-1)
     own = float(logs[token])
     found = {token: (own, 1 + int((logs > own).sum()))}
@@ -462,11 +458,11 @@ def best_logprobs(logits: Tensor, count: int, token: int) -> dict[int, tuple[flo
 
 
 def context_window(config: ModelConfig) -> int | None:
-    """The longest sequence that the model can read, prompt and text together; None where rope adapts itself
-    to any.
+    """The longest sequence that the model supports, prompt and new tokens together; None if rope adapts to
+    any length.
 
-    Checkpoints state the window before or after `linear` and `yarn` rope scaling; both readings are let
-    through.
+    Checkpoints state the window either before or after `linear` and `yarn` rope scaling; the larger reading
+    is allowed.
     """
     rope = config.rope
     if rope is None or rope.type in ("default", "llama3"):
@@ -478,9 +474,9 @@ def context_window(config: ModelConfig) -> int | None:
 
 
 def check_length(prompt: int, new: int, window: int | None) -> None:
-    """Raise ValueError, with both lengths, when prompt and new tokens do not fit the window."""
+    """Raise ValueError, with both lengths, if prompt and new tokens do not fit the window."""
     if window is not None and prompt + new > window:
         raise ValueError(
-            f"the prompt has {prompt} tokens, with the {new} to be written {prompt + new}, "
+            f"the prompt has {prompt} tokens, with {new} new tokens {prompt + new}, "
             f"and the model's window is {window} tokens"
         )

@@ -1,4 +1,4 @@
-"""`LLM`: text in, text out, for many prompts at a time; vLLM's names over the decoding loop of
+"""`LLM`: text generation for many prompts at a time, with vLLM's names, on the decoding loop of
 `minilm.generation.engine`.
 
     llm = LLM("SmolLM2-135M-Instruct")
@@ -43,8 +43,8 @@ NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "tokenizer_mode": (None, "auto"),
     "trust_remote_code": (None, False),
 }
-"""Options of vLLM's `LLM` that programs pass and that change nothing here -> the values that ask for what is
-done anyway."""
+"""Options of vLLM's `LLM` that are accepted and have no effect -> the values that need no warning, because
+they ask for what minilm does anyway."""
 CACHE_DTYPES: dict[str, torch.dtype | None] = {
     "auto": None,
     "float32": torch.float32,
@@ -52,12 +52,12 @@ CACHE_DTYPES: dict[str, torch.dtype | None] = {
     "bfloat16": torch.bfloat16,
     "int8": torch.int8,
 }
-"""What keys and values are kept in; "auto": in the model's dtype."""
+"""`kv_cache_dtype` -> dtype of stored keys and values; "auto": the model's dtype."""
 
 
 @dataclass(eq=False)
 class _Job:
-    """A request on its way through the engine, with the text of each sample."""
+    """A request in the engine, with the text of each sample."""
 
     number: int
     prompt: str | None
@@ -67,16 +67,16 @@ class _Job:
 
 
 class LLM:
-    """A decoder with its tokenizer, behind one engine; calls from several threads share it.
+    """A decoder with its tokenizer and one engine, which calls from several threads share.
 
     `model`: a name, a folder, a GGUF file, or a loaded model. `tokenizer`: another name, or a loaded one.
-    `dtype`: of the weights, by default the checkpoint's. `weights`: quantises them, as "q4" or "q8", or takes
-    those of a GGUF file as they are ("gguf"); see `minilm.model.auto.from_pretrained`. `device`: by default a
-    GPU if there is one. `seed`: with it, a program draws the same texts each time it runs (else they hang on
-    torch's global generator). `max_model_len`: a smaller window. `kv_cache_dtype`: what keys and values are
-    kept in, one of `CACHE_DTYPES`; "int8", with a scale for each head of a token, is a quarter of float32.
-    `max_num_seqs`, `max_num_batched_tokens`: see `Engine`. Further options go to `from_pretrained`; a warning
-    names those of vLLM's that ask for what there is not (`enable_prefix_caching`).
+    `dtype`: of the weights, by default the checkpoint's. `weights`: quantises them ("q4", "q8"), or keeps
+    those of a GGUF file ("gguf"); see `AutoModelForCausalLM.from_pretrained`. `device`: by default a GPU if
+    there is one. `seed`: makes the sampled texts of a program reproducible (without it they depend on torch's
+    global generator). `max_model_len`: a smaller window. `kv_cache_dtype`: dtype of stored keys and values,
+    one of `CACHE_DTYPES`; "int8", with one scale per token and head, takes a quarter of float32.
+    `max_num_seqs`, `max_num_batched_tokens`: see `Engine`. Other options go to `from_pretrained`; a warning
+    names options of vLLM that minilm does not support (`enable_prefix_caching`).
     """
 
     def __init__(
@@ -108,12 +108,12 @@ class LLM:
         options = with_effect(options, NO_EFFECT)
         if isinstance(model, AutoModelForCausalLM):
             if weights is not None:
-                raise ValueError("weights= quantises a model as it is loaded, and this one is: give its name")
+                raise ValueError("weights= applies to loading: give the model's name, not a loaded model")
             given = {"dtype": dtype, "device": device, **options}
             late = [f"{name}=" for name, value in given.items() if value is not None]
             if late:
                 raise ValueError(
-                    f"{', '.join(late)} would change how a model is loaded, and this one is: give its name"
+                    f"{', '.join(late)}: only for loading, so give the model's name, not a loaded model"
                 )
             self.model = model
         else:
@@ -131,7 +131,7 @@ class LLM:
         rope = self.model.spec.rope
         dynamic = int(self.model.spec.max_positions * (rope.factor if rope is not None else 1))
         self.max_model_len: int = max_model_len or window or dynamic
-        """The longest sequence, prompt and text together."""
+        """The longest sequence, prompt and new tokens together."""
         self._engine = Engine(
             self.model,
             max_num_seqs=max_num_seqs,
@@ -144,7 +144,7 @@ class LLM:
 
     def _tokenizer(self, tokenizer: Any, model: Any, options: dict[str, Any]) -> Any:
         if tokenizer is None and isinstance(model, AutoModelForCausalLM):
-            raise ValueError("a loaded model comes without its tokenizer: give tokenizer= too")
+            raise ValueError("a loaded model has no tokenizer: give tokenizer= too")
         if tokenizer is not None and not isinstance(tokenizer, str | os.PathLike):
             return tokenizer
         from ..model import HUB_OPTIONS
@@ -158,7 +158,7 @@ class LLM:
         return self.tokenizer
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """What the checkpoint's generation_config.json recommends, over the defaults of `SamplingParams`."""
+        """The defaults of `SamplingParams`, overridden by the checkpoint's generation_config.json."""
         stored = getattr(self.model, "generation_config", None)
         found = {} if stored is None else stored.to_dict()
         names = {"max_new_tokens": "max_tokens"} | {
@@ -166,17 +166,17 @@ class LLM:
         }
         return SamplingParams(**{names[name]: value for name, value in found.items() if name in names})
 
-    # What people call
+    # Public API
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Continue each prompt; one result for each, in their order.
+        """Continue prompts; returns one result per prompt, in order.
 
-        `sampling_params`: one for all, or one for each; None is what the checkpoint recommends. Raises
-        ValueError, before anything runs, for a prompt that is empty or leaves no room in the window.
+        `sampling_params`: one for all, or one per prompt; None: the checkpoint's defaults. Raises ValueError,
+        before anything runs, for a prompt that is empty or leaves no room in the window.
         """
         if hasattr(prompts, "tolist"):
             prompts = prompts.tolist()
@@ -205,7 +205,7 @@ class LLM:
         return self._generate([self._render(c, template) for c in conversations], sampling_params, use_tqdm)
 
     def stream(self, prompt: Prompt, sampling_params: SamplingParams | None = None) -> TextStream:
-        """Continue one prompt, and give the text piece by piece, as soon as each piece is certain."""
+        """Continue one prompt, yielding the text piece by piece, each as soon as it is final."""
         return TextStream(self, self._job(*self._encode(prompt), sampling_params))
 
     def stream_chat(
@@ -285,7 +285,7 @@ class LLM:
         return job
 
     def _eos(self) -> list[int]:
-        """The model's end tokens; the tokenizer's comes first."""
+        """The model's end tokens, that of the tokenizer first."""
         stored = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
         found = token_ids("eos_token_id", stored)
         own = self.tokenizer.eos_token_id
@@ -318,7 +318,7 @@ class LLM:
         return [self._output(job) for job in jobs]
 
     def _run(self, jobs: list[_Job]) -> Generator[None, None, None]:
-        """Step the engine until these jobs are done, yielding after each step; nothing is left behind."""
+        """Step the engine until these jobs are done, yielding after each step; removes them in any case."""
         try:
             with self._lock:
                 for job in jobs:
@@ -333,11 +333,11 @@ class LLM:
                     self._engine.abort(job.request)
 
     def _step(self, jobs: list[_Job]) -> None:
-        """One step of the engine, for other threads too, as theirs may have been for these jobs."""
+        """One step of the engine. It advances the jobs of all threads, as their steps advance these jobs."""
         if all(job.request.finished for job in jobs):
             return
         if any(job.request.given_up for job in jobs):
-            raise RuntimeError("the text was given up after an error in another call")
+            raise RuntimeError("the request was dropped after an error in another call")
         self._engine.step()
 
     def _output(self, job: _Job) -> RequestOutput:
@@ -380,22 +380,22 @@ class LLM:
 
     @staticmethod
     def _finish(job: _Job, sample: Sample) -> str:
-        """The whole text of a sample that has ended; with the token that ended it only if asked for."""
+        """The whole text of a finished sample; the token that ended it is included only if requested."""
         by_token = sample.finish_reason == "stop" and isinstance(sample.stop_reason, int)
         with_end = by_token and job.params.include_stop_str_in_output
         return job.texts[sample.index].finish(sample.tokens[-1:] if with_end else ())
 
 
 class TextStream(Iterator[str]):
-    """The pieces of one text. `output` is what was written so far, and why it ended; `close` gives up.
+    """An iterator over the pieces of one text. `output` is the text so far and why it ended; `close` cancels.
 
-    Every piece is given, whoever makes the steps that write it: this stream, or another call on the same
-    `LLM` that takes it along. Several threads may read one stream; each piece goes to one of them.
+    No piece is lost, even if a concurrent call on the same `LLM` runs the steps that generate it. Several
+    threads may read one stream; each piece goes to one of them.
     """
 
     def __init__(self, llm: LLM, job: _Job) -> None:
         if job.params.n != 1 or not job.params.detokenize:
-            raise ValueError("a stream is one text: n must be 1, and detokenize True")
+            raise ValueError("a stream yields one text: n must be 1, and detokenize True")
         self._llm = llm
         self._job = job
         self._state = "new"
@@ -404,7 +404,7 @@ class TextStream(Iterator[str]):
         llm, job = self._llm, self._job
         (text,), (sample,) = job.texts, job.request.samples
         while True:
-            with llm._lock:  # another thread's step may be writing
+            with llm._lock:  # another thread's step may be appending
                 if self._state == "over":
                     raise StopIteration
                 try:
@@ -427,7 +427,7 @@ class TextStream(Iterator[str]):
                 return piece
 
     def close(self) -> None:
-        """Stop writing."""
+        """Cancel the request."""
         with self._llm._lock:
             self._state = "over"
             self._llm._engine.abort(self._job.request)
@@ -435,7 +435,7 @@ class TextStream(Iterator[str]):
     def __del__(self) -> None:
         if getattr(self, "_state", "over") != "open":
             return
-        # This may run in a garbage collection anywhere, so it waits for nobody.
+        # A garbage collection may call this at any point, so it must not block.
         if self._llm._lock.acquire(blocking=False):
             try:
                 self.close()
@@ -446,6 +446,6 @@ class TextStream(Iterator[str]):
 
     @property
     def output(self) -> RequestOutput:
-        """The text so far, with its token ids and, once it has ended, its reason."""
+        """The text so far, with its token ids and, once it has ended, the reason."""
         with self._llm._lock:
             return self._llm._output(self._job)

@@ -1,4 +1,4 @@
-"""`model.generate`: transformers' way of asking a decoder to write on, over the decoding loop of
+"""`model.generate` with transformers' arguments and results, on the decoding loop of
 `minilm.generation.engine`."""
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ NOT_ARGUMENTS = frozenset(
         "position_ids",
     }
 )
-"""Arguments of transformers' `generate` that minilm does not have; empty ones are let through."""
+"""Arguments of transformers' `generate` that minilm does not support; None and empty values are accepted."""
 NO_EFFECT = WITHOUT_EFFECT | {"synced_gpus", "trust_remote_code", "logits_to_keep", "return_dict"}
 
 
 @dataclass
 class GenerateDecoderOnlyOutput(ModelOutput):
-    """sequences int64 [B, S + new]; scores and logits: for each step one float32 [B, V], processed and as
-    the model gave them, zeros where the row had ended; past_key_values: everything but the last token of
-    each row."""
+    """sequences int64 [B, S + new]; scores and logits: one float32 [B, V] per step, after and before
+    processing, zeros for rows that had ended; past_key_values: the cache, without the last token of each
+    row."""
 
     sequences: Tensor | None = None
     scores: tuple[Tensor, ...] | None = None
@@ -75,36 +75,35 @@ def generate(
 
     `inputs` (or `input_ids`) int64 [B, S], prompts padded on either side; attention_mask [B, S], inferred
     from the padding token as transformers does. Options, in order of precedence: those given here, those of
-    `generation_config`, of `model.generation_config` (the checkpoint's), and
+    `generation_config`, those of `model.generation_config` (the checkpoint's), and
     `minilm.generation.config.DEFAULTS`:
 
     - length: max_new_tokens, or max_length (columns, prompt included; without either 20 new tokens),
       min_new_tokens, min_length (real tokens), max_time (seconds)
-    - choice: do_sample, temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size,
+    - sampling: do_sample, temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size,
       num_return_sequences, seed
     - end: eos_token_id (one or several), stop_strings (with `tokenizer`), pad_token_id
-    - result: return_dict_in_generate, output_scores, output_logits; use_cache=False leaves the cache out of
-      it (the loop itself always uses one)
+    - result: return_dict_in_generate, output_scores, output_logits; use_cache=False omits the cache from the
+      result (the loop itself always uses one)
 
-    Without `seed`, tokens are drawn with `generator`, or torch's global one, just as transformers draws
-    them: after the same torch.manual_seed they are the same. With `seed`, a row's draws depend on (seed,
-    number of the returned sequence of its prompt, step) alone, so that each row gets what it gets alone.
+    Without `seed`, tokens are sampled with `generator`, or torch's global one, exactly as in transformers:
+    after the same torch.manual_seed the tokens are the same. With `seed`, the sampling of a row depends only
+    on (seed, index of the returned sequence of its prompt, step), not on the other rows.
 
-    `past_key_values`: the cache of an earlier call with `return_dict_in_generate`; the prompts, which begin
-    with what it holds, are then read from there on. It is changed. `streamer` gets the prompts, then the
-    new tokens [B] of each step.
+    `past_key_values`: the cache of an earlier call with `return_dict_in_generate`. The prompts must start
+    with the cached tokens, and only the rest is read. The cache is modified. `streamer` gets the prompts,
+    then the new tokens [B] of each step.
 
-    `logits_processor`, `stopping_criteria`: functions of one's own, or transformers' lists of them, called in
-    each step with the whole batch; `prefix_allowed_tokens_fn`: which tokens may come next (see
+    `logits_processor`, `stopping_criteria`: custom functions, or transformers' lists of them, called at each
+    step with the whole batch; `prefix_allowed_tokens_fn`: restricts the next token (see
     `minilm.generation.callbacks.Callbacks`).
 
-    Returns int64 [B * num_return_sequences, S + new]: the prompts' columns as they were passed, then the
-    new tokens, then pad_token_id (or the first eos) where a row ended before the others. So a prompt padded
-    on the right has its padding between its last token and the first new one; the new tokens are right
-    nevertheless, as padding is never read.
+    Returns int64 [B * num_return_sequences, S + new]: the prompts' columns as passed, then the new tokens,
+    then pad_token_id (or the first eos) in rows that ended before the others. If a prompt is padded on the
+    right, the padding stays between its last token and the first new one; it does not affect the new tokens.
 
-    Raises ValueError for prompts that are empty or too long, and for options that are not supported;
-    TypeError for unknown ones.
+    Raises ValueError for prompts that are empty or too long and for unsupported options, TypeError for
+    unknown ones.
     """
     try:
         return _generate(
@@ -146,8 +145,8 @@ def _generate(
     watches = _stop_strings(settings["stop_strings"], tokenizer, requests)
     if (watches or stopping_criteria) and pad is None and len(rows) * n > 1:
         raise ValueError(
-            "stop_strings and stopping_criteria end the rows at different lengths: give the pad_token_id to "
-            "fill them with"
+            "stop_strings and stopping_criteria end rows at different lengths: give a pad_token_id to fill "
+            "them with"
         )
     samples = [sample for request in requests for sample in request.samples]
     as_dict = bool(settings["return_dict_in_generate"])
@@ -174,7 +173,7 @@ def _generate(
         together=True,
         cache=past_key_values,
         keep_rows=keep,
-        # Inference tensors could not meet autograd later, nor be changed by functions that keep them.
+        # Inference tensors could not be used with autograd later, nor be changed by custom functions.
         inference_mode=not (keep or as_dict or callbacks.processor or callbacks.criterion),
         drawer=draw_together if settings["seed"] is None else draw_by_seed,
         recorder=record,
@@ -210,7 +209,7 @@ def _run(
     pad: int,
     streamer: Streamer | None,
 ) -> None:
-    """Step until the texts have ended, or their time has."""
+    """Step until all texts have ended, or max_time has passed."""
     samples = [sample for request in requests for sample in request.samples]
     places = {sample: place for place, sample in enumerate(samples)}
     for request in requests:
@@ -235,7 +234,7 @@ def _run(
 
 
 def _place(cache: KVCache, samples: list[Sample], columns: list[list[int]], width: int) -> None:
-    """Say in which columns of the result the tokens in the cache stand; positions count tokens."""
+    """Record the columns of the result of the tokens in the cache; positions count tokens only."""
     each = len(samples) // len(columns)
     for place, sample in enumerate(samples):
         length, prompt = cache.lengths[sample.row], columns[place // each]
@@ -247,7 +246,7 @@ def _place(cache: KVCache, samples: list[Sample], columns: list[list[int]], widt
 def _settings(
     model: AutoModelForCausalLM, given: GenerationConfig | None, options: dict[str, Any]
 ) -> tuple[dict[str, Any], set[str]]:
-    """Every option with its value, and the names of those that this call (not the checkpoint) asks for."""
+    """All options with their values, and the names of those that this call (not the checkpoint) sets."""
     for name, value in options.items():
         if name in NOT_ARGUMENTS:
             if value is not None and not (hasattr(value, "__len__") and len(value) == 0):
@@ -265,7 +264,7 @@ def _settings(
     for name, harmless in UNSUPPORTED.items():
         value = settings.get(name)
         if value is not None and value not in harmless:
-            where = "" if name in of_call else ", which the checkpoint's generation config asks for"
+            where = "" if name in of_call else ", which the checkpoint's generation config sets"
             raise ValueError(f"generate does not support {name}={value!r}{where}")
     return settings, {name for name, value in of_call.items() if value is not None}
 
@@ -278,7 +277,7 @@ def _prompts(
     token_type_ids: Tensor | None,
     settings: dict[str, Any],
 ) -> tuple[Tensor, list[list[int]], list[list[int]]]:
-    """The prompts as they were passed, int64 [B, S], the real tokens of each, and their columns."""
+    """The prompts as passed, int64 [B, S], the real tokens of each, and their columns."""
     if inputs is not None and input_ids is not None:
         raise ValueError("inputs and input_ids are the same argument: give one of them")
     if token_type_ids is not None and (model.spec.type_vocab_size or model.spec.types_are_tokens):
@@ -286,7 +285,7 @@ def _prompts(
     ids = input_ids if inputs is None else inputs
     if ids is None:
         if settings["bos_token_id"] is None:
-            raise ValueError("there is no prompt: give input_ids, or a bos_token_id to begin with")
+            raise ValueError("there is no prompt: give input_ids, or a bos_token_id to start from")
         bos = whole("bos_token_id", settings["bos_token_id"], 0, model.spec.vocab_size - 1)
         ids = torch.tensor([[bos]])
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
@@ -294,7 +293,7 @@ def _prompts(
         raise ValueError(f"input_ids must be a tensor of integers [batch, tokens], and is {what}")
     if 0 in ids.shape:
         raise ValueError(
-            f"the prompts are empty: input_ids is {list(ids.shape)}, and needs a row and a token at least"
+            f"the prompts are empty: input_ids is {list(ids.shape)}, and needs at least one row and one token"
         )
     if attention_mask is None:
         attention_mask = _infer_mask(ids.long(), *_special_tokens(settings, model.spec.vocab_size))
@@ -319,14 +318,14 @@ def _prompts(
 
 
 def _infer_mask(ids: Tensor, eos: list[int], pad: int | None) -> Tensor:
-    """Padding tokens are padding, unless they are end tokens too, which may be part of the text."""
+    """Mask padding tokens, unless they are also end tokens, which may be part of the text."""
     if pad is None or pad in eos:
         return torch.ones_like(ids)
     return (ids != pad).long()
 
 
 def _special_tokens(settings: dict[str, Any], vocabulary: int) -> tuple[list[int], int | None]:
-    """eos_token_id as a list, and what to pad with; without those that the vocabulary does not have."""
+    """eos_token_id as a list, and the token to pad with, without ids outside the vocabulary."""
     found = []
     for name in ("eos_token_id", "pad_token_id"):
         found.append(in_vocabulary(name, token_ids(name, settings[name]), vocabulary))
@@ -346,7 +345,7 @@ def _requests(
     sampled = bool(settings["do_sample"])
     if n > 1 and not sampled:
         raise ValueError(
-            f"num_return_sequences={n} needs do_sample=True: greedy decoding writes one text a prompt"
+            f"num_return_sequences={n} needs do_sample=True: greedy decoding gives one text per prompt"
         )
     new = _new_tokens(model, max(map(len, rows)), columns, settings, asked)
     filters: dict[str, Any] = {}
@@ -387,8 +386,8 @@ def _whole(settings: dict[str, Any], name: str, least: int) -> int:
 def _new_tokens(
     model: AutoModelForCausalLM, longest: int, columns: int, settings: dict[str, Any], asked: set[str]
 ) -> int:
-    """How many tokens each row may get at most. What the checkpoint asks for is cut to the window, what the
-    call asks for not."""
+    """Maximum number of new tokens per row. A limit from the checkpoint is cut to the window, one from the
+    call is not."""
     window = context_window(model.spec)
     if settings["max_new_tokens"] is not None:
         new, strict = _whole(settings, "max_new_tokens", 1), "max_new_tokens" in asked
@@ -408,12 +407,12 @@ def _new_tokens(
 
 
 def _stop_strings(strings: str | Sequence[str] | None, tokenizer: Any, requests: list[Request]) -> bool:
-    """Let each sample look for the stop strings."""
+    """Make each sample check for the stop strings."""
     stop = stop_texts("stop_strings", strings)
     if not stop:
         return False
     if tokenizer is None:
-        raise ValueError("stop_strings are found in text: give the tokenizer too")
+        raise ValueError("stop_strings need the tokenizer, to search the text: give tokenizer= too")
     for request in requests:
         for sample in request.samples:
             sample.watch = GrowingText(
@@ -423,7 +422,7 @@ def _stop_strings(strings: str | Sequence[str] | None, tokenizer: Any, requests:
 
 
 def _continue(cache: KVCache, requests: list[Request]) -> None:
-    """Let each request go on from a row of the cache."""
+    """Make each request continue from a row of the cache."""
     if not isinstance(cache, KVCache):
         raise ValueError(
             f"past_key_values must be the KVCache of an earlier call, and is {type(cache).__name__}"
@@ -436,19 +435,19 @@ def _continue(cache: KVCache, requests: list[Request]) -> None:
         if cache.lengths[row] >= len(request.prompt):
             raise ValueError(
                 f"past_key_values holds {cache.lengths[row]} tokens of a prompt of {len(request.prompt)}: "
-                "the prompts must begin with what it holds, and have at least one token more"
+                "the prompts must start with the cached tokens, and have at least one more"
             )
         layout = cache.layout(row)
         if len(layout.columns) and int(layout.columns[-1]) - layout.origin >= len(layout.columns):
             raise ValueError(
-                "past_key_values holds a row with padding between its tokens, which their positions count; "
-                "generate counts tokens only: let it read the prompts itself"
+                "past_key_values holds a row with padding between its tokens that counts as positions; "
+                "generate counts only tokens: call it without past_key_values"
             )
         request.row = row
 
 
 class _Record:
-    """Keeps the logits of each step, in the order of the rows of the result."""
+    """Records the logits of each step, in the order of the rows of the result."""
 
     def __init__(self, samples: Sequence[Sample]) -> None:
         self.places = {sample: place for place, sample in enumerate(samples)}

@@ -1,4 +1,4 @@
-"""What `LLM.generate` returns, under vLLM's names."""
+"""Results of `LLM.generate`, with vLLM's names."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass
 class Logprob:
-    """A token at one step: the log of the model's probability for it, its rank (1 is the best), its text."""
+    """A token at one step: the log of the model's probability, its rank (1 is the best), its text."""
 
     logprob: float
     rank: int
@@ -16,32 +16,32 @@ class Logprob:
 
 @dataclass
 class CompletionOutput:
-    """One text that was written."""
+    """One generated text."""
 
     index: int
     text: str
     token_ids: list[int]
-    """The token that ended the text included."""
+    """Including the token that ended the text."""
     cumulative_logprob: float | None = None
-    """Sum of the log-probabilities of `token_ids`, if `logprobs` were asked for."""
+    """Sum of the log-probabilities of `token_ids`, if `logprobs` were requested."""
     logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
-    """"stop" (an end token or a stop string), "length", or None while it is written."""
+    """"stop" (an end token or a stop string), "length", or None while it is generated."""
     stop_reason: int | str | None = None
     """The stop string, or the token of `stop_token_ids`; None for the model's end token."""
 
     def finished(self) -> bool:
-        """The text has ended."""
+        """Whether the text has ended."""
         return self.finish_reason is not None
 
 
 @dataclass
 class RequestOutput:
-    """A prompt and what was written after it."""
+    """A prompt and the texts generated for it."""
 
     request_id: str
     prompt: str | None
-    """None when token ids were given."""
+    """None if token ids were given."""
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool

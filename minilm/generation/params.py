@@ -1,4 +1,4 @@
-"""`SamplingParams`: what is asked of `LLM.generate`, under vLLM's names."""
+"""`SamplingParams`: the options of `LLM.generate`, with vLLM's names."""
 
 from __future__ import annotations
 
@@ -14,41 +14,41 @@ _GREEDY_BELOW = 1e-5
 
 @dataclass
 class SamplingParams:
-    """How texts are written. Raises ValueError, naming the value, for what makes no sense."""
+    """Options of generation. Raises ValueError, which names the value, for invalid ones."""
 
     n: int = 1
-    """Texts to write for each prompt; they read it once."""
+    """Number of texts per prompt; they share its prefill."""
     presence_penalty: float = 0.0
-    """-2 to 2, subtracted from the scores of tokens that the text has."""
+    """-2 to 2, subtracted from the logits of tokens that are in the generated text."""
     frequency_penalty: float = 0.0
-    """-2 to 2, subtracted for each time that the text has the token."""
+    """-2 to 2, subtracted from a token's logit for each time it is in the generated text."""
     repetition_penalty: float = 1.0
-    """Above 0; scores of tokens in prompt and text are divided by it (multiplied if negative)."""
+    """Above 0; logits of tokens in prompt and text are divided by it (multiplied if negative)."""
     temperature: float = 1.0
-    """0 takes the most probable token each time."""
+    """0: greedy; 1: samples from the model's own distribution."""
     top_p: float = 1.0
     top_k: int = 0
-    """0 or -1 is off."""
+    """0 or -1: off."""
     min_p: float = 0.0
     seed: int | None = None
-    """Text number i of a prompt depends on (seed, i) and nothing else; None: on the seed of the LLM."""
+    """Sampling of text number i of a prompt depends only on (seed, i); None: on the seed of the LLM."""
     stop: str | Sequence[str] | None = None
-    """Strings that end the text; they are not part of it, unless `include_stop_str_in_output`."""
+    """Strings that end the text; not part of it, unless `include_stop_str_in_output`."""
     stop_token_ids: Sequence[int] | None = None
-    """Tokens that end the text, besides the model's own."""
+    """Tokens that end the text, in addition to the model's end tokens."""
     ignore_eos: bool = False
     """Continue past the model's end tokens."""
     max_tokens: int | None = 16
-    """None: as many as the window holds."""
+    """None: up to the model's window."""
     min_tokens: int = 0
-    """No end of any kind before so many tokens."""
+    """The text does not end before it has this many tokens."""
     logprobs: int | None = None
-    """At each step, give the log-probabilities of so many best tokens (-1: all) and of the one taken."""
+    """Return the log-probabilities of this many best tokens per step (-1: all), and of the chosen one."""
     detokenize: bool = True
-    """False: token ids only, no text."""
+    """False: return token ids only, no text."""
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
-    """Without effect, as with vLLM's fast tokenizers."""
+    """Has no effect, as with fast tokenizers in vLLM."""
     include_stop_str_in_output: bool = False
 
     def __post_init__(self) -> None:
@@ -71,9 +71,9 @@ class SamplingParams:
         self.stop = stop_texts("stop", self.stop)
         self.stop_token_ids = token_ids("stop_token_ids", self.stop_token_ids)
         if self.stop and not self.detokenize:
-            raise ValueError("stop strings are found in text, and detokenize=False makes none")
+            raise ValueError("stop strings need the text: detokenize=False cannot be combined with stop")
         if self.greedy and self.n > 1:
-            raise ValueError(f"n={self.n} texts of temperature 0 would all be the same: n must be 1")
+            raise ValueError(f"n={self.n} texts with temperature 0 would all be the same: n must be 1")
 
     def _check(self, name: str, fine: bool, expected: str) -> None:
         if not fine:
@@ -87,11 +87,12 @@ class SamplingParams:
 
     @property
     def greedy(self) -> bool:
-        """Nothing is drawn."""
+        """Whether decoding is greedy (no sampling)."""
         return self.temperature < _GREEDY_BELOW
 
     def sampling(self, ends: frozenset[int], seed: int) -> Sampling:
-        """The same for the decoding loop. `ends`: tokens that end the text; `seed`: for want of one here."""
+        """The options for the decoding loop. `ends`: tokens that end the text; `seed`: used if none is
+        set."""
         drawn = not self.greedy
         return Sampling(
             do_sample=drawn,

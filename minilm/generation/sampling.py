@@ -1,9 +1,9 @@
-"""From the model's scores to the next token: what is done to the logits, and how a token is drawn from them.
+"""From logits to the next token: penalties, filters and sampling.
 
-The functions on logits are pure: float32 [B, V] in, float32 [B, V] out; a token that is ruled out scores
--inf. They compute what transformers' processors of the same names compute, and `process` applies them in
-transformers' order. A parameter is one number for all rows or a column [B, 1] with one for each, so that rows
-of different requests share a batch; a row's result does not depend on the others.
+The functions on logits are pure: float32 [B, V] -> float32 [B, V]; an excluded token gets -inf. They compute
+the same as transformers' logits processors of these names, and `process` applies them in transformers' order.
+A parameter is one number for all rows, or a column [B, 1] with one per row, so that requests with different
+options share a batch. A row's result does not depend on the other rows.
 """
 
 from __future__ import annotations
@@ -21,31 +21,30 @@ from .values import is_whole, number, whole
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the tokens of one request are chosen. The values given here by default change nothing.
+    """How the tokens of one request are chosen. The defaults leave the model's distribution unchanged.
 
     Raises ValueError for values out of range.
     """
 
     do_sample: bool = True
-    """Draw from the probabilities; otherwise take the most probable token, for which the filters say
-    nothing."""
+    """True: sample from the probabilities; False: take the most probable token (filters have no effect)."""
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
-    """Scores of tokens of the prompt and the text: divided by it, or multiplied if negative
+    """Logits of tokens in prompt and text are divided by it, or multiplied if negative
     (arXiv:1909.05858)."""
     presence_penalty: float = 0.0
-    """Subtracted once from the scores of tokens that the text (not the prompt) has."""
+    """Subtracted once from the logits of tokens in the generated text (not the prompt)."""
     frequency_penalty: float = 0.0
-    """Subtracted for each time that the text has the token."""
+    """Subtracted from a token's logit for each time it is in the generated text."""
     no_repeat_ngram_size: int = 0
     min_new_tokens: int = 0
     ends: frozenset[int] = frozenset()
-    """Tokens, of the vocabulary, that are ruled out until the text has `min_new_tokens`."""
+    """Tokens of the vocabulary that are excluded until the text has `min_new_tokens`."""
     seed: int | None = None
-    """What is drawn depends on (seed, index of the sample, step) alone; None: on the caller's generator."""
+    """Sampling depends only on (seed, index of the sample, step); None: on the caller's generator."""
 
     def __post_init__(self) -> None:
         for name in ("temperature", "repetition_penalty"):
@@ -67,20 +66,20 @@ class Sampling:
 
     @cached_property
     def counts(self) -> bool:
-        """Some penalty looks at the tokens so far."""
+        """Whether some penalty depends on the tokens so far."""
         penalties = (self.presence_penalty, self.frequency_penalty, self.no_repeat_ngram_size)
         return self.repetition_penalty != 1 or any(penalties)
 
     @cached_property
     def untouched(self) -> bool:
-        """The logits are used as the model gives them."""
+        """Whether the model's logits are used unchanged."""
         filters = self.do_sample and (self.temperature, self.top_k, self.top_p, self.min_p) != (1, 0, 1, 0)
         return not (self.counts or filters or (self.min_new_tokens and self.ends))
 
 
 def penalise_repetition(logits: Tensor, tokens: Tensor, penalty: float | Tensor) -> Tensor:
-    """Divide the positive scores of `tokens` (int64 [B, S]; V stands for none) by `penalty`, multiply the
-    negative."""
+    """Divide the positive logits of `tokens` (int64 [B, S], padded with V) by `penalty`, multiply the
+    negative ones."""
     penalised = torch.where(logits < 0, logits * penalty, logits / penalty)
     return torch.where(_count(tokens, logits) > 0, penalised, logits)
 
@@ -88,7 +87,7 @@ def penalise_repetition(logits: Tensor, tokens: Tensor, penalty: float | Tensor)
 def penalise_presence(
     logits: Tensor, tokens: Tensor, presence: float | Tensor, frequency: float | Tensor
 ) -> Tensor:
-    """Subtract `frequency` for each time that `tokens` (int64 [B, S]; V stands for none) has a token, and
+    """Subtract `frequency` for each occurrence of a token in `tokens` (int64 [B, S], padded with V), and
     `presence` once."""
     counts = _count(tokens, logits)
     return logits - frequency * counts - presence * (counts > 0).to(logits.dtype)
@@ -103,7 +102,7 @@ def _count(tokens: Tensor, logits: Tensor) -> Tensor:
 
 
 def ban_repeated_ngrams(logits: Tensor, tokens: Tensor, size: int) -> Tensor:
-    """Rule out each token that would make an n-gram of `size` tokens that is there already.
+    """Exclude each token that would repeat an n-gram of `size` tokens.
 
     tokens int64 [B, S], padded on the left with V.
     """
@@ -117,7 +116,7 @@ def ban_repeated_ngrams(logits: Tensor, tokens: Tensor, size: int) -> Tensor:
 
 
 def keep_top_k(logits: Tensor, k: int | Tensor) -> Tensor:
-    """Rule out what scores less than the `k`-th best token (int, or int64 [B, 1]; 0 is off)."""
+    """Exclude tokens with lower logits than the `k`-th best (int, or int64 [B, 1]; 0: off)."""
     if isinstance(k, int):
         threshold = logits.topk(min(k, logits.shape[1])).values[:, -1:] if k else logits.new_tensor(-math.inf)
     else:
@@ -131,7 +130,7 @@ def keep_top_p(logits: Tensor, p: float | Tensor) -> Tensor:
     """Keep the fewest best tokens whose probabilities sum to `p` or more (Holtzman et al. 2020,
     arXiv:1904.09751).
 
-    1 is off. At least one token is kept.
+    1: off. At least one token is kept.
     """
     if isinstance(p, Tensor):
         excess = torch.where(p < 1, 1 - p.double(), -1.0).to(logits.dtype)
@@ -146,7 +145,7 @@ def keep_top_p(logits: Tensor, p: float | Tensor) -> Tensor:
 
 
 def keep_min_p(logits: Tensor, p: float | Tensor) -> Tensor:
-    """Rule out tokens less probable than `p` times the most probable one (Nguyen et al. 2024,
+    """Exclude tokens less probable than `p` times the most probable one (Nguyen et al. 2024,
     arXiv:2407.01082)."""
     probabilities = logits.softmax(-1)
     best, index = probabilities.max(-1, keepdim=True)
@@ -160,10 +159,10 @@ def process(
     texts: Sequence[Sequence[int]],
     processor: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """All that the rows' `rules` ask for, in transformers' order.
+    """Apply penalties and filters as each row's `rules` say, in transformers' order.
 
-    logits float32 [B, V]; `prompts` and `texts` hold the tokens of each row's prompt and of what was written
-    since. `processor` runs between the penalties and the filters.
+    logits float32 [B, V]; `prompts` and `texts` hold the tokens of each row's prompt and generated text.
+    `processor` runs between the penalties and the filters.
     """
     if all(rule.untouched for rule in rules) and processor is None:
         return logits
@@ -227,32 +226,31 @@ _NO_FILTER = Sampling()
 
 
 def _column(values: Sequence[float], logits: Tensor, dtype: torch.dtype | None = None) -> float | Tensor:
-    """The one value that all rows have, or a column of them (in the dtype of `logits`)."""
+    """One number if all rows have the same value, else a column [B, 1] (in the dtype of `logits`)."""
     if all(value == values[0] for value in values):
         return values[0]
     return torch.tensor(values, dtype=dtype or logits.dtype, device=logits.device)[:, None]
 
 
 def draw(logits: Tensor, keys: Sequence[tuple[int, int, int]]) -> Tensor:
-    """Draw a token for each row, int64 [B], with randomness that depends on the row's key (seed, index, step)
-    alone.
+    """Sample a token per row, int64 [B], with randomness that depends only on the row's key (seed, index,
+    step).
 
-    Inverts the cumulative distribution, summed in float64, at `uniform(key)`: the same on any device and in
-    any batch.
+    Inverts the cumulative distribution, summed in float64, at `uniform(key)`, so the result is the same on
+    any device and in any batch.
     """
     cumulative = _probabilities(logits).double().cumsum(-1)
     at = torch.tensor([uniform(*key) for key in keys], dtype=torch.float64, device=logits.device)[:, None]
-    # The first token whose sum lies above the point; as 0 < at < 1, its probability is not 0.
+    # The first token whose cumulative probability exceeds `at`; as 0 < at < 1, its probability is not 0.
     return torch.searchsorted(cumulative, at * cumulative[:, -1:], right=True).squeeze(1)
 
 
 def draw_rows(logits: Tensor, rows: Sequence[int], total: int, generator: torch.Generator | None) -> Tensor:
-    """Draw a token for each row, int64 [B], as ``torch.multinomial(probabilities, 1)`` draws it for a batch
-    of `total` rows.
+    """Sample a token per row, int64 [B], as ``torch.multinomial(probabilities, 1)`` does for a batch of
+    `total` rows.
 
-    Row b stands at ``rows[b]`` of that batch; the other rows' share of the generator's numbers is spent and
-    not used, so that a batch from which finished rows were removed draws what the whole batch would have
-    drawn.
+    Row b is row ``rows[b]`` of that batch; the random numbers of the other rows are drawn and discarded, so a
+    batch from which finished rows were removed gives the same tokens as the whole batch.
     """
     probabilities = _probabilities(logits)
     noise = probabilities.new_empty(total, probabilities.shape[1]).exponential_(1, generator=generator)
@@ -260,18 +258,18 @@ def draw_rows(logits: Tensor, rows: Sequence[int], total: int, generator: torch.
         noise = noise[torch.tensor(rows, device=noise.device)]
     return probabilities.div_(noise).argmax(
         -1
-    )  # the race of exponential clocks is won with these probabilities
+    )  # the argmax of p / Exp(1) has these probabilities (as in torch.multinomial)
 
 
 def _probabilities(logits: Tensor) -> Tensor:
     probabilities = logits.softmax(-1)
     if bool(probabilities[:, 0].isnan().any()):  # one NaN, or nothing but -inf, makes the whole row NaN
-        raise ValueError("no token can be drawn: the model's scores are NaN, or rule out every token")
+        raise ValueError("no token can be sampled: the model's logits are NaN, or every token is excluded")
     return probabilities
 
 
 def uniform(seed: int, index: int, step: int) -> float:
-    """A number in (0, 1) that looks random, with 32 random bits: splitmix64 over (seed, index, step)."""
+    """A pseudo-random number in (0, 1) with 32 random bits: splitmix64 over (seed, index, step)."""
     state = 0
     for value in (seed, index, step):
         state = _mix((state ^ value) & _MASK)

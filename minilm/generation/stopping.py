@@ -1,5 +1,4 @@
-"""The text of a sequence that grows token by token: stop strings are found in it, and what is certain can be
-shown."""
+"""Incremental decoding of a generated text: finds stop strings, and returns text as soon as it is final."""
 
 from __future__ import annotations
 
@@ -11,24 +10,24 @@ from ..text import IncrementalDecoder
 
 
 def stop_texts(name: str, value: Any) -> list[str]:
-    """None, a text or several -> stop strings; a ValueError for what is none, or empty."""
+    """None, a text or several -> stop strings; ValueError for anything else, or an empty string."""
     texts = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(texts, Iterable) or not all(isinstance(text, str) and text for text in texts):
-        raise ValueError(f"{name} must be texts that are not empty, and is {value!r:.80}")
+        raise ValueError(f"{name} must be non-empty texts, and is {value!r:.80}")
     return list(texts)
 
 
 class GrowingText:
-    """Decodes tokens as they come, and looks for stop strings.
+    """Decodes tokens one by one, and checks for stop strings.
 
         text = GrowingText(tokenizer, ["###"])
         found = text.push(token)      # the stop string that this token completes, or None
-        text.piece()                  # what can be shown since the last call
+        text.piece()                  # the text that became final since the last call
 
-    A stop string may begin and end within tokens, and have special tokens in it, whether they are shown or
-    not. Found, it ends the text: before it, or behind it with `include_stop`. It is not looked for in the
-    first `min_tokens` tokens. `prompt_ids` are the tokens before, which give context to the first word; with
-    `search_prompt` a stop string may begin in them.
+    A stop string may start and end within tokens, and contain special tokens, whether they are shown or not.
+    The text ends before a stop string, or after it with `include_stop`. The first `min_tokens` tokens are not
+    searched. `prompt_ids` are the tokens before, which give context to the first word; with `search_prompt` a
+    stop string may start in them.
     """
 
     def __init__(
@@ -50,7 +49,7 @@ class GrowingText:
         self._tokens = 0
         self._text = ""
         if search_prompt and stop:
-            # A token has at least one character, or none; then it makes no stop string either.
+            # A token without characters cannot complete a stop string.
             tail = list(prompt_ids)[-max(len(string.encode()) for string in stop) :]
             self._text = tokenizer.decode(tail, skip_special_tokens=skip_special_tokens)
         self._start = self._shown = len(self._text)
@@ -66,11 +65,11 @@ class GrowingText:
 
     @property
     def text(self) -> str:
-        """What was written so far."""
+        """The text so far."""
         return self._text[self._start :]
 
     def push(self, token: int) -> str | None:
-        """Take one more token; returns the stop string that it completes."""
+        """Add a token; returns the stop string that it completes, or None."""
         self._tokens += 1
         seen = len(self._text)
         self._text += self._decoder.push(token)
@@ -85,9 +84,9 @@ class GrowingText:
         return string
 
     def finish(self, tokens: Iterable[int] = ()) -> str:
-        """No more tokens will come, except for these, which are not searched; returns the whole text.
+        """End the text, after adding `tokens`, which are not searched; returns the whole text.
 
-        The bytes of a character that has not become whole are dropped.
+        Bytes of an incomplete character are dropped.
         """
         if not self._ended:
             rest = self._decoder.push(tokens) + self._decoder.flush()
@@ -96,7 +95,7 @@ class GrowingText:
         return self.text
 
     def piece(self) -> str:
-        """The text that is certain and was not given before: nothing that may be the beginning of a stop
+        """The new text since the last call that is final, without an end that may be the start of a stop
         string."""
         end = len(self._text)
         if not self._ended:
@@ -108,17 +107,17 @@ class GrowingText:
 
 
 class _WithSpecial:
-    """The text with the special tokens that are not shown, for the stop strings that have some in them."""
+    """The text with the hidden special tokens, to search for stop strings that contain some."""
 
     def __init__(self, decoder: IncrementalDecoder, stop: Sequence[str], start: int) -> None:
         self._decoder = decoder
         self._stop = stop
         self._text = ""
-        self._ends, self._shown = [0], [start]  # of each token, in this text and in the shown one
+        self._ends, self._shown = [0], [start]  # end of each token, in this text and in the shown one
 
     def push(self, token: int, shown: int) -> list[tuple[int, str]]:
-        """Take one more token, with which the shown text has so many characters; returns the stop strings
-        that it completes, with their places in the shown text."""
+        """Add a token, after which the shown text has `shown` characters; returns the stop strings that it
+        completes, with their places in the shown text."""
         seen = len(self._text)
         self._text += self._decoder.push(token)
         self._ends.append(len(self._text))
@@ -126,35 +125,35 @@ class _WithSpecial:
         return [(self._place(at), string) for at, string in _found(self._text, self._stop, seen)]
 
     def certain(self) -> int:
-        """So many characters of the shown text are in no stop string that is to come."""
+        """Number of characters of the shown text that cannot be part of a later stop string."""
         return self._place(len(self._text) - _held(self._text, self._stop))
 
     def _place(self, at: int) -> int:
-        """Within a token that is not shown every place is the same."""
+        """The place in the shown text; all places within a hidden token map to the same one."""
         token = bisect_right(self._ends, at) - 1
         within = self._shown[token] + at - self._ends[token]
         return min(within, self._shown[min(token + 1, len(self._shown) - 1)])
 
 
 def _found(text: str, stop: Sequence[str], seen: int) -> list[tuple[int, str]]:
-    """Where stop strings begin first that do not lie within the `seen` characters."""
+    """The first occurrence of each stop string that does not lie within the first `seen` characters."""
     places = [(text.find(string, max(0, seen - len(string) + 1)), string) for string in stop]
     return [place for place in places if place[0] >= 0]
 
 
 def _held(text: str, stop: Sequence[str]) -> int:
-    """Length of the end of `text` that may be the beginning of a stop string."""
+    """Length of the end of `text` that may be the start of a stop string."""
     return max((_overlap(text, string) for string in stop), default=0)
 
 
 def _skipped(tokenizer: Any) -> set[str]:
-    """What is left out of a text with `skip_special_tokens`."""
+    """The tokens that `skip_special_tokens` leaves out."""
     added = getattr(tokenizer, "added_tokens_decoder", {}).values()
     return {*tokenizer.all_special_tokens, *(token.content for token in added if token.special)} - {""}
 
 
 def _overlap(text: str, string: str) -> int:
-    """Length of the longest end of `text` that is a beginning of `string`, but not all of it."""
+    """Length of the longest suffix of `text` that is a proper prefix of `string`."""
     return next(
         (size for size in range(min(len(text), len(string) - 1), 0, -1) if text.endswith(string[:size])), 0
     )

@@ -1,4 +1,4 @@
-"""Seeing a text while it is written: what `generate(streamer=...)` feeds, under transformers' names."""
+"""Streamers for `generate(streamer=...)`, with transformers' names: show a text while it is generated."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ..text import context
 
 
 class Streamer(Protocol):
-    """What `generate` asks of a streamer: it puts the prompt [B, S], then the new tokens [B] of each step,
-    and ends."""
+    """The interface that `generate` calls: `put` with the prompt [B, S], then with the new tokens [B] of each
+    step, and finally `end`."""
 
     def put(self, value: Tensor) -> None: ...
 
@@ -21,22 +21,22 @@ class Streamer(Protocol):
 
 
 class TextStreamer:
-    """Prints the text as soon as its words are whole. For one text at a time.
+    """Prints the text word by word. For one text at a time.
 
-    `skip_prompt` leaves the prompt out. `decode_kwargs` go to ``tokenizer.decode``. Subclasses take the text
-    by `on_finalized_text`.
+    `skip_prompt` leaves the prompt out. `decode_kwargs` go to ``tokenizer.decode``. Subclasses override
+    `on_finalized_text` to receive the text.
     """
 
     def __init__(self, tokenizer: Any, skip_prompt: bool = False, **decode_kwargs: Any) -> None:
         self.tokenizer = tokenizer
         self.skip_prompt = skip_prompt
         self.decode_kwargs = decode_kwargs
-        self._line: list[int] = []  # tokens since the last line break, behind some that give context
-        self._printed = 0  # characters of their text that are out
+        self._line: list[int] = []  # tokens since the last line break, after some for context
+        self._printed = 0  # number of characters already printed of their text
         self._awaits_prompt = True
 
     def put(self, value: Tensor) -> None:
-        """Take token ids, [S] or [1, S]. Raises ValueError for a batch."""
+        """Add token ids, [S] or [1, S]. Raises ValueError for a batch."""
         if value.dim() > 1 and value.shape[0] > 1:
             raise ValueError(f"{type(self).__name__} shows one text, and got a batch of {value.shape[0]}")
         is_prompt, self._awaits_prompt = self._awaits_prompt, False
@@ -50,26 +50,26 @@ class TextStreamer:
             piece = text[self._printed :]
             self._begin_after(self._line)
         else:
-            # A word may still change with the next token, so it is shown once a space follows it.
+            # The next token may still change the last word, so it is shown once a space follows.
             sure = len(text) if text and _is_cjk(text[-1]) else text.rfind(" ") + 1
             piece = text[self._printed : sure]
             self._printed += len(piece)
         self.on_finalized_text(piece)
 
     def end(self) -> None:
-        """Show what is left; the next `put` begins another text."""
+        """Show the rest; the next `put` starts another text."""
         piece = self._decode(self._line)[self._printed :] if self._line else ""
         self._line, self._printed, self._awaits_prompt = [], 0, True
         self.on_finalized_text(piece, stream_end=True)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Called with each new piece of text, which may be empty."""
+        """Called with each new piece of text, possibly empty."""
         print(text, flush=True, end="\n" if stream_end else "")
 
     def _begin_after(self, ids: list[int]) -> None:
-        """Another line: sentencepiece's first token loses its space when nothing stands before it."""
+        """Start a new line, with `ids` as context: sentencepiece's first token would lose its space."""
         self._line, shown = context(self._decode, ids)
-        self._printed = len(shown.rstrip("\ufffd"))  # a character of which there are only some bytes
+        self._printed = len(shown.rstrip("\ufffd"))  # an incomplete character
 
     def _decode(self, ids: list[int]) -> str:
         text: str = self.tokenizer.decode(ids, **self.decode_kwargs)
@@ -77,15 +77,14 @@ class TextStreamer:
 
 
 class TextIteratorStreamer(TextStreamer):
-    """Hands the pieces of text to another thread, which iterates over the streamer.
+    """Passes the pieces of text to another thread, which iterates over the streamer.
 
         streamer = TextIteratorStreamer(tokenizer, skip_prompt=True)
         Thread(target=model.generate, kwargs={**inputs, "streamer": streamer}).start()
         for piece in streamer: ...
 
-    `timeout`: seconds that the iteration waits for a piece before it raises `queue.Empty`; None waits for
-    ever. When `generate` fails in its thread, the iteration raises RuntimeError from its error (transformers'
-    would wait).
+    `timeout`: seconds to wait for a piece before raising `queue.Empty`; None: no limit. If `generate` fails
+    in its thread, the iteration raises RuntimeError from that error (in transformers it would wait forever).
     """
 
     def __init__(
@@ -96,13 +95,13 @@ class TextIteratorStreamer(TextStreamer):
         self.text_queue: Queue[str | BaseException | None] = Queue()
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        """Put the piece into the queue, and None behind the last one."""
+        """Put the piece into the queue, and None after the last one."""
         self.text_queue.put(text)
         if stream_end:
             self.text_queue.put(None)
 
     def fail(self, error: BaseException) -> None:
-        """No more pieces will come; the next `put` begins another text."""
+        """End the iteration with `error`; the next `put` starts another text."""
         self._line, self._printed, self._awaits_prompt = [], 0, True
         self.text_queue.put(error)
 
@@ -114,7 +113,7 @@ class TextIteratorStreamer(TextStreamer):
         if piece is None:
             raise StopIteration
         if isinstance(piece, BaseException):
-            raise RuntimeError(f"generate failed, and the text has no end: {piece!r}") from piece
+            raise RuntimeError(f"generate failed, so the text is incomplete: {piece!r}") from piece
         return piece
 
 
@@ -129,5 +128,5 @@ _CJK = (
 
 
 def _is_cjk(character: str) -> bool:
-    """Chinese characters stand without spaces, and each is whole by itself."""
+    """Whether it is a Chinese character: they are printed one by one, as no spaces separate them."""
     return any(low <= ord(character) <= high for low, high in _CJK)

@@ -1,4 +1,4 @@
-"""Token ids and counts as people give them: checked, or named in one sentence."""
+"""Checks of token ids and counts that users pass; errors name the option and its value."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 MOST_TEXTS = 16384
-"""Texts for one prompt, as in vLLM; each is a place in memory before anything runs."""
+"""Maximum texts per prompt, as in vLLM; each takes memory before anything runs."""
 
 
 def is_whole(value: Any) -> bool:
-    """A whole number of Python or NumPy; True and False are none."""
+    """Whether `value` is an integer of Python or NumPy, and not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def whole(name: str, value: Any, least: int, most: int | None = None, note: str = "") -> int:
-    """The count, or a ValueError that names it."""
+    """The value as an int; ValueError unless it is an integer from `least` to `most`."""
     if not is_whole(value) or value < least or (most is not None and value > most):
         bounds = f"from {least}" if most is None else f"from {least} to {most}"
         raise ValueError(f"{name} must be a whole number {bounds}{note}, and is {value!r}")
@@ -29,19 +29,19 @@ def whole(name: str, value: Any, least: int, most: int | None = None, note: str 
 
 
 def number(name: str, value: Any) -> float:
-    """A finite number, or a ValueError that names it."""
+    """The value as a float; ValueError unless it is a finite number."""
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name} must be a number, and is {value!r}")
     return float(value)
 
 
 def plain(value: Any) -> Any:
-    """The number of Python in an array or tensor without dimensions; else the value."""
+    """The Python number in an array or tensor without dimensions; other values unchanged."""
     return value.item() if getattr(value, "shape", None) == () else value
 
 
 def token_ids(name: str, value: Any) -> list[int]:
-    """None, a number, a list, an array or a tensor -> ids; a ValueError that names what is none."""
+    """None, a number, a list, an array or a tensor -> list of ids; ValueError for anything else."""
     found = value.tolist() if hasattr(value, "tolist") else value
     if found is None:
         return []
@@ -55,7 +55,7 @@ def token_ids(name: str, value: Any) -> list[int]:
 
 
 def in_vocabulary(name: str, ids: Sequence[int], size: int) -> list[int]:
-    """The ids that the vocabulary has. The others can never be written; a warning names them, once."""
+    """The ids within the vocabulary. The others can never be generated; a warning names each once."""
     for token in ids:
         if not 0 <= token < size:
             _warn(name, token, size)

@@ -1,4 +1,4 @@
-"""What goes on inside a model."""
+"""Looking inside a model: its attention probabilities."""
 
 from .attention import attention_probs
 

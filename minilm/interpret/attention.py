@@ -1,10 +1,9 @@
-"""Attention maps out of the fast path: which token looks at which, for the heads and tokens that are asked
-about.
+"""Attention probabilities of selected heads and tokens, computed with the fast path.
 
-`output_attentions=True` makes every map of every layer, B H S^2 numbers each. Here the model runs as it
-always does (the fused blocks, Triton, whatever is chosen) up to the layer in question, of which q and k are
-made and the rows in question alone: memory grows with their number, not with S^2. Where the attention in
-force writes its log-sum-exp (Triton), the rows are those that it summed with, exp(score - lse).
+`output_attentions=True` computes all maps of every layer, B H S^2 numbers each. Here the model runs as usual
+(fused blocks, Triton, any backend) up to the selected layer; then q and k of that layer and only the selected
+rows are computed, so memory grows with their number, not with S^2. If the attention kernel returns its
+log-sum-exp (Triton), the rows are exp(score - lse), the probabilities that the kernel itself used.
 """
 
 from __future__ import annotations
@@ -37,13 +36,12 @@ def attention_probs(
     head: Places = slice(None),
     rows: Places = slice(None),
 ) -> list[Tensor]:
-    """The attention probabilities of a layer, one tensor [heads, rows, S] for each sequence of the batch, in
-    the model's dtype; S counts the sequence's own tokens, padding is left out.
+    """The attention probabilities of a layer, one tensor [heads, rows, S] per sequence of the batch, in the
+    model's dtype; S is the number of the sequence's own tokens, without padding.
 
-    The model is called with the same batch as ever (no cache). `head` and `rows`, the querying tokens by
-    their places in their own sequence, are numbers, lists of numbers or slices; a single number drops its
-    axis, and negative numbers count from the end. Raises IndexError for what is out of range. Not
-    differentiable.
+    Takes the same batch as the model (without a cache). `head` and `rows` (the query tokens, by position in
+    their sequence) are numbers, lists of numbers or slices; a single number drops its axis, and negative
+    numbers count from the end. Raises IndexError for an index out of range. Not differentiable.
 
     >>> batch = tokenizer(["The cat sat on the mat"], return_tensors="pt")        # doctest: +SKIP
     >>> (seen,) = minilm.attention_probs(model, **batch, layer=2, head=5, rows=-1)  # by the last token, [S]

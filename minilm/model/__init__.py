@@ -1,7 +1,7 @@
-"""The one Transformer, from a padded batch to the answer of a head.
+"""The one Transformer, from a padded batch to the output of a task head.
 
-Reading order: `layers`, `transformer` (the body), `batch` (what goes through it), `pretrained` (the public
-API around it), `heads` and `causal`, then `loading`.
+Reading order: `layers`, `transformer` (the body), `batch` (its input), `pretrained` (the public API around
+it: takes padded batches, returns padded results), `heads` and `causal` (task heads), then `loading`.
 """
 
 from ..families import PretrainedConfig

@@ -1,5 +1,4 @@
-"""Classes by name: the configuration of a checkpoint, the class of each head, and transformers' class
-names."""
+"""Lookup by name: `AutoConfig`, the class of each task head, and transformers' class names."""
 
 from __future__ import annotations
 
@@ -37,7 +36,7 @@ MODELS: dict[Head, type[PreTrainedModel]] = {
 
 
 class AutoConfig:
-    """Configurations by name: ``AutoConfig.from_pretrained(name, num_labels=3)``."""
+    """Loads configurations: ``AutoConfig.from_pretrained(name, num_labels=3)``."""
 
     @classmethod
     def from_pretrained(
@@ -51,7 +50,7 @@ class AutoConfig:
 
     @classmethod
     def for_model(cls, model_type: str, **options: Any) -> PretrainedConfig:
-        """A configuration from scratch: ``AutoConfig.for_model("gpt2", n_layer=2)``."""
+        """A configuration without a checkpoint: ``AutoConfig.for_model("gpt2", n_layer=2)``."""
         return PretrainedConfig(model_type=model_type, **options)
 
 
@@ -59,8 +58,8 @@ PretrainedConfig.reader = AutoConfig.from_pretrained
 
 
 def alias(name: str) -> Any:
-    """The class that a name of transformers stands for: BertModel, GPT2LMHeadModel, LlamaConfig,
-    RobertaTokenizerFast, ..."""
+    """The class for a class name of transformers (BertModel, GPT2LMHeadModel, LlamaConfig,
+    RobertaTokenizerFast, ...), or None."""
     for family in families():
         if not name.startswith(family.class_prefix):
             continue

@@ -1,15 +1,15 @@
-"""A batch on its way through a model: padded as people pass it, packed as everything inside works on it.
+"""A batch: padded as callers pass it, packed as the model processes it.
 
     padded  [B, S]   mask           packed [T]        cu_seqlens
     a b c .          1 1 1 0        a b c d e         0 3 5
     . . d e          0 0 1 1
 
-Padding is dropped once, by `pack`, and put back (as zeros) once, on the way out: inside nothing is computed
-for it, and nothing can leak from it. A token's position is its column less the first real column of its row,
-so a row means the same with padding on either side.
+`pack` removes the padding at the start, and `Packed.pad` restores it (as zeros) in the results: the model
+computes nothing for padding, and padding cannot affect results. A token's position is its column minus the
+first real column of its row, so padding on the left and on the right give the same result.
 
-`Packed` is that layout; `Batch` is all that the layers share of one batch. `PreTrainedModel.pack` makes it,
-and checks it: nothing behind it checks again.
+`Packed` is that layout; `Batch` is everything that the layers share about one batch. `PreTrainedModel.pack`
+creates and checks it; the code after it does not check again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from ..cache import CacheStep, KVCache, Layout
 
 @dataclass
 class Packed:
-    """Which tokens of a [B, S] batch are real, and where each sequence begins."""
+    """Which tokens of a [B, S] batch are real, and where each sequence starts."""
 
     batch: int
     columns: int
@@ -55,14 +55,14 @@ class Packed:
         return flat if self.indices is None else flat[self.indices]
 
     def pad(self, x: Tensor) -> Tensor:
-        """[T, ...] -> [B, S, ...], zeros where there is no token."""
+        """[T, ...] -> [B, S, ...], zeros at padding."""
         if self.indices is not None:
             full = x.new_zeros(self.batch * self.columns, *x.shape[1:])
             x = full.index_copy(0, self.indices, x)
         return x.view(self.batch, self.columns, *x.shape[1:])
 
     def flat_indices(self) -> Tensor:
-        """Where each token stands in the flattened batch, int64 [T]: row * S + column."""
+        """Index of each token in the flattened batch, int64 [T]: row * S + column."""
         if self.indices is not None:
             return self.indices
         return torch.arange(self.batch * self.columns, device=self.cu_seqlens.device)
@@ -80,7 +80,7 @@ class Packed:
         return self.cu_seqlens[1:].long() - 1
 
     def last_columns(self, count: int) -> tuple[Packed, Tensor | None]:
-        """The part of the batch in its last `count` columns, and its packed indices here (None: all)."""
+        """The last `count` columns of the batch, and the packed indices of their tokens (None: all)."""
         if count >= self.columns:
             return self, None
         flat = self.flat_indices()
@@ -98,19 +98,19 @@ class Packed:
 
 
 def integers(name: str, x: Tensor) -> Tensor:
-    """`x` as int64, or ValueError where it holds no integers."""
+    """`x` as int64; ValueError if it is not a tensor of integers."""
     if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         what = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
-        texts = "; a model reads numbers: model(**tokenizer(text, return_tensors='pt'))"
+        texts = "; tokenize the text first: model(**tokenizer(text, return_tensors='pt'))"
         raise ValueError(f"{name} must be a tensor of integers, and is {what}{texts * isinstance(x, str)}")
     return x.long()
 
 
 def token_targets(labels: Tensor, packed: Packed, shift: bool) -> Tensor:
-    """Padded labels int64 [B, S] -> those of the packed tokens [T]; `shift`: of the next token each, -100
-    where there is none."""
+    """Padded labels int64 [B, S] -> labels of the packed tokens [T]; with `shift`, each token's label is that
+    of the next token, -100 at the end of a sequence."""
     targets = packed.pack(labels)
-    if shift:  # after packing, so that no label at padding comes in from the side
+    if shift:  # after packing, so that no label at padding is used
         ends = packed.cu_seqlens[1:].long()
         targets = F.pad(targets[1:], (0, 1), value=-100)[: len(targets)]
         targets = targets.index_fill(0, ends[ends > 0] - 1, -100)
@@ -118,7 +118,7 @@ def token_targets(labels: Tensor, packed: Packed, shift: bool) -> Tensor:
 
 
 def check_columns(name: str, x: Tensor, batch: int, columns: int) -> None:
-    """`x` is [B, S], or ValueError."""
+    """Raise ValueError unless `x` is a tensor [B, S]."""
     if not isinstance(x, Tensor):
         raise ValueError(f"{name} must be a tensor, and is {type(x).__name__}")
     if x.shape != (batch, columns):
@@ -126,7 +126,7 @@ def check_columns(name: str, x: Tensor, batch: int, columns: int) -> None:
 
 
 def pack(batch: int, columns: int, attention_mask: Tensor | None, device: torch.device) -> Packed:
-    """Read a padding mask, [B, S] of 0/1 or bool (1 = real), or None when every token is real."""
+    """The layout for a padding mask, [B, S] of 0/1 or bool (1 = real), or None if every token is real."""
     if attention_mask is not None:
         check_columns("attention_mask", attention_mask, batch, columns)
         real = attention_mask.to(device) != 0
@@ -146,18 +146,18 @@ def pack(batch: int, columns: int, attention_mask: Tensor | None, device: torch.
     starts = real.int().argmax(1, keepdim=True)
     positions = (column - starts).flatten()[indices]
     cu_seqlens = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
-    *lengths, first = torch.cat((counts, starts.sum()[None])).tolist()  # one look at the device for both
+    *lengths, first = torch.cat((counts, starts.sum()[None])).tolist()  # one device sync for both
     return Packed(batch, columns, indices, lengths, cu_seqlens, positions, first > 0)
 
 
 @dataclass
 class Batch:
-    """Packed tokens, and what every layer shares of them."""
+    """Packed tokens, and everything that the layers share about them."""
 
     tokens: Tensor
     """Ids int64 [T], or embedded [T, C]."""
     positions: Tensor
-    """int64 [T]: rows of the position table, or what rope turns by."""
+    """int64 [T]: rows of the position table, or positions for rope."""
     packed: Packed
     types: Tensor | None = None
     """int64 [T]."""
@@ -167,14 +167,14 @@ class Batch:
     rows: list[int] = field(default_factory=list)
     """The cache's row of each sequence."""
     layouts: list[Layout] | None = None
-    """Where the tokens of each row then stand; None: one behind the other, without padding."""
+    """The columns of each row's tokens, cached ones included; None: without gaps, from column 0."""
     step: CacheStep | None = None
-    """Where the new tokens go in the cache."""
+    """Where to write the new tokens in the cache."""
     input_ids: Tensor | None = None
-    """[B, S], as they were passed."""
+    """[B, S], as passed by the caller."""
     stop: int | None = None
-    """Only so many blocks are run, and no final norm; None: all."""
+    """Run only the first `stop` blocks and no final norm; None: run all."""
     hidden_states: list[Tensor] | None = None
-    """Where asked for: filled with the residual stream before each layer, and the result, [T, C] each."""
+    """If a list: filled with the residual stream before each layer, and the result, [T, C] each."""
     attentions: list[Tensor] | None = None
-    """Where asked for: filled with one [B, H, S, context] a layer."""
+    """If a list: filled with one [B, H, S, context] per layer."""

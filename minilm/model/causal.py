@@ -1,4 +1,4 @@
-"""Decoders with their head: which token comes next, and steps of decoding."""
+"""Causal language models: the head that predicts the next token, and decoding steps."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class CausalLMHead(nn.Module):
-    """A score for each token of the vocabulary: the token table again, or a matrix of its own."""
+    """A logit for each token of the vocabulary, by the (tied) token table or a separate output matrix."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class CausalLMHead(nn.Module):
 
 
 class AutoModelForCausalLM(PreTrainedModel):
-    """Which token comes next; `generate` writes on."""
+    """A decoder with a language-model head: predicts the next token; `generate` continues prompts."""
 
     head_kind: ClassVar[Head] = "causal-lm"
     output_class: ClassVar[type[ModelOutput]] = CausalLMOutput
@@ -56,9 +56,9 @@ class AutoModelForCausalLM(PreTrainedModel):
     def answer(
         self, hidden: Tensor, batch: Batch, labels: Tensor | None, logits_to_keep: int = 0
     ) -> dict[str, Any]:
-        """logits [B, S, V], or of the last `logits_to_keep` columns.
+        """logits [B, S, V], or those of the last `logits_to_keep` columns only.
 
-        labels int64 [B, S], shifted here: each token is asked for the label of the next one of its row.
+        labels int64 [B, S], shifted here: the target of a token is the label of the next token in its row.
         """
         packed = batch.packed
         if logits_to_keep and labels is None:
@@ -73,20 +73,20 @@ class AutoModelForCausalLM(PreTrainedModel):
         return scores
 
     def step(self, tokens: Tensor, rows: Sequence[int], cache: KVCache) -> tuple[Tensor, Tensor]:
-        """One step of decoding, tokens int64 [B] -> logits [B, V] and the likeliest tokens int64 [B]; see
-        `steps`."""
+        """One decoding step, tokens int64 [B] -> logits [B, V] and their argmax, int64 [B]; see `steps`."""
         logits, best = self.steps(tokens, rows, cache, 1)
         return logits, best[0]
 
     def steps(
         self, tokens: Tensor, rows: Sequence[int], cache: KVCache, count: int, ends: Iterable[int] = ()
     ) -> tuple[Tensor, Tensor]:
-        """Sequence b, in the cache's row ``rows[b]``, goes on with ``tokens[b]``, int64 [B].
+        """Up to `count` greedy decoding steps. Sequence b is the cache's row ``rows[b]``; its next token is
+        ``tokens[b]``, int64 [B].
 
-        Up to `count` steps: the likeliest token of each is fed to the next, and the first step that gives one
-        of `ends` is the last. Returns the logits of the last step, [B, V], and the likeliest tokens of all
-        that were made, int64 [steps, B]. The last ones have not been fed: the cache holds the tokens before
-        them. After an error it is as it was.
+        Each step feeds the most likely token to the next; the first step that gives one of `ends` is the
+        last. Returns the logits of the last step, [B, V], and the most likely tokens of all steps that ran,
+        int64 [steps, B]. The last step's tokens are not in the cache yet. After an error the cache is
+        unchanged.
         """
         arguments = (self, tokens, rows, cache, count, frozenset(ends))
         found: tuple[Tensor, Tensor] = ops.run_whole("decode_step", tokens.device, self.dtype, *arguments)
@@ -95,7 +95,7 @@ class AutoModelForCausalLM(PreTrainedModel):
     def run_steps(
         self, tokens: Tensor, rows: Sequence[int], cache: KVCache, count: int, ends: frozenset[int]
     ) -> tuple[Tensor, Tensor]:
-        """What `steps` are: the embeddings, the blocks and the head, one after the other."""
+        """Reference definition of `steps`: embeddings, blocks and head, one after the other."""
         device, batch = tokens.device, len(rows)
         borders = torch.arange(batch + 1, dtype=torch.int32, device=device)
         found: list[Tensor] = []
@@ -116,7 +116,7 @@ class AutoModelForCausalLM(PreTrainedModel):
         return generate(self, *args, **options)
 
     def read_beside_weights(self, folder: Path) -> None:
-        """generation_config.json, or what config.json says in its place."""
+        """Load generation_config.json, or else the generation options in config.json."""
         from ..generation import GenerationConfig
 
         file = folder / "generation_config.json"

@@ -1,8 +1,8 @@
-"""Models with a task head: what is made of the last hidden states, and the loss it is trained with.
+"""Models with a task head, which maps the last hidden states to logits, and the losses to train them.
 
-Heads and losses work on packed tokens; only results are padded. Labels at padding never count. A loss is
-computed in float32, by the rules of transformers: -100 is ignored, classification looks at
-`config.problem_type`.
+Heads and losses work on packed tokens; only results are padded. Labels at padding never count. Losses are
+computed in float32, by transformers' rules: -100 is ignored, and `config.problem_type` selects the loss of a
+classifier.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from .pretrained import Pooler, PreTrainedModel
 
 
 class MaskedLMHead(nn.Module):
-    """norm(act(W x + b)), then a score for each token of the vocabulary; beside it, if asked for,
-    next-sentence scores."""
+    """norm(act(W x + b)), then a logit for each token of the vocabulary. With `next_sentence` it also holds
+    the next-sentence layer."""
 
     def __init__(self, model: PreTrainedModel, *, next_sentence: bool = False) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ class MaskedLMHead(nn.Module):
 
 
 class AutoModelForMaskedLM(PreTrainedModel):
-    """Which token stands behind [MASK]."""
+    """An encoder with a masked-LM head: predicts the tokens at [MASK]."""
 
     head_kind: ClassVar[Head] = "masked-lm"
     output_class: ClassVar[type[ModelOutput]] = MaskedLMOutput
@@ -70,7 +70,7 @@ class AutoModelForMaskedLM(PreTrainedModel):
 
 
 class NextSentenceHead(nn.Module):
-    """Two scores from the pooled first token."""
+    """Two logits from the pooled first token."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class NextSentenceHead(nn.Module):
 
 
 class AutoModelForNextSentencePrediction(PreTrainedModel):
-    """Does the second text follow the first (0), or is it a random one (1)?"""
+    """Predicts whether the second text follows the first (0) or is a random one (1)."""
 
     head_kind: ClassVar[Head] = "next-sentence"
     output_class: ClassVar[type[ModelOutput]] = NextSentencePredictorOutput
@@ -111,8 +111,8 @@ class AutoModelForPreTraining(PreTrainedModel):
     def answer(
         self, hidden: Tensor, batch: Batch, labels: Tensor | None, next_sentence_label: Tensor | None = None
     ) -> dict[str, Any]:
-        """prediction_logits [B, S, V] and seq_relationship_logits [B, 2]; the loss is the sum of both, if
-        both are labelled."""
+        """prediction_logits [B, S, V] and seq_relationship_logits [B, 2]; the loss is the sum of both losses,
+        if both have labels."""
         logits = self.head(hidden, self.body.embeddings.tokens.weight)
         assert self.head.next_sentence is not None
         scores = self.head.next_sentence(self.pooler(hidden, batch.packed))
@@ -129,7 +129,7 @@ class AutoModelForPreTraining(PreTrainedModel):
 
 
 class ClassificationHead(nn.Module):
-    """Scores for each class, after the family's dense layer if it has one."""
+    """One logit per class, after the family's dense layer if it has one."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class ClassificationHead(nn.Module):
 
 
 class AutoModelForSequenceClassification(PreTrainedModel):
-    """One class (or several, or a number) for a text or a pair of texts."""
+    """Predicts a class (or several, or a number) for a text or a pair of texts."""
 
     head_kind: ClassVar[Head] = "sequence-classification"
     output_class: ClassVar[type[ModelOutput]] = SequenceClassifierOutput
@@ -176,7 +176,7 @@ class AutoModelForSequenceClassification(PreTrainedModel):
         return {"loss": classification_loss(self.config, logits, labels), "logits": logits}
 
     def _last_tokens(self, batch: Batch) -> Tensor:
-        """The last token of each sequence that is not the padding token, as packed indices [B] (decoders)."""
+        """Packed index [B] of the last token of each sequence that is not the padding token (decoders)."""
         last, pad = batch.packed.last(), self.config.get("pad_token_id")
         if pad is None or batch.input_ids is None:
             return last
@@ -189,7 +189,7 @@ class AutoModelForSequenceClassification(PreTrainedModel):
 
 
 class TokenHead(nn.Module):
-    """Scores for every token."""
+    """Logits for every token."""
 
     def __init__(self, model: PreTrainedModel, size: int, *, bias: bool = True) -> None:
         super().__init__()
@@ -203,7 +203,7 @@ class TokenHead(nn.Module):
 
 
 class AutoModelForTokenClassification(PreTrainedModel):
-    """A class for each token (named entities, parts of speech)."""
+    """Predicts a class for each token (named entities, parts of speech)."""
 
     head_kind: ClassVar[Head] = "token-classification"
     output_class: ClassVar[type[ModelOutput]] = TokenClassifierOutput
@@ -222,7 +222,7 @@ class AutoModelForTokenClassification(PreTrainedModel):
 
 
 class AutoModelForQuestionAnswering(PreTrainedModel):
-    """Where in the text the answer begins and ends."""
+    """Predicts where the answer starts and ends in the text."""
 
     head_kind: ClassVar[Head] = "question-answering"
     output_class: ClassVar[type[ModelOutput]] = QuestionAnsweringModelOutput
@@ -240,10 +240,10 @@ class AutoModelForQuestionAnswering(PreTrainedModel):
         start_positions: Tensor | None = None,
         end_positions: Tensor | None = None,
     ) -> dict[str, Any]:
-        """start_logits and end_logits [B, S]; positions int64 [B] are columns, those without a token are
-        ignored. Raises ValueError for a negative one.
+        """start_logits and end_logits [B, S]. Positions, int64 [B], are columns; those at padding are
+        ignored. Raises ValueError for a negative position.
 
-        Columns without a token get the lowest number of the dtype, so that they are never the answer.
+        Logits at padding are the lowest number of the dtype, so that padding is never the answer.
         """
         if labels is not None:
             raise TypeError(
@@ -263,7 +263,7 @@ class AutoModelForQuestionAnswering(PreTrainedModel):
 
 
 def _answer_columns(name: str, positions: Tensor, packed: Packed) -> Tensor:
-    """positions [B] -> int64 [B], S for those where no token is."""
+    """positions [B] -> int64 [B], with S in place of columns at padding."""
     at = integers(name, positions).to(packed.cu_seqlens.device).reshape(-1)
     if len(at) != packed.batch:
         raise ValueError(f"{name} must be [{packed.batch}], and is {list(positions.shape)}")
@@ -277,7 +277,7 @@ def _answer_columns(name: str, positions: Tensor, packed: Packed) -> Tensor:
 
 
 def _pad_with(packed: Packed, x: Tensor, value: float) -> Tensor:
-    """[T] -> [B, S], `value` where there is no token."""
+    """[T] -> [B, S], `value` at padding."""
     if packed.indices is None:
         return x.view(packed.batch, packed.columns)
     full = x.new_full((packed.batch * packed.columns,), value)
@@ -287,7 +287,7 @@ def _pad_with(packed: Packed, x: Tensor, value: float) -> Tensor:
 def token_loss(
     logits: Tensor, labels: Tensor | None, packed: Packed, *, shift: bool = False
 ) -> Tensor | None:
-    """Cross-entropy of packed logits [T, V] with padded labels [B, S]; `shift`: those of the next token."""
+    """Cross-entropy of packed logits [T, V] with padded labels [B, S]; `shift`: with the next token's."""
     if labels is None:
         return None
     labels = integers("labels", labels)
@@ -298,7 +298,7 @@ def token_loss(
 
 
 def _tell_of_padding(labels: Tensor, targets: Tensor, packed: Packed, shift: bool) -> None:
-    """Warn of labels that are left out here and count in transformers. A device is asked in one step only."""
+    """Warn of labels that are ignored here and count in transformers. On a GPU only the first call checks."""
     if "labels" in said or torch.compiler.is_compiling() or packed.indices is None:
         return
     if labels.device.type != "cpu" or {"labels-at-padding", "labels-after-padding"} <= said:
@@ -312,8 +312,8 @@ def _tell_of_padding(labels: Tensor, targets: Tensor, packed: Packed, shift: boo
 
 
 def classification_loss(config: PretrainedConfig, logits: Tensor, labels: Tensor | None) -> Tensor | None:
-    """Regression, one class of several, or several at once, as `config.problem_type` says; if unset, it is
-    seen from the labels."""
+    """The loss for `config.problem_type`: regression, single-label or multi-label classification. If unset,
+    the type is inferred from the labels."""
     if labels is None:
         return None
     labels = labels.to(logits.device)
@@ -330,7 +330,7 @@ def classification_loss(config: PretrainedConfig, logits: Tensor, labels: Tensor
         numbers = labels.view_as(logits) if labels.numel() == logits.numel() else labels
         if numbers.shape != logits.shape:
             raise ValueError(
-                f"labels must be {list(logits.shape)} for a regression, and are {list(labels.shape)}"
+                f"labels must be {list(logits.shape)} for regression, and are {list(labels.shape)}"
             )
         return F.mse_loss(logits, numbers.to(logits.dtype))
     if config.problem_type == "single_label_classification":
@@ -338,7 +338,7 @@ def classification_loss(config: PretrainedConfig, logits: Tensor, labels: Tensor
     if config.problem_type == "multi_label_classification":
         if labels.shape != logits.shape or bool(((labels < 0) | (labels > 1)).any()):
             raise ValueError(
-                f"labels must be from 0 to 1, {list(logits.shape)}, for several labels at once, and are "
+                f"labels must be from 0 to 1, {list(logits.shape)}, for multi-label classification, and are "
                 f"{list(labels.shape)}, from {labels.min()} to {labels.max()}"
             )
         return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype))

@@ -1,9 +1,9 @@
 """The layers of the one Transformer, each built from `ModelConfig`: Embeddings, Attention, MLP, Norm, Block.
 
-Everything here works on packed tokens, [T, ...]; modules hold parameters and say which ops of `minilm.ops`
-run on them. It is what a model means, and what runs on a GPU, in training and under hooks. On a CPU without
-gradients all blocks are one call of csrc/cpu/transformer.cpp, which computes the same (`minilm.native`, to be
-skipped on a first reading); `minilm.explain()` tells which of the two ran.
+Everything here works on packed tokens, [T, ...]; modules hold parameters and call ops of `minilm.ops`. They
+are the readable definition of the model, and they run on a GPU, in training and under hooks. On a CPU without
+gradients all blocks run in one native call instead (`minilm.native`, csrc/cpu/transformer.cpp; performance
+layer, skip on first reading), which computes the same. `minilm.explain()` shows which of the two ran.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .quantized import QuantizedEmbedding
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the channels, with the residual sum that comes before it."""
+    """LayerNorm or RMSNorm over the channels, fused with the residual sum before it."""
 
     def __init__(self, config: ModelConfig, size: int | None = None, *, eps: float | None = None) -> None:
         super().__init__()
@@ -48,10 +48,10 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """x W^T + b, with an activation if asked for, through `minilm.ops.project`."""
+    """x W^T + b, with an optional activation, by `minilm.ops.linear`."""
 
     def reset_parameters(self) -> None:
-        """Nothing: a checkpoint, or `PreTrainedModel.initialise`, fills the weights."""
+        """Does nothing: a checkpoint, or `PreTrainedModel.initialise`, fills the weights."""
 
     def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -59,10 +59,10 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    """A table of vectors."""
+    """A lookup table of vectors."""
 
     def reset_parameters(self) -> None:
-        """Nothing, as in `Linear`. (Drawing on the meta device, too, would import half of torch.compile.)"""
+        """Does nothing, as in `Linear`. (Random numbers on the meta device would import torch.compile.)"""
 
     def scores(self, hidden: Tensor) -> Tensor:
         """The table as an output matrix: hidden [T, C] -> [T, V]."""
@@ -70,7 +70,7 @@ class Embedding(nn.Embedding):
 
 
 class Embeddings(nn.Module):
-    """Token + position + type vectors, normalised where the family does so."""
+    """Sum of token, position and type embeddings, with a norm if the family has one."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class Embeddings(nn.Module):
         return x
 
     def by_modules(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
-        """What the embeddings are, module by module, and the way of every backend but the native one."""
+        """Reference definition, module by module; every backend except the native one runs it."""
         x: Tensor = tokens if tokens.is_floating_point() else self.tokens(tokens)
         if self.types is not None:
             x = x + (self.types.weight[0] if types is None else self.types(types))
@@ -110,8 +110,11 @@ ops.register_modules("embed", Embeddings.by_modules)
 
 
 class Attention(nn.Module):
-    """Multi-head attention with one projection for q, k and v; grouped heads, rope, windows and the cache as
-    configured."""
+    """Multi-head attention with one projection for q, k and v; grouped-query heads, rope, sliding window and
+    KV cache as configured.
+
+    On a CPU without gradients the native call replaces `forward`; see the top of this file.
+    """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -125,7 +128,7 @@ class Attention(nn.Module):
         self.k_norm = Norm(config, config.head_dim) if config.qk_norm else None
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """q [T, H, D] and k, v [T, Hkv, D] of x [T, C], before the rotary embedding."""
+        """x [T, C] -> q [T, H, D] and k, v [T, Hkv, D], before the rotary embedding."""
         c = self.config
         heads = c.num_heads + 2 * c.num_kv_heads
         qkv: Tensor = self.qkv(x).view(len(x), heads, c.head_dim)  # [T, H + 2 Hkv, D]
@@ -187,8 +190,7 @@ class Attention(nn.Module):
         return q, k
 
     def _maps(self, q: Tensor, k: Tensor, batch: Batch) -> Tensor:
-        """The attention probabilities as transformers shows them, [B, H, S, context], zero where there is no
-        token."""
+        """The attention probabilities in transformers' layout, [B, H, S, context], zero at padding."""
         packed, cu_k = batch.packed, batch.packed.cu_seqlens
         context = packed.columns
         if batch.cache is not None and batch.step is not None and not batch.step.fresh:
@@ -225,10 +227,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention and MLP, each with a residual sum and a norm, before (pre) or after (post) it.
+    """One layer: attention and MLP, each with a residual sum and a norm before (pre) or after (post) it.
 
-    The residual stream travels as a pair (x, delta) whose sum it is: each norm adds the delta as it reads x,
-    so the sum costs no pass over memory of its own.
+    The residual stream is passed as a pair (x, delta), and is their sum: each norm adds delta while it reads
+    x, so the sum needs no extra pass over memory.
     """
 
     def __init__(self, config: ModelConfig, layer: int) -> None:

@@ -1,5 +1,5 @@
-"""From a name to a model and back: finding the files, reading the configuration, building the class, filling
-it, and writing it."""
+"""Loading and saving models: find the files, read the configuration, create the model, load its weights, and
+write them back."""
 
 from __future__ import annotations
 
@@ -52,13 +52,13 @@ WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "use_safetensors": (None, True),
     "weights_only": (None, True),
 }
-"""Options of transformers' `from_pretrained` that programs pass and that change nothing here -> the values
-that ask for what is done anyway."""
+"""Options of transformers' `from_pretrained` that are accepted and have no effect -> the values that need no
+warning, because they ask for what minilm does anyway."""
 
 
 def with_effect(options: dict[str, Any], table: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """The options that are not in `table`; one warning names those that are and ask for something else than
-    is done."""
+    """The options that are not in `table`. One warning names those in it whose value asks for something that
+    minilm does not do."""
     idle = [f"{k}={v!r}" for k, v in options.items() if k in table and not any(v == w for w in table[k])]
     if idle:
         verb = "has" if len(idle) == 1 else "have"
@@ -75,7 +75,7 @@ def read_config(path: Path, **overrides: Any) -> PretrainedConfig:
         with GGUFCheckpoint(gguf) as checkpoint:
             return PretrainedConfig.from_dict(checkpoint.hf_config(), **overrides)
     if path.name.endswith((".safetensors", ".safetensors.index.json")):
-        path = path.parent  # weights, named by their file: what they are stands beside them
+        path = path.parent  # a file of weights: its config.json is in the same folder
     file = path / "config.json" if path.is_dir() else path
     if not has_file(file, error=ConfigError):
         carried = stored_config(path)  # by what transformers' Trainer writes
@@ -87,7 +87,7 @@ def read_config(path: Path, **overrides: Any) -> PretrainedConfig:
                 f"peft.PeftModel.from_pretrained(model, {str(path)!r}) puts it in"
             )
         raise ConfigError(
-            f"{path} has no config.json, so the kind of the model is not known: "
+            f"{path} has no config.json, so the model type is not known: "
             "from_pretrained(..., config=model.config) takes that of another"
         )
     try:
@@ -105,7 +105,7 @@ def _gguf_file(path: Path) -> Path | None:
     if len(found) > 1:
         names = ", ".join(f.name for f in found)
         raise ConfigError(
-            f"{path} has several GGUF files ({names}): name the one to load, as path or with gguf_file="
+            f"{path} has several GGUF files ({names}): choose one, by its path or with gguf_file="
         )
     return found[0] if found else None
 
@@ -125,7 +125,7 @@ def as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
 
 
 def as_device(device: torch.device | str | int | None, device_map: Any) -> torch.device:
-    """Where to load to: `device`, or transformers' `device_map` when it names a single device."""
+    """The device to load to: `device`, or transformers' `device_map` if it names a single device."""
     if device is None and device_map is not None:
         if isinstance(device_map, dict):
             if set(device_map) != {""}:
@@ -134,21 +134,21 @@ def as_device(device: torch.device | str | int | None, device_map: Any) -> torch
         device = ("cuda" if torch.cuda.is_available() else "cpu") if device_map == "auto" else device_map
     found = torch.device("cpu" if device is None else device)
     if found.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device {str(found)!r} was asked for, and this PyTorch sees no CUDA device")
+        raise ValueError(f"device is {str(found)!r}, and this PyTorch sees no CUDA device")
     return found
 
 
 class Checkpointed(Companion):
-    """A model as its checkpoint sees it: it is loaded from files, or filled at random, and saved."""
+    """Loading, random initialisation and saving of a model."""
 
     head_kind: ClassVar[Head] = "base"
     config: PretrainedConfig
     spec: ModelConfig
-    """What minilm made of the configuration."""
+    """The configuration, translated by its family."""
     family: Family
     name_or_path: str
     load_report: LoadReport | None
-    """What loading did: tensors read, initialised, skipped with the reason."""
+    """Which tensors were loaded, initialised or skipped, with the reasons."""
 
     if TYPE_CHECKING:
 
@@ -177,24 +177,23 @@ class Checkpointed(Companion):
         """Load a checkpoint: a folder, a GGUF file, or a name on the hub. The model comes back in evaluation
         mode.
 
-        `dtype`: of the weights; None takes what the checkpoint says of itself (GGUF: float32). `device`:
-        where to load to, the CPU if not said. `config` replaces the checkpoint's; options that a
-        configuration has (``num_labels=2``) override its own. `revision`, `cache_dir`, `token`,
-        `local_files_only`, `gguf_file` are for the hub. A head that the checkpoint lacks is initialised, and
-        a warning names its parameters; `ignore_mismatched_sizes` does the same for one of another shape.
+        `dtype`: of the weights; None: the checkpoint's own (GGUF: float32). `device`: where to load to; by
+        default the CPU. `config` replaces the checkpoint's; configuration options (``num_labels=2``)
+        override its values. `revision`, `cache_dir`, `token`, `local_files_only` and `gguf_file` are for the
+        hub. If the checkpoint lacks the head, the head is initialised at random and a warning names its
+        parameters; `ignore_mismatched_sizes` does the same for a head of another shape.
 
         `weights`: int8, q8_0 (q8), q4_0 or q4_1 (q4) quantises the linear layers, and a decoder's token
-        table, as they are read; "gguf" keeps the Q8_0, Q4_0 and Q4_1 matrices of a GGUF file as they are,
-        which are dequantised otherwise; a folder that minilm quantised needs neither, and "float" dequantises
-        it. `dtype` is then that of activations and of what stays floating. On a CPU, layers round what they
-        read to 8 bits as well, with a scale for each 192 numbers of a token (int8) or for each 32, from the
-        least to the largest of them (in 4 bits: from minus to plus the largest magnitude). A quantised model
-        is for
-        inference: its parameters take no gradients. `load_report` says what was quantised, and what could not
-        be.
+        table, while loading; "gguf" keeps the Q8_0, Q4_0 and Q4_1 matrices of a GGUF file, which are
+        dequantised otherwise; a folder that minilm quantised needs neither, and "float" dequantises it.
+        `dtype` then applies to activations and unquantised weights. On a CPU, layers quantise their inputs
+        to 8 bits as well, with one scale per 192 numbers of a token (int8) or per 32, over the range from the
+        least to the largest of them (4 bits: from minus to plus the largest magnitude). A quantised model is
+        for inference: its parameters take no gradients. `load_report` lists what was quantised, and what
+        could not be.
 
-        Raises HubError (no such model), ConfigError (an option that is not supported), WeightError (tensors
-        that do not fit).
+        Raises HubError (no such model), ConfigError (unsupported option), WeightError (tensors that do not
+        match the model).
         """
         hub = {k: options.pop(k) for k in HUB_OPTIONS if k in options}
         overrides = with_effect(options, WITHOUT_EFFECT)
@@ -253,7 +252,7 @@ class Checkpointed(Companion):
         return model.eval()
 
     def read_beside_weights(self, folder: Path) -> None:
-        """Whatever else the model takes from its folder."""
+        """Load other files of the model's folder; subclasses override it."""
 
     @classmethod
     def from_config(
@@ -263,7 +262,7 @@ class Checkpointed(Companion):
         dtype: torch.dtype | str | None = None,
         device: torch.device | str | None = None,
     ) -> Model:
-        """A model with random weights, in training mode, as transformers' `from_config` leaves it."""
+        """A model with random weights, in training mode like transformers' `from_config`."""
         with torch.device("meta"):
             model = cls(config)
         model.to(as_dtype(dtype) or torch.get_default_dtype())
@@ -272,7 +271,7 @@ class Checkpointed(Companion):
         return model
 
     def initialise(self) -> None:
-        """Fill all parameters at random (nothing on the meta device). Heads call it when they are made."""
+        """Initialise all parameters at random (on the meta device: do nothing). Constructors call it."""
         std = float(self.config.get("initializer_range", 0.02))
         if self.device.type != "meta":
             with torch.no_grad():
@@ -287,10 +286,10 @@ class Checkpointed(Companion):
         max_shard_size: str = "5GB",
         **options: Any,
     ) -> None:
-        """Write config.json, safetensors and the generation defaults into a folder that transformers loads.
+        """Write config.json, safetensors and the generation defaults, as transformers loads them.
 
-        They take the place of an earlier model there together: whenever the process ends, the folder has the
-        one or the other (`minilm.files.saving`). Other files stay.
+        They replace an earlier model in the folder atomically: if the process is killed, the folder has
+        either the old or the new model (`minilm.files.saving`). Other files stay.
         """
         check_save_options(options)
         if not is_main_process:
@@ -307,7 +306,7 @@ class Checkpointed(Companion):
             config.quantization_config = quantization
         family, head = self.family, self.head_kind
         generation = getattr(self, "generation_config", None)
-        # Without one of its own, a model goes by its config.json, and not by what another has left.
+        # A model without a generation config must not pick up one that an earlier model left in the folder.
         with saving(folder, replaces=("generation_config.json",)) as new:
             save_weights(
                 self,
@@ -326,10 +325,10 @@ def _override(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
     unknown = [name for name in overrides if name not in config and name != "num_labels"]
     if unknown:
         raise TypeError(
-            f"from_pretrained got {', '.join(unknown)}, which is neither an option of loading nor of a "
-            f"{config.model_type} configuration{instead(OPTIONS, unknown)}"
+            f"from_pretrained got {', '.join(unknown)}, which is neither one of its own options nor one "
+            f"of a {config.model_type} configuration{instead(OPTIONS, unknown)}"
         )
-    for name in ("num_labels", *overrides):  # before id2label, which says more
+    for name in ("num_labels", *overrides):  # num_labels before id2label, which overrides it
         if name in overrides:
             setattr(config, name, overrides[name])
 

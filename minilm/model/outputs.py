@@ -1,4 +1,4 @@
-"""What models return: objects with transformers' field names, read by attribute, by key, or by position."""
+"""Return values of models: transformers' field names, accessible by attribute, key or position."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 class ModelOutput(OrderedDict[str, Any]):
-    """A dataclass that is a dict and a tuple too: ``out.logits``, ``out["logits"]``, ``out[0]``,
+    """A dataclass that also works as a dict and a tuple: ``out.logits``, ``out["logits"]``, ``out[0]``,
     ``out.to_tuple()``.
 
     Fields that are None are absent from the dict and from the tuple.
@@ -50,8 +50,8 @@ Tensors = tuple[Tensor, ...]
 
 @dataclass
 class BaseModelOutput(ModelOutput):
-    """last_hidden_state [B, S, C]; hidden_states: one [B, S, C] before each layer and the last; attentions:
-    [B, H, S, S] a layer."""
+    """last_hidden_state [B, S, C]; hidden_states: [B, S, C] before each layer and after the last; attentions:
+    [B, H, S, S] per layer."""
 
     last_hidden_state: Tensor | None = None
     pooler_output: Tensor | None = None
@@ -72,7 +72,7 @@ class MaskedLMOutput(ModelOutput):
 
 @dataclass
 class CausalLMOutput(ModelOutput):
-    """logits [B, S, V], and the cache that continues them."""
+    """logits [B, S, V], and the KV cache to continue from."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -94,7 +94,7 @@ class PreTrainingOutput(ModelOutput):
 
 @dataclass
 class NextSentencePredictorOutput(ModelOutput):
-    """logits [B, 2]: is the next sentence, is a random one."""
+    """logits [B, 2]: is the next sentence, is a random sentence."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None

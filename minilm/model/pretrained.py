@@ -1,8 +1,7 @@
-"""What every model made of the one Transformer can do: run on padded batches, grow its vocabulary, save and
-load itself.
+"""`PreTrainedModel`, the base class of all models: the Transformer body and the public API around it.
 
-`PreTrainedModel` is a body with the public API around it: `forward` packs the [B, S] batch that it is called
-with, runs the body, and pads the result. The heads are in `minilm.model.heads` and `causal`.
+`forward` takes a padded [B, S] batch, packs it, runs the body and the head, and pads the result. The task
+heads are in `minilm.model.heads` and `causal`; loading and saving is in `loading`.
 """
 
 from __future__ import annotations
@@ -31,19 +30,20 @@ from .transformer import Transformer
 
 
 class PreTrainedModel(ops.Whole, Checkpointed):
-    """A body and the public API around it. Subclasses add a head and say how they are called.
+    """A body and the public API around it: takes padded batches, returns padded results. Subclasses add a
+    task head.
 
-    `config` is the checkpoint's configuration under its own names, `spec` what minilm made of it.
+    `config` is the checkpoint's configuration under its own names, `spec` its translation (`ModelConfig`).
     """
 
     head_kind: ClassVar[Head] = "base"
     output_class: ClassVar[type[ModelOutput]] = ModelOutput
     body: Transformer
     model_type: ClassVar[str | None] = None
-    """Of a class of one family (`of_family`)."""
+    """Set in the classes of one family (`of_family`)."""
 
     def __new__(cls, config: Any = None, *arguments: Any, **options: Any) -> PreTrainedModel:
-        """``AutoModelForMaskedLM(config)`` of a BERT is a `BertForMaskedLM`."""
+        """``AutoModelForMaskedLM(config)`` with a BERT configuration creates a `BertForMaskedLM`."""
         general = cls.model_type is None and cls.__module__.startswith(f"{__package__}.")
         general &= isinstance(config, PretrainedConfig)
         return super().__new__(of_family(cls, config.model_type) if general else cls)
@@ -51,7 +51,7 @@ class PreTrainedModel(ops.Whole, Checkpointed):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
         if not isinstance(config, PretrainedConfig):
-            how = f"{type(self).__name__}.from_pretrained loads by name"  # type: ignore[unreachable]
+            how = f"to load by name, use {type(self).__name__}.from_pretrained"  # type: ignore[unreachable]
             raise TypeError(
                 f"config must be a PretrainedConfig, and is {type(config).__name__}: {config!r:.60}; {how}"
             )
@@ -59,7 +59,7 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         if self.model_type not in (None, config.model_type):
             raise ConfigError(
                 f"{type(self).__name__} is a {self.model_type} model, and the configuration is of a "
-                f"{config.model_type}: use the Auto class with this head, which takes either"
+                f"{config.model_type}: use the Auto class with this head, which takes both"
             )
         self.family: Family = family_of(config.model_type)
         if self.head_kind != "base" and self.head_kind not in self.family.heads:
@@ -89,10 +89,10 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         **head_options: Any,
     ) -> Any:
         """Run a padded batch; arguments and results have transformers' names (see `pack`, and `answer` of the
-        head). After an error, `past_key_values` is as it was.
+        head). After an error, `past_key_values` is unchanged.
 
-        `num_items_in_batch`: the loss is the sum over labels divided by this, in place of their mean, for
-        batches that are accumulated.
+        `num_items_in_batch`: the loss is the sum over labels divided by this number instead of their mean,
+        for gradient accumulation.
         """
         options = {
             "use_cache": (
@@ -133,7 +133,7 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         )
 
     def _share(self, labels: Tensor, packed: Packed, items: int | Tensor) -> Tensor | int:
-        """This batch's part of all `items`; as in transformers, the mean of a regression is left alone."""
+        """This batch's share of all `items`; 1 for regression, whose mean is kept, as in transformers."""
         if labels.dim() == 1 and not labels.is_floating_point():
             return (labels != -100).sum() / items
         if labels.shape != (packed.batch, packed.columns) or self.head_kind == "sequence-classification":
@@ -141,7 +141,7 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         return (token_targets(labels, packed, self.head_kind == "causal-lm") != -100).sum() / items
 
     def answer(self, hidden: Tensor, batch: Batch, labels: Tensor | None) -> dict[str, Any]:
-        """What the head makes of the hidden states [T, C]: the fields of `output_class`."""
+        """The head: hidden states [T, C] -> the fields of `output_class`."""
         raise NotImplementedError(f"{type(self).__name__} has no head")
 
     def pack(
@@ -158,11 +158,11 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         output_hidden_states: bool = False,
         stop: int | None = None,
     ) -> Batch:
-        """Check a padded batch and pack it, ready for the body; with a cache, take room there.
+        """Check a padded batch and pack it for the body; with a cache, reserve space in it.
 
         input_ids int64 [B, S] or inputs_embeds [B, S, C]; attention_mask [B, S], or [B, past + S] with a
-        cache; the other ids [B, S] (position_ids also [1, S]). `stop`: the body is to give the residual
-        stream before this layer. Raises ValueError for shapes or ids that do not fit.
+        cache; the other ids [B, S] (position_ids also [1, S]). `stop`: the body returns the residual stream
+        before this layer. Raises ValueError for wrong shapes or ids out of range.
         """
         given = input_ids if input_ids is not None else inputs_embeds
         if given is None or (input_ids is not None and inputs_embeds is not None):
@@ -197,7 +197,7 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         return self._placed(batch, [] if cache is None else cache.rows)
 
     def _placed(self, batch: Batch, rows: Sequence[int]) -> Batch:
-        """The batch with its places in the cache and the angles of its positions."""
+        """Add to the batch its slots in the cache and the rope angles of its positions."""
         if batch.cache is not None:
             batch.rows = list(rows)
             batch.step = batch.cache.extend(batch.rows, batch.packed.lengths)
@@ -214,10 +214,10 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         cache: KVCache | None = None,
         rows: Sequence[int] = (),
     ) -> Tensor:
-        """The body on tokens that are packed already: int64 [T] -> hidden states [T, C].
+        """Run the body on tokens that are already packed: int64 [T] -> hidden states [T, C].
 
-        `packed.positions` are the tokens' true positions. With a cache, sequence b continues its row
-        ``rows[b]``. This is the entry of the decoding loop: no padding is made, and ids are not checked.
+        `packed.positions` are the tokens' positions. With a cache, sequence b continues the cache's row
+        ``rows[b]``. The decoding loop calls this: it needs no padding, and ids are not checked.
         """
         offset = self.spec.position_offset
         batch = Batch(tokens, packed.positions + offset, packed, cache=cache)
@@ -273,9 +273,9 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         cache: KVCache | None,
         layouts: list[Layout] | None,
     ) -> Tensor:
-        """The position of each packed token, int64 [T]: a row of the position table, or an angle of rope."""
+        """The position of each packed token, int64 [T]: a row of the position table, or rope's position."""
         spec = self.spec
-        high = low = None  # of the positions, where they are known without a look at them
+        high = low = None  # largest and smallest position, if known without reading the tensor
         if position_ids is not None:
             position_ids = integers("position_ids", position_ids)
             if position_ids.dim() == 1 or position_ids.shape[:1] == (1,):  # one row for all
@@ -285,7 +285,7 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         elif spec.positions_skip_padding_id is not None and input_ids is not None:
             real = (input_ids != spec.positions_skip_padding_id).long()
             seen, counts = packed.pack(real), packed.pack(real.cumsum(1))
-            if packed.tokens:  # what stands under the padding before a row is not counted
+            if packed.tokens:  # ids at the padding before a row do not count
                 before = (counts - seen)[packed.cu_seqlens[:-1].long().clamp(max=packed.tokens - 1)]
                 counts = counts - before.repeat_interleave(packed.cu_seqlens.diff())
             positions = counts * seen - 1 + spec.position_offset
@@ -323,13 +323,13 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         size = self.spec.vocab_size if self.spec.types_are_tokens else self.spec.type_vocab_size
         token_type_ids = integers("token_type_ids", token_type_ids)
         check_columns("token_type_ids", token_type_ids, packed.batch, packed.columns)
-        if size == 0:  # a tokenizer may make them for a model that has none
+        if size == 0:  # some tokenizers return them for models without token types
             return None
         self._check_ids("token_type_ids", token_type_ids, size, "the model has")
         return packed.pack(token_type_ids)
 
     def _counts_columns(self, input_ids: Tensor | None) -> bool:
-        """Whether positions are rows of a table, and those of transformers are the columns of the batch."""
+        """Whether transformers would use the columns of the batch as rows of a position table."""
         skips = self.spec.positions_skip_padding_id is not None and input_ids is not None
         return self.spec.positions == "learned" and not skips
 
@@ -345,24 +345,24 @@ class PreTrainedModel(ops.Whole, Checkpointed):
 
     # Being a model
     def weights_changed(self) -> None:
-        """Says that weights were written to in a way that cannot be seen: through an address (``data_ptr()``,
-        DLPack) that was taken before the model last ran. All other writes are seen, see
+        """Call this after writing to weights through an address (``data_ptr()``, DLPack) that was taken
+        before the model last ran: such writes cannot be detected. All others are, see
         `minilm.ops.backends.watch`."""
         watch.forget([*self.parameters(), *self.buffers()])
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return next(self.parameters()).device
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights; of a quantised model, that of activations and of what stays floating."""
+        """The dtype of the weights; in a quantised model, that of activations and unquantised weights."""
         return next(self.parameters()).dtype
 
     @property
     def base_model(self) -> PreTrainedModel:
-        """The same model without its head, sharing its parameters; the model itself if it has none."""
+        """The same model without its head, sharing its parameters; the model itself if it has no head."""
         return self if isinstance(self, AutoModel) else AutoModel.sharing(self)
 
     def __getattr__(self, name: str) -> Any:
@@ -383,7 +383,7 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         return getattr(tokens, "named", tokens)  # of an unfused model
 
     def fused_sizes(self) -> dict[str, tuple[int, ...]]:
-        """Rows of the parts of fused matrices, for the weight rules that split them."""
+        """Number of rows of each part of a fused matrix, for the weight rules that split them."""
         s = self.spec
         return {
             "qkv": (s.q_size, s.kv_size, s.kv_size),
@@ -395,7 +395,7 @@ _OF_FAMILIES: dict[tuple[Any, str], type[PreTrainedModel]] = {}
 
 
 def of_family(general: type[PreTrainedModel], model_type: str) -> type[PreTrainedModel]:
-    """The class of one family's models with this head, by transformers' name for it: BertForMaskedLM."""
+    """The class of one family's models with this head, under transformers' name, such as BertForMaskedLM."""
     if (general, model_type) not in _OF_FAMILIES:
         about = {"__module__": "minilm", "__doc__": general.__doc__, "model_type": model_type}
         name = family_of(model_type).class_name(general.head_kind)
@@ -419,7 +419,7 @@ class Pooler(nn.Module):
 
 
 class AutoModel(PreTrainedModel):
-    """The body alone: last hidden states, and the pooler's output where the family has a pooler."""
+    """The body alone: last hidden states, and the pooler's output if the family has a pooler."""
 
     output_class: ClassVar[type[ModelOutput]] = BaseModelOutput
 

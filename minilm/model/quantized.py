@@ -1,13 +1,13 @@
-"""Which matrices of a model are quantised, and the layers that hold them: drop-in for `layers.Linear` and
-`layers.Embedding`, for inference.
+"""Which matrices of a model are quantised, and the layers that hold them: replacements for `layers.Linear`
+and `layers.Embedding`, for inference.
 
-Quantised are the linear layers of the body. A decoder's token table and output matrix are so too, in q8_0
-whatever the others: an output matrix is read in full for every token, and its errors are errors of the
-logits. Norms, biases, positions, poolers and the heads of encoders are small and stay floating, and so does
-the token table of an encoder, of which a text reads a few rows.
+The linear layers of the body are quantised. So are a decoder's token table and output matrix, always in q8_0:
+the output matrix is read in full for every token, and its errors go directly into the logits. Norms, biases,
+positions, poolers and the heads of encoders are small and stay floating point, and so does the token table of
+an encoder, since a text reads only a few of its rows.
 
-The planes of a quantised layer are buffers, so that they are in `state_dict()` and move with the module; a
-change of dtype leaves them as they are and applies to what is computed with them.
+The planes of a quantised layer (codes, scale, minimum) are buffers, so they are in `state_dict()` and move
+with the module. A change of dtype does not change them; it applies to the activations.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ METHOD = "minilm"
 
 ALIASES = {"q8": "q8_0", "q4": "q4_1"}
 CHOICES = (*FORMATS, *ALIASES, "gguf", "float")
-"""Values of `weights=`: a format; "gguf" keeps those of a GGUF file; "float" dequantises what is
-quantised."""
+"""Values of `weights=`: a format; "gguf" keeps the formats of a GGUF file; "float" dequantises a quantised
+checkpoint."""
 
 _TABLES = "q8_0"
-"""Of a decoder's tables."""
+"""Format of a decoder's token table and output matrix."""
 _TABLE = "body.embeddings.tokens.weight"
 _OUTPUT = "head.decoder.weight"
 
@@ -41,7 +41,7 @@ Layer = TypeVar("Layer", bound="Quantized")
 
 
 class Quantized(nn.Module):
-    """What both layers share: the planes of one matrix [out, in] (`minilm.ops.quantized`)."""
+    """Base class of both layers: the planes of one matrix [out, in] (`minilm.ops.quantized`)."""
 
     codes: Tensor
     scale: Tensor
@@ -57,11 +57,11 @@ class Quantized(nn.Module):
 
     @property
     def quantized(self) -> QuantizedWeight:
-        """The matrix as the ops take it; it shares the memory of the buffers."""
+        """The matrix as an argument for the ops; it shares the memory of the buffers."""
         return QuantizedWeight(self.format, self.codes, self.scale, self.minimum)
 
     def train(self: Layer, mode: bool = True) -> Layer:
-        """Evaluation mode is the only one."""
+        """Raises RuntimeError for training mode."""
         if mode:
             raise RuntimeError(
                 f"a {type(self).__name__} ({self.format}) cannot be trained: load the model without weights="
@@ -72,7 +72,7 @@ class Quantized(nn.Module):
         planes = {id(plane) for plane in self.quantized.planes.values()}
 
         def moved(tensor: Tensor) -> Tensor:
-            """`fn`, of which planes follow the device alone: their dtypes are the format's."""
+            """`fn`, except that planes keep their dtype, which the format fixes, and only change device."""
             new = fn(tensor)
             return tensor.to(new.device) if id(tensor) in planes and new.dtype != tensor.dtype else new
 
@@ -81,7 +81,7 @@ class Quantized(nn.Module):
 
 
 class QuantizedLinear(Quantized):
-    """x W^T + b, with an activation if asked for, through `minilm.ops.quantized_linear`."""
+    """x W^T + b, with an optional activation, by `minilm.ops.quantized_linear`."""
 
     def __init__(self, weight: QuantizedWeight, bias: nn.Parameter | None = None) -> None:
         super().__init__(weight)
@@ -93,7 +93,7 @@ class QuantizedLinear(Quantized):
         return ops.quantized_linear(x, self.quantized, self.bias, activation)
 
     def extra_repr(self) -> str:
-        """As of nn.Linear, with the format."""
+        """As for nn.Linear, with the format."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, format={self.format}"
@@ -101,7 +101,7 @@ class QuantizedLinear(Quantized):
 
 
 class QuantizedEmbedding(Quantized):
-    """A table of vectors, dequantised row by row as they are looked up, to `dtype`."""
+    """A lookup table of vectors; the rows that are looked up are dequantised to `dtype`."""
 
     like: Tensor
 
@@ -109,7 +109,7 @@ class QuantizedEmbedding(Quantized):
         super().__init__(weight)
         self.num_embeddings, self.embedding_dim = weight.shape
         self.padding_idx = padding_idx
-        # Nothing but a dtype and a device, which `.to()` changes as it changes those of parameters.
+        # An empty tensor that carries dtype and device, so that `.to()` changes them as for parameters.
         self.register_buffer("like", weight.scale.new_empty(0, dtype=dtype), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -123,22 +123,22 @@ class QuantizedEmbedding(Quantized):
         return ops.quantized_linear(hidden, self.quantized)
 
     def extra_repr(self) -> str:
-        """As of nn.Embedding, with the format."""
+        """As for nn.Embedding, with the format."""
         return f"{self.num_embeddings}, {self.embedding_dim}, format={self.format}"
 
 
 def wanted_formats(
     model: nn.Module, spec: ModelConfig, weights: str | None, *, stored: str | None, gguf: bool, path: Path
 ) -> dict[str, str]:
-    """Our names of the matrices to quantise -> the format, or KEEP.
+    """The model's names of the matrices to quantise -> their format, or KEEP.
 
-    `stored`: the format of the checkpoint at `path`, None if it is not quantised as minilm computes with it;
-    `gguf`: it is a GGUF file. Raises ValueError for a choice that does not exist or cannot be had.
+    `stored`: the format of the checkpoint at `path`, None if it is not in one of minilm's formats; `gguf`: it
+    is a GGUF file. Raises ValueError for an unknown choice, or one that this checkpoint does not allow.
     """
     if weights is not None and weights not in CHOICES:
         raise ValueError(f"weights must be one of {', '.join(CHOICES)}, and is {weights!r}")
     if weights == "gguf" and not gguf:
-        raise ValueError(f"weights='gguf' keeps the formats of a GGUF file, and {path} is none")
+        raise ValueError(f"weights='gguf' keeps the formats of a GGUF file, and {path} is not one")
     targets = _matrices(model, spec)
     if weights == "float" or (weights is None and (gguf or stored is None)):
         return {}
@@ -146,10 +146,10 @@ def wanted_formats(
     if format in (None, "gguf") or (format == stored and not gguf):
         return dict.fromkeys(targets, KEEP)
     if stored is not None and not gguf:
-        raise ValueError(f"{path} is quantised already, to {stored}: quantise the original to {format}")
+        raise ValueError(f"{path} is already quantised to {stored}: quantise the original to {format}")
     assert format is not None
     formats = {name: _TABLES if name in (_TABLE, _OUTPUT) else format for name in targets}
-    if format == "int8":  # has no groups to fill
+    if format == "int8":  # int8 has no groups, so any number of columns fits
         formats = {
             name: format if _problem(formats[name], shape) else formats[name]
             for name, shape in targets.items()
@@ -185,7 +185,7 @@ def _problem(format: str, shape: tuple[int, int]) -> str:
 
 
 def install(model: nn.Module, name: str, matrix: QuantizedWeight) -> None:
-    """Put a quantised layer in the place of the one whose weight has the name `name`; its bias stays."""
+    """Replace the layer whose weight is called `name` by a quantised layer; the bias is kept."""
     place, _, leaf = name.removesuffix(".weight").rpartition(".")
     parent = model.get_submodule(place)
     old = getattr(parent, leaf)
@@ -197,7 +197,7 @@ def install(model: nn.Module, name: str, matrix: QuantizedWeight) -> None:
 
 
 def quantized_matrices(model: nn.Module) -> dict[str, QuantizedWeight]:
-    """The quantised matrices of a model, by the names of the parameters in whose place they are."""
+    """The quantised matrices of a model, by the names of the parameters that they replace."""
     return {
         f"{name}.weight": module.quantized
         for name, module in model.named_modules()
@@ -206,8 +206,8 @@ def quantized_matrices(model: nn.Module) -> dict[str, QuantizedWeight]:
 
 
 def describe(model: nn.Module) -> dict[str, str] | None:
-    """`quantization_config` of a model: its layers' format, "mixed" if they have several; None if it is not
-    quantised."""
+    """The `quantization_config` of a model: its layers' format, "mixed" if they have several; None if the
+    model is not quantised."""
     formats = {name: matrix.format for name, matrix in quantized_matrices(model).items()}
     if not formats:
         return None

@@ -1,8 +1,8 @@
-"""Rotary position embedding: the angle by which each pair of a head's dimensions turns, position by position.
+"""Rotary position embedding: the rotation angle of each pair of a head's dimensions, for each position.
 
-Position p turns the pair (i, i + D/2) by p * f_i, f_i = theta^(-2i/D), so that q·k depends on the distance of
-two tokens alone (Su et al. 2021, arXiv:2104.09864). The scaled variants change the f_i (see `RopeConfig`);
-they are written out here.
+Position p rotates the pair (i, i + D/2) by p * f_i, f_i = theta^(-2i/D), so that q·k depends only on the
+distance between two tokens (Su et al. 2021, arXiv:2104.09864). The scaled variants change the f_i (see
+`RopeConfig`); their formulas are here.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def frequencies(config: RopeConfig, head_dim: int) -> Tensor:
 
 @cache
 def _kept_frequencies(config: RopeConfig, head_dim: int) -> Tensor:
-    """`frequencies`, computed once: a decoding step asks for them each time. On the CPU, and fit for
-    autograd, whatever the mode of the first caller."""
+    """`frequencies`, cached, since every decoding step needs them. On the CPU, and usable by autograd even if
+    the first caller was in inference mode."""
     with torch.inference_mode(False), torch.device("cpu"):
         return frequencies(config, head_dim)
 
@@ -44,19 +44,19 @@ def _plain(theta: float | Tensor, head_dim: int) -> Tensor:
 
 
 def _llama3(config: RopeConfig, plain: Tensor) -> Tensor:
-    """Wavelengths longer than original/low_freq_factor are slowed by `factor`, those shorter than
-    original/high_freq_factor kept."""
+    """Frequencies with wavelengths longer than original/low_freq_factor are divided by `factor`, those with
+    wavelengths shorter than original/high_freq_factor kept."""
     wavelength = 2 * math.pi / plain
     ramp = (config.original_max_positions / wavelength - config.low_freq_factor) / (
         config.high_freq_factor - config.low_freq_factor
     )
-    ramp = ramp.clamp(0, 1)  # 0: slowed, 1: kept
+    ramp = ramp.clamp(0, 1)  # 0: divided by factor, 1: kept
     return (1 - ramp) * plain / config.factor + ramp * plain
 
 
 def _yarn(config: RopeConfig, plain: Tensor, head_dim: int) -> Tensor:
-    """Dimensions that turn more than beta_fast times over the original context are kept, fewer than beta_slow
-    slowed."""
+    """Frequencies with more than beta_fast rotations over the original context are kept, those with fewer
+    than beta_slow divided by `factor`."""
 
     def dimension(turns: float) -> float:
         return (
@@ -79,8 +79,8 @@ def angles(
 ) -> tuple[Tensor, Tensor]:
     """cos and sin, float32 [T, D/2], at `positions` [T].
 
-    `context` [T] is the length, so far, of the sequence that each token belongs to; `dynamic` alone asks for
-    it: past `max_positions`, theta grows with it, for each sequence by itself.
+    `context` [T] is the current length of each token's sequence. Only `dynamic` uses it: beyond
+    `max_positions`, theta grows with it, separately for each sequence.
     """
     if config.type == "dynamic" and context is not None and bool((context > config.max_positions).any()):
         stretch = config.factor * context.clamp(min=config.max_positions) / config.max_positions - (
@@ -102,16 +102,16 @@ _IN_TABLE = 2048
 
 @lru_cache(maxsize=8)
 def angle_table(config: RopeConfig, head_dim: int, count: int) -> tuple[Tensor, Tensor]:
-    """`angles` of the first `count` positions, on the CPU, computed once."""
+    """`angles` of the first `count` positions, on the CPU, cached."""
     with torch.inference_mode(False), torch.device("cpu"):
         turned = torch.arange(count)[:, None].float() * frequencies(config, head_dim)
         return turned.cos() * config.attention_factor, turned.sin() * config.attention_factor
 
 
 def _few(positions: Tensor) -> bool:
-    """Whether a table has them. Cosines of a short text take longer to share out to threads than to find."""
+    """Whether to use the table. For short texts, starting threads would take longer than the cosines."""
     if type(positions) is not Tensor or positions.device.type != "cpu" or not 0 < len(positions) <= _IN_TABLE:
-        return False  # a fake tensor has no numbers
+        return False  # a fake tensor (torch.compile) has no values
     if torch.compiler.is_compiling() or torch._C._is_tracing():
         return False
     least, most = positions.aminmax()

@@ -1,4 +1,4 @@
-"""The one Transformer: embeddings, L blocks and, where the family has one, a final norm; on packed tokens."""
+"""The one Transformer: embeddings, L blocks and, if the family has one, a final norm; on packed tokens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .layers import Block, Embeddings, Norm
 
 
 class Transformer(ops.Whole, nn.Module):
-    """The body of every model. What goes in is a `Batch`; what comes out, its last hidden states [T, C]."""
+    """The body of every model: takes a `Batch`, returns its last hidden states [T, C]."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -24,8 +24,8 @@ class Transformer(ops.Whole, nn.Module):
         self.gradient_checkpointing = False
 
     def forward(self, batch: Batch) -> Tensor:
-        """Returns the last hidden states, [T, C]; fills `batch.hidden_states` and `batch.attentions` where
-        they are lists."""
+        """Returns the last hidden states, [T, C]; fills `batch.hidden_states` and `batch.attentions` if they
+        are lists."""
         x: Tensor = self.embeddings(batch.tokens, batch.positions, batch.types)
         result: Tensor = ops.run_whole("blocks", x.device, x.dtype, self, x, batch)
         return result
@@ -33,9 +33,9 @@ class Transformer(ops.Whole, nn.Module):
     def run_blocks(self, x: Tensor, batch: Batch) -> Tensor:
         """All blocks, one by one, and the final norm: embedded tokens [T, C] -> hidden states [T, C].
 
-        What the blocks are, and the way of every backend but the native one, which has all of them in one
-        call (`minilm.native.blocks`). Each op in it is chosen for itself. With `batch.stop`, the residual
-        stream before that block.
+        Reference definition. Every backend except the native one runs it, with an implementation chosen for
+        each op; the native one runs all blocks in one call (`minilm.native.blocks`). With `batch.stop`,
+        returns the residual stream before that block.
         """
         delta: Tensor | None = None
         for block in self.layers if batch.stop is None else self.layers[: batch.stop]:

@@ -1,7 +1,7 @@
-"""Whole passes of a model as one call of the native extension.
+"""A whole forward pass, or several decoding steps, as one call of the native extension.
 
-The model knows nothing of this folder: the dispatch table imports it when one of its ops is first looked up
-(`minilm.ops.dispatch.PLUGINS`). Skip it on a first reading.
+Performance layer: skip on first reading. It computes what `minilm.model` defines, and the model does not
+import it: the dispatch table does, when one of its ops is first used (`minilm.ops.dispatch.PLUGINS`).
 """
 
 from __future__ import annotations

@@ -1,13 +1,13 @@
 """All blocks of a Transformer in one call of the native extension (csrc/cpu/transformer.cpp).
 
-`layers.Block` says what a block computes, op by op; this module hands the same weights to a kernel that runs
-all of them in one parallel region. It is one more implementation behind the dispatch table, of the op
-`blocks`: chosen for inference on a CPU, and left, with the reason, for whatever only the modules can do.
+`layers.Block` defines a block, op by op; this module passes the same weights to a kernel that runs all blocks
+in one parallel region. It is an implementation of the op `blocks` in the dispatch table, selected for
+inference on a CPU. For calls that need the modules (gradients, hooks, ...), it is skipped, and the reason
+recorded: the *obstacle*.
 
-The weights are packed once into one tensor, the arena, when a model first runs, and anew when one was
-exchanged or written to (`minilm.ops.backends.watch` says what writes are seen); the layers that run one by
-one find their weights there too. Everything else that the body computes by is looked at in each call
-(`state`): what this pass can take is taken, the rest is left to the modules.
+The weights are packed into one tensor, the *arena*, when a model first runs, and again if one was replaced or
+written to (`minilm.ops.backends.watch`); layers that run one by one use the same packed copies. Everything
+else that affects the result is checked at each call (`state`).
 """
 
 from __future__ import annotations
@@ -26,28 +26,28 @@ from .state import Structure, hooked, made_of, other_code, own_code
 
 ALIGNMENT = 64
 CACHES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-"""Dtypes of keys and values that the extension reads."""
+"""Supported dtypes of keys and values."""
 HEADER = 14
-"""Numbers of the layout before those of the blocks; the last two are the places of the final norm."""
+"""Length of the layout's header; the last two entries are the offsets of the final norm."""
 
 
 class Arena(NamedTuple):
-    """The packed blocks of a body."""
+    """The packed weights of all blocks of a body, in one buffer."""
 
     weights: Tensor
     """uint8."""
     layout: Tensor
-    """int64: what lies where."""
+    """int64: offsets and sizes of the parts."""
 
 
 def obstacle(body: Transformer, x: Tensor, batch: Batch) -> str | Callable[..., Tensor]:
-    """What in this call, on the embedded tokens x, only the modules can do; if nothing, what to call."""
+    """Why this call on the embedded tokens x needs the modules; if nothing, the function to call."""
     if native.unavailable is not None:
         return native.unavailable
     if batch.hidden_states is not None or batch.attentions is not None:
-        return "the results of each layer are asked for"
+        return "the outputs of each layer are requested"
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in body.parameters())):
-        return "gradients are wanted (torch.inference_mode() or torch.no_grad() says that they are not)"
+        return "gradients are enabled (torch.inference_mode() or torch.no_grad() disables them)"
     if batch.cache is not None and batch.cache.dtype not in CACHES:
         return f"the extension has no kernel for a cache in {batch.cache.dtype}"
     found = look(body)
@@ -55,9 +55,9 @@ def obstacle(body: Transformer, x: Tensor, batch: Batch) -> str | Callable[..., 
 
 
 def look(body: Transformer, trusting: bool = False) -> str | Arena:
-    """The packed blocks as the body is now, or what in its state only the modules can do.
+    """The packed blocks for the current state of the body, or the reason why it needs the modules.
 
-    trusting: nothing is looked at but global hooks, and what `weights_changed` has said.
+    trusting: check only global hooks and calls of `weights_changed`.
     """
     reason = other_code()
     if reason is not None:
@@ -71,7 +71,7 @@ def look(body: Transformer, trusting: bool = False) -> str | Arena:
 
 
 def run_blocks(body: Transformer, x: Tensor, batch: Batch, *, arena: Arena | None = None) -> Tensor:
-    """Embedded tokens [T, C] -> hidden states after the final norm [T, C]; `arena`: what was found."""
+    """Embedded tokens [T, C] -> hidden states after the final norm [T, C]; `arena`: result of `look`."""
     found = look(body) if arena is None else arena
     if isinstance(found, str):
         raise RuntimeError(f"the blocks cannot run natively: {found}")
@@ -103,7 +103,7 @@ def _first(layout: Tensor, blocks: int, of: int) -> Tensor:
 
 
 class _Blocks:
-    """A body as it was last looked at, and its packed blocks."""
+    """The last checked state of a body, and its packed blocks."""
 
     def __init__(self, body: Transformer, before: _Blocks | None) -> None:
         modules = list(body.modules())
@@ -112,7 +112,7 @@ class _Blocks:
         self.obstacle = _obstacle(body, modules)
         self.arena: Arena | None = None
         self.keys: list[Tensor] = []
-        """Those that `packed.kept` finds the arena's parts by."""
+        """The tensors by which `packed.kept` finds the parts of the arena."""
         self.tensors: list[Tensor] = []
         self.settings: list[object] = []
         self.watch: watch.Watch | None = None
@@ -124,16 +124,16 @@ class _Blocks:
             tensors, settings = _sources(body), _settings(body)
             same = _same_objects(tensors, self.tensors) and settings == self.settings
             if not same or not self._weights_hold():
-                self.drop()  # its memory goes before the new one's comes
+                self.drop()  # free its memory before allocating the new one
             self.tensors, self.settings = tensors, settings
 
     def drop(self) -> None:
-        """Give the arena's memory back."""
+        """Free the arena's memory."""
         packed.forget_kept(self.keys)
         self.arena, self.keys = None, []
 
     def is_current(self, trusting: bool) -> bool:
-        """Whether the body is what it was; of one that is refused, the weights' values are no matter."""
+        """Whether the body is unchanged; if it is refused anyway, the values of weights do not matter."""
         if trusting and self.arena is not None and self.watch is not None:
             return not self.watch.told
         if not self.structure.stands():
@@ -144,7 +144,7 @@ class _Blocks:
         return self.arena is not None and self.watch is not None and self.watch.holds(self.tensors)
 
     def pack(self, body: Transformer) -> Arena:
-        """The arena, packed if there is none."""
+        """The arena; packs it if there is none."""
         if self.arena is None:
             self.watch = watch.Watch(self.tensors)
             writer = _Writer(body)
@@ -168,7 +168,7 @@ def _tensors(module: nn.Module) -> list[Tensor]:
 
 
 def _settings(body: Transformer) -> list[object]:
-    """What the layout says beside the places of weights."""
+    """The settings in the layout, apart from the offsets of weights."""
     found: list[object] = [body.config, *_first_settings(body)]
     for block in body.layers:
         assert isinstance(block, Block)
@@ -177,14 +177,14 @@ def _settings(body: Transformer) -> list[object]:
 
 
 def _first_settings(body: Transformer) -> tuple[str, float]:
-    """Activation and eps, of which the kernels have one for all layers."""
+    """Activation and eps, which the kernels share between all layers."""
     block = body.layers[0]
     assert isinstance(block, Block)
     return block.mlp.activation, block.attention_norm.eps
 
 
 def _obstacle(body: Transformer, modules: list[nn.Module]) -> str | None:
-    """What in the body, its weights' values aside, only the modules can do."""
+    """Why the body needs the modules, apart from the values of its weights; or None."""
     config = body.config
     reason = _refusal(body)
     if reason is None:
@@ -235,7 +235,7 @@ def _refusal(body: Transformer) -> str | None:
 
 
 def _refused_settings(body: Transformer, block: Block) -> str | None:
-    """What one block computes by, and the kernels have one of for all blocks."""
+    """Why a block's settings need the modules: those that the kernels share between all blocks differ."""
     config, attention, mlp = body.config, block.attention, block.mlp
     activation, eps = _first_settings(body)
     for norm in (attention.q_norm, attention.k_norm):
@@ -244,7 +244,7 @@ def _refused_settings(body: Transformer, block: Block) -> str | None:
     if (attention.q_norm is None) != (attention.k_norm is None):
         return "only one of q and k has a norm"
     if attention.config is not config and attention.config != config:
-        return "a layer's attention has a configuration of its own"
+        return "a layer's attention has another configuration"
     if mlp.activation != activation:
         return f"a layer has the activation {mlp.activation}, and another {activation}"
     if mlp.gated != config.gated_mlp or block.pre_norm != config.pre_norm:
@@ -264,7 +264,7 @@ def _refused_linear(linear: nn.Module) -> str | None:
         weight = linear._parameters.get("weight")
         if not isinstance(
             weight, nn.Parameter
-        ):  # given for one call (torch.func.functional_call), or computed
+        ):  # passed for one call (torch.func.functional_call), or computed
             return "a weight is not a parameter"
         if weight.dtype not in packed.FORMATS:
             return f"the extension has no kernel for weights in {weight.dtype}"
@@ -285,8 +285,8 @@ def _linears(block: Block) -> tuple[nn.Module, ...]:
 
 
 class _Writer:
-    """Lays the weights of a body out in an arena, and writes down where they are, in the order in which
-    csrc/bindings_transformer.cpp reads it."""
+    """Packs the weights of a body into an arena, and records their offsets in the order in which
+    csrc/bindings_transformer.cpp reads them."""
 
     def __init__(self, body: Transformer) -> None:
         self.body = body
@@ -294,7 +294,7 @@ class _Writer:
         self.pieces: list[Tensor] = []
         self.size = 0
         self.shared: list[tuple[packed.Sources, packed.Packed, int, int]] = []
-        """Of each linear layer: its tensors, how it was packed, and where in how many bytes."""
+        """Per linear layer: its tensors, how it is packed, its offset and size in bytes."""
 
     def write(self) -> Arena:
         c = self.body.config
@@ -337,7 +337,7 @@ class _Writer:
         return Arena(arena, torch.tensor(self.numbers))
 
     def share(self, arena: Tensor) -> list[Tensor]:
-        """Has layers that run one by one use the arena; returns what `packed.kept` finds its parts by."""
+        """Let layers that run one by one use the arena; returns the keys of its parts in `packed.kept`."""
         for sources, made, at, size in self.shared:
             packed.share(sources, made._replace(data=arena[at : at + size]))
         return [sources[0] for sources, *_ in self.shared]

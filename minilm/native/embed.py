@@ -1,7 +1,7 @@
-"""The vectors of tokens, positions and types, added and normalised, in one call of the native extension.
+"""Token, position and type embeddings, added and normalised, in one call of the native extension.
 
-`layers.Embeddings` says what is computed; this is one more implementation of it behind the dispatch table, of
-the op `embed`: of a short text, half a dozen calls of Python take as long as a layer.
+`layers.Embeddings` defines the result; this is an implementation of the op `embed` in the dispatch table. For
+a short text, half a dozen Python calls would take as long as a layer.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from .state import hooked, other_code, own_code
 
 
 def obstacle(embeddings: Embeddings, *_: object) -> str | None:
-    """What in these embeddings only the modules can do."""
+    """Why these embeddings need the modules, or None."""
     if native.unavailable is not None:
         return native.unavailable
     if embeddings.training and embeddings.config.embedding_dropout:
         return "dropout is on (model.eval() turns it off)"
     if torch.is_grad_enabled() and any(p.requires_grad for p in embeddings.parameters()):
-        return "gradients are wanted (torch.inference_mode() or torch.no_grad() says that they are not)"
+        return "gradients are enabled (torch.inference_mode() or torch.no_grad() disables them)"
     reason = other_code()
     if reason is not None:
         return reason
@@ -32,7 +32,7 @@ def obstacle(embeddings: Embeddings, *_: object) -> str | None:
         if type(module) not in _KINDS[name]:
             return f"a part was replaced by a {type(module).__name__}"
         if getattr(module, "max_norm", None) is not None:
-            return "a table has a max_norm, to which a lookup scales its rows"
+            return "a table has a max_norm, to which lookups rescale its rows"
     return own_code(parts.values())
 
 
@@ -45,7 +45,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
 
 
 def run_embed(embeddings: Embeddings, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
-    """As `layers.Embeddings`."""
+    """See `layers.Embeddings`."""
     table, norm = embeddings.tokens, embeddings.norm
     scale = minimum = None
     if isinstance(table, QuantizedEmbedding):

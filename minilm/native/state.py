@@ -1,9 +1,9 @@
-"""What a native pass takes for granted about modules, and how it is looked at again at every call.
+"""Detects changes to modules that a native forward pass replaces; checked at every call.
 
-A pass of the extension stands for modules, so what anybody did to them must count: weights, modules and
-settings that were exchanged, hooks, a `forward` of one's own. `Structure` remembers all that a body holds and
-says in some microseconds whether it is still there; `other_code` tells what was done to all modules at once.
-What was written into the weights is `minilm.ops.backends.watch`'s affair.
+The native call replaces modules, so users' changes to them must take effect: replaced weights, modules and
+settings, hooks, an overridden `forward`. `Structure` records everything that a body contains and checks in a
+few microseconds whether it is unchanged; `other_code` finds changes to all modules at once. Writes to the
+values of weights are detected by `minilm.ops.backends.watch`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ SETTINGS: dict[type, tuple[str, ...]] = {
     MLP: ("activation", "gated"),
     Norm: ("eps", "rms"),
 }
-"""What else a module computes by, beside what is in it."""
+"""Attributes of a module that affect its result, apart from submodules and parameters."""
 
 _CLASSES: tuple[type, ...] = (
     *SETTINGS,
@@ -59,7 +59,7 @@ _CLASSES: tuple[type, ...] = (
 
 
 def _methods() -> Iterator[tuple[type, str, object]]:
-    """What these classes run."""
+    """The methods of these classes."""
     for cls in _CLASSES:
         names = {name for name, value in vars(cls).items() if isinstance(value, FunctionType | property)}
         for name in sorted(names | {"forward", "__call__", "_call_impl"}):
@@ -68,7 +68,7 @@ def _methods() -> Iterator[tuple[type, str, object]]:
 
 
 def _foreign(cls: type, name: str, method: object) -> bool:
-    """Whether a function was put into a class from elsewhere before this module was imported."""
+    """Whether a method of a class was replaced before this module was imported."""
     if name not in vars(cls) or not isinstance(method, FunctionType):
         return False
     return method.__qualname__ != f"{cls.__qualname__}.{name}" or hasattr(method, "__wrapped__")
@@ -79,7 +79,7 @@ _EARLY = next((f"{c.__name__}.{n}" for c, n, f in _methods() if _foreign(c, n, f
 
 
 def other_code() -> str | None:
-    """What was done to all modules at once, or to this call, that only they can do."""
+    """A change to all modules, or to this call, that needs the modules; or None."""
     if torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks:
         return "there are forward hooks for all modules"
     if not all(map(is_, map(getattr, _OWNERS, _NAMES), _FUNCTIONS)):
@@ -89,19 +89,19 @@ def other_code() -> str | None:
     if _EARLY is not None:
         return f"{_EARLY} was replaced"
     if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a transform of torch.func is at work"
+        return "a transform of torch.func is active"
     return None
 
 
 def own_code(modules: Iterable[nn.Module], names: Collection[str] | None = None) -> str | None:
-    """Which method, of these names or of any, one of these modules has for itself alone."""
+    """A method (with one of these names, or any) that one of these modules overrides; or None."""
     for module in modules:
         kind = type(module)
         methods = _method_names(kind)  # type: ignore[arg-type]
         if not methods.isdisjoint(module.__dict__):
             own = [n for n in module.__dict__ if n in methods and (names is None or n in names)]
             if own:
-                return f"a {kind.__name__} has a {own[0]} of its own"
+                return f"a {kind.__name__} has its own {own[0]}"
     return None
 
 
@@ -119,7 +119,7 @@ _DTYPE, _DEVICE = attrgetter("dtype"), attrgetter("device")
 
 
 class Structure:
-    """What some modules hold: each other, parameters and buffers, settings, hooks, names of their own."""
+    """The contents of some modules: submodules, parameters and buffers, settings, hooks, own attributes."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self.modules = tuple(modules)
@@ -141,11 +141,11 @@ class Structure:
         )
 
     def stands(self) -> bool:
-        """Whether everything is what it was."""
+        """Whether everything is unchanged."""
         return bool(_same(*self._all))
 
     def kinds(self) -> list[object]:
-        """Dtypes and devices of all tensors: ``module.double()`` changes them where they are."""
+        """Dtypes and devices of all tensors, which ``module.double()`` changes in place."""
         things = [thing for thing in self._all[2] if isinstance(thing, Tensor)]
         return [*map(_DTYPE, things), *map(_DEVICE, things)]
 
@@ -163,7 +163,7 @@ _same: Any = None if native.unavailable is not None else importlib.import_module
 
 
 class Made:
-    """What was made of one module's weights, behind a lock: threads that come at once make it once."""
+    """The packed copy of one module's weights, with a lock, so that concurrent threads pack only once."""
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
@@ -172,7 +172,7 @@ class Made:
 
 
 def made_of(module: nn.Module) -> Made:
-    """The place for what is made of a module. It goes with the module, into no copy and no file
+    """The storage for packed copies of a module's weights; neither copied nor pickled with the module
     (`minilm.ops.Whole`)."""
     made: Made | None = module.__dict__.get(MADE)
     return module.__dict__.setdefault(MADE, Made()) if made is None else made

@@ -1,14 +1,13 @@
-"""Steps of decoding: the newest token of each sequence in, a score for each possible next one out.
+"""Decoding steps: take the newest token of each sequence, return logits for the next one.
 
-`AutoModelForCausalLM.run_steps` says what a step is: the tokens' embeddings, all blocks with the cache, the
-head. A small model does it in a few milliseconds, of which the calls between Python and the kernels are a
-good part. So whole steps are one call of the native extension here (csrc/cpu/transformer.cpp); where the
-likeliest token is what is written and nobody waits for each, several. It is one more implementation behind
-the dispatch table, of the op `decode_step`.
+`AutoModelForCausalLM.run_steps` defines a step: embeddings, all blocks with the cache, the head. It takes a
+small model a few milliseconds, of which Python calls are a large part. So a whole step is one call of the
+native extension (csrc/cpu/transformer.cpp); with greedy decoding and no streaming, several steps are. This is
+an implementation of the op `decode_step` in the dispatch table.
 
-Whether somebody changed the modules or wrote into their weights (`ops.backends.watch`) takes a tenth of a
-small model's step to find out. An engine's texts ask with their prompt and then in every eighth step
-(`KVCache.steps_a_look`), as eight steps in one call do.
+Checking whether modules or weights have changed (`ops.backends.watch`) takes a tenth of a small model's step.
+The engine checks with the prompt and then at every eighth step (`KVCache.steps_a_look`), which is also the
+number of steps in one call.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def run_steps(
     *,
     found: tuple[blocks.Arena, _Ends] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `AutoModelForCausalLM.steps`, in one call; `found`: what `obstacle` found."""
+    """See `AutoModelForCausalLM.steps`; in one call. `found`: the result of `look`."""
     if found is None:
         looked = look(model)
         if isinstance(looked, str):
@@ -102,26 +101,26 @@ def _numbers(numbers: frozenset[int]) -> Tensor:
 
 @dataclass
 class _Ends:
-    """What a step needs beside the blocks, and what it was made from."""
+    """The packed embeddings and head for a step, and the state that they were created from."""
 
     refusal: str | None
-    """Why this model cannot step natively."""
+    """Why this model cannot run steps natively."""
     structure: Structure
     kinds: list[object]
     sources: list[Tensor] = field(default_factory=list)
     watch: watch.Watch | None = None
     table: tuple[Tensor, Tensor | None, Tensor | None] = (torch.empty(0), None, None)
-    """Vectors of the tokens, [V, C]: floats, or codes with their scale and minimum."""
+    """The token table, [V, C]: floats, or codes with their scale and minimum."""
     positions: Tensor | None = None
-    """Vectors of the positions, where they are learned."""
+    """The position table, if positions are learned."""
     head: packed.Packed | None = None
     cache: weakref.ref[KVCache] | None = None
-    """Of the last step."""
+    """The cache of the last step."""
     unlooked: int = 0
-    """Steps on it since the model was looked at."""
+    """Number of steps with it since the model was checked."""
 
     def may_trust(self, cache: KVCache) -> bool:
-        """Whether a step on this cache may take the model for what it was in the step before."""
+        """Whether a step with this cache may skip the check for changes since the step before."""
         self.unlooked += 1
         trusted = self.cache is not None and self.cache() is cache and self.unlooked < cache.steps_a_look
         if not trusted:
@@ -129,7 +128,7 @@ class _Ends:
         return trusted
 
     def stands(self, trusting: bool) -> bool:
-        """Whether it is up to date."""
+        """Whether this is up to date."""
         if trusting and self.watch is not None:
             return not self.watch.told
         if not self.structure.stands():
@@ -140,11 +139,11 @@ class _Ends:
 def obstacle(
     model: AutoModelForCausalLM, tokens: Tensor, rows: Sequence[int], cache: KVCache, *_: object
 ) -> str | Callable[..., tuple[Tensor, Tensor]]:
-    """What in this step only the modules can do; if nothing, what to call."""
+    """Why this step needs the modules; if nothing, the function to call."""
     if native.unavailable is not None:
         return native.unavailable
     if torch.is_grad_enabled():
-        return "gradients may be wanted (torch.inference_mode() or torch.no_grad() says that they are not)"
+        return "gradients are enabled (torch.inference_mode() or torch.no_grad() disables them)"
     if cache.dtype not in blocks.CACHES:
         return f"the extension has no kernel for a cache in {cache.dtype}"
     if model.device.type != "cpu":
@@ -154,7 +153,8 @@ def obstacle(
 
 
 def look(model: AutoModelForCausalLM, cache: KVCache | None = None) -> str | tuple[blocks.Arena, _Ends]:
-    """What a step needs of the model as it is now, or what in its state only the modules can do."""
+    """The packed parts for a step in the current state of the model, or the reason why it needs the
+    modules."""
     made = made_of(model)
     with made.lock:
         ends: _Ends | None = made.ends
@@ -169,12 +169,12 @@ def look(model: AutoModelForCausalLM, cache: KVCache | None = None) -> str | tup
 
 
 def _parts(model: AutoModelForCausalLM) -> list[nn.Module]:
-    """The model, its body, embeddings and head, and what is in the last two."""
+    """The model, its body, embeddings and head, and the submodules of the last two."""
     return [model, model.body, *model.body.embeddings.modules(), *model.head.modules()]
 
 
 _OF_MODEL = {"run_steps", "run_packed", "logits"}
-"""What a step stands for; of the body's own methods, `forward`."""
+"""Methods that a native step replaces; of the body only `forward`."""
 
 
 def _look(model: AutoModelForCausalLM) -> _Ends:
@@ -234,12 +234,12 @@ def _refusal(model: AutoModelForCausalLM) -> str | None:
     if embeddings.training and embeddings.config.embedding_dropout:
         return "dropout is on (model.eval() turns it off)"
     if embeddings.types is not None or embeddings.norm is not None:
-        return "the embeddings are more than a token's and a position's vector"
+        return "the embeddings have more than token and position tables"
     if model.spec.rope is not None and model.spec.rope.type == "dynamic":
         return "dynamic rope changes with the length of the sequence"
     for owner in (tokens, positions, decoder):
         if getattr(owner, "max_norm", None) is not None:
-            return "a table has a max_norm, to which a lookup scales its rows"
+            return "a table has a max_norm, to which lookups rescale its rows"
         if isinstance(owner, Embedding | Linear):
             weight = owner._parameters.get("weight")
             if not isinstance(weight, nn.Parameter):

@@ -1,14 +1,15 @@
-"""What a Transformer is made of: ops, each a function whose docstring is its contract.
+"""The operations (ops) that a Transformer is made of: one function each, whose docstring is its contract.
 
-Every function checks its arguments, describes the call by its traits, and lets `minilm.ops.dispatch` choose
-between the implementations: the reference (eager PyTorch, the specification), PyTorch's fused kernels, the
-native extension, Triton.
+Every function checks its arguments, summarises the call as *traits* (a tuple of device, dtype, sizes), and
+`minilm.ops.dispatch` selects an implementation by them: the reference (eager PyTorch, the specification),
+PyTorch's fused kernels, the native extension or Triton. The last three are in `backends/`, the performance
+layer: skip it on first reading.
 
-Layout: tokens of all sequences end to end. q is [T, H, D], k and v are [T, Hkv, D]; sequence b owns the
-tokens ``cu_seqlens[b]:cu_seqlens[b + 1]`` (int32, [B + 1]). The cache is in pages, [pages, page size, Hkv, D]
-a layer; int8 pages have scales beside them, float32 [pages, page size, Hkv], and stand for ``pages *
-scales``. All ops return fresh tensors, except `append_kv` and `rope_append`, which write the pages (and
-scales) they are given.
+Layout: tokens of all sequences are concatenated. q is [T, H, D], k and v are [T, Hkv, D]; sequence b owns the
+tokens ``cu_seqlens[b]:cu_seqlens[b + 1]`` (int32, [B + 1]). The cache has pages, [pages, page size, Hkv, D]
+per layer; int8 pages come with scales, float32 [pages, page size, Hkv], and their values are ``pages *
+scales``. All ops return new tensors, except `append_kv` and `rope_append`, which write into the given pages
+(and scales).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Attention over packed sequences, and its maps for readers."""
+"""Attention over packed sequences, and the attention probabilities for inspection."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from .traits import needs_grad
 
 
 class AttentionTraits(NamedTuple):
-    """Attention over packed sequences."""
+    """Traits of attention over packed sequences."""
 
     device: str
     dtype: torch.dtype
     head_dim: int
     group: int
-    """Query heads that share a key/value head."""
+    """Number of query heads that share a key/value head."""
     causal: bool
     window: bool
     dropout: bool
     lse: bool
     grad: bool
     bias: torch.dtype | None = None
-    """Of the additive bias, if there is one."""
+    """Dtype of the additive bias, if there is one."""
     alibi: bool = False
     soft_cap: bool = False
 
@@ -52,14 +52,14 @@ def attention(
     """softmax(scale q k^T) v, sequence by sequence (Vaswani et al. 2017, arXiv:1706.03762).
 
     q [Tq, H, D]; k, v [Tk, Hkv, D] with H a multiple of Hkv; cu_seqlens int32 [B + 1]. With `causal`, the
-    last query of a sequence stands at its last key and none sees beyond itself. `window`: a query sees the
-    keys at a distance below it (to both sides unless causal). `dropout_p` drops probabilities (training).
+    last query of a sequence is at the position of its last key, and no query sees later keys. `window`: a
+    query sees the keys less than `window` away (on both sides unless causal). `dropout_p` drops probabilities
+    (training).
 
-    What may be done to a score = scale q k^T before the softmax, in this order: `soft_cap`, cap
-    tanh(score / cap) (Gemma 2); `bias` [H, >= max_seqlen_q, >= max_seqlen_k], finite, of which [h, i, j] is
-    added for query i and key j of every sequence (T5, arXiv:1910.10683); `alibi_slopes` [H], of which
-    slope times the distance is subtracted (Press et al. 2021, arXiv:2108.12409).
-    Returns [Tq, H, D]. Differentiable in q, k, v and the bias.
+    Optional changes to score = scale q k^T before the softmax, in this order: `soft_cap`, cap
+    tanh(score / cap) (Gemma 2); `bias` [H, >= max_seqlen_q, >= max_seqlen_k], finite: bias[h, i, j] is added
+    for query i and key j of every sequence (T5, arXiv:1910.10683); `alibi_slopes` [H]: slope times distance
+    is subtracted (Press et al. 2021, arXiv:2108.12409). Returns [Tq, H, D]. Differentiable in q, k, v, bias.
     """
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = _score_options(q, max_seqlen_q, max_seqlen_k, bias, alibi_slopes, soft_cap)
@@ -82,7 +82,7 @@ def attention_with_lse(
     alibi_slopes: Tensor | None = None,
     soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`attention`, and the log-sum-exp of the scores of each query, float32 [H, Tq] (not differentiable)."""
+    """`attention`, and the log-sum-exp of each query's scores, float32 [H, Tq] (not differentiable)."""
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = _score_options(q, max_seqlen_q, max_seqlen_k, bias, alibi_slopes, soft_cap)
     out, lse = _attention(q, k, v, *lengths, scale, causal, window, 0.0, options, lse=True)
@@ -91,8 +91,8 @@ def attention_with_lse(
 
 
 def writes_lse(q: Tensor, k: Tensor, v: Tensor, *, causal: bool, window: int | None = None) -> bool:
-    """Whether a kernel would run `attention_with_lse` of these: the reference, which can, holds whole
-    maps."""
+    """Whether a fused kernel would run `attention_with_lse` on these arguments. (The reference also can, but
+    holds the full attention matrix in memory.)"""
     traits = _attention_traits(q, k, v, causal, window, 0.0, {}, lse=True)
     try:
         return dispatch.decide("attention", traits).chosen.backend != "reference"
@@ -108,7 +108,7 @@ def _score_options(
     alibi_slopes: Tensor | None,
     soft_cap: float | None,
 ) -> dict[str, Any]:
-    """Those that are given, checked: what an implementation has no use for it is not handed."""
+    """The score options that are given, checked; options not in use are not passed to implementations."""
     checks.score_options("attention", q, max_seqlen_q, max_seqlen_k, bias, alibi_slopes, soft_cap)
     slopes = None if alibi_slopes is None else alibi_slopes.detach()
     options = {"bias": bias, "alibi_slopes": slopes, "soft_cap": soft_cap}
@@ -193,12 +193,12 @@ def attention_probs(
     queries: slice | Sequence[int] = slice(None),
     lse: Tensor | None = None,
 ) -> list[Tensor]:
-    """The attention maps themselves, for readers: what `attention` multiplies v by, one [H, Sq, Sk] in q's
-    dtype for each sequence.
+    """The attention probabilities, by which `attention` multiplies v: one [H, Sq, Sk] in q's dtype per
+    sequence.
 
-    `heads`, and `queries` by their places in their own sequence, choose rows of the maps: no others are
-    computed, so a look at a few holds no whole map. With `lse`, that of `attention_with_lse`, a row is
-    exp(score - lse): what the fast path summed with, made again.
+    `heads` and `queries` (positions within their sequence) select rows; only those are computed, so a few
+    rows need little memory. With `lse` from `attention_with_lse`, a row is exp(score - lse): the
+    probabilities that the fused kernel used, recomputed.
     """
     checks.heads("attention_probs", q, k, k)
     ends = cu_seqlens_q, cu_seqlens_k

@@ -1,4 +1,4 @@
-"""Rotary positions and the paged cache: what turns q and k, stores k and v, and attends to what is stored."""
+"""Rotary embedding and the paged cache: rotate q and k, store k and v, attend to stored keys and values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .traits import PointwiseTraits, needs_grad
 
 
 class PagedTraits(NamedTuple):
-    """Attention over a paged cache, or an append to one."""
+    """Traits of attention over a paged cache, or of an append to one."""
 
     device: str
     dtype: torch.dtype
@@ -43,15 +43,15 @@ def _paged_traits(
 
 
 def _scales(op: str, pages: Tensor, k_scales: Tensor | None, v_scales: Tensor | None) -> tuple[Tensor, ...]:
-    """The last arguments of an implementation: both scales for int8 pages, else none."""
+    """The last arguments of an implementation: both scales for int8 pages, otherwise none."""
     checks.scales(op, pages, k_scales, v_scales)
     return () if k_scales is None or v_scales is None else (k_scales, v_scales)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Rotary embedding: the pairs (i, i + D/2) of each head are turned by the token's angles.
+    """Rotary embedding: the pairs (i, i + D/2) of each head are rotated by the token's angles.
 
-    q [T, H, D], k [T, Hkv, D]; cos, sin float32 [T, D/2]. Returns the turned q and k. Differentiable.
+    q [T, H, D], k [T, Hkv, D]; cos, sin float32 [T, D/2]. Returns the rotated q and k. Differentiable.
     """
     checks.angles("rope", q, k, cos, sin)
     result: tuple[Tensor, Tensor] = dispatch.select(
@@ -70,8 +70,8 @@ def append_kv(
     v_scales: Tensor | None = None,
 ) -> None:
     """Write k, v [T, Hkv, D] into the pages (in place); token t goes to ``slots[t]`` (int64) = page * page
-    size + offset. Into int8 pages goes round(x / scale), where scale = max |x| / 127 over the head goes into
-    the scales."""
+    size + offset. int8 pages store round(x / scale), and the scales store scale = max |x| / 127 over the
+    head."""
     checks.appended("append_kv", k, v, k_pages, v_pages, slots)
     scales = _scales("append_kv", k_pages, k_scales, v_scales)
     dispatch.select("append_kv", _paged_traits(k, k_pages, None, 0, v))(
@@ -91,7 +91,7 @@ def rope_append(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`rope`, and `append_kv` of the turned k and of v, in one pass. Writes the pages; returns the turned q
+    """`rope`, and `append_kv` of the rotated k and of v, in one pass. Writes the pages; returns the rotated q
     and k."""
     checks.angles("rope_append", q, k, cos, sin)
     checks.appended("rope_append", k, v, k_pages, v_pages, slots)
@@ -126,8 +126,8 @@ def paged_attention(
     if block_table.shape[0] != context_lens.shape[0] or cu_seqlens_q.shape[0] != context_lens.shape[0] + 1:
         raise ValueError(
             f"paged_attention: block_table {list(block_table.shape)}, context_lens "
-            f"{list(context_lens.shape)} and cu_seqlens_q {list(cu_seqlens_q.shape)} must be about equally "
-            "many sequences"
+            f"{list(context_lens.shape)} and cu_seqlens_q {list(cu_seqlens_q.shape)} must have the same "
+            "number of sequences"
         )
     checks.window("paged_attention", window)
     checks.pages("paged_attention", q.shape[1], q.shape[2], k_pages, v_pages)

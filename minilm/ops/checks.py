@@ -1,5 +1,5 @@
-"""Checks at the border of the ops: each failure names the op, what was expected and what came. Kernels behind
-it assume."""
+"""Argument checks of the ops: each error names the op, what was expected and what came. The kernels rely on
+them and do not check again."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ def heads(op: str, q: Tensor, k: Tensor, v: Tensor) -> None:
 
 
 def lengths(op: str, name: str, cu_seqlens: Tensor, tokens: int) -> list[int] | None:
-    """`cu_seqlens` is [B + 1] int32. That it rises from 0 to `tokens` is looked at on a CPU only (elsewhere
-    it would wait); its values are returned where they were looked at."""
+    """`cu_seqlens` is [B + 1] int32. That it rises from 0 to `tokens` is checked on a CPU only (a GPU would
+    have to synchronise); the values are returned if they were read."""
     if cu_seqlens.dim() != 1 or cu_seqlens.dtype != torch.int32 or cu_seqlens.shape[0] < 1:
         raise ValueError(
             f"{op}: {name} must be int32 [sequences + 1], and is {cu_seqlens.dtype} {list(cu_seqlens.shape)}"
@@ -59,16 +59,14 @@ def lengths(op: str, name: str, cu_seqlens: Tensor, tokens: int) -> list[int] | 
 
 
 def queries_stand_at_keys(op: str, q_ends: list[int], k_ends: list[int]) -> None:
-    """No sequence has more queries than keys: the queries are the last of the tokens that the keys are of."""
+    """No sequence has more queries than keys: the queries are the last tokens of the sequence."""
     for row, ((a, b), (c, d)) in enumerate(zip(pairwise(q_ends), pairwise(k_ends), strict=True)):
         if b - a > d - c:
-            raise ValueError(
-                f"{op}: sequence {row} has {b - a} queries and {d - c} keys, so some stand at no key"
-            )
+            raise ValueError(f"{op}: sequence {row} has {b - a} queries and only {d - c} keys")
 
 
 def window(op: str, size: int | None) -> None:
-    """A query sees itself at least."""
+    """The window is at least 1: a query sees itself."""
     if size is not None and size < 1:
         raise ValueError(f"{op}: window must be at least 1, and is {size}")
 
@@ -108,7 +106,7 @@ def angles(op: str, q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> None:
             raise ValueError(f"{op}: {name} must be [tokens, heads, even head size], and is {list(x.shape)}")
     if q.shape[0] != k.shape[0] or q.shape[2] != k.shape[2]:
         raise ValueError(
-            f"{op}: q {list(q.shape)} and k {list(k.shape)} must agree in their tokens and head size"
+            f"{op}: q {list(q.shape)} and k {list(k.shape)} must have the same tokens and head size"
         )
     expected = [q.shape[0], q.shape[2] // 2]
     for name, x in (("cos", cos), ("sin", sin)):
@@ -145,7 +143,7 @@ def appended(op: str, k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, sl
 
 
 def labels(op: str, x: Tensor, classes: int, ignore_index: int) -> Tensor:
-    """The labels as int64, each a class or `ignore_index`: any other would be read beside the logits."""
+    """The labels as int64, each a class or `ignore_index`: any other would index outside the logits."""
     if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
         raise ValueError(f"{op}: labels must be integers, and are {x.dtype}")
     x = x.long()
@@ -161,13 +159,13 @@ def labels(op: str, x: Tensor, classes: int, ignore_index: int) -> Tensor:
 
 
 def scales(op: str, pages: Tensor, k_scales: Tensor | None, v_scales: Tensor | None) -> None:
-    """int8 pages [pages, page size, Hkv, D] come with float32 scales [pages, page size, Hkv], others with
+    """int8 pages [pages, page size, Hkv, D] need float32 scales [pages, page size, Hkv]; other pages have
     none."""
     for name, x in (("k_scales", k_scales), ("v_scales", v_scales)):
         if (x is not None) != (pages.dtype == torch.int8):
             raise ValueError(
-                f"{op}: int8 pages come with {name} and others without, and pages of {pages.dtype} come "
-                f"with {'None' if x is None else f'{x.dtype} {list(x.shape)}'}"
+                f"{op}: int8 pages need {name} and other pages take none; the pages are {pages.dtype}, and "
+                f"{name} is {'None' if x is None else f'{x.dtype} {list(x.shape)}'}"
             )
         if x is None:
             continue
@@ -179,6 +177,6 @@ def scales(op: str, pages: Tensor, k_scales: Tensor | None, v_scales: Tensor | N
 
 
 def activation(op: str, name: str | None, known: Collection[str]) -> None:
-    """`name` is a function that there is."""
+    """`name` is a known activation function."""
     if name is not None and name not in known:
         raise ValueError(f"{op}: there is no activation {name!r}; expected one of {', '.join(known)}")

@@ -1,18 +1,18 @@
-"""Which implementation of an op runs, why the others did not, and how a person overrules the choice.
+"""Dispatch: selects the implementation of an op, records why the others did not run, and lets users choose.
 
 Every op of `minilm.ops` has a *reference* (eager PyTorch, the specification) and may have faster
-implementations. They stand in one table, ``(op, backend) -> Implementation``. Before a call, the op describes
-itself by a small hashable tuple, its *traits* (device, dtype, head size, ...), and `select` walks the
-backends in the order of preference of the device; the first whose ``supports(traits)`` returns None (and not
-a reason why it cannot) runs.
+implementations, all in one table, ``(op, backend) -> Implementation``. Before a call, the op summarises it in
+a small hashable tuple, its *traits* (device, dtype, head size, ...). `select` tries the backends in the
+device's order of preference and takes the first whose ``supports(traits)`` returns None; otherwise it returns
+the reason why it cannot run the call.
 
-Two kinds of choice:
+There are two kinds of choice:
 
-- automatic: an unsuitable backend is passed over and its reason is kept for `explain`; - explicit (``with
-backend("triton"):`` or ``MINILM_BACKEND=triton``): the named backends, in the order given, and no
-  others. If none of them can run the call, `BackendError` says why. Nothing ever falls back in silence.
+- automatic: an unsuitable backend is skipped, and its reason is kept for `explain`;
+- explicit (``with backend("triton"):`` or ``MINILM_BACKEND=triton``): only the named backends, in this order.
+  If none of them can run the call, `BackendError` gives the reasons. There is no silent fallback.
 
-A decision depends on the traits and on the choice alone, so it is made once and then looked up.
+A decision depends only on the traits and on the choice, so it is made once and then cached.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ import torch
 
 
 class Traits(Protocol):
-    """What an implementation may look at when it says whether it can run a call (each op has its own tuple of
-    them)."""
+    """The properties of a call by which an implementation decides whether it supports it. Each op has its own
+    tuple; these two are in all of them."""
 
     @property
     def device(self) -> str: ...  # "cpu", "cuda", "meta", ...
@@ -45,23 +45,23 @@ class BackendError(RuntimeError):
 
 @dataclass(frozen=True)
 class Implementation:
-    """One way to compute `op`: `call` has the op's own signature; `supports` returns None or the reason it
-    cannot run."""
+    """One way to compute `op`: `call` has the op's own signature; `supports` returns None, or the reason why
+    it cannot run the call."""
 
     op: str
     backend: str
     call: Callable[..., Any]
     supports: Callable[[Any], str | None] = lambda traits: None
     examine: Callable[..., str | Callable[..., Any] | None] | None = None
-    """Of an op that stands for modules (`minilm.ops.whole`): given the arguments of a call, why the modules
-    have to run one by one; else None, or what to call in the place of `call`, with what was found: another
-    thread may change it before it runs."""
+    """For an op that replaces modules (`minilm.ops.whole`). Takes the arguments of a call and returns the
+    reason why the modules have to run one by one, else None, or a function to call instead of `call`; the
+    function holds the state that was examined, since another thread may change it before the call."""
 
 
 @dataclass
 class Decision:
-    """What was chosen for one op and one set of traits: the chosen implementation and, for each other, why it
-    did not run."""
+    """The result for one op and one set of traits: the chosen implementation, and why each of the others did
+    not run."""
 
     op: str
     traits: Any
@@ -76,15 +76,15 @@ BACKENDS = ("native", "triton", "torch", "reference")
 eager."""
 
 PREFERENCE: dict[str, tuple[str, ...]] = {
-    # On a CPU, Triton is an interpreter: right, and far too slow to be chosen without being asked for.
+    # On a CPU, Triton runs in its interpreter: correct, but far too slow to be chosen automatically.
     "cpu": ("native", "torch", "reference"),
     "cuda": ("native", "triton", "torch", "reference"),
 }
 DEFAULT_PREFERENCE = ("torch", "reference")
 
 PLUGINS = {"embed": "minilm.native", "blocks": "minilm.native", "decode_step": "minilm.native"}
-"""Ops with implementations in a folder that stands above this one: op -> the module that registers them. It
-is imported when such an op is first looked up."""
+"""Ops whose implementations are in a folder that imports this one: op -> the module that registers them. The
+module is imported when such an op is first looked up."""
 
 _table: dict[str, dict[str, Implementation]] = {}
 _plugged: set[str] = set()
@@ -101,14 +101,14 @@ def register(implementation: Implementation) -> None:
 
 
 def register_unavailable(backend: str, reason: str) -> None:
-    """Say why a whole backend is absent in this process ("triton is not installed"); `explain` and errors
-    repeat it."""
+    """Record why a whole backend is unavailable in this process ("triton is not installed"), for `explain`
+    and errors."""
     _unavailable[backend] = reason
     _decisions.clear()
 
 
 def implementations(op: str) -> dict[str, Implementation]:
-    """The implementations of `op` by backend. Not to be changed."""
+    """The implementations of `op` by backend (read-only)."""
     if op in PLUGINS and op not in _plugged and not torch.compiler.is_compiling():
         _plugged.add(op)
         import_module(PLUGINS[op])
@@ -145,7 +145,7 @@ def _choice_from_environment() -> _Choice:
 
 
 class _Thread(threading.local):  # not a ContextVar: torch.compile cannot trace one
-    def __init__(self) -> None:  # an attribute of the class would not be guarded by torch.compile
+    def __init__(self) -> None:  # torch.compile would not guard a class attribute
         self.choice: _Choice | None = None
 
 
@@ -167,9 +167,8 @@ def backend(*names: str, **per_op: str | Sequence[str]) -> Iterator[None]:
     """Choose implementations for the calls inside the ``with`` block, in this thread.
 
     ``backend("reference")`` allows one backend for every op; ``backend("native", "reference")`` several, in
-    this order; ``backend(attention="torch")`` rules one op and leaves the others as they were;
-    ``backend("auto")`` restores the automatic choice. A call that none of the named backends can run raises
-    `BackendError`.
+    this order; ``backend(attention="torch")`` changes one op only; ``backend("auto")`` restores the automatic
+    choice. A call that none of the named backends can run raises `BackendError`.
     """
     outer = _current()
     default = outer.default if not names else None if names == ("auto",) else _parse(names)
@@ -199,7 +198,7 @@ def _decide(op: str, traits: Traits, wanted: tuple[str, ...] | None) -> Decision
             for other in BACKENDS:
                 if other not in refused and other != name and other in known:
                     refused[other] = (
-                        f"not asked for (chosen: {', '.join(wanted)})"
+                        f"not requested (chosen: {', '.join(wanted)})"
                         if wanted and other not in wanted
                         else "comes later in the order of preference"
                         if other in candidates
@@ -209,12 +208,12 @@ def _decide(op: str, traits: Traits, wanted: tuple[str, ...] | None) -> Decision
         refused[name] = reason
     why = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
     raise BackendError(
-        f"{op} cannot run on {traits.device} in {traits.dtype} with the backend asked for: {why}"
+        f"{op} cannot run on {traits.device} in {traits.dtype} with the requested backend: {why}"
     )
 
 
 def select(op: str, traits: Traits) -> Callable[..., Any]:
-    """The implementation of `op` for a call with these traits, under the choice in force. Raises
+    """The implementation of `op` for a call with these traits, under the current choice. Raises
     `BackendError`."""
     choice = _current()
     wanted = choice.per_op.get(op, choice.default)
@@ -228,19 +227,19 @@ def select(op: str, traits: Traits) -> Callable[..., Any]:
 
 
 def candidates(op: str, device: str) -> tuple[str, ...]:
-    """The backends that may run the op under the choice in force, in their order."""
+    """The backends that may run the op under the current choice, in order of preference."""
     choice = _current()
     return choice.per_op.get(op, choice.default) or PREFERENCE.get(device, DEFAULT_PREFERENCE)
 
 
 def decide(op: str, traits: Traits) -> Decision:
-    """What `select` would choose for a call with these traits, and why not the others. Nothing is counted."""
+    """What `select` would choose for these traits, and why not the others; the call counts do not change."""
     choice = _current()
     return _decide(op, traits, choice.per_op.get(op, choice.default))
 
 
 class Explanation:
-    """What ran since the start (or the last `explain(reset=True)`); ``print`` it, or read `decisions`."""
+    """What ran since the start (or the last `explain(reset=True)`); print it, or read `decisions`."""
 
     def __init__(self, decisions: Sequence[Decision]) -> None:
         self.decisions = list(decisions)
@@ -268,7 +267,8 @@ class Explanation:
 
 def explain(*, reset: bool = False) -> Explanation:
     """What ran and why: for each op and kind of call, the implementation, the number of calls, and why others
-    did not run.
+    did not run. On a CPU without gradients all blocks of a model are one op, `blocks`, in one native call;
+    otherwise the ops that `minilm.model.layers` calls are listed one by one.
 
     >>> import minilm
     >>> model(**batch); print(minilm.explain())          # doctest: +SKIP

@@ -1,4 +1,4 @@
-"""Cross-entropy, of logits or fused with the last linear layer."""
+"""Cross-entropy of logits, also fused with the last linear layer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> T
     """Mean of -log softmax(logits)[label] over the labels that are not `ignore_index`, in float32.
 
     logits [T, V], labels integers [T]; a scalar, NaN when no label counts (as PyTorch's). Differentiable.
-    Raises ValueError for a label that is no class.
+    Raises ValueError for a label out of range.
     """
     if logits.dim() != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(
@@ -26,12 +26,12 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> T
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """cross_entropy(hidden weight^T, labels), for training loops: the loss of a vocabulary, not its logits.
+    """cross_entropy(hidden weight^T, labels) for training loops, without the full logits in memory.
 
-    hidden [T, C], weight [V, C], labels integers [T]; a scalar, NaN when no label counts. Differentiable. The
-    logits of some rows exist at a time, those of all rows [T, V] never, save in the reference. Models return
-    logits, so a loop calls the body and this with the head's weight; a causal model's labels are shifted by
-    the caller: ``linear_cross_entropy(hidden[:-1], weight, ids[1:])`` within one sequence.
+    hidden [T, C], weight [V, C], labels integers [T]; a scalar, NaN when no label counts. Differentiable.
+    Only the logits of some rows exist at a time, never all of [T, V] (except in the reference). Models return
+    logits, so a training loop calls the body, then this with the head's weight. For a causal model the caller
+    shifts the labels: ``linear_cross_entropy(hidden[:-1], weight, ids[1:])`` within one sequence.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(

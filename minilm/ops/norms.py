@@ -1,4 +1,4 @@
-"""LayerNorm and RMSNorm over the last axis, alone or with the residual sum that comes before."""
+"""LayerNorm and RMSNorm over the last axis, alone or fused with the residual sum before it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from . import checks, dispatch
 
 
 class NormTraits(NamedTuple):
-    """A normalisation over the last axis."""
+    """Traits of a normalisation over the last axis."""
 
     device: str
     dtype: torch.dtype
@@ -51,8 +51,8 @@ def add_layer_norm(
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis (Zhang and Sennrich 2019, arXiv:1910.07467).
 
-    x [..., C], weight [C]. The scaled row is rounded to x's dtype before the weight is applied, as Llama
-    does.
+    x [..., C], weight [C]. The normalised row is rounded to x's dtype before the weight is applied, as in
+    Llama.
     """
     checks.affine("rms_norm", x, weight, None)
     result: Tensor = dispatch.select("rms_norm", _norm_traits(x, weight))(x, weight, eps)

@@ -1,4 +1,4 @@
-"""One vector a sequence: the mean of its tokens."""
+"""Mean pooling: one vector per sequence, the mean of its tokens."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .traits import needs_grad
 
 
 class PoolTraits(NamedTuple):
-    """A mean over the tokens of each sequence."""
+    """Traits of a mean over the tokens of each sequence."""
 
     device: str
     dtype: torch.dtype

@@ -14,22 +14,22 @@ from .reference import ACTIVATIONS
 from .traits import PointwiseTraits, needs_grad
 
 FEW_ROWS = 16
-"""Rows of x up to which a matrix product is bound by reading the weights: a step of decoding."""
+"""Up to this many rows of x, a matrix product is limited by reading the weights, as in a decoding step."""
 
 
 class LinearTraits(NamedTuple):
-    """A linear layer."""
+    """Traits of a linear layer."""
 
     device: str
     dtype: torch.dtype
     activation: str | None = None
     grad: bool = False
     kept: bool = False
-    """The weight is a parameter, so that its layout may be changed for the calls to come."""
+    """The weight is a parameter, so a packed copy of it can be kept for later calls."""
 
 
 class QuantizedTraits(NamedTuple):
-    """A linear layer with quantised weights."""
+    """Traits of a linear layer with quantised weights."""
 
     device: str
     dtype: torch.dtype
@@ -39,7 +39,7 @@ class QuantizedTraits(NamedTuple):
     """At most `FEW_ROWS` rows."""
     grad: bool
     kept: bool = True
-    """The weight's layout may be changed for the calls to come; not in a graph of torch.compile."""
+    """A packed copy of the weight can be kept for later calls; not in a graph of torch.compile."""
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
@@ -58,8 +58,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: st
 
 
 def _is_kept(weight: Tensor) -> bool:
-    """Whether a weight will be used again, by calls that can find its packed copy: parameters are, in eager
-    execution (a graph of torch.compile knows nothing of it)."""
+    """Whether later calls will use this weight and can find its packed copy: true for parameters in eager
+    execution, false in a graph of torch.compile."""
     return isinstance(weight, nn.Parameter) and not torch.compiler.is_compiling()
 
 
@@ -68,8 +68,8 @@ def quantized_linear(
 ) -> Tensor:
     """activation(x weight^T + bias) with a quantised weight [out, in] (`minilm.ops.quantized`).
 
-    x [..., in], bias [out]; returns [..., out] in x's dtype. The reference dequantises to x's dtype; others
-    may multiply the codes themselves, and quantise x to do so. Differentiable in x and bias.
+    x [..., in], bias [out]; returns [..., out] in x's dtype. The reference dequantises to x's dtype; other
+    implementations may quantise x and multiply integers. Differentiable in x and bias.
     """
     quantized.check("quantized_linear", weight)
     if x.dim() == 0 or x.shape[-1] != weight.columns:

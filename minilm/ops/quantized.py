@@ -1,8 +1,8 @@
-"""Quantised weights: what the formats are, how a matrix gets into one, and how it comes back.
+"""Quantised weights: the formats, quantisation and dequantisation.
 
-A matrix [out, in] is kept as small integers, its *codes*, and the numbers that scale them. `int8` has one
-scale for a row. The others cut a row into groups of 32 and are the blocks of GGUF, with their parts in planes
-of their own, so that a kernel reads each with one stride:
+A matrix [out, in] is stored as small integers, its *codes*, and their scales. `int8` has one scale per row.
+The other formats split a row into groups of 32 like the blocks of GGUF, but store codes, scales and minima in
+separate tensors (*planes*), so that a kernel reads each with one stride:
 
     format   codes                    scale              minimum            value                   bits
     int8     int8  [out, in]          float32 [out]      -                  scale * code            8
@@ -24,20 +24,20 @@ import torch
 from torch import Tensor
 
 GROUP = 32
-"""Elements of a row that share a scale, in all formats but int8."""
+"""Elements of a row that share a scale, in all formats except int8."""
 
 _PIECE = 1 << 17
-"""Elements that are quantised at a time: what is needed on the way stays small beside the matrix."""
+"""Elements that are quantised at a time, to keep temporary memory small."""
 
 
 class Format(NamedTuple):
-    """The planes of a format; the table `FORMATS` has one for each."""
+    """The planes of a format (see `FORMATS`)."""
 
     codes: torch.dtype
     per_byte: int
-    """Codes in a byte."""
+    """Number of codes per byte."""
     grouped: bool
-    """One scale for each group of 32; else one for a row."""
+    """True: one scale per group of 32; False: one per row."""
     scale: torch.dtype
     minimum: bool
 
@@ -51,7 +51,7 @@ FORMATS: dict[str, Format] = {
 
 
 class QuantizedWeight(NamedTuple):
-    """A quantised matrix [out, in]; the module's docstring says what the planes hold."""
+    """A quantised matrix [out, in]; for the planes see the top of this file."""
 
     format: str
     codes: Tensor
@@ -75,7 +75,7 @@ class QuantizedWeight(NamedTuple):
 
     @property
     def planes(self) -> dict[str, Tensor]:
-        """Codes, scale, and the minimum where the format has one, by their names."""
+        """Codes, scale, and the minimum if the format has one, by name."""
         planes = {"codes": self.codes, "scale": self.scale}
         return planes if self.minimum is None else planes | {"minimum": self.minimum}
 
@@ -85,7 +85,7 @@ class QuantizedWeight(NamedTuple):
         return sum(plane.nbytes for plane in self.planes.values())
 
     def split(self, sizes: Sequence[int]) -> tuple[QuantizedWeight, ...]:
-        """The matrix cut into matrices of so many rows each, which share its memory."""
+        """Split into matrices of ``sizes[i]`` rows each, which share memory with this one."""
         cut = {name: torch.split(plane, list(sizes)) for name, plane in self.planes.items()}
         return tuple(
             QuantizedWeight(self.format, **{name: parts[i] for name, parts in cut.items()})
@@ -96,7 +96,7 @@ class QuantizedWeight(NamedTuple):
 def plane_shapes(name: str, rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of each plane of a matrix [rows, columns] in the format `name`.
 
-    Raises ValueError where the format does not exist or cannot hold the matrix.
+    Raises ValueError if the format does not exist or cannot hold the matrix.
     """
     if name not in FORMATS:
         raise ValueError(f"there is no weight format {name!r}; expected one of {', '.join(FORMATS)}")
@@ -105,7 +105,7 @@ def plane_shapes(name: str, rows: int, columns: int) -> dict[str, tuple[tuple[in
         raise ValueError(f"a quantised matrix needs columns, and this is [{rows}, {columns}]")
     if kind.grouped and columns % GROUP:
         raise ValueError(
-            f"{name} cuts rows into groups of {GROUP}, and {columns} columns are not a multiple of {GROUP}"
+            f"{name} splits rows into groups of {GROUP}, and {columns} columns are not a multiple of {GROUP}"
         )
     scales = (rows, columns // GROUP) if kind.grouped else (rows,)
     shapes: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
@@ -116,8 +116,7 @@ def plane_shapes(name: str, rows: int, columns: int) -> dict[str, tuple[tuple[in
 
 
 def empty(name: str, rows: int, columns: int, device: torch.device | str | None = None) -> QuantizedWeight:
-    """A matrix [rows, columns] in the format `name` whose values are yet to be written. Errors: see
-    `plane_shapes`."""
+    """An uninitialised matrix [rows, columns] in the format `name`. Errors: see `plane_shapes`."""
     shapes = plane_shapes(name, rows, columns)
     return QuantizedWeight(
         name, **{plane: torch.empty(s, dtype=d, device=device) for plane, (s, d) in shapes.items()}
@@ -125,7 +124,8 @@ def empty(name: str, rows: int, columns: int, device: torch.device | str | None 
 
 
 def check(op: str, weight: QuantizedWeight) -> None:
-    """The planes of `weight` are those of its format, on one device. Values are not looked at."""
+    """Raise ValueError unless the planes of `weight` fit its format and are on one device. Values are not
+    checked."""
     if weight.format not in FORMATS:
         raise ValueError(f"{op}: there is no weight format {weight.format!r}; expected {', '.join(FORMATS)}")
     if weight.codes.dim() != 2:
@@ -152,8 +152,7 @@ def check(op: str, weight: QuantizedWeight) -> None:
 
 
 def dequantise(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
-    """The matrix [out, in] that `weight` stands for, computed in float32 (float64 for float64) and cast
-    once."""
+    """The floating-point matrix [out, in], computed in float32 (float64 for float64) and cast once."""
     check("dequantise", weight)
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     kind = FORMATS[weight.format]
@@ -172,10 +171,10 @@ def dequantise(weight: QuantizedWeight, dtype: torch.dtype) -> Tensor:
 
 
 def quantise(tensor: Tensor, format: str) -> QuantizedWeight:
-    """The matrix `tensor` [out, in], of any floating dtype, in `format`; the planes are on its device.
+    """Quantise the matrix `tensor` [out, in], of any floating dtype, to `format`, on its device.
 
-    Raises ValueError where the format cannot hold it: columns that are no multiple of the group, NaN and
-    infinity, values whose scale exceeds float16.
+    Raises ValueError if the format cannot hold it: columns that are not a multiple of the group, NaN,
+    infinity, or values whose scale exceeds float16.
     """
     if tensor.dim() != 2 or not tensor.is_floating_point():
         raise ValueError(
@@ -198,12 +197,12 @@ def quantise(tensor: Tensor, format: str) -> QuantizedWeight:
 
 
 def is_finite(weight: QuantizedWeight) -> bool:
-    """Whether all values are finite, as the scales and minima tell."""
+    """Whether all values are finite (only scales and minima are checked)."""
     return all(bool(torch.isfinite(p).all()) for name, p in weight.planes.items() if name != "codes")
 
 
 def _quantise_rows(x: Tensor, format: str) -> tuple[Tensor, ...]:
-    """x float32 [rows, in] -> its planes, codes packed, the others still in float32."""
+    """x float32 [rows, in] -> its planes: codes packed, the others still in float32."""
     if not FORMATS[format].grouped:
         return _eight_bits(x)
     groups = x.reshape(len(x), -1, GROUP)  # [rows, G, 32]
@@ -217,17 +216,17 @@ def _quantise_rows(x: Tensor, format: str) -> tuple[Tensor, ...]:
 
 
 def _eight_bits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., n] -> codes from -127 to 127, and the scale [...] that puts the largest magnitude there."""
+    """x [..., n] -> codes from -127 to 127, and the scale [...] that maps the largest magnitude to 127."""
     scale = x.abs().amax(-1) / 127
     scaled = x * _inverse(scale)[..., None]
-    whole = scaled.trunc()  # halves go away from zero, as in C's roundf; torch.round takes the even one
+    whole = scaled.trunc()  # round half away from zero, as C's roundf; torch.round rounds half to even
     codes = whole + ((scaled - whole) * 2).trunc()
     return codes.to(torch.int8), scale
 
 
 def _four_bits(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., 32] -> codes 0 to 15 around 8, of which 0 is the value of largest magnitude; scale, which has
-    the opposite of its sign."""
+    """x [..., 32] -> codes 0 to 15, with 8 for zero and 0 for the value of largest magnitude; and the scale,
+    whose sign is opposite to that value's."""
     scale = x.gather(-1, x.abs().argmax(-1, keepdim=True)).squeeze(-1) / -8
     codes = (x * _inverse(scale)[..., None] + 8.5).clamp(0, 15)
     return codes.to(torch.uint8), scale
@@ -242,7 +241,7 @@ def _four_bits_from_minimum(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _inverse(scale: Tensor) -> Tensor:
-    """1 / scale, or 0 where that is infinite: a group of zeros, or of numbers as good as zero."""
+    """1 / scale, or 0 where that is infinite: for groups of zeros, or of numbers close to zero."""
     return scale.reciprocal().nan_to_num(posinf=0.0, neginf=0.0)
 
 

@@ -1,8 +1,8 @@
-"""The specification: each op in eager PyTorch, as plainly as it can be said. Everything faster is held
-against this page.
+"""The specification: each op as plain eager PyTorch. Faster implementations are tested against this file.
 
-Signatures and contracts stand in `minilm.ops`; here are only the formulas. Statistics, softmax and losses are
-computed in float32 (float64 inputs in float64), whatever the dtype of the inputs, with one cast at the end.
+Signatures and contracts are in `minilm.ops`; this file has only the formulas. Statistics, softmax and losses
+are computed in float32 (float64 inputs in float64), whatever the dtype of the inputs, and cast once at the
+end.
 """
 
 from __future__ import annotations
@@ -70,7 +70,8 @@ def append_kv(
 
 
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [..., D] as int8 [..., D] times float32 [...]: the largest of each D is 127. Ties go to even."""
+    """x [..., D] -> int8 [..., D] and scales float32 [...]; the largest magnitude of each D becomes 127. Ties
+    round to even."""
     wide = x.float()
     scale = wide.abs().amax(-1) / 127
     steps = wide / torch.where(scale == 0, 1, scale)[..., None]
@@ -95,8 +96,8 @@ def rope_append(
 
 
 def visible(queries: int, keys: int, causal: bool, window: int | None, device: torch.device) -> Tensor | None:
-    """Which key each query sees, bool [queries, keys]; the last query stands at the last key. None: all of
-    them."""
+    """Which keys each query sees, bool [queries, keys]; the last query is at the position of the last key.
+    None: all of them."""
     distance = torch.arange(keys - queries, keys, device=device)[:, None] - torch.arange(keys, device=device)
     return _seen(distance, causal, window)
 
@@ -119,9 +120,9 @@ def scores(
     soft_cap: float | None = None,
     places: Tensor | None = None,
 ) -> Tensor:
-    """What the softmax is taken of, for one sequence: [H, Sq, Sk] in float32, -inf where nothing is seen.
+    """Attention scores before the softmax, for one sequence: [H, Sq, Sk] in float32, -inf where masked.
 
-    The queries stand at the keys `places`, int64 [Sq]: the last ones, if that is None.
+    The queries are at the key positions `places`, int64 [Sq]; None: at the last ones.
     """
     keys = k.transpose(0, 1).repeat_interleave(q.shape[1] // k.shape[1], dim=0)  # [H, Sk, D]
     if places is None:
@@ -213,7 +214,7 @@ def attention_backward(
     alibi_slopes: Tensor | None = None,
     soft_cap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """The derivative of `attention` without dropout: grad [Tq, H, D] -> those of q, k, v and the bias."""
+    """The backward pass of `attention` without dropout: grad [Tq, H, D] -> gradients of q, k, v and bias."""
     grads = [torch.zeros_like(x, dtype=_wide(x[:0]).dtype) for x in (q, k, v)]
     of_bias = None if bias is None else torch.zeros_like(bias, dtype=_wide(q[:0]).dtype)
     group = q.shape[1] // k.shape[1]
@@ -254,7 +255,7 @@ def paged_attention(
     v_scales: Tensor | None = None,
     attend: Callable[..., tuple[Tensor, Tensor | None]] = attention,
 ) -> Tensor:
-    """Gather each sequence's pages and attend as if they had never been paged."""
+    """Gather each sequence's pages into contiguous keys and values, then attend."""
     lens = context_lens.tolist()
     keys: list[Tensor] = []
     values: list[Tensor] = []
@@ -334,7 +335,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_
 
 
 def pool(x: Tensor, cu_seqlens: Tensor, unit: bool) -> Tensor:
-    """As `minilm.ops.pool`."""
+    """See `minilm.ops.pool`."""
     wide = x if x.dtype == torch.float64 else x.float()
     rows = torch.arange(len(x), device=x.device)
     y = F.embedding_bag(rows, wide, cu_seqlens.long(), mode="mean", include_last_offset=True).to(x.dtype)

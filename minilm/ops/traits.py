@@ -1,4 +1,4 @@
-"""What the ops of all topics say of a call."""
+"""Traits that several ops share: the properties of a call by which an implementation is selected."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class PointwiseTraits(NamedTuple):
-    """Ops that look at no more than device, dtype and an activation."""
+    """Traits of ops whose selection depends only on device, dtype and activation."""
 
     device: str
     dtype: torch.dtype
@@ -18,5 +18,5 @@ class PointwiseTraits(NamedTuple):
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
-    """Whether autograd will ask for the derivative of an op on these."""
+    """Whether autograd needs the derivative of an op with these arguments."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)

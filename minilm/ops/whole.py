@@ -1,9 +1,10 @@
-"""Ops that stand for several modules: a model's embeddings, all of its blocks, steps of decoding.
+"""Ops that replace several modules: a model's embeddings, all of its blocks, decoding steps.
 
-Their reference runs the modules one by one, and the folder that has the modules registers it. Another
-implementation must look at the modules, and at what the call asks for, before it can say whether it may stand
-in for them: `Implementation.examine`. So the modules call the op and know of no implementation. What it
-makes of their weights it keeps with the module (`Whole`), and it finds it out of date by itself.
+Their reference runs the modules one by one; the folder with the modules registers it. A faster implementation
+first has to examine the modules and the call to decide whether it can replace them
+(`Implementation.examine`). The modules only call the op and do not depend on any implementation. An
+implementation stores packed copies of the weights in the module (`Whole`), and detects itself when they are
+out of date.
 """
 
 from __future__ import annotations
@@ -17,21 +18,21 @@ from . import dispatch
 
 
 class WholeTraits(NamedTuple):
-    """A call that stands for several modules."""
+    """Traits of a call that replaces several modules."""
 
     device: str
     dtype: torch.dtype
     obstacle: str | None = None
-    """Why the call needs the modules one by one; None: it does not."""
+    """Why the modules have to run one by one (hooks, gradients, ...); None: they do not."""
 
 
 MADE = "_made"
-"""Key in a module's `__dict__` of what implementations make of its weights."""
+"""Key in a module's `__dict__` for what implementations derive from its weights (packed copies)."""
 
 
 class Whole:
-    """A module that such an op is called with: what was made of its weights is in none of its copies and not
-    written into files, as it is as large as they are and can be made again."""
+    """Base class of a module that such an op replaces. Packed copies of its weights are neither copied nor
+    pickled with it: they are as large as the weights and can be created again."""
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and copy."""
@@ -39,13 +40,13 @@ class Whole:
 
 
 def register_modules(op: str, call: Callable[..., Any]) -> None:
-    """`call` runs the modules one by one: the way of every backend but the native one."""
+    """Register `call`, which runs the modules one by one, for every backend except the native one."""
     for backend in ("triton", "torch", "reference"):
         dispatch.register(dispatch.Implementation(op, backend, call))
 
 
 def run_whole(op: str, device: torch.device, dtype: torch.dtype, *arguments: Any) -> Any:
-    """The op with these arguments, by the implementation that the choice in force gives."""
+    """Run the op with these arguments, by the implementation that the current choice selects."""
     found: Any = "torch.compile traces the modules"
     native = None
     if not torch.compiler.is_compiling():

@@ -1,4 +1,4 @@
-"""Tasks, by transformers' names: one file a task, and `pipeline` to make them."""
+"""Task pipelines under transformers' names: one file per task, and `pipeline` to create them."""
 
 from .base import Pipeline
 from .factory import ALIASES, DEFAULT_MODELS, TASKS, pipeline

@@ -1,4 +1,4 @@
-"""What all pipelines share: reading inputs, batching windows of tokens, running the model."""
+"""Base class of all pipelines: reads inputs, batches windows of tokens, runs the model."""
 
 from __future__ import annotations
 
@@ -19,32 +19,32 @@ from ..text import Tokenizer
 OptionsT = TypeVar("OptionsT")
 
 _SLAB = 16
-"""Batches that are tokenised and sorted by length together."""
+"""Number of batches that are tokenised and sorted by length together."""
 
 
 @dataclass
 class Work:
-    """One input: the windows of tokens that the model is to see, and what is needed to read the answers."""
+    """One input: its windows of tokens for the model, and what is needed to interpret the outputs."""
 
     windows: list[Tokens]
     state: Any = None
     cut: bool = False
-    """The text was longer than the window, and its rest is not looked at."""
+    """True if the text was longer than the window, and was cut."""
 
 
 class Pipeline(ABC, Generic[OptionsT]):
     """A model and its tokenizer, called with texts.
 
-    A text gives one result, a list a list of results, any other iterable an iterator that takes inputs only
-    when results are asked for. Options of a call go before those that the pipeline was made with.
-    `batch_size`: the most windows that go through the model at once; it does not change results.
+    A text gives one result, a list a list of results, any other iterable a lazy iterator. Options of a call
+    override those of the constructor. `batch_size`: maximum number of windows per forward pass; it does not
+    change results.
     """
 
     task: ClassVar[str]
     model_class: ClassVar[type[PreTrainedModel]]
     options_class: ClassVar[type[Any]]
     older_names: ClassVar[Mapping[str, str]] = {}
-    """Options by the names that transformers had for them."""
+    """Older names of options in transformers -> current names."""
     default_batch_size: ClassVar[int] = 32
 
     def __init__(
@@ -58,24 +58,24 @@ class Pipeline(ABC, Generic[OptionsT]):
 
     @property
     def device(self) -> torch.device:
-        """Where the model is."""
+        """The device of the model."""
         return self.model.device
 
     def __repr__(self) -> str:
         return f"<{self.task} pipeline of {self.model.config.model_type} on {self.device}>"
 
-    # What a task says of itself
+    # To be defined by each task
     @abstractmethod
     def prepare(self, item: Any, options: OptionsT) -> Work:
-        """Tokenise one input. Raises TypeError or ValueError for what is none."""
+        """Tokenise one input. Raises TypeError or ValueError for invalid input."""
 
     @abstractmethod
     def head(self, result: Ran, windows: Sequence[Tokens]) -> Sequence[Any]:
-        """What the model says of each window."""
+        """The model's output for each window."""
 
     @abstractmethod
     def finish(self, work: Work, outputs: list[Any], options: OptionsT) -> Any:
-        """The result for one input, from what `head` gave for its windows."""
+        """The result for one input, from the outputs of `head` for its windows."""
 
     def is_single(self, inputs: Any) -> bool:
         """Whether `inputs` is one input, not several."""
@@ -96,7 +96,7 @@ class Pipeline(ABC, Generic[OptionsT]):
         )
 
     def parse(self, options: dict[str, Any]) -> OptionsT:
-        """Options by name -> the task's options. Raises TypeError, ValueError."""
+        """Options by name -> the task's `Options`. Raises TypeError or ValueError."""
         options = renamed(self.task, options, self.older_names)
         known = [field.name for field in fields(self.options_class)]
         unknown = sorted(set(options) - set(known))
@@ -146,7 +146,7 @@ class Pipeline(ABC, Generic[OptionsT]):
         truncation: bool | str | None = None,
         max_length: int | None = None,
     ) -> Work:
-        """One window of a text or pair. What is too long is cut; without `truncation`, that will be said."""
+        """One window of a text or pair. A long text is cut, with a warning if no option asks for it."""
         longest = window(self.model, self.tokenizer)
         cuts = truncation not in (False, "do_not_truncate")
         encoded = self.tokenizer(
@@ -166,5 +166,5 @@ class Pipeline(ABC, Generic[OptionsT]):
 
 
 def split(packed: Tensor, batch: Batch) -> list[Tensor]:
-    """[T, ...] on the device -> float32 [tokens, ...] of each window, on the CPU."""
+    """[T, ...] on the device -> float32 [tokens, ...] per window, on the CPU."""
     return list(torch.split(packed.float().cpu(), batch.packed.lengths))

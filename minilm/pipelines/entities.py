@@ -1,4 +1,4 @@
-"""What makes tokens a word, and words an entity: labels with their prefixes, and the borders of words.
+"""Grouping tokens into words and words into entities, by label prefixes and word boundaries.
 
 token    Ang ##ela lives in  New   York  .
 label    B-PER ... O     O   B-LOC I-LOC O
@@ -16,7 +16,7 @@ ItemT = TypeVar("ItemT")
 
 _INSIDE = ("B-", "I-")
 _MORE = ("E-", "S-", "L-", "U-", "M-")
-"""Prefixes of BIOES and BILOU beside B- and I-: last, single, last, unit, middle."""
+"""Prefixes of BIOES and BILOU in addition to B- and I-: last, single, last, unit, middle."""
 
 _WITHOUT_SPACES = (
     *((0x0E00, 0x0EFF), (0x0F00, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF)),  # Thai to Khmer
@@ -27,7 +27,7 @@ _WITHOUT_SPACES = (
 
 
 class Label(NamedTuple):
-    """A label, read: B-PER -> (PER, begins an entity)."""
+    """A parsed label: B-PER -> (PER, begins an entity)."""
 
     kind: str
     begins: bool = False
@@ -35,14 +35,14 @@ class Label(NamedTuple):
 
 
 class Labels:
-    """The labels of a model. B- and I- are prefixes; E-, S-, L-, U- and M- are where there is a B- or I- of
-    the same kind (E-PER beside B-PER, but not E-MAIL alone); all others are no prefixes (START-DATE)."""
+    """The labels of a model. B- and I- are prefixes; E-, S-, L-, U- and M- are prefixes if there is a B- or
+    I- label of the same kind (E-PER with B-PER, but not E-MAIL alone); others are not (START-DATE)."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.names = frozenset(names)
 
     def read(self, name: str) -> Label:
-        """What a label says."""
+        """Parse a label."""
         prefix, kind = name[:2], name[2:]
         if prefix in _INSIDE:
             return Label(kind, begins=prefix == "B-")
@@ -51,7 +51,7 @@ class Labels:
         return Label(name)
 
     def groups(self, items: Sequence[ItemT], names: Sequence[str]) -> Iterator[list[ItemT]]:
-        """Neighbours of one kind, up to where one begins or ends an entity; `names` are the items' labels."""
+        """Groups of neighbours of one kind, split where an entity begins or ends; `names`: their labels."""
         group: list[ItemT] = []
         last, outside = Label(""), False
         for item, name in zip(items, names, strict=True):
@@ -66,19 +66,19 @@ class Labels:
             yield group
 
     def ignored(self, name: str, ignored: Sequence[str]) -> bool:
-        """Whether a group whose first label is `name` is left out. "O" is the label that says that there is
-        no entity, and not a kind of entity of that name (B-O)."""
+        """Whether a group whose first label is `name` is ignored. "O" is the label for no entity, not a kind
+        of entity of that name (B-O)."""
         kind = self.read(name).kind
         return kind in ignored and not (kind == "O" and name != "O")
 
 
 def same_word(text: str, start: int, before: int) -> bool:
-    """Whether the token that begins at `start` of the text is of the same word as the one that ends at
-    `before`, as well as that can be told without knowing the language.
+    """Whether the token that starts at `start` in the text and the one that ends at `before` belong to the
+    same word, as far as this can be decided without knowing the language.
 
-    Words end at white space (of any kind: line breaks, no-break and zero-width spaces), and at every token
-    of scripts that have none. Tokens that share a character, and marks with the letter before them, are
-    never parted.
+    Words end at white space (of any kind: line breaks, no-break and zero-width spaces), and, in scripts
+    without spaces, at every token. Tokens that share a character, and marks with the letter before them, are
+    never separated.
     """
     if start <= 0:
         return False
@@ -98,7 +98,7 @@ def _without_spaces(character: str) -> bool:
 
 
 def visible(text: str, start: int, end: int) -> tuple[int, int]:
-    """[start, end) without the white space at its ends, as long as something remains."""
+    """[start, end) without white space at its ends, unless nothing would remain."""
     found = text[start:end]
     if not found.strip():
         return start, end

@@ -1,9 +1,9 @@
-"""`pipeline(task, model)`: a model, its tokenizer and what is done with both, as transformers.pipeline.
+"""`pipeline(task, model)`: creates a pipeline from a model and its tokenizer, like transformers.pipeline.
 
     ner = pipeline("ner", model="dslim/bert-base-NER", aggregation_strategy="simple")
     ner("Wolfgang lives in Berlin.")   # [{"entity_group": "PER", "score": ..., "word": "Wolfgang", ...}, ...]
 
-Results have transformers' structure and values. One file a task; base.py is what they share.
+Results have transformers' structure and values. There is one file per task; their base class is in base.py.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ _HEADS = {
     "LMHeadModel": "text-generation",
     "Model": "feature-extraction",
 }
-"""The end of a class name in config.json -> the task of such a model."""
+"""Suffix of a class name in config.json -> the task of such a model."""
 
 _WITHOUT_EFFECT = ("trust_remote_code", "use_fast", "framework", "num_workers", "feature_extractor", "config")
 
@@ -67,21 +67,21 @@ def pipeline(
     model_kwargs: dict[str, Any] | None = None,
     **options: Any,
 ) -> Any:
-    """A pipeline for a task, to be called with texts.
+    """Create a pipeline for a task; call it with texts.
 
     Args:
-        task: one of `TASKS`, or an alias of one; None: what the model was made for.
-        model: a folder, a name on the hub, or a loaded model, with PEFT's adapters or without.
+        task: one of `TASKS`, or an alias of one; None: the task that the model was trained for.
+        model: a folder, a name on the hub, or a loaded model (with or without PEFT's adapters).
             feature-extraction and text-generation have a default.
-        tokenizer: None takes the model's own.
-        device: where to; -1 is the CPU, a number a GPU; None takes the GPU if there is one, or leaves a
-            loaded model.
-        dtype: of the weights; None: as the checkpoint says.
-        weights: quantises them, see `minilm.model.auto.from_pretrained`; not for a loaded model.
-        batch_size: the most texts that go through the model at once.
+        tokenizer: None: the model's own.
+        device: -1 is the CPU, another number a GPU; None: the GPU if there is one (a loaded model stays where
+            it is).
+        dtype: of the weights; None: the checkpoint's.
+        weights: quantises them, see `AutoModel.from_pretrained`; not for a loaded model.
+        batch_size: maximum number of texts per forward pass.
         model_kwargs: for `from_pretrained` of the model.
-        options: of the task, see its class; `revision`, `cache_dir`, `token`, `local_files_only` are for
-            the hub.
+        options: options of the task, see its class; `revision`, `cache_dir`, `token`, `local_files_only` are
+            for the hub.
 
     Raises ValueError for an unknown task or a model without the head for it.
     """
@@ -107,7 +107,7 @@ def pipeline(
                 f"{name} needs an {cls.model_class.__name__}, and the model is a {type(model).__name__}"
             )
         if weights is not None:
-            raise ValueError("weights= quantises a model as it is loaded, and this one is: give its name")
+            raise ValueError("weights= applies to loading: give the model's name, not a loaded model")
         loaded = model if device is None else model.to(_device(device))
         if dtype is not None:
             loaded = loaded.to(dtype=getattr(torch, str(dtype).removeprefix("torch.")))
@@ -156,7 +156,7 @@ def _device(device: str | int | torch.device | None) -> str | int | torch.device
 
 
 def _task_of(model: str | os.PathLike[str] | PreTrainedModel, hub: dict[str, Any]) -> str:
-    """The task that a model was made for, by its class or the class that its config.json names."""
+    """The task of a model, by its class or the class in its config.json."""
     if isinstance(model, PreTrainedModel):
         for name, cls in TASKS.items():
             if isinstance(model, cls.model_class):
@@ -167,4 +167,4 @@ def _task_of(model: str | os.PathLike[str] | PreTrainedModel, hub: dict[str, Any
     for end, name in _HEADS.items():
         if architecture.endswith(end):
             return name
-    raise ValueError(f"the configuration of {model} does not say what the model is for: give task=")
+    raise ValueError(f"the configuration of {model} does not name a task: give task=")

@@ -15,8 +15,8 @@ from .base import Pipeline, Work, split
 
 @dataclass(frozen=True)
 class Options:
-    """`return_tensors`: a tensor, not nested lists. `truncation`: True cuts texts to `max_length` or the
-    window of the model without a word, False never cuts. `tokenize_kwargs` may hold both too."""
+    """`return_tensors`: return a tensor, not nested lists. `truncation`: True cuts texts to `max_length` or
+    the model's window without a warning, False never cuts. `tokenize_kwargs` may contain both, too."""
 
     return_tensors: bool = False
     truncation: bool | str | None = None
@@ -49,9 +49,9 @@ class FeatureExtractionPipeline(Pipeline[Options]):
         return self.encode(self.text(item), None, asked["truncation"], asked["max_length"])
 
     def head(self, result: Ran, windows: Sequence[Tokens]) -> Sequence[Tensor]:
-        """[tokens, C] of each window."""
+        """Hidden states [tokens, C] of each window."""
         return split(result.hidden, result.batch)
 
     def finish(self, work: Work, outputs: list[Any], options: Options) -> Any:
-        """With the batch dimension of one that transformers has."""
+        """Add a batch dimension of 1, as in transformers."""
         return outputs[0][None] if options.return_tensors else outputs[0][None].tolist()

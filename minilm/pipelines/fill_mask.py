@@ -1,4 +1,4 @@
-"""fill-mask: which tokens stand behind the masks of a text."""
+"""fill-mask: predicts the tokens at the masks of a text."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Options:
-    """`top_k`: number of answers for a mask. `targets`: score only these words. `tokenizer_kwargs`:
-    `truncation` and `max_length` of texts that are too long."""
+    """`top_k`: number of answers per mask. `targets`: score only these words. `tokenizer_kwargs`:
+    `truncation` and `max_length` for long texts."""
 
     top_k: int = 5
     targets: str | Sequence[str] | None = None
@@ -39,8 +39,8 @@ class Options:
 class FillMaskPipeline(Pipeline[Options]):
     """A text with masks -> for each mask the best tokens: {"score", "token", "token_str", "sequence"}.
 
-    A text with one mask gives a list of answers, one with several a list of such lists. Each mask is
-    answered alone: scores are no joint probabilities.
+    A text with one mask gives a list of answers, a text with several masks a list of such lists. Each mask
+    is predicted independently: scores are not joint probabilities.
     """
 
     task = "fill-mask"
@@ -49,7 +49,7 @@ class FillMaskPipeline(Pipeline[Options]):
     older_names: ClassVar[Mapping[str, str]] = {"topk": "top_k"}
 
     def __call__(self, inputs: Any, *, batch_size: int | None = None, **options: Any) -> Any:
-        """As `Pipeline`, but a list of a single text gives that text's result, as in transformers."""
+        """As in `Pipeline`, but a list of a single text gives that text's result, as in transformers."""
         found = super().__call__(inputs, batch_size=batch_size, **options)
         return found[0] if isinstance(inputs, list) and len(inputs) == 1 else found
 
@@ -57,7 +57,7 @@ class FillMaskPipeline(Pipeline[Options]):
         """One window."""
         mask = self.tokenizer.mask_token
         if mask is None or self.tokenizer.mask_token_id is None:
-            raise ValueError("fill-mask needs a tokenizer with a mask_token, and this one has none")
+            raise ValueError("fill-mask needs a tokenizer with a mask_token, which this one does not have")
         asked = options.tokenizer_kwargs or {}
         work = self.encode(self.text(item), None, asked.get("truncation"), asked.get("max_length"))
         if self.tokenizer.mask_token_id not in work.windows[0].ids:
@@ -100,14 +100,14 @@ class FillMaskPipeline(Pipeline[Options]):
         return answers[0] if len(answers) == 1 else answers
 
     def _sequence(self, ids: list[int], column: int, token: int, alone: bool) -> str:
-        """The text with the mask filled; with its special tokens, if other masks are among them."""
+        """The text with the mask filled; with special tokens, if there are other masks."""
         filled = [*ids[:column], token, *ids[column + 1 :]]
         kept = [token for token in filled if token != self.tokenizer.pad_token_id]
         text: str = self.tokenizer.decode(kept, skip_special_tokens=alone)
         return text
 
     def _targets(self, targets: str | Sequence[str]) -> Tensor:
-        """Their token ids; of a word that is no token, its first token."""
+        """The token ids of the targets; for a word that is not a token, that of its first token."""
         vocabulary = self.tokenizer.get_vocab()
         ids: dict[int, None] = {}
         for target in [targets] if isinstance(targets, str) else targets:
@@ -120,7 +120,7 @@ class FillMaskPipeline(Pipeline[Options]):
                 token = first[0]
                 taken = self.tokenizer.convert_ids_to_tokens(token)
                 logger.warning(
-                    "the target %r is no token of the vocabulary; %r is scored instead", target, taken
+                    "the target %r is not a token of the vocabulary; %r is scored instead", target, taken
                 )
             ids[token] = None
         if not ids:

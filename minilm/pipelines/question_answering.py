@@ -1,6 +1,6 @@
-"""question-answering: the part of a text that answers a question about it.
+"""question-answering: finds the span of a text that answers a question.
 
-transformers had this pipeline until version 4; arguments, results and scores are those of its last release.
+transformers had this pipeline until version 4; arguments, results and scores follow its last release.
 Long texts are read in overlapping windows.
 """
 
@@ -30,11 +30,11 @@ Floats = NDArray[np.float64]
 class Options:
     """Options of transformers' pipeline.
 
-    top_k: number of answers. max_answer_len: of an answer, in tokens.
-    max_seq_len: of a window, in tokens; None: 384, or less if the model has fewer. doc_stride: tokens that
-        windows have in common; None: half a window, at most 128.
-    max_question_len: longer questions are cut to so many tokens; None: not.
-    handle_impossible_answer: "" may be the answer. align_to_words: answers are whole words.
+    top_k: number of answers. max_answer_len: maximum length of an answer, in tokens.
+    max_seq_len: length of a window, in tokens; None: 384, or the model's maximum if less. doc_stride: number
+        of tokens by which windows overlap; None: half a window, at most 128.
+    max_question_len: longer questions are cut to this many tokens; None: never.
+    handle_impossible_answer: allow "" as an answer. align_to_words: extend answers to whole words.
     """
 
     top_k: int = 1
@@ -57,7 +57,7 @@ class Options:
 
 @dataclass
 class _Question:
-    """A question's text to look in, its windows, and which of the two texts of a window that is."""
+    """A question's context, its windows, and whether the context is the first or second text of a window."""
 
     context: str
     encodings: list[Encoding]
@@ -69,11 +69,10 @@ class QuestionAnsweringPipeline(Pipeline[Options]):
     {"score", "start", "end", "answer"}, or a list of them with `top_k`. `start` and `end` are characters of
     the context.
 
-    The score is the probability of the answer's first token times that of its last. Of a text that a window
-    has at several places it is the sum of all that are among its best candidates (2 `top_k` + 10, as in
-    transformers), and of windows that say the same it is the highest: what two
-    windows have in common does not count twice, and no score is above 1. The place is the most probable one
-    of that window.
+    The score is the probability of the answer's first token times that of its last. If the same text occurs
+    several times among a window's best candidates (2 `top_k` + 10, as in transformers), their scores are
+    added; if several windows give the same answer, the highest score counts, so overlaps do not count twice
+    and no score exceeds 1. `start` and `end` are those of the most probable occurrence in that window.
     """
 
     task = "question-answering"
@@ -89,13 +88,13 @@ class QuestionAnsweringPipeline(Pipeline[Options]):
         batch_size: int | None = None,
         **options: Any,
     ) -> Any:
-        """Answer one question, or several. A list of one gives that one's result, as in transformers. `data`
-        and `X` are its older names for examples."""
+        """Answer one question, or several. A list of one gives a single result, as in transformers. `data`
+        and `X` are older names for the examples."""
         for name in ("data", "X"):
             if name in options:
                 once(
                     f"{self.task}({name}=)",
-                    f"{self.task}: {name}= is now passed without a name",
+                    f"{self.task}: {name}= is now the first positional argument",
                     FutureWarning,
                 )
                 args = (*args, options.pop(name))
@@ -105,13 +104,13 @@ class QuestionAnsweringPipeline(Pipeline[Options]):
         return super().__call__(inputs, batch_size=batch_size, **options)
 
     def prepare(self, item: Any, options: Options) -> Work:
-        """As many windows as the context needs."""
+        """Split the context into windows."""
         question, context = self._texts(item)
         if options.max_question_len is not None:
             question = self._shortened(question, options.max_question_len)
         longest = window(self.model, self.tokenizer)
         limit = min(options.max_seq_len or 384, longest)
-        first = self.tokenizer.padding_side == "right"  # which text comes first, the question?
+        first = self.tokenizer.padding_side == "right"  # whether the question is the first text
         taken = len(self.tokenizer.encode(question, add_special_tokens=False))
         room = limit - taken - self.tokenizer.num_special_tokens_to_add(pair=True)
         stride = options.doc_stride
@@ -149,7 +148,7 @@ class QuestionAnsweringPipeline(Pipeline[Options]):
         return question if len(offsets) <= tokens else question[: offsets[tokens - 1][1]]
 
     def head(self, result: Ran, windows: Sequence[Tokens]) -> Sequence[Tensor]:
-        """Logits [tokens, 2] of each window: is it the first, the last token of the answer?"""
+        """Logits [tokens, 2] of each window: for the first and for the last token of the answer."""
         assert isinstance(self.model, AutoModelForQuestionAnswering)
         return split(self.model.head(result.hidden), result.batch)
 
@@ -173,9 +172,9 @@ class QuestionAnsweringPipeline(Pipeline[Options]):
     def _in_window(
         self, asked: _Question, encoding: Encoding, start: Floats, end: Floats, options: Options
     ) -> dict[str, Answer]:
-        """The answers that a window gives, by their text in lower case."""
-        # More candidates than answers: different tokens may be the same words. If there are too few words
-        # among them, more candidates are looked at, for other words only.
+        """The answers of one window, by their text in lower case."""
+        # More candidates than answers, since different tokens may give the same words. If they give too few
+        # different answers, further candidates are considered, but only for new answers.
         count = options.top_k * 2 + 10 if options.align_to_words else options.top_k
         places: dict[str, dict[tuple[int, int], float]] = {}
         done = 0
@@ -193,15 +192,15 @@ class QuestionAnsweringPipeline(Pipeline[Options]):
         answers = {}
         for key, scores in places.items():
             a, b = max(scores, key=lambda place: scores[place])
-            total = min(1.0, sum(scores.values()))  # rounding aside, it is at most 1
+            total = min(1.0, sum(scores.values()))  # at most 1, except for rounding
             answers[key] = {"score": total, "start": a, "end": b, "answer": asked.context[a:b]}
         return answers
 
     def _probabilities(
         self, encoding: Encoding, logits: Tensor, sequence: int
     ) -> tuple[Floats, Floats, float]:
-        """Of each token to be the answer's first and last, among those of the context and [CLS], which stands
-        for there being no answer; elsewhere 0. And of there being none (0 without a [CLS])."""
+        """Probabilities of each token to be the answer's first and last, over the context and [CLS] (which
+        means no answer), 0 elsewhere; and the probability of no answer (0 without a [CLS])."""
         inside = np.array([s == sequence for s in encoding.sequence_ids])
         columns = zip(encoding.special_tokens_mask, encoding.ids, strict=True)
         none = [i for i, (special, t) in enumerate(columns) if special and t == self.tokenizer.cls_token_id][
@@ -227,7 +226,7 @@ def _spans(start: Floats, end: Floats, count: int, longest: int) -> list[tuple[i
 def _characters(
     encoding: Encoding, first: int, last: int, sequence: int, whole_words: bool
 ) -> tuple[int, int]:
-    """The characters of the context that tokens `first` to `last` stand for, or those of their words."""
+    """The span of characters in the context of tokens `first` to `last`, or of their whole words."""
     if whole_words:
         words = encoding.word_ids[first], encoding.word_ids[last]
         spans = [None if word is None else encoding.word_to_chars(word, sequence) for word in words]
@@ -237,7 +236,7 @@ def _characters(
 
 
 def _inputs(args: tuple[Any, ...], question: Any, context: Any) -> Any:
-    """What a call means: an example, a list of them, or an iterator."""
+    """The input of a call: an example, a list of examples, or an iterator."""
     if args:
         if question is not None or context is not None:
             raise TypeError("give either examples or question= and context=")

@@ -18,11 +18,11 @@ Function = Literal["default", "sigmoid", "softmax", "none"]
 
 @dataclass(frozen=True)
 class Options:
-    """`top_k`: so many classes, best first; None for all; if it is not said, only the best.
-    `function_to_apply`: what makes scores of logits; "default" is no function for a regression, the sigmoid
-    for one or independent labels, softmax otherwise. `truncation`: True cuts texts to `max_length` or the
-    window of the model without a word, False never cuts. `return_all_scores`: the older way to ask for all
-    classes, which are then in the order of the model."""
+    """`top_k`: number of classes to return, best first; None: all; by default only the best.
+    `function_to_apply`: converts logits to scores; "default" is none for regression, sigmoid for one or
+    independent labels, softmax otherwise. `truncation`: True cuts texts to `max_length` or the model's window
+    without a warning, False never cuts. `return_all_scores`: older option to get all classes, in the order of
+    the model."""
 
     top_k: int | Literal[""] | None = ""
     function_to_apply: Function | None = None
@@ -42,7 +42,7 @@ class Options:
 class TextClassificationPipeline(Pipeline[Options]):
     """A text, or {"text": ..., "text_pair": ...} -> {"label", "score"}, or a list of them with `top_k`.
 
-    As in transformers, a text alone gives a list of one, and a pair alone gives its result as it is.
+    As in transformers, a single text gives a list of one result, and a single pair gives its result directly.
     """
 
     task = "text-classification"
@@ -87,7 +87,7 @@ class TextClassificationPipeline(Pipeline[Options]):
         labels = self.model.config.id2label
         found = [{"label": labels[i], "score": score} for i, score in enumerate(scores.tolist())]
         if options.return_all_scores is not None and options.top_k == "":
-            message = f"{self.task}: return_all_scores is now written top_k=None, or top_k=1"
+            message = f"{self.task}: return_all_scores is replaced by top_k=None, or top_k=1"
             once(f"{self.task}(return_all_scores=)", message, FutureWarning)
             if options.return_all_scores:
                 return found

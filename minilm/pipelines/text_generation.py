@@ -1,4 +1,4 @@
-"""text-generation: a decoder writes on from a text, or answers in a chat."""
+"""text-generation: a decoder continues a text, or answers in a chat."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..text import continuation
 from .base import Pipeline, Work
 
 SAMPLED = {"max_new_tokens": 256, "do_sample": True, "temperature": 0.7}
-"""What transformers' pipeline asks for unless the checkpoint or the call says otherwise."""
+"""Defaults of transformers' pipeline, unless the checkpoint or the call sets them."""
 
 _SAYS = {"content", "tool_calls", "function_call"}
 
@@ -25,15 +25,14 @@ _SAYS = {"content", "tool_calls", "function_call"}
 class Options:
     """Options of transformers' pipeline; all others go to `model.generate`.
 
-    return_full_text: with the prompt before the new text, or the whole chat (the default). return_tensors:
-        token ids instead of a text.
-    prefix: put before every text. add_special_tokens, truncation, max_length, tokenizer_encode_kwargs: for
+    return_full_text: return the prompt with the new text, or the whole chat (the default). return_tensors:
+        return token ids instead of text.
+    prefix: added before every text. add_special_tokens, truncation, max_length, tokenizer_encode_kwargs: for
         the tokenizer.
-    continue_final_message: the model goes on with the last message of a chat; None: if that is the
-        assistant's.
-    tools, documents: for the chat template. handle_long_generation: "hole" drops the beginning of a prompt
-        that leaves too little room for new tokens.
-    stop_sequence: a text whose tokens each end the generation.
+    continue_final_message: continue the last message of a chat; None: if it is the assistant's.
+    tools, documents: for the chat template. handle_long_generation: "hole" drops the start of a prompt that
+        leaves too little room for new tokens.
+    stop_sequence: a text; each of its tokens ends the generation.
     """
 
     return_full_text: bool | None = None
@@ -58,7 +57,7 @@ class Options:
         if self.return_full_text is not None and (
             self.return_text is not None or self.return_tensors is not None
         ):
-            raise ValueError("return_full_text goes with neither return_text nor return_tensors")
+            raise ValueError("return_full_text cannot be combined with return_text or return_tensors")
         if self.return_text is not None and self.return_tensors is not None:
             raise ValueError("return_text and return_tensors exclude each other")
         if self.handle_long_generation not in (None, "hole"):
@@ -71,8 +70,8 @@ class TextGenerationPipeline(Pipeline[Options]):
     """A text -> [{"generated_text": ...}], one for each of `num_return_sequences`; a chat (a list of
     {"role", "content"}) -> the same with the messages and the answer as `generated_text`.
 
-    Prompts are written on one by one unless `batch_size` says otherwise. What is drawn for one prompt is what
-    transformers draws after the same torch.manual_seed.
+    Prompts are continued one by one unless `batch_size` is set. Sampling gives the same tokens as
+    transformers after the same torch.manual_seed.
     """
 
     task = "text-generation"
@@ -81,19 +80,19 @@ class TextGenerationPipeline(Pipeline[Options]):
     default_batch_size = 1
 
     def __call__(self, inputs: Any = None, *, batch_size: int | None = None, **options: Any) -> Any:
-        """As `Pipeline`; `text_inputs` is transformers' name for the texts."""
+        """As in `Pipeline`; `text_inputs` is transformers' name for the texts."""
         if "text_inputs" in options:
             if inputs is not None:
-                raise TypeError("text-generation takes the texts once: text_inputs is their other name")
+                raise TypeError("text-generation got both texts and text_inputs: they are the same argument")
             inputs = options.pop("text_inputs")
         return super().__call__(inputs, batch_size=batch_size, **options)
 
     def is_single(self, inputs: Any) -> bool:
-        """A text, or a chat."""
+        """Whether `inputs` is a text or a chat."""
         return isinstance(inputs, str) or _is_chat(inputs)
 
     def parse(self, options: dict[str, Any]) -> Options:
-        """Names that are none of `Options` are for `model.generate`, which checks them."""
+        """Options that are not in `Options` go to `model.generate`, which checks them."""
         ours = {f.name for f in fields(Options)} - {"generate"}
         own = {name: value for name, value in options.items() if name in ours}
         for_generate = {name: value for name, value in options.items() if name not in ours}
@@ -110,7 +109,7 @@ class TextGenerationPipeline(Pipeline[Options]):
         asked: dict[str, Any] = {name: value for name, value in own.items() if value is not None}
         asked.update(options.tokenizer_encode_kwargs or {})
         if _is_chat(item):
-            asked.pop("add_special_tokens", None)  # the template writes them
+            asked.pop("add_special_tokens", None)  # the template adds them
             goes_on = _goes_on(item, options)
             encoded = self.tokenizer.apply_chat_template(
                 list(item),
@@ -128,7 +127,7 @@ class TextGenerationPipeline(Pipeline[Options]):
         return Work([Tokens(ids)], item)
 
     def _room(self, prompt: int, options: Options) -> int:
-        """Tokens of the prompt that leave room for the new ones."""
+        """Maximum number of prompt tokens that leave room for the new ones."""
         longest = context_window(self.model.spec)
         new = self._settings(options, prompt).get("max_new_tokens")
         if longest is None or new is None:
@@ -153,13 +152,13 @@ class TextGenerationPipeline(Pipeline[Options]):
                 yield self.finish(work, rows, options)
 
     def _task_params(self) -> dict[str, Any]:
-        """What config.json asks for in this task (older checkpoints, such as GPT-2's)."""
+        """Options for this task in config.json (in older checkpoints, such as GPT-2's)."""
         tasks = self.model.config.get("task_specific_params")
         found = tasks.get(self.task) if isinstance(tasks, Mapping) else None
         return dict(found) if isinstance(found, Mapping) else {}
 
     def _settings(self, options: Options, longest: int) -> dict[str, Any]:
-        """Options of `generate`: those asked for, then the defaults that the checkpoint leaves open."""
+        """Options of `generate`: those of the call, then defaults for what the checkpoint does not set."""
         asked = dict(options.generate)
         stored = asked.get("generation_config") or getattr(self.model, "generation_config", None)
         for name, value in SAMPLED.items():
@@ -172,14 +171,14 @@ class TextGenerationPipeline(Pipeline[Options]):
         if options.generate.get("generation_config") is None:
             of_task = self._task_params()
             unknown = GenerationConfig().update(**of_task)
-            for name, value in of_task.items():  # over the checkpoint's, under those of the call
+            for name, value in of_task.items():  # precedence: call, task, checkpoint
                 if name not in unknown and options.generate.get(name) is None:
                     asked[name] = value
         if options.generate.get("max_new_tokens") is None:
             limit = context_window(self.model.spec)
             if limit is not None and isinstance(
                 asked.get("max_new_tokens"), int
-            ):  # a default that does not fit is no error
+            ):  # a default that does not fit is not an error
                 asked["max_new_tokens"] = max(1, min(asked["max_new_tokens"], limit - longest))
         if (
             getattr(stored, "pad_token_id", None) is None
@@ -194,12 +193,12 @@ class TextGenerationPipeline(Pipeline[Options]):
         return asked
 
     def _generate(self, works: list[Work], options: Options) -> list[list[Any]]:
-        """For each prompt the new tokens of each of its sequences."""
+        """The new tokens of each sequence, per prompt."""
         assert isinstance(self.model, AutoModelForCausalLM)
         prompts = [work.windows[0].ids for work in works]
         columns = max(len(prompt) for prompt in prompts)
         settings = self._settings(options, columns)
-        if columns == 0 and len(prompts) == 1:  # an empty text: the model begins with its bos token
+        if columns == 0 and len(prompts) == 1:  # an empty text: generation starts from the bos token
             sequences = self.model.generate(**settings)
         else:
             ids = torch.zeros(len(prompts), columns, dtype=torch.int64)
@@ -219,7 +218,7 @@ class TextGenerationPipeline(Pipeline[Options]):
         return [_trimmed(group, listed) if len(works) > 1 else group for group in groups]
 
     def finish(self, work: Work, outputs: list[Any], options: Options) -> Any:
-        """One dict for each sequence."""
+        """One dict per sequence."""
         return [self._record(work, tokens, options) for tokens in outputs]
 
     def _record(self, work: Work, tokens: list[int], options: Options) -> dict[str, Any]:
@@ -244,7 +243,7 @@ class TextGenerationPipeline(Pipeline[Options]):
 
 
 def _is_chat(item: Any) -> bool:
-    """A list of messages. Each says something, or calls a tool."""
+    """Whether it is a list of messages, each with content or tool calls."""
     is_list = isinstance(item, (list, tuple)) and len(item) > 0
     return is_list and all(
         isinstance(message, Mapping) and "role" in message and not message.keys().isdisjoint(_SAYS)
@@ -253,13 +252,13 @@ def _is_chat(item: Any) -> bool:
 
 
 def _goes_on(messages: Sequence[Mapping[str, Any]], options: Options) -> bool:
-    """Whether the model continues the last message, and does not answer it."""
+    """Whether the model continues the last message instead of answering it."""
     asked, last = options.continue_final_message, messages[-1]
     return last["role"] == "assistant" and last.get("content") is not None if asked is None else asked
 
 
 def _longer(content: Any, text: str) -> Any:
-    """The content of a message, a text or a list of parts, with `text` behind its last text."""
+    """The content of a message, a text or a list of parts, with `text` appended to its last text."""
     if isinstance(content, str):
         return content + text
     parts = list(content)
@@ -269,6 +268,6 @@ def _longer(content: Any, text: str) -> Any:
 
 
 def _trimmed(rows: list[list[int]], ends: set[int]) -> list[list[int]]:
-    """The rows of one prompt without the padding that longer rows of other prompts brought."""
+    """The rows of one prompt, without the padding added for longer rows of other prompts."""
     lengths = [next((i + 1 for i, token in enumerate(row) if token in ends), len(row)) for row in rows]
     return [row[: max(lengths)] for row in rows]

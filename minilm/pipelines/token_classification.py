@@ -1,6 +1,6 @@
-"""token-classification (ner): a class for each token, and the named entities that tokens make up.
+"""token-classification (ner): a class for each token, and named entities formed from the tokens.
 
-Texts longer than the window of the model are read in overlapping windows.
+Texts longer than the model's window are read in overlapping windows.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ Entity = dict[str, Any]
 class Options:
     """Options of transformers' pipeline.
 
-    aggregation_strategy: none gives every token; simple groups neighbours of the same class; first, average
-        and max do so after they have given all tokens of a word the class of its first token, of the
-        highest mean score, or of its most certain token.
-    ignore_labels: what is left out of the result: labels, or with a strategy kinds of entities (PER).
-    stride: tokens that windows of a long text have in common. If it is given, entities of overlapping
-        windows are merged as transformers does it (the longer one stays); if not, every token gets its
-        scores from the window where it has more context around it, and the text is treated as one.
-    is_split_into_words: inputs are lists of words, which `delimiter` joins.
+    aggregation_strategy: "none" returns every token; "simple" groups neighbours of the same class; "first",
+        "average" and "max" do so after giving all tokens of a word one class: that of its first token, the
+        one with the highest mean score, or that of its most certain token.
+    ignore_labels: labels to leave out of the result, or with a strategy kinds of entities (PER).
+    stride: number of tokens by which windows of a long text overlap. If given, entities of overlapping
+        windows are merged as in transformers (the longer one is kept); if not, every token gets its scores
+        from the window with more context around it, and the text is treated as a whole.
+    is_split_into_words: inputs are lists of words, joined by `delimiter`.
     """
 
     aggregation_strategy: Strategy = "none"
@@ -67,19 +67,19 @@ class Options:
 
 @dataclass
 class _Text:
-    """A text and the windows that it is read in."""
+    """A text and its windows."""
 
     text: str
     encodings: list[Encoding]
     overlap: int
-    """Tokens that neighbouring windows have in common."""
+    """Number of tokens by which neighbouring windows overlap."""
     words: list[int] | None = None
-    """Where each word begins in the text, if it was given as words."""
+    """Start of each word in the text, if it was given as words."""
 
 
 @dataclass
 class _Token:
-    """A token with its scores, as the strategies see it."""
+    """A token with its scores, for the aggregation strategies."""
 
     word: str
     scores: Tensor
@@ -87,17 +87,17 @@ class _Token:
     end: int
     index: int
     number: int | None
-    """Of its word, as the tokenizer counts, or of the word that was given."""
+    """Index of its word, by the tokenizer, or among the given words."""
     continues: bool
-    """Whether it is part of the word before."""
+    """Whether it belongs to the same word as the token before."""
 
 
 class TokenClassificationPipeline(Pipeline[Options]):
     """A text -> its tokens {"entity", "score", "index", "word", "start", "end"}, or, with an aggregation
     strategy, its entities {"entity_group", "score", "word", "start", "end"}.
 
-    `start` and `end` are characters of the text as it was given (of words: joined by `delimiter`). The `word`
-    of an entity is the text there, as it is written; that of a token is the token.
+    `start` and `end` are characters of the original text (of words: joined by `delimiter`). The `word` of an
+    entity is the original text there; that of a token is the token.
     """
 
     task = "token-classification"
@@ -105,22 +105,23 @@ class TokenClassificationPipeline(Pipeline[Options]):
     options_class = Options
 
     def parse(self, options: dict[str, Any]) -> Options:
-        """As `Pipeline`; `grouped_entities` and `ignore_subwords` are older names for two strategies."""
+        """As in `Pipeline`; `grouped_entities` and `ignore_subwords` are older names for two strategies."""
         older = [name for name in ("grouped_entities", "ignore_subwords") if name in options]
         if older:
             named = " and ".join(older)
             if "aggregation_strategy" in options:
-                raise TypeError(f"{self.task}: {named} is the older way to give an aggregation_strategy")
+                raise TypeError(f"{self.task}: {named} is an older form of aggregation_strategy: give one")
             options = dict(options)
             grouped, whole = (options.pop(name, False) for name in ("grouped_entities", "ignore_subwords"))
             strategy = "none" if not grouped else "first" if whole else "simple"
             options["aggregation_strategy"] = strategy
-            message = f"{self.task}: {named} is now written aggregation_strategy={strategy!r}"
+            message = f"{self.task}: {named} is replaced by aggregation_strategy={strategy!r}"
             once(f"{self.task}({named})", message, FutureWarning)
         return super().parse(options)
 
     def is_single(self, inputs: Any) -> bool:
-        """A text (or what is none: a dict); lists are several texts, or several lists of words."""
+        """Whether `inputs` is a text (or a dict, which is an error); lists are several texts, or several
+        lists of words."""
         return isinstance(inputs, (str, Mapping))
 
     def __call__(self, inputs: Any, *, batch_size: int | None = None, **options: Any) -> Any:
@@ -136,15 +137,13 @@ class TokenClassificationPipeline(Pipeline[Options]):
         return super().__call__(inputs, batch_size=batch_size, **options)
 
     def prepare(self, item: Any, options: Options) -> Work:
-        """As many windows as the text needs."""
+        """Split the text into windows."""
         text, words = self._words(item, options) if options.is_split_into_words else (self.text(item), None)
         longest = window(self.model, self.tokenizer)
         room = longest - self.tokenizer.num_special_tokens_to_add()
         overlap = room // 4 if options.stride is None else options.stride
         if overlap >= room:
-            raise ValueError(
-                f"stride must be less than the {room} tokens that a window has, and is {overlap}"
-            )
+            raise ValueError(f"stride must be less than the {room} tokens of a window, and is {overlap}")
         encoded = self.tokenizer(
             [list(item) if words is not None else text],
             truncation=True,
@@ -158,7 +157,7 @@ class TokenClassificationPipeline(Pipeline[Options]):
         return Work(windows, _Text(text, encoded.encodings or [], overlap, words))
 
     def _words(self, item: Any, options: Options) -> tuple[str, list[int]]:
-        """The words as one text, and where each begins."""
+        """The words as one text, and the start of each."""
         if not isinstance(item, (list, tuple)):
             raise TypeError(
                 f"with is_split_into_words an input is a list of words, not {type(item).__name__}"
@@ -175,10 +174,10 @@ class TokenClassificationPipeline(Pipeline[Options]):
         return [logits.softmax(-1) for logits in split(self.model.head(result.hidden), result.batch)]
 
     def finish(self, work: Work, outputs: list[Any], options: Options) -> Any:
-        """Tokens or entities, without those that are to be ignored."""
+        """Tokens or entities, without the ignored ones."""
         text: _Text = work.state
         if self._prefix is None and options.aggregation_strategy in ("first", "average", "max"):
-            message = "the tokenizer does not tell words apart; they are taken to end at white space"
+            message = "the tokenizer does not mark words; words are assumed to end at white space"
             warnings.warn(message, stacklevel=2)
         if options.stride is None or len(outputs) < 2:
             tokens = [token for part in self._windows(text, outputs, share=True) for token in part]
@@ -188,8 +187,8 @@ class TokenClassificationPipeline(Pipeline[Options]):
 
     # Tokens
     def _windows(self, text: _Text, outputs: list[Tensor], *, share: bool) -> Iterator[list[_Token]]:
-        """The tokens of each window, without the special ones. With `share`, windows have no token in
-        common: each keeps the half of the overlap that is farther from its edge."""
+        """The tokens of each window, without special tokens. With `share`, windows do not overlap: each keeps
+        the half of the overlap that is farther from its edge."""
         last, seen = len(outputs) - 1, 0
         before: _Token | None = None
         for number, (encoding, scores) in enumerate(zip(text.encodings, outputs, strict=False)):
@@ -235,13 +234,13 @@ class TokenClassificationPipeline(Pipeline[Options]):
 
     @property
     def _prefix(self) -> str | None:
-        """What tokens within a word begin with, where the tokenizer marks them so (BERT's ##)."""
+        """The prefix of tokens within a word, if the tokenizer has one (BERT's ##)."""
         found = getattr(self.tokenizer.backend_tokenizer.model, "continuing_subword_prefix", None)
         return str(found) if found else None
 
     # Entities
     def _entities(self, text: str, tokens: list[_Token], options: Options) -> list[Entity]:
-        """The tokens or entities that are not to be ignored."""
+        """The tokens or entities, without the ignored ones."""
         strategy, names = options.aggregation_strategy, self.model.config.id2label
         if strategy in ("none", "simple"):
             words = [[token] for token in tokens]
@@ -277,8 +276,8 @@ class TokenClassificationPipeline(Pipeline[Options]):
 
 
 def _span(text: str, tokens: list[_Token]) -> Entity:
-    """Where tokens stand in the text, and the text there: without white space at its ends, which some
-    tokenizers count to a token."""
+    """The span of tokens in the text, and the text there, without white space at its ends, which some
+    tokenizers include in a token."""
     there = [token for token in tokens if token.start < token.end] or tokens
     start, end = visible(text, min(t.start for t in there), max(t.end for t in there))
     return {"word": text[start:end], "start": start, "end": end}
@@ -294,7 +293,7 @@ def _of_word(tokens: list[_Token], strategy: Strategy) -> Tensor:
 
 
 def _words(tokens: Sequence[_Token]) -> Iterator[list[_Token]]:
-    """The tokens in words."""
+    """Group the tokens into words."""
     word: list[_Token] = []
     for token in tokens:
         if word and not token.continues:
@@ -306,7 +305,7 @@ def _words(tokens: Sequence[_Token]) -> Iterator[list[_Token]]:
 
 
 def _merged(entities: list[Entity]) -> list[Entity]:
-    """Of entities that overlap, the longer one, and of two of the same length the more certain one."""
+    """Of overlapping entities keep the longer one, and of two of equal length the more certain one."""
     merged: list[Entity] = []
     for entity in sorted(entities, key=lambda entity: int(entity["start"])):
         if not merged or not merged[-1]["start"] <= entity["start"] < merged[-1]["end"]:

@@ -1,4 +1,4 @@
-"""Pre-trained models used without training: cloze, label scoring, few-shot prompts, pseudo-perplexity.
+"""Using a pre-trained model without training it: cloze, label scoring, few-shot prompts, pseudo-perplexity.
 
 Each file is one method of a page or two, with the paper that it is from.
 """

@@ -1,4 +1,4 @@
-"""Texts to vectors, and pairs of texts to scores."""
+"""Sentence embeddings, and scores for pairs of texts."""
 
 from .batching import Ran, Tokens, by_length, check_batch_size, chunks, in_order, run, window
 from .cross_encoder import CrossEncoder

@@ -1,7 +1,7 @@
-"""From texts to hidden states: what sentence embeddings and the pipelines have in common.
+"""From texts to hidden states, for sentence embeddings and pipelines.
 
-Texts are tokenised without padding and batched by length; what padding a batch needs is dropped at the
-edge of the model, so that a text's result does not depend on what it is batched with.
+Texts are tokenised without padding, batched by length, and packed, so a text's result does not depend on the
+other texts in its batch.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ class Tokens:
 
     ids: list[int]
     types: list[int] | None = None
-    """Token types; None when all are 0."""
+    """Token types; None if all are 0."""
 
     def __len__(self) -> int:
         return len(self.ids)
 
 
 class Ran(NamedTuple):
-    """What the body of a model gave for some texts."""
+    """The output of a model's body for some texts."""
 
     hidden: Tensor
     """[T, C], packed in the order of the texts."""
@@ -43,7 +43,7 @@ class Ran(NamedTuple):
 
 
 def run(model: PreTrainedModel, texts: Sequence[Tokens]) -> Ran:
-    """The body of `model` over at least one text."""
+    """Run the body of `model` on one or more texts."""
     lengths = torch.tensor([len(text) for text in texts])
     columns = int(lengths.max())
     if columns == 0:
@@ -66,13 +66,13 @@ def _padded(rows: Sequence[Sequence[int]], real: Tensor) -> Tensor:
 
 
 def by_length(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of at most `batch_size`, longest first: what memory cannot hold fails at once."""
+    """Indices in batches of at most `batch_size`, longest first, so that a lack of memory shows early."""
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     yield from (order[start : start + batch_size] for start in range(0, len(order), batch_size))
 
 
 def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """The items in lists of `size` (the last may be shorter), taken from the iterable only when needed."""
+    """The items in lists of `size` (the last may be shorter), read lazily from the iterable."""
     chunk: list[T] = []
     for item in items:
         chunk.append(item)
@@ -84,10 +84,10 @@ def chunks(items: Iterable[T], size: int) -> Iterator[list[T]]:
 
 
 def in_order(items: Any, expected: str) -> Iterator[Any]:
-    """The items of a sequence, an iterator, or what has a length and items by number (a torch Dataset).
+    """The items of a sequence, an iterator, or an object with a length and indexing (a torch Dataset).
 
-    Raises TypeError for what is none or has no order: a dict, of which only the keys would be seen, a set,
-    bytes, a tensor, an array or table of other than one dimension. `expected`: how the message begins.
+    Raises TypeError for anything else, and for inputs without a clear order of items: a dict, a set, bytes, a
+    tensor, an array or table that is not one-dimensional. `expected`: start of the message.
     """
     dimensions = getattr(items, "ndim", 1)
     none = isinstance(items, (bytes, bytearray, Mapping, set, frozenset, Tensor))
@@ -108,11 +108,11 @@ class _NoBar:
         pass
 
     def update(self) -> None:
-        """One batch is done."""
+        """Count one finished batch."""
 
 
 def progress_bar(total: int, shown: bool) -> Any:
-    """A bar over batches, as a context manager with `update()`; nothing, if it is not to be shown."""
+    """A progress bar over batches, as a context manager with `update()`; does nothing unless `shown`."""
     if not shown:
         return _NoBar()
     from tqdm import tqdm
@@ -121,21 +121,21 @@ def progress_bar(total: int, shown: bool) -> Any:
 
 
 def check_batch_size(batch_size: object) -> int:
-    """`batch_size` if it is a positive integer. Raises ValueError."""
+    """`batch_size`; raises ValueError unless it is a positive integer."""
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise ValueError(f"batch_size must be a positive integer, and is {batch_size!r}")
     return batch_size
 
 
 def window(model: PreTrainedModel, tokenizer: Tokenizer) -> int:
-    """The most tokens that a text may have: as the tokenizer says, within the positions of the model."""
+    """Maximum number of tokens of a text: the tokenizer's limit, or the model's if less."""
     return min(int(tokenizer.model_max_length or model.spec.max_positions), model.spec.max_positions)
 
 
 def tokenise(
     tokenizer: Tokenizer, texts: Sequence[str], pairs: Sequence[str] | None, max_length: int
 ) -> tuple[list[Tokens], int]:
-    """The tokens of texts (or pairs), at most `max_length` each, and how many texts were cut for that."""
+    """The tokens of texts (or pairs), at most `max_length` each, and how many texts were cut."""
     if not texts:
         return [], 0
     encoded = tokenizer(

@@ -1,10 +1,11 @@
-"""`CrossEncoder`: scores for pairs of texts read together; used as sentence_transformers.CrossEncoder.
+"""`CrossEncoder`: scores pairs of texts; same API as sentence_transformers.CrossEncoder.
 
     model = CrossEncoder("cross-encoder/ms-marco-MiniLM-L6-v2")
     model.predict([("Who lives in Berlin?", "Berlin has 3.5 million inhabitants.")])      # float32 [1]
     model.rank("Who lives in Berlin?", ["Paris is old.", "Berlin has 3.5 million inhabitants."])
 
-Slower than comparing the embeddings of a `SentenceEncoder`, and more exact: it ranks what that one has found.
+It reads both texts together, which is slower than comparing embeddings of a `SentenceEncoder`, but more
+accurate. It is typically used to rerank the results of a search by embeddings.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .names import answering_to
 logger = logging.getLogger(__name__)
 
 _SLAB = 256
-"""Batches that are tokenised and sorted by length together."""
+"""Number of batches that are tokenised and sorted by length together."""
 
 
 _OPTIONS = (
@@ -39,8 +40,8 @@ _OPTIONS = (
 
 
 def _order(values: Sequence[Any]) -> Sequence[str]:
-    """The options of `predict` and `rank` by position: as in sentence-transformers 6 (prompts first), in 4
-    and 5, or in 3 (with the number of workers)."""
+    """The order of positional options of `predict` and `rank`: that of sentence-transformers 6 (prompts
+    first), of 4 and 5, or of 3 (with the number of workers)."""
     if not isinstance(values[0], int):
         return ("prompt_name", "prompt", *_OPTIONS)
     workers = len(values) > 2 and isinstance(values[2], int)
@@ -51,20 +52,20 @@ class CrossEncoder(nn.Module):
     """Scores pairs of texts.
 
     Args:
-        model_name_or_path: a folder, or a name on the hub (one without an owner is of cross-encoder).
-        num_labels: scores for a pair; None: as the checkpoint has, or one if it has no such head.
-        max_length: of a pair, in tokens; longer ones are cut. None: as the tokenizer says.
-        device: where to; None takes the GPU if there is one.
-        dtype: of the weights; None: as the checkpoint says.
-        weights: quantises them, see `minilm.model.auto.from_pretrained`.
-        activation_fn: what makes scores of logits; None: as the model says, or else the sigmoid if there is
-            one label and nothing if there are several.
+        model_name_or_path: a folder, or a name on the hub (without an owner: of the owner cross-encoder).
+        num_labels: number of scores per pair; None: the checkpoint's, or 1 if it has no such head.
+        max_length: maximum tokens of a pair; longer ones are cut. None: the tokenizer's limit.
+        device: None: the GPU if there is one.
+        dtype: of the weights; None: the checkpoint's.
+        weights: quantises them, see `AutoModel.from_pretrained`.
+        activation_fn: converts logits to scores; None: the model's own, or else the sigmoid for one label and
+            none for several.
         options: `revision`, `cache_folder`, `token`, `local_files_only` for the hub; `model_kwargs`,
             `config_kwargs` and `processor_kwargs` for `from_pretrained` of the model, of its configuration
             and of the tokenizer.
 
-    Here and in its methods, the names and orders of arguments that sentence-transformers had before are taken
-    too (`automodel_args`, `default_activation_function`, `activation_fct`, ...); each name warns once.
+    The constructor and the methods also accept argument names and orders of older sentence-transformers
+    releases (`automodel_args`, `default_activation_function`, `activation_fct`, ...); each name warns once.
     """
 
     @answering_to(
@@ -98,9 +99,7 @@ class CrossEncoder(nn.Module):
             modules = listed_modules(path / "modules.json")
             if modules != [("", "Transformer")]:
                 kinds = ", ".join(kind for _, kind in modules)
-                raise FileError(
-                    f"{path / 'modules.json'}: expected a Transformer alone, and it lists {kinds}"
-                )
+                raise FileError(f"{path / 'modules.json'}: expected only a Transformer, and it lists {kinds}")
         config = read_config(path)
         num_labels = model_options.pop("num_labels", None) if num_labels is None else num_labels
         trained = str((config.get("architectures") or [""])[0]).endswith("ForSequenceClassification")
@@ -130,12 +129,12 @@ class CrossEncoder(nn.Module):
 
     @property
     def num_labels(self) -> int:
-        """Scores for a pair."""
+        """Number of scores per pair."""
         return self.model.config.num_labels
 
     @property
     def max_seq_length(self) -> int:
-        """The most tokens of a pair that are read. Can be set."""
+        """Maximum tokens of a pair; the rest is cut. Can be set."""
         return window(self.model, self.tokenizer)
 
     @max_seq_length.setter
@@ -146,12 +145,12 @@ class CrossEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.model.device
 
     @property
     def default_activation_function(self) -> Callable[[Tensor], Tensor]:
-        """`activation_fn`, by its older name."""
+        """Older name of `activation_fn`."""
         return self.activation_fn
 
     @answering_to(
@@ -171,12 +170,12 @@ class CrossEncoder(nn.Module):
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
     ) -> Any:
-        """The scores of pairs of texts: a numpy array [N], or [N, num_labels]; of a single pair one row of
-        that.
+        """The scores of pairs of texts: a numpy array [N], or [N, num_labels]; for a single pair one row of
+        it.
 
-        `apply_softmax`: scores of several labels add up to one. `activation_fn`, `convert_to_numpy` and
-        `convert_to_tensor`: as in the constructor and in `SentenceEncoder.encode`. Raises TypeError for what
-        is no pair.
+        `apply_softmax`: apply softmax over several labels. `activation_fn`, `convert_to_numpy` and
+        `convert_to_tensor`: as in the constructor and in `SentenceEncoder.encode`. Raises TypeError for
+        inputs that are not pairs of texts.
         """
         check_batch_size(batch_size)
         pairs, single = _pairs(sentences)
@@ -221,11 +220,11 @@ class CrossEncoder(nn.Module):
         batch_size: int = 32,
         **options: Any,
     ) -> list[dict[str, Any]]:
-        """The documents by how well they answer the query, best first: {"corpus_id": number, "score": ...},
-        with `return_documents` also "text". `options` of `predict`."""
+        """Rank the documents by their scores with the query, best first: {"corpus_id": number, "score": ...},
+        with `return_documents` also "text". `options` are those of `predict`."""
         if self.num_labels != 1:
             raise ValueError(
-                f"rank needs a model with one score for a pair, and this one has {self.num_labels}"
+                f"rank needs a model with one score per pair, and this one has {self.num_labels}"
             )
         if not isinstance(query, str):
             raise TypeError(f"the query must be a text, and is {type(query).__name__}")
@@ -242,7 +241,7 @@ class CrossEncoder(nn.Module):
             self.model.config.sentence_transformers = {
                 "activation_fn": f"{kind.__module__}.{kind.__qualname__}"
             }
-        # What a sentence encoder left there would say that this is one.
+        # Files left by a sentence encoder would make this folder look like one.
         with saving(path, replaces=("modules.json", "config_sentence_transformers.json")) as folder:
             self.model.save_pretrained(folder)
             self.tokenizer.save_pretrained(folder)

@@ -1,11 +1,10 @@
-"""`SentenceEncoder`: texts to vectors that are alike where the texts are; used as
-sentence_transformers.SentenceTransformer.
+"""`SentenceEncoder`: sentence embeddings; same API as sentence_transformers.SentenceTransformer.
 
     model = SentenceEncoder("all-MiniLM-L6-v2")
     embeddings = model.encode(["A man eats.", "Someone has lunch."])      # float32 [2, 384]
     model.similarity(embeddings, embeddings)                              # [2, 2]
 
-A model is a Transformer and the modules that modules.json lists after it (sentence_modules.py).
+A model is a Transformer and the modules that modules.json lists after it (`minilm.sentence.modules`).
 """
 
 from __future__ import annotations
@@ -34,11 +33,11 @@ logger = logging.getLogger(__name__)
 Output = Literal["sentence_embedding", "token_embeddings"]
 
 _SLAB = 256
-"""Batches that are tokenised and sorted by length together: bounds the memory that token ids take."""
+"""Number of batches that are tokenised and sorted by length together; limits the memory for token ids."""
 
 
 def _order(values: Sequence[Any]) -> Sequence[str]:
-    """The options of `encode` by position: since sentence-transformers 3, or before there were prompts."""
+    """The order of positional options of `encode`: since sentence-transformers 3, or before prompts."""
     last = ("convert_to_numpy", "convert_to_tensor", "device", "normalize_embeddings")
     if isinstance(values[0], int):
         return ("batch_size", "show_progress_bar", "output_value", *last)
@@ -50,19 +49,18 @@ class SentenceEncoder(nn.Module):
     """Encodes texts as vectors.
 
     Args:
-        model_name_or_path: a folder, one of the bundled models, or a name on the hub (one without an owner
-            is of sentence-transformers). A model without modules.json gets mean pooling (a decoder: its
-            last token).
-        modules: instead of a name, a `Transformer` and what follows it.
-        device: where to; None takes the GPU if there is one.
-        dtype: of the weights; None: as the checkpoint says.
-        weights: quantises them, as "int8" or "q8" (`minilm.model.auto.from_pretrained`); dtype is then that
-        of the
-            rest.
-        prompts: name -> text that is put before the texts; prompts of the model that are not named stay.
-        default_prompt_name: the prompt of calls that name none.
-        similarity_fn_name: cosine, dot, euclidean or manhattan; None: as the model says, or cosine.
-        truncate_dim: keep only so many dimensions.
+        model_name_or_path: a folder, one of the bundled models, or a name on the hub (without an owner: of
+            the owner sentence-transformers). A model without modules.json gets mean pooling (a decoder:
+            last-token pooling).
+        modules: instead of a name, a `Transformer` and the modules after it.
+        device: None: the GPU if there is one.
+        dtype: of the weights; None: the checkpoint's.
+        weights: quantises them, as "int8" or "q8" (see `AutoModel.from_pretrained`); dtype then applies to
+            the rest.
+        prompts: name -> text to add before the texts; other prompts of the model are kept.
+        default_prompt_name: the prompt for calls that do not name one.
+        similarity_fn_name: cosine, dot, euclidean or manhattan; None: the model's own, or cosine.
+        truncate_dim: keep only this many dimensions.
         options: `revision`, `cache_folder`, `token`, `local_files_only` for the hub; `model_kwargs` and
             `config_kwargs` for AutoModel.from_pretrained, `processor_kwargs` for
             AutoTokenizer.from_pretrained.
@@ -95,7 +93,7 @@ class SentenceEncoder(nn.Module):
         if model_name_or_path is not None:
             modules, stored = load(model_name_or_path, device, dtype, options)
         elif options:
-            raise TypeError(f"{', '.join(options)}: only for a model that is loaded by its name")
+            raise TypeError(f"{', '.join(options)}: only for a model that is loaded by name")
         assert modules is not None
         if not modules or not isinstance(modules[0], Transformer):
             raise ValueError("the first module must be a Transformer")
@@ -135,20 +133,19 @@ class SentenceEncoder(nn.Module):
         """The embeddings of texts: a numpy array [N, D], or [D] for a single text.
 
         Args:
-            batch_size: the most texts that go through the model at once; it does not change the result.
-            prompt, prompt_name: a text put before each, or the name of one in `prompts`.
-            show_progress_bar: None shows one when the logger `minilm` is at INFO or below.
-            output_value: "token_embeddings" gives a list of tensors [tokens, C], None a list of dicts with
+            batch_size: maximum number of texts per forward pass; it does not change the result.
+            prompt, prompt_name: a text to add before each text, or the name of one in `prompts`.
+            show_progress_bar: None: show one if the logger `minilm` is at INFO or below.
+            output_value: "token_embeddings" returns a list of tensors [tokens, C], None a list of dicts with
                 both.
             precision: int8, uint8, binary or ubinary, see `minilm.sentence.similarity.quantize_embeddings`.
             convert_to_numpy, convert_to_tensor: False, True gives a tensor; False, False a list of tensors.
             device: moves the model there first.
-            normalize_embeddings: True scales every vector to length 1; None leaves that to the model's
-                modules.
-            truncate_dim: only so many dimensions; before the scaling.
+            normalize_embeddings: True scales every vector to length 1; None: only if the model's modules do.
+            truncate_dim: keep only this many dimensions; applied before scaling.
 
         Texts longer than `max_seq_length` are cut, with a warning that counts them. Raises TypeError for
-        what is not text.
+        inputs that are not texts.
         """
         check_batch_size(batch_size)
         if precision not in PRECISIONS:
@@ -191,21 +188,21 @@ class SentenceEncoder(nn.Module):
 
     @answering_to(also={"inputs": "sentences"}, order=_order)
     def encode_query(self, sentences: str | Iterable[str], batch_size: int = 32, **options: Any) -> Any:
-        """`encode` with the prompt `query`, unless another is asked for."""
+        """`encode` with the prompt `query`, unless another is given."""
         if options.get("prompt") is None and options.get("prompt_name") is None:
             options["prompt_name"] = "query"
         return self.encode(sentences, batch_size, **options)
 
     @answering_to(also={"inputs": "sentences"}, order=_order)
     def encode_document(self, sentences: str | Iterable[str], batch_size: int = 32, **options: Any) -> Any:
-        """`encode` with the prompt `document`, unless another is asked for."""
+        """`encode` with the prompt `document`, unless another is given."""
         if options.get("prompt") is None and options.get("prompt_name") is None:
             options["prompt_name"] = "document"
         return self.encode(sentences, batch_size, **options)
 
     def forward(self, input: dict[str, Any]) -> dict[str, Any]:
-        """For training: what `tokenize` gives -> the same with `token_embeddings` [B, S, C] and
-        `sentence_embedding` [B, D]."""
+        """For training: takes the result of `tokenize`, returns it with `token_embeddings` [B, S, C] and
+        `sentence_embedding` [B, D] added."""
         ids = input["input_ids"]
         model = self.transformer.model
         batch = model.pack(ids, input.get("attention_mask"), input.get("token_type_ids"))
@@ -252,7 +249,7 @@ class SentenceEncoder(nn.Module):
         return self.prompts[name] or ""
 
     def tokenize(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """Texts -> `input_ids`, `attention_mask` (and `token_type_ids`) as the model takes them, [B, S]."""
+        """Texts -> the model's inputs `input_ids`, `attention_mask` (and `token_type_ids`), [B, S]."""
         batch = self.tokenizer(
             list(texts), padding=True, truncation=True, max_length=self.max_seq_length, return_tensors="pt"
         )
@@ -274,14 +271,14 @@ class SentenceEncoder(nn.Module):
         self._similarity = name
 
     def similarity(self, embeddings1: Any, embeddings2: Any) -> Tensor:
-        """How alike each of the one is to each of the other; arrays or tensors [N, D], [M, D] -> [N, M]."""
+        """Similarity of every pair of rows; arrays or tensors [N, D], [M, D] -> [N, M]."""
         return SIMILARITIES[self._similarity][0](embeddings1, embeddings2)
 
     def similarity_pairwise(self, embeddings1: Any, embeddings2: Any) -> Tensor:
-        """How alike embeddings of the same number are, [N]."""
+        """Similarity of row i with row i, [N]."""
         return SIMILARITIES[self._similarity][1](embeddings1, embeddings2)
 
-    # Being a model
+    # Properties and saving
     @property
     def tokenizer(self) -> Any:
         """The tokenizer. Can be set."""
@@ -293,7 +290,7 @@ class SentenceEncoder(nn.Module):
 
     @property
     def max_seq_length(self) -> int:
-        """The most tokens of a text that are read, special ones included. Can be set."""
+        """Maximum tokens of a text, including special tokens; the rest is cut. Can be set."""
         return self.transformer.max_seq_length
 
     @max_seq_length.setter
@@ -305,7 +302,7 @@ class SentenceEncoder(nn.Module):
         return self.max_seq_length
 
     def get_embedding_dimension(self) -> int:
-        """D, the size of what `encode` gives."""
+        """D, the size of the embeddings."""
         size = self.transformer.get_embedding_dimension()
         for module in self._modules_after():
             size = module.dimension(size)
@@ -315,7 +312,7 @@ class SentenceEncoder(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """The device of the weights."""
         return self.transformer.model.device
 
     @property
@@ -376,7 +373,7 @@ def _unpack(
     output: str | None,
     truncate_dim: int | None,
 ) -> list[Any]:
-    """What `encode` gives for each text when it is asked for more than one vector a text."""
+    """The results of `encode` per text for `output_value` other than sentence embeddings."""
     items: list[Any] = [None] * count
     for indices, tokens, features in runs:
         rows = torch.split(features.tokens, features.packed.lengths)

@@ -1,4 +1,4 @@
-"""The files of a sentence-transformers model -> its modules."""
+"""Loading the modules of a sentence-transformers model from its files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _WITHOUT_OWNER = (
     *("bert-base-", "bert-large-", "distilbert-base-", "roberta-base", "roberta-large", "xlm-roberta-"),
     *("gpt2", "distilgpt2", "distilroberta-base"),
 )
-"""Beginnings of names on the hub that have no owner and are not of sentence-transformers."""
+"""Prefixes of hub names without an owner that do not belong to sentence-transformers."""
 
 
 _OLDER = {
@@ -33,7 +33,7 @@ _OLDER = {
     "cache_dir": "cache_folder",
     "use_auth_token": "token",
 }
-"""Options of constructors by the names that sentence-transformers had for them."""
+"""Older names of constructor options in sentence-transformers -> current names."""
 
 
 def default_device() -> str:
@@ -44,13 +44,13 @@ def default_device() -> str:
 def hub_options(
     name_or_path: str | os.PathLike[str], owner: str, options: dict[str, Any]
 ) -> tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The full name of a model (of `owner`, if it has none), and the options of a constructor for the hub,
-    for the model and for the tokenizer. Raises TypeError for others."""
+    """The full name of a model (with `owner`, if it has none), and the constructor options for the hub, for
+    the model and for the tokenizer. Raises TypeError for unknown options."""
     name = os.fspath(name_or_path)
     hub = renamed("SentenceEncoder" if owner == "sentence-transformers" else "CrossEncoder", options, _OLDER)
     model_options = {**(hub.pop("config_kwargs", None) or {}), **(hub.pop("model_kwargs", None) or {})}
     tokenizer_options = hub.pop("processor_kwargs", None) or {}
-    hub.pop("trust_remote_code", None)  # code of a model is never run
+    hub.pop("trust_remote_code", None)  # a model's own code is never run
     if "cache_folder" in hub:
         hub["cache_dir"] = hub.pop("cache_folder")
     if hub.pop("backend", "torch") != "torch":
@@ -70,7 +70,7 @@ def load(
     dtype: torch.dtype | str | None,
     options: dict[str, Any],
 ) -> tuple[list[nn.Module], dict[str, Any]]:
-    """The modules of a model, and its config_sentence_transformers.json; `options` as of SentenceEncoder."""
+    """The modules of a model, and its config_sentence_transformers.json; `options` as in SentenceEncoder."""
     name, hub, model_options, tokenizer_options = hub_options(name_or_path, "sentence-transformers", options)
     model_options = {"dtype": dtype, **model_options}
     path = resolve(name, **hub)
@@ -80,7 +80,7 @@ def load(
         architectures = transformer.model.config.get("architectures") or [""]
         decoder = architectures[0].endswith("ForCausalLM") or path.is_file()
         pooling = Pooling(transformer.get_embedding_dimension(), "lasttoken" if decoder else "mean")
-        logger.warning("%s has no modules.json: its tokens are pooled as %s", name, pooling.modes[0])
+        logger.warning("%s has no modules.json: using %s pooling", name, pooling.modes[0])
         return [transformer, pooling], {}
     file = path / "config_sentence_transformers.json"
     stored = read_json(file, limit=MOST_CONFIG) if has_file(file) else {}
@@ -98,7 +98,7 @@ def load(
 
 
 def _check_settings(file: Path, stored: dict[str, Any]) -> None:
-    """Raise FileError where config_sentence_transformers.json has a setting of another type."""
+    """Raise FileError if a setting in config_sentence_transformers.json has a wrong type."""
     prompts, dimensions = stored.get("prompts") or {}, stored.get("truncate_dim")
     if not isinstance(prompts, dict) or not all(
         isinstance(text, (str, type(None))) for text in prompts.values()
@@ -122,7 +122,7 @@ def listed_modules(file: Path) -> list[tuple[str, str]]:
     for index, (place, name) in enumerate(found):
         package, _, kind = name.rpartition(".")
         if package.partition(".")[0] != "sentence_transformers":
-            raise FileError(f"{file}: the module {name} is code of the model's own, which is never run")
+            raise FileError(f"{file}: the module {name} is the model's own code, which is never run")
         if kind not in KINDS and kind != "Transformer":
             supported = ", ".join(("Transformer", *KINDS))
             raise FileError(f"{file}: the module {name} is not supported; supported are {supported}")

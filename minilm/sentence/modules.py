@@ -1,8 +1,9 @@
-"""What comes after the Transformer in a sentence-transformers model: Pooling, Dense, Normalize and the like.
+"""The modules after the Transformer in a sentence-transformers model: Pooling, Dense, Normalize, LayerNorm,
+Dropout.
 
 modules.json lists them in order; each has a folder with its config.json and, if it has weights,
-model.safetensors. Both the older and the newer spelling of these files are read. `Features` are what goes
-through all of them.
+model.safetensors. Both the older and the newer format of these files are read. Each module takes and returns
+`Features`.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ from ..model import Linear, Packed
 
 @dataclass
 class Features:
-    """Texts on their way through the modules."""
+    """The data that modules take and return: token and sentence embeddings of a batch of texts."""
 
     tokens: Tensor
     """[T, C], packed."""
     packed: Packed
     prompt_length: int | Sequence[int] = 0
-    """Tokens of the prompt at the beginning of every text, or of each, with the special token before it."""
+    """Prompt tokens at the start of every text (or of each text), with the special token before them."""
     sentence: Tensor | None = None
-    """[B, D], from the pooling on."""
+    """[B, D], set by the pooling."""
 
     def get(self, name: str) -> Tensor:
         """`token_embeddings` or `sentence_embedding`."""
@@ -53,7 +54,7 @@ class Features:
         return self.sentence
 
     def set(self, name: str, value: Tensor) -> None:
-        """Replace what `get` gives."""
+        """Set `token_embeddings` or `sentence_embedding`."""
         if name == "token_embeddings":
             self.tokens = value
         else:
@@ -71,11 +72,11 @@ class Module(nn.Module):
         raise NotImplementedError
 
     def config(self) -> dict[str, Any]:
-        """What its config.json holds."""
+        """The contents of its config.json."""
         raise NotImplementedError
 
     def dimension(self, size: int) -> int:
-        """Size of the embeddings after this module, when it is `size` before."""
+        """Size of the embeddings after this module, given `size` before it."""
         return size
 
     @classmethod
@@ -103,16 +104,15 @@ _FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
     "pooling_mode_lasttoken": "lasttoken",
 }
-"""The older spelling: a flag a mode, concatenated in this order."""
+"""The older format: one flag per mode, concatenated in this order."""
 
 
 class Pooling(Module):
-    """One vector a text: its first or last token, the largest value or the mean of each channel, the sum
-    over the square root of the number of tokens, or a mean whose weights grow with the position: 1, 2, 3,
-    ...
+    """One vector per text: its first or last token, the maximum or the mean of each channel, the sum divided
+    by the square root of the number of tokens, or a mean weighted by position: 1, 2, 3, ...
 
-    Several modes are concatenated. Without `include_prompt` the tokens of the prompt are left out, though
-    they count as positions. A text without any token left gives zeros.
+    Several modes are concatenated. Without `include_prompt` the tokens of the prompt are excluded, but they
+    count as positions. A text without remaining tokens gives zeros.
     """
 
     kind = "Pooling"
@@ -180,7 +180,7 @@ class Pooling(Module):
         return size * len(self.modes)
 
     def config(self) -> dict[str, Any]:
-        """In the older spelling, which every release reads, unless the order of the modes needs the newer."""
+        """In the older format, which every release reads, unless the order of modes needs the newer one."""
         if list(self.modes) == [mode for mode in _FLAGS.values() if mode in self.modes]:
             flags = {flag: mode in self.modes for flag, mode in _FLAGS.items()}
             modes: dict[str, Any] = {"word_embedding_dimension": self.embedding_dimension, **flags}
@@ -190,7 +190,7 @@ class Pooling(Module):
 
     @classmethod
     def load(cls, folder: Path) -> Pooling:
-        """From config.json, in either spelling."""
+        """From config.json, in either format."""
         config = _config(folder)
         older = config.pop("word_embedding_dimension", None)
         config.setdefault("embedding_dimension", older)
@@ -205,7 +205,7 @@ class Pooling(Module):
 
 
 class _Named(Module):
-    """A module that works on the token or the sentence embeddings, as its config says."""
+    """A module that works on the token or the sentence embeddings, depending on its config."""
 
     def __init__(
         self, module_input_name: str = "sentence_embedding", module_output_name: str | None = None
@@ -218,14 +218,14 @@ class _Named(Module):
                 raise ValueError(f"a module works on sentence_embedding or token_embeddings, not on {name!r}")
 
     def config(self) -> dict[str, Any]:
-        """The names; left out where they are the usual ones, so that older releases read it too."""
+        """The names; default names are left out, so that older releases can read the file too."""
         if self.input == self.output == "sentence_embedding":
             return {}
         return {"module_input_name": self.input, "module_output_name": self.output}
 
 
 class Normalize(_Named):
-    """Unit length."""
+    """Scales embeddings to length 1."""
 
     kind = "Normalize"
 
@@ -238,7 +238,7 @@ class Normalize(_Named):
 
     @classmethod
     def load(cls, folder: Path) -> Normalize:
-        """From config.json, which older models do not have."""
+        """From config.json; older models do not have one."""
         config = _config(folder) if has_file(folder / "config.json") else {}
         return _build(cls, folder, config, ("module_input_name", "module_output_name"))
 
@@ -248,11 +248,11 @@ ACTIVATIONS = (
     nn.LeakyReLU, nn.Softplus, nn.Softsign, nn.Mish, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid,
     nn.LogSigmoid, nn.Tanhshrink,
 )  # fmt: skip
-"""The only classes that an activation's name in a file may mean."""
+"""The only activation classes that a file may name."""
 
 
 def activation(name: str, file: Path | str) -> nn.Module:
-    """The activation whose class `file` names, torch.nn.modules.activation.Tanh say. Runs no other code."""
+    """The activation whose class `file` names (torch.nn.modules.activation.Tanh). Runs no other code."""
     for cls in ACTIVATIONS:
         if name in (f"{cls.__module__}.{cls.__name__}", f"torch.nn.{cls.__name__}"):
             made: nn.Module = cls()
@@ -262,7 +262,7 @@ def activation(name: str, file: Path | str) -> nn.Module:
 
 
 class Dense(_Named):
-    """act(W x + b), and if asked for the input again (projected where the sizes differ)."""
+    """act(W x + b), optionally with a residual connection (projected if the sizes differ)."""
 
     kind = "Dense"
 
@@ -297,7 +297,7 @@ class Dense(_Named):
         return self.linear.out_features
 
     def config(self) -> dict[str, Any]:
-        """Sizes, and the activation by the name of its class."""
+        """Sizes, and the class name of the activation."""
         act = type(self.activation_function)
         config: dict[str, Any] = {
             "in_features": self.linear.in_features,
@@ -378,7 +378,7 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _build(cls: type[M], folder: Path, config: dict[str, Any], names: Sequence[str]) -> M:
-    """The module that config.json describes; `names` are the options that it may have."""
+    """The module that config.json describes; `names` are the allowed options."""
     file = folder / "config.json"
     check_known(file, cls.__name__, {name: value for name, value in config.items() if name not in names})
     try:
@@ -388,14 +388,14 @@ def _build(cls: type[M], folder: Path, config: dict[str, Any], names: Sequence[s
 
 
 def check_known(file: Path, kind: str, rest: dict[str, Any]) -> None:
-    """Raise FileError if `rest` holds options that are set: nothing that a file asks for is ignored."""
+    """Raise FileError if `rest` has options that are set, so that no setting is silently ignored."""
     unknown = sorted(name for name, value in rest.items() if value not in (None, False))
     if unknown:
         raise FileError(f"{file}: {kind} with {', '.join(unknown)} is not supported")
 
 
 def read_weights(module: M, folder: Path) -> M:
-    """Fill the parameters of `module` from model.safetensors in `folder`. Every tensor must have a place."""
+    """Load the parameters of `module` from model.safetensors in `folder`. Every tensor must have a place."""
     parameters = dict(module.named_parameters())
     with open_checkpoint(folder) as checkpoint:
         if set(parameters) != set(checkpoint.tensors):
@@ -407,13 +407,13 @@ def read_weights(module: M, folder: Path) -> M:
 
 
 def write_json(file: Path, value: Any) -> None:
-    """Write `file`, a name in a folder that `saving` gave."""
+    """Write `file`, a path in a folder from `saving`."""
     file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def run_modules(modules: Sequence[Module], features: Features) -> Features:
-    """All modules after the Transformer. The usual ones, the mean of a text's tokens and then perhaps its
-    scaling to length 1, are one op."""
+    """Run all modules after the Transformer. The usual ones, mean pooling and optionally Normalize, are one
+    op."""
     if _are_one_op(modules, features):
         unit = len(modules) == 2
         features.sentence = ops.pool(features.tokens, features.packed.cu_seqlens, unit=unit)

@@ -1,4 +1,4 @@
-"""Arguments by the names, and in the orders, that sentence-transformers has and had."""
+"""Argument names and orders of current and older sentence-transformers releases."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..differences import renamed
 F = TypeVar("F", bound=Callable[..., Any])
 
 _UNSET = ("prompt", "prompt_name", "pool", "chunk_size", "device")
-"""Options that some versions have, which change nothing as long as they are None."""
+"""Options of some versions, which have no effect as long as they are None."""
 
 
 def answering_to(
@@ -22,9 +22,9 @@ def answering_to(
     places: int = 1,
     without_effect: Sequence[str] = (),
 ) -> Callable[[F], F]:
-    """Let a method be called as programs call it: by `older` names, which warn once, by other names (`also`),
-    and with more than `places` arguments by position, which then have the names that `order` gives for these
-    values. Options `without_effect` are dropped."""
+    """Decorator that makes a method accept `older` names, which warn once, other names (`also`), and more
+    than `places` positional arguments, whose names `order` determines from their values. Options
+    `without_effect` are dropped."""
 
     def wrap(function: F) -> F:
         who = function.__qualname__.removesuffix(".__init__")

@@ -1,10 +1,11 @@
-"""How alike embeddings are, and embeddings in fewer bits; names and values as in sentence-transformers.
+"""Similarity functions, semantic search and quantised embeddings; names and values as in
+sentence-transformers.
 
-A similarity takes vectors or matrices (torch, numpy, lists), compares all rows of one with all rows of the
-other, and returns a tensor [N, M]; distances are negated, so that more is always more alike. The `pairwise`
-ones compare row with row: [N]. float16 and bfloat16 are computed in float32, integers (int8 and uint8 of
-quantised embeddings, bool) in float64, which is exact for them. The codes of binary and ubinary embeddings
-are eight dimensions to a number: unpack them (np.unpackbits) before they are compared.
+A similarity function takes vectors or matrices (torch, numpy, lists), compares all rows of one with all rows
+of the other, and returns a tensor [N, M]; distances are negated, so that higher always means more similar.
+The `pairwise` functions compare row i with row i: [N]. float16 and bfloat16 are computed in float32, integers
+(int8 and uint8 of quantised embeddings, bool) in float64, which is exact for them. binary and ubinary
+embeddings pack eight dimensions into one number: unpack them (np.unpackbits) before comparing.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def dot_score(a: Any, b: Any) -> Tensor:
 def euclidean_sim(a: Any, b: Any) -> Tensor:
     """Negative Euclidean distances, [N, M]."""
     a, b = _matrices(a, b)
-    # In float64, thus of integers, without the detour over products, which cancels out near 0.
+    # In float64 (for integers) not by matrix products, which lose precision for distances near 0.
     exact = a.dtype == torch.float64
     mode = f"{'donot_use' if exact else 'use'}_mm_for_euclid_dist{'' if exact else '_if_necessary'}"
     return -torch.cdist(a, b, p=2.0, compute_mode=mode)
@@ -54,26 +55,26 @@ def manhattan_sim(a: Any, b: Any) -> Tensor:
 
 
 def pairwise_cos_sim(a: Any, b: Any) -> Tensor:
-    """Cosine of the angle between rows of the same number, [N]."""
+    """Cosine of the angle between row i and row i, [N]."""
     one, other = _wide(a, b)
     return (normalize(one, dim=-1) * normalize(other, dim=-1)).sum(-1)
 
 
 def pairwise_dot_score(a: Any, b: Any) -> Tensor:
-    """Dot products of rows of the same number, [N]."""
+    """Dot products of row i and row i, [N]."""
     one, other = _wide(a, b)
     return (one * other).sum(-1)
 
 
 def pairwise_euclidean_sim(a: Any, b: Any) -> Tensor:
-    """Negative Euclidean distances of rows of the same number, [N]."""
+    """Negative Euclidean distances of row i and row i, [N]."""
     a, b = _wide(a, b)
     distances: Tensor = torch.linalg.vector_norm(a - b, dim=-1)
     return -distances
 
 
 def pairwise_manhattan_sim(a: Any, b: Any) -> Tensor:
-    """Negative Manhattan distances of rows of the same number, [N]."""
+    """Negative Manhattan distances of row i and row i, [N]."""
     one, other = _wide(a, b)
     return -(one - other).abs().sum(-1)
 
@@ -84,7 +85,7 @@ SIMILARITIES: dict[str, tuple[Callable[[Any, Any], Tensor], Callable[[Any, Any],
     "euclidean": (euclidean_sim, pairwise_euclidean_sim),
     "manhattan": (manhattan_sim, pairwise_manhattan_sim),
 }
-"""Name -> (all with all, row with row)."""
+"""Name -> (function for all pairs of rows, pairwise function)."""
 
 
 def semantic_search(
@@ -95,12 +96,12 @@ def semantic_search(
     top_k: int = 10,
     score_function: Callable[[Any, Any], Tensor] = cos_sim,
 ) -> list[list[dict[str, Any]]]:
-    """For each row of the one the `top_k` rows of the other most like it, best first, of equal ones the
-    earlier first: {"corpus_id": row, "score": ...}.
+    """For each query the `top_k` most similar rows of the corpus, best first (earlier rows first among equal
+    scores): {"corpus_id": row, "score": ...}.
 
-    Scores of `query_chunk_size` x `corpus_chunk_size` pairs exist at a time; the sizes do not change the
-    result. `score_function` takes tensors [N, D] and [M, D] and gives [N, M]. Raises ValueError for sizes
-    below 1, for embeddings of different dimensions, and for a score that is no number.
+    Scores of `query_chunk_size` x `corpus_chunk_size` pairs are in memory at a time; the sizes do not change
+    the result. `score_function` takes tensors [N, D] and [M, D] and returns [N, M]. Raises ValueError for
+    sizes below 1, for embeddings of different dimensions, and for a score that is NaN.
     """
     queries = matrix(query_embeddings)
     values, places = nearest(
@@ -132,7 +133,7 @@ def nearest(
     for start in range(0, len(corpus), corpus_chunk_size):
         chunk = matrix(corpus[start : start + corpus_chunk_size])
         score = score_function
-        if score is cos_sim:  # each chunk of the corpus is scaled once
+        if score is cos_sim:  # normalise each chunk of the corpus once
             chunk, score = normalize(chunk if chunk.is_floating_point() else chunk.double(), dim=-1), _scaled
         for number in range(len(best)):
             some = queries[number * query_chunk_size : (number + 1) * query_chunk_size].to(chunk.device)
@@ -165,7 +166,8 @@ def _scaled(a: Tensor, scaled: Tensor) -> Tensor:
 
 
 def best_of(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The highest of each row, and where: of equal ones the first, in order. [N, M] -> [N, count] twice."""
+    """The highest scores of each row and their indices, lower indices first among equals. [N, M] ->
+    [N, count] twice."""
     values, places = scores.topk(min(count + 1, scores.shape[1]), dim=1)
     rows = (values[:, count - 1 : count] == values[:, count:]).any(1)  # the last place is claimed by several
     values, places = values[:, :count], places[:, :count]
@@ -184,11 +186,11 @@ def _check_scores(values: Tensor, places: Tensor, query: int, corpus: int) -> No
     if len(wrong):
         row, column = wrong[0].tolist()
         at = int(places[row, column]) + corpus
-        raise ValueError(f"the score of query {query + row} and row {at} of the corpus is no number (NaN)")
+        raise ValueError(f"the score of query {query + row} and row {at} of the corpus is NaN")
 
 
 def _rows(x: Any) -> Any:
-    """What can be cut into rows [N, D] without being converted as a whole."""
+    """An object that can be sliced by rows [N, D] without converting it as a whole."""
     if isinstance(x, (Tensor, np.ndarray)):
         return x[None] if x.ndim == 1 else x
     if isinstance(x, (list, tuple)):
@@ -218,7 +220,7 @@ def matrix(x: Any) -> Tensor:
 
 
 def _wide(a: Any, b: Any) -> tuple[Tensor, Tensor]:
-    """Both as tensors of one floating type that holds their values, and products of integers."""
+    """Both as tensors of one floating dtype that represents their values (and products of integers)."""
     one, other = tensor(a), tensor(b)
     if one.dim() and other.dim() and one.shape[-1] != other.shape[-1]:
         raise ValueError(
@@ -240,11 +242,11 @@ def quantize_embeddings(
     ranges: NDArray[Any] | None = None,
     calibration_embeddings: NDArray[Any] | None = None,
 ) -> NDArray[Any]:
-    """Embeddings [N, D] in fewer bits.
+    """Quantise embeddings [N, D].
 
-    int8, uint8: each dimension's range in 255 steps. The ranges [2, D] (lowest, highest) are taken from
-    `calibration_embeddings`, or else from the embeddings themselves. binary, ubinary: one bit a dimension
-    (is it positive?), eight to a byte, [N, ceil(D / 8)], as int8 or uint8.
+    int8, uint8: each dimension's range in 255 steps. The ranges [2, D] (lowest, highest) are those of
+    `calibration_embeddings`, or else of the embeddings themselves. binary, ubinary: one bit per dimension
+    (whether it is positive), eight per byte, [N, ceil(D / 8)], as int8 or uint8.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, and is {precision!r}")
@@ -263,10 +265,10 @@ def quantize_embeddings(
         sample = embeddings if calibration_embeddings is None else calibration_embeddings
         if sample.ndim == 1 or len(sample) == 1:
             raise ValueError(
-                f"{precision} needs the ranges of the values, which a single embedding does not show"
+                f"{precision} needs the ranges of the values, which one embedding alone does not have"
             )
         if calibration_embeddings is None and len(sample) < 100:
-            logger.warning("%s: the ranges are taken from only %d embeddings", precision, len(sample))
+            logger.warning("%s: the ranges are computed from only %d embeddings", precision, len(sample))
         ranges = np.stack((sample.min(axis=0), sample.max(axis=0)))
     low = ranges[0].astype(np.float32)
     step = (ranges[1].astype(np.float32) - low) / 255

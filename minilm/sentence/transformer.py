@@ -1,4 +1,4 @@
-"""The first module of a sentence encoder: tokenizer and Transformer, and how long a text may be."""
+"""The first module of a sentence encoder: tokenizer and Transformer, and the maximum length of a text."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Transformer(nn.Module):
 
     Args:
         model: a model, or the name or folder of one.
-        tokenizer: None loads the one that belongs to `model`.
-        max_seq_length: longer texts are cut; None: as the tokenizer says. Never more than the model's
+        tokenizer: None: load the tokenizer of `model`.
+        max_seq_length: longer texts are cut; None: the tokenizer's limit. Never more than the model's
             positions.
         do_lower_case: lower-case the texts, even if the tokenizer does not.
     """
@@ -71,19 +71,19 @@ class Transformer(nn.Module):
             _check(file, config)
         with open_checkpoint(folder) as checkpoint:
             pooler = any("pooler." in name for name in checkpoint.tensors)
-        # A pooler of the checkpoint is kept, so that saving loses nothing; a random one has no use.
+        # Keep a pooler of the checkpoint, so that saving loses nothing, but not a random one.
         model = AutoModel.from_pretrained(folder, device=device, add_pooling_layer=pooler, **model_options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_options)
         return cls(model, tokenizer, tokenizer_options.get("model_max_length") or longest, lower)
 
     @property
     def auto_model(self) -> AutoModel:
-        """The model, under the name that sentence-transformers has for it."""
+        """The model, under sentence-transformers' name."""
         return self.model
 
     @property
     def max_seq_length(self) -> int:
-        """The most tokens of a text that are read, special ones included. Can be set; None: no own limit."""
+        """Maximum tokens of a text, including special tokens. Can be set; None: no limit of its own."""
         return window(self.model, self.tokenizer)
 
     @max_seq_length.setter
@@ -109,8 +109,8 @@ class Transformer(nn.Module):
         return tokenise(self.tokenizer, texts, None, self.max_seq_length)
 
     def prompt_lengths(self, texts: list[str], prompt: str) -> list[int]:
-        """How many tokens at the beginning of each text, which begins with `prompt`, are of the prompt alone
-        or special tokens before it. A token that has a character of both counts as one of the text."""
+        """Number of tokens at the start of each text (which starts with `prompt`) that belong only to the
+        prompt, with special tokens before it. A token with characters of both counts as part of the text."""
         encoded = self.tokenizer(texts, truncation=True, max_length=self.max_seq_length, verbose=False)
         found = []
         for row in encoded.encodings or []:
@@ -134,7 +134,7 @@ class Transformer(nn.Module):
 
 
 def _check(file: Path, config: dict[str, Any]) -> None:
-    """Newer files say how a model that takes several kinds of input is called; minilm's take text."""
+    """Refuse settings of newer files for other kinds of input than text."""
     modalities = config.pop("modality_config", None) or {}
     if not isinstance(modalities, dict) or not isinstance(modalities.get("text", {}), dict):
         raise FileError(f"{file}: modality_config must be a mapping, and is {modalities!r:.60}")
@@ -151,7 +151,7 @@ def _check(file: Path, config: dict[str, Any]) -> None:
 
 
 def _lower_case(tokenizer: Tokenizer) -> None:
-    """Put lower-casing before what the tokenizer does to a text, unless it does so itself."""
+    """Make the tokenizer lower-case texts first, unless it already does."""
     from tokenizers import normalizers
 
     backend = tokenizer.backend_tokenizer

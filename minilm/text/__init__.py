@@ -1,4 +1,4 @@
-"""Texts to tokens and back, and messages to texts."""
+"""Text to tokens and back, and chat messages to prompts."""
 
 from .chat_template import ChatTemplateError, render
 from .detokenize import IncrementalDecoder, context, continuation

@@ -1,10 +1,10 @@
-"""Runs chat templates in a process of their own, chat_worker.py, whose memory and time are limited.
+"""Runs chat templates in a separate process, chat_worker.py, with limited memory and time.
 
-A template can take any time and any memory, before it runs (constants are folded as it is compiled) and
-within one call of C code (`center`, `replace`, a range that becomes a list), where nothing in this process
-could stop it. The process is started with the first template, which takes about 0.1 s, and is kept: after
-that a turn costs what two JSON texts through a pipe cost, less than a millisecond. A process that broke a
-limit is ended and the next template gets another.
+A template can use any amount of time and memory, even before it runs (constants are folded when it is
+compiled) and within one call of C code (`center`, `replace`, a range turned into a list), which cannot be
+interrupted from this process. The process is started for the first template, which takes about 0.1 s, and
+reused: each further call sends and receives one JSON text through a pipe, in less than a millisecond. A
+process that exceeds a limit is killed, and the next template gets a new one.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-_TAG = "\ufdd0"  # a noncharacter, which no key has; those that have it are sent as pairs
-_MEMORY = 512 << 20  # bytes of address space, and so many more for each byte that was sent:
+_TAG = "\ufdd0"  # a noncharacter, unlikely in keys; dicts whose keys have it are sent as pairs
+_MEMORY = 512 << 20  # bytes of address space, plus this many per byte sent:
 _MEMORY_OF_BYTE = 24
 _START_SECONDS = 120.0
 _ENVIRONMENT = ("PATH", "LANG", "LC_ALL", "LC_TIME", "TZ", "LD_LIBRARY_PATH", "SYSTEMROOT")
 
 
 class ProcessError(Exception):
-    """The process could not be started, or is gone."""
+    """The process could not be started, or has ended."""
 
 
 def run(
@@ -41,11 +41,11 @@ def run(
     characters: int,
     marks: tuple[str, str] | None,
 ) -> tuple[str, str]:
-    """(what became of it, text). The first is "text", or "long" (it writes more than `characters`),
-    "memory", "late" (it runs for more than `seconds`), "ended" (the process broke down), or "damaged",
-    "forbidden", "refuses", "fails" with what was wrong as text.
+    """Returns (outcome, text). The outcome is "text", or "long" (more than `characters` of output), "memory",
+    "late" (more than `seconds`), "ended" (the process crashed), or "damaged", "forbidden", "refuses", "fails"
+    with the error message as text.
 
-    What JSON does not know, such as an image, is there for the template, but only as its text. Raises
+    Objects that JSON cannot represent, such as an image, reach the template only as their str(). Raises
     ProcessError, and ValueError or RecursionError for variables that cannot be sent."""
     request = {
         "template": template,
@@ -82,7 +82,7 @@ _state = _State()
 
 
 def _plain(value: Any) -> Any:
-    """`value` as JSON has it; tuples, sets, other keys than strings and any other object are tagged."""
+    """`value` in JSON types; tuples, sets, keys that are not strings and other objects are tagged."""
     kind = type(value)
     if kind is str or value is None or kind is bool or kind is int or kind is float:
         return value
@@ -92,7 +92,7 @@ def _plain(value: Any) -> Any:
         if all(type(key) is str for key in value) and _TAG not in value:
             return {key: _plain(item) for key, item in value.items()}
         return {_TAG: "dict", "value": [{_TAG: "tuple", "value": _plain(list(p))} for p in value.items()]}
-    for known in (str, int, float):  # members of an enum, numpy's float64
+    for known in (str, int, float):  # enum members, numpy's float64
         if isinstance(value, known):
             return known.__str__(value) if known is str else known(value)
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -133,7 +133,7 @@ def _start() -> subprocess.Popen[bytes]:
 
 
 def _exchange(worker: subprocess.Popen[bytes], data: bytes, seconds: float) -> tuple[bytes | None, bool]:
-    """The reply to a request, None if the process did not live to give it; and whether the time was up."""
+    """The reply to a request, None if the process ended before it; and whether the time ran out."""
     assert worker.stdin is not None
     memory = _MEMORY + _MEMORY_OF_BYTE * len(data)
     try:
@@ -153,7 +153,7 @@ def _write(stream: Any, data: bytes) -> None:
 
 
 def _read(worker: subprocess.Popen[bytes], size: int, seconds: float) -> tuple[bytes | None, bool]:
-    """`size` bytes from the process, which is ended if they take more than `seconds`."""
+    """Read `size` bytes from the process; kill it if they take more than `seconds`."""
     assert worker.stdout is not None
     late = threading.Event()
 
@@ -193,12 +193,12 @@ def _close(worker: subprocess.Popen[bytes]) -> None:
 
 
 def _forget() -> None:
-    """After a fork: the process belongs to the parent, and the pipes are its as well."""
+    """After a fork: forget the process and the pipes, which belong to the parent."""
     worker = _state.worker
     _state.__init__()  # type: ignore[misc]
     if worker is not None:
         _close(worker)
-        worker.returncode = 0  # not a child of this process, which must not wait for it
+        worker.returncode = 0  # not a child of this process, so never wait for it
 
 
 atexit.register(_end)

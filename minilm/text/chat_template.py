@@ -1,9 +1,9 @@
 """Chat templates: a checkpoint's own Jinja program that turns messages into the text it was trained on.
 
-A template is code from a stranger. It runs in jinja2's immutable sandbox (no attributes that lead out of
-it, no changes to what it is given, ranges of at most 100,000), and that in a process of its own
-(chat_process.py), where its memory, its time and the length of what it writes have limits. So it sees copies
-of the messages and variables, and of what JSON does not know (an image, a function) only the text."""
+A template is untrusted code. It runs in jinja2's immutable sandbox (no attributes that lead out of it, no
+changes to its arguments, ranges of at most 100,000) in a separate process (chat_process.py) with limits on
+memory, time and output length. So it sees copies of the messages and variables, and of objects that JSON
+cannot represent (an image, a function) only their str()."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ MAX_SECONDS = 20.0
 
 _PROBLEMS = {
     "long": "writes more than {characters} characters",
-    "late": "runs for more than the {seconds:g} seconds that it may take",
-    "memory": "needs more memory than it may take",
-    "ended": "broke down the process that it ran in",
+    "late": "runs for more than the allowed {seconds:g} seconds",
+    "memory": "needs more memory than allowed",
+    "ended": "crashed the process that it ran in",
     "damaged": "is damaged: {}",
     "forbidden": "does what the sandbox forbids: {}",
     "refuses": "refuses these messages: {}",
@@ -35,7 +35,7 @@ _CONTINUE = "CONTINUE_FINAL_MESSAGE_TAG "
 
 
 class ChatTemplateError(TokenizerError):
-    """A chat template that is damaged, refuses the messages, or does what the sandbox forbids."""
+    """A chat template is damaged, refuses the messages, or does something that the sandbox forbids."""
 
 
 def render(
@@ -51,9 +51,9 @@ def render(
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text of a conversation, and the spans of characters inside {% generation %} if `mark_generation`.
 
-    `continue_final_message`: the text ends within the last message, for the model to go on with; a string
-    names the message's field to continue, True means "content". `variables` are what else the template
-    sees."""
+    `continue_final_message`: the text ends with the last message left open, for the model to continue; a
+    string names the field of the message to continue, True means "content". `variables` are passed to the
+    template."""
     if tools is not None:
         tools = [_tool(tool) for tool in tools]
     if documents is not None and not all(isinstance(document, Mapping) for document in documents):
@@ -80,8 +80,8 @@ def render(
 
 
 def read(value: Any, source: str) -> str | dict[str, str] | None:
-    """A `chat_template` as files have it (a template, several by name, or a list of {"name", "template"})
-    as a string, a dict, or None. `source` is named in errors."""
+    """A `chat_template` in any form found in files (a template, a dict of named ones, or a list of {"name",
+    "template"}) as a string, a dict, or None. `source` is for error messages."""
     if isinstance(value, (list, tuple)):
         try:
             value = {item["name"]: item["template"] for item in value}
@@ -116,7 +116,7 @@ def conversations(value: Any) -> tuple[bool, list[Messages]]:
 
 
 def choose(own: str | Mapping[str, str] | None, asked: str | None, tools: Sequence[Any] | None = None) -> str:
-    """The template to use: `asked` is a template or the name of one of the tokenizer's `own`."""
+    """The template to use: `asked` is a template, or the name of one of the tokenizer's `own` templates."""
     if isinstance(own, Mapping):
         if asked is not None:
             return own.get(asked, asked)
@@ -144,7 +144,7 @@ def _run(template: str, variables: Mapping[str, Any], marks: tuple[str, str] | N
         kind, text = run(template, variables, seconds=MAX_SECONDS, characters=MAX_CHARACTERS, marks=marks)
     except ProcessError as problem:
         raise ChatTemplateError(f"the chat template cannot run: {problem}") from problem
-    except (ValueError, RecursionError) as problem:  # in a circle, or deeper than JSON goes
+    except (ValueError, RecursionError) as problem:  # circular, or nested too deeply for JSON
         raise ChatTemplateError(
             f"the chat template cannot get these messages and variables: {problem}"
         ) from problem
@@ -166,7 +166,7 @@ def _tool(tool: Any) -> Any:
 
 
 def _leave_open(messages: Messages, name: str, template: str) -> tuple[Messages, str]:
-    """The messages with a mark at the end of the last one, and the text before the mark."""
+    """The messages with a marker at the end of the last one, and the text before the marker."""
     changed: Any = deepcopy(list(messages))
     last = changed[-1]
     content = last.get(name)
@@ -189,17 +189,17 @@ def _cut_open(text: str, final: str) -> str:
     mark = _CONTINUE.strip()
     if final.strip() not in text or mark not in text:
         raise ChatTemplateError(
-            "continue_final_message: the chat template does not write the last message as it is"
+            "continue_final_message: the chat template changes the text of the last message"
         )
     at = text.rindex(mark)
     kept = text[:at]
-    # A template that trims the message has also trimmed the space behind the mark.
+    # A template that trims the message has also trimmed the space after the marker.
     return kept if text[at:].startswith(_CONTINUE) else kept.rstrip()
 
 
 def _marks() -> tuple[str, str]:
-    """What goes around the text of {% generation %} ... {% endgeneration %}: of noncharacters and digits
-    that nobody can know before, so that no message contains it."""
+    """Markers around the text of {% generation %} ... {% endgeneration %}: noncharacters and random digits,
+    so that no message contains them."""
     nonce = secrets.token_hex(8)
     return f"\ufdd0{nonce}<", f"\ufdd0{nonce}>"
 

@@ -1,8 +1,8 @@
-"""The process in which chat templates run. It is started as a script, imports nothing of minilm, and ends
-with whoever started it.
+"""The process in which chat templates run. It is started as a script, imports nothing from minilm, and ends
+with its parent process.
 
-A request and its reply are JSON behind their length in eight bytes. The limits of memory and time are the
-kernel's: they hold in whatever the template makes Python do, the compilation of the template included.
+Requests and replies are JSON, preceded by their length in eight bytes. The operating system enforces the
+limits on memory and time, so they hold for everything that the template does, including its compilation.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _MAX_POWER_BITS = 1024
 
 
 class Opaque:
-    """Something that cannot be sent here (an image, a tensor, a function): there, and shown as its text."""
+    """Placeholder for an object that cannot be sent (an image, a tensor, a function); has only its str()."""
 
     def __init__(self, text: str) -> None:
         self._text = text
@@ -34,8 +34,8 @@ class Opaque:
 
 
 class NoContent(str):
-    """The content of a message that says None, as those with tool calls do: none to a template that asks,
-    nothing where it is written."""
+    """The content of a message whose content is None, as with tool calls: `is none` for the template, and
+    empty when printed."""
 
     __slots__ = ()
 
@@ -49,7 +49,7 @@ class NoContent(str):
 
 
 def restore(found: dict[str, Any]) -> Any:
-    """What JSON does not know, from its tagged form."""
+    """Restore an object that JSON cannot represent from its tagged form."""
     kind = found.get(_TAG)
     if kind is None:
         return found
@@ -60,7 +60,7 @@ def restore(found: dict[str, Any]) -> Any:
 
 
 def answer(request: dict[str, Any]) -> tuple[str, str]:
-    """What became of the template, and its text or what is wrong."""
+    """Run the template; returns (outcome, text or error message)."""
     import jinja2
 
     variables = request["variables"]
@@ -84,9 +84,9 @@ def answer(request: dict[str, Any]) -> tuple[str, str]:
         return "damaged", f"line {problem.lineno}: {problem.message}"
     except jinja2.exceptions.SecurityError as problem:
         return "forbidden", str(problem)
-    except jinja2.TemplateError as problem:  # among them what the template says with raise_exception()
+    except jinja2.TemplateError as problem:  # includes the template's own raise_exception()
         return "refuses", str(problem)
-    except Exception as problem:  # a template can raise whatever Python can: TypeError, RecursionError, ...
+    except Exception as problem:  # a template can raise any Python error: TypeError, RecursionError, ...
         return "fails", f"{type(problem).__name__}: {problem}"
 
 
@@ -107,7 +107,7 @@ def _sandbox() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Sandbox(ImmutableSandboxedEnvironment):
-        """The limits here only make clearer sentences than those of memory and time."""
+        """These limits only give clearer messages than those on memory and time."""
 
         intercepted_binops = frozenset(["*", "**"])
 
@@ -134,7 +134,7 @@ def _extensions() -> list[Any]:
     from jinja2.ext import Extension, loopcontrols
 
     class Generation(Extension):
-        """{% generation %} marks what the assistant wrote; it changes nothing of the text."""
+        """{% generation %} marks the assistant's text, without changing it."""
 
         tags = {"generation"}  # noqa: RUF012 (as jinja2 declares it)
 
@@ -182,7 +182,7 @@ def _raise_exception(message: str) -> None:
 
 
 def _limit_memory(size: int) -> None:
-    """Nothing on systems that have no such limit; the time is limited there too."""
+    """Does nothing on systems without such a limit; the time limit still holds there."""
     with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
 
@@ -193,13 +193,13 @@ def _limit_memory(size: int) -> None:
 
 
 def main() -> None:
-    """Answers requests until there are no more. Arguments: the folders that packages are imported from."""
+    """Answer requests until there are no more. Arguments: the folders to import packages from."""
     sys.path[:0] = sys.argv[1:]
     import jinja2
     import jinja2.ext
     import jinja2.sandbox  # noqa: F401 (before the memory is limited)
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the one who asks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent process
     source, sink = sys.stdin.buffer, sys.stdout.buffer
     sink.write(b"ready\n")
     sink.flush()
@@ -211,8 +211,8 @@ def main() -> None:
             request = json.loads(data, object_hook=restore)
             del data
             if hasattr(signal, "setitimer"):
-                # The one who asks waits no longer than this either; the alarm is for when there is none
-                # left. It ends the process whatever that is doing.
+                # The parent has the same time limit; the alarm is for when the parent is gone. It ends the
+                # process in any state.
                 signal.setitimer(signal.ITIMER_REAL, request["seconds"] + 5)
             kind, text = answer(request)
             del request

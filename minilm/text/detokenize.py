@@ -1,4 +1,4 @@
-"""Token ids that come one by one -> pieces of text that can be shown at once."""
+"""Incremental decoding: token ids one by one -> pieces of text that can be shown immediately."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ _MAX_PENDING = 32
 
 
 def context(decode: Callable[[list[int]], str], ids: Sequence[int]) -> tuple[list[int], str]:
-    """The shortest end of `ids` that has a clean text of its own, and that text: what must be decoded along
-    with the tokens that follow, so that they keep their first space."""
+    """The shortest suffix of `ids` that decodes cleanly on its own, and its text. Decoding it together with
+    the tokens that follow keeps their leading space."""
     for size in range(1, min(len(ids), _MAX_PENDING) + 1):
         text = decode(list(ids[-size:]))
         if text.strip() and _REPLACEMENT not in text:
@@ -24,8 +24,8 @@ def context(decode: Callable[[list[int]], str], ids: Sequence[int]) -> tuple[lis
 
 
 def continuation(decode: Callable[[list[int]], str], before: Sequence[int], after: Sequence[int]) -> str:
-    """The text that the ids `after` add to that of the ids `before`. Decoded alone it would lose a space
-    before its first word, and a character of which `before` has the first bytes."""
+    """The text that the ids `after` add to that of the ids `before`. Decoded alone it would lose the space
+    before its first word, and a character whose first bytes are in `before`."""
     tail, shown = context(decode, before)
     whole = decode([*tail, *after])
     for start in (shown, shown.rstrip(_REPLACEMENT)):
@@ -41,13 +41,13 @@ class IncrementalDecoder:
         for token in generated: print(decoder.push(token), end="")
         print(decoder.flush())
 
-    What `push` and `flush` return, joined, is `tokenizer.decode` of all ids. A character whose bytes are
-    spread over several tokens is held back until it is whole. With `prompt_ids` the text continues a
-    prompt, so that the space before its first word is kept; none of the prompt is returned.
+    The results of `push` and `flush`, joined, equal `tokenizer.decode` of all ids. A character whose bytes
+    are spread over several tokens is held back until it is complete. With `prompt_ids` the text continues a
+    prompt, so the space before its first word is kept; the prompt itself is not returned.
 
     A token cannot be decoded alone (a leading space is dropped, "##ing" needs its stem), and decoding
     everything again for each token takes quadratic time. So a window is decoded twice, with and without the
-    new tokens, and the difference is returned; the window moves on whenever it ends in whole characters.
+    new tokens, and the difference is returned; the window advances whenever it ends in complete characters.
 
     Two kinds of text can differ from decoding all at once: clean-up of spaces across tokens
     (`clean_up_tokenization_spaces`), and bytes of sentencepiece that never become a character.
@@ -58,18 +58,18 @@ class IncrementalDecoder:
     ) -> None:
         self._tokenizer = tokenizer
         self._skip = skip_special_tokens
-        self._window: list[int] = []  # ids that only give context, then those whose text was not returned yet
-        self._context = 0  # how many give context
+        self._window: list[int] = []  # context ids, then those whose text was not returned yet
+        self._context = 0  # number of context ids
         self._shown = ""  # text of the window that was returned, or belongs to the context
         self._move_past([int(index) for index in list(prompt_ids)[-_MAX_PENDING:]])
-        self._shown = self._shown.rstrip(_REPLACEMENT)  # a character that the prompt only began
+        self._shown = self._shown.rstrip(_REPLACEMENT)  # an incomplete character at the end of the prompt
 
     def push(self, ids: int | Iterable[int]) -> str:
-        """Takes one id or several; returns the text that is certain now, possibly empty."""
+        """Add one id or several; returns the new text that is final, possibly empty."""
         return "".join(self._push(int(index)) for index in ([ids] if isinstance(ids, int) else ids))
 
     def flush(self) -> str:
-        """The rest, whole or not. The decoder can be used for another sequence afterwards."""
+        """Return the rest, complete or not. The decoder can be used for another sequence afterwards."""
         text = self._decode(self._window)
         if text.startswith(self._shown):
             piece = text[len(self._shown) :]
@@ -88,8 +88,8 @@ class IncrementalDecoder:
             piece = whole[len(self._shown) :]
             self._shown = whole
         elif whole == text:
-            # sentencepiece decodes a run of bytes as a whole: bad ones behind good ones spoil it all. The
-            # good ones have been shown, so the new ones are decoded without them.
+            # sentencepiece decodes a run of bytes as a whole, so invalid bytes after valid ones change the
+            # text of both. The valid ones have been shown, so the new ones are decoded without them.
             piece = self._decode(self._window[self._context :])
         else:
             return ""
@@ -98,7 +98,7 @@ class IncrementalDecoder:
         return piece
 
     def _move_past(self, ids: list[int]) -> None:
-        """Makes the shortest end of `ids` that has a clean text of its own the context for what follows."""
+        """Make the shortest suffix of `ids` that decodes cleanly the context for the next ids."""
         self._window, self._shown = context(self._decode, ids)
         self._context = len(self._window)
 

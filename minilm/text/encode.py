@@ -1,8 +1,7 @@
-"""Texts to token ids: the part of `Tokenizer` that is called.
+"""Texts to token ids: `Tokenizer.__call__`.
 
-The `tokenizers` library does the work. Here are the names that transformers gave the arguments, the checks
-before the library is asked (it panics, or counts below zero, where they fail), and the choice of what comes
-back.
+The `tokenizers` library does the work. This file has transformers' argument names, the checks before the
+library is called (it panics, or computes negative lengths, on bad input), and the selection of results.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 UNLIMITED = int(1e30)
-"""`model_max_length` of a tokenizer that knows no limit, as in transformers."""
+"""`model_max_length` of a tokenizer without a limit, as in transformers."""
 
 _PADDING = {True: "longest", False: "do_not_pad", None: "do_not_pad"}
 _TRUNCATION = {True: "longest_first", False: "do_not_truncate", None: "do_not_truncate"}
@@ -66,26 +65,22 @@ class TextEncoder(Vocabulary):
         split_special_tokens: bool | None = None,
         verbose: bool = True,
     ) -> BatchEncoding:
-        """Encodes a text, a list of texts, or as many pairs.
+        """Encode a text, a list of texts, or pairs of texts.
 
         Args:
             text, text_pair: strings or lists of strings; a list may also hold pairs. With
-            `is_split_into_words`,
-                a list of words for each string.
+                `is_split_into_words`, a list of words in place of each string.
             padding: True or "longest", "max_length", or False. On `padding_side`, to a `pad_to_multiple_of`.
             truncation: True or "longest_first", "only_first", "only_second", or False. A `max_length` alone
-            asks
-                for truncation too.
-            max_length: in tokens, special ones included; None: `model_max_length`.
-            stride: how many tokens a window repeats of the one before, with `return_overflowing_tokens`,
-            which
-                gives every text as many rows as it needs and says in "overflow_to_sample_mapping" which is
-                whose.
+                also turns truncation on.
+            max_length: in tokens, including special tokens; None: `model_max_length`.
+            stride: number of tokens by which successive windows overlap, with `return_overflowing_tokens`,
+                which gives long texts several rows; "overflow_to_sample_mapping" has the text of each row.
             return_tensors: "pt", "np", or None for lists.
-            return_*: which further values; token types and attention mask by default as the model takes them.
-                `return_truncated`, which transformers has not, says of each text whether it was cut.
+            return_*: which further values to return; token types and attention mask by default if the model
+                takes them. `return_truncated` (not in transformers) tells for each text whether it was cut.
 
-        Lists come back for one text and lists of lists for several; tensors are [B, S] for both.
+        Returns lists for one text and lists of lists for several; tensors are [B, S] in both cases.
         """
         padding, truncation, max_length = self._strategies(
             padding, truncation, max_length, pad_to_multiple_of, verbose
@@ -102,7 +97,7 @@ class TextEncoder(Vocabulary):
             is_split_into_words,
             truncation={
                 "max_length": max_length,
-                "stride": stride if return_overflowing_tokens else 0,  # of use only for several windows
+                "stride": stride if return_overflowing_tokens else 0,  # only used for several windows
                 "strategy": truncation,
             },
             padding={
@@ -149,10 +144,10 @@ class TextEncoder(Vocabulary):
             return BatchEncoding(single, rows)
         return BatchEncoding(data, rows, return_tensors)
 
-    encode_plus = batch_encode_plus = __call__  # older names, in many tutorials
+    encode_plus = batch_encode_plus = __call__  # older names, used in many tutorials
 
     def encode(self, text: Any, text_pair: Any = None, **options: Any) -> Any:
-        """The `input_ids` that calling the tokenizer gives."""
+        """The `input_ids` of `__call__`."""
         return self(text, text_pair, **options)["input_ids"]
 
     def tokenize(
@@ -162,7 +157,7 @@ class TextEncoder(Vocabulary):
         return self(text, pair, add_special_tokens=add_special_tokens, **options).tokens()
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
-        """How many tokens a text (or a pair) gets around it."""
+        """Number of special tokens that are added to a text (or a pair)."""
         return self.backend_tokenizer.num_special_tokens_to_add(pair)
 
     @property
@@ -181,7 +176,7 @@ class TextEncoder(Vocabulary):
         multiple: int | None = None,
         verbose: bool = True,
     ) -> tuple[str, str, int | None]:
-        """`padding` and `truncation` by their full names, and the length they go to."""
+        """`padding` and `truncation` by their full names, and their target length."""
         if max_length is not None and padding is False and truncation is None:
             truncation = "longest_first"
         pads = _name(padding, _PADDING, ("longest", "max_length", "do_not_pad"), "padding")
@@ -199,7 +194,7 @@ class TextEncoder(Vocabulary):
         if max_length is None and (pads == "max_length" or cuts != "do_not_truncate"):
             if self.model_max_length < UNLIMITED // 10**10:
                 max_length = self.model_max_length
-            else:  # no limit is known: there is nothing to pad or cut to
+            else:  # no limit is known, so there is no length to pad or cut to
                 pads = "do_not_pad" if pads == "max_length" else pads
                 cuts = "do_not_truncate"
         if pads != "do_not_pad" and (self.pad_token is None or self.pad_token_id is None):
@@ -214,7 +209,8 @@ class TextEncoder(Vocabulary):
         return pads, cuts, max_length
 
     def _check_room(self, max_length: int | None, stride: int, paired: bool, special: bool) -> None:
-        """The backend counts below zero, or panics, where the special tokens or the stride leave no room."""
+        """Raise TokenizerError if special tokens or the stride leave no room; the backend would panic or
+        compute negative lengths."""
         around = self.num_special_tokens_to_add(paired) if special else 0
         room = (max_length or 0) - around
         if type(stride) is not int or stride < 0:
@@ -240,12 +236,12 @@ class TextEncoder(Vocabulary):
         overflow: bool = False,
         tell: bool = False,
     ) -> tuple[list[Encoding], list[bool]]:
-        """The encodings, and with `tell` whether each text was cut. The backend keeps truncation and padding
+        """The encodings, and with `tell` whether each text was cut. The backend stores truncation and padding
         as state; the lock makes them arguments of this call.
 
-        With `overflow` or `tell`, texts are read to their end before they are cut: tokenizers 0.23 stops
-        reading at the truncation, and what comes after is lost (huggingface/tokenizers#2091). So are pairs of
-        long texts, which are cut here unless all windows are asked for."""
+        With `overflow` or `tell`, texts are tokenized to their end before they are cut, since tokenizers 0.23
+        stops at the truncation and loses the rest (huggingface/tokenizers#2091). So are pairs of long texts,
+        which are cut here unless all windows are requested."""
         backend = self.backend_tokenizer
         whole: list[tuple[Encoding, Encoding | None]] = []
         most, strategy = truncation["max_length"], truncation["strategy"]
@@ -302,7 +298,7 @@ class TextEncoder(Vocabulary):
         if length > self.model_max_length > 0:
             self._warn_once(
                 "long",
-                "a text of %d tokens is longer than the %d that the model takes; pass truncation=True",
+                "a text of %d tokens is longer than the model's limit of %d; pass truncation=True",
                 length,
                 self.model_max_length,
             )
@@ -314,7 +310,7 @@ class TextEncoder(Vocabulary):
 
 
 def _type_ids(row: Encoding, first: Encoding) -> list[int]:
-    """Of a window as of the first window of its text, which alone gets token types from the backend."""
+    """Token types of a window, taken from the first window of its text; the backend sets only that one's."""
     if row is first:
         return row.type_ids
     types = dict(zip(first.sequence_ids, first.type_ids, strict=True))
@@ -322,7 +318,7 @@ def _type_ids(row: Encoding, first: Encoding) -> list[int]:
 
 
 def _whole(backend: Backend, inputs: Sequence[Any], split: bool) -> list[tuple[Encoding, Encoding | None]]:
-    """The tokens of each text, or of both texts of a pair, before anything is cut or put around them."""
+    """The tokens of each text, or of both texts of a pair, before truncation and special tokens."""
     pairs = [item if isinstance(item, tuple) else (item, None) for item in inputs]
     processor, backend.post_processor = backend.post_processor, None
     try:
@@ -334,7 +330,7 @@ def _whole(backend: Backend, inputs: Sequence[Any], split: bool) -> list[tuple[E
 
 
 def _pad(encodings: Sequence[Encoding], padding: dict[str, Any], overflow: bool) -> None:
-    """Pads all to one length, the windows beyond the first too: the library pads what it is given at once."""
+    """Pad all to one length, including further windows; the library pads only what it gets in one call."""
     length, multiple = padding.pop("length"), padding.pop("pad_to_multiple_of")
     if length is None:
         rows = (row for first in encodings for row in (first, *(first.overflowing if overflow else ())))
@@ -350,7 +346,7 @@ def _asked(value: bool | None, default: bool) -> bool:
 
 
 def _name(value: Any, short: Mapping[Any, str], allowed: Sequence[str], what: str) -> str:
-    value = getattr(value, "value", value)  # an enum of transformers
+    value = getattr(value, "value", value)  # transformers has enums for these
     if isinstance(value, str) and value in allowed:
         return value
     if value is None or isinstance(value, bool):
@@ -359,7 +355,7 @@ def _name(value: Any, short: Mapping[Any, str], allowed: Sequence[str], what: st
 
 
 def _inputs(text: Any, pair: Any, split: bool) -> tuple[bool, list[Any]]:
-    """Whether there are several texts, and each as the backend wants it: a text, or a tuple of two."""
+    """Whether there are several texts, and each in the backend's form: a text, or a tuple of two."""
     words = (list, tuple)
     batched = isinstance(text, words) and (not split or bool(text and isinstance(text[0], words)))
 
@@ -401,12 +397,12 @@ def _inputs(text: Any, pair: Any, split: bool) -> tuple[bool, list[Any]]:
 
 
 def _check_words(backend: Backend, inputs: Sequence[Any]) -> None:
-    """A tokenizer with tokens for spaces that puts none before a word would read a list of words as one
-    word, in silence; it is refused, unless the words bring their spaces along."""
+    """Raise TokenizerError for a tokenizer whose tokens include spaces but that adds none before a word,
+    unless the words include their spaces: it would silently read a list of words as one word."""
     normalizer, pre_tokenizer = backend.normalizer, backend.pre_tokenizer
 
     def seen(text: str) -> str:
-        """What of a text comes to the model."""
+        """The part of a text that its tokens represent."""
         text = text if normalizer is None else normalizer.normalize_str(text)
         pieces = [(text, (0, 0))] if pre_tokenizer is None else pre_tokenizer.pre_tokenize_str(text)
         return "".join(piece for piece, _ in pieces)
@@ -424,7 +420,7 @@ def _check_words(backend: Backend, inputs: Sequence[Any]) -> None:
 
 
 def _blame(inputs: Sequence[Any]) -> None:
-    """Raises for the text that is no text: half of a surrogate pair cannot be written as UTF-8."""
+    """Raise TokenizerError for the invalid text: half of a surrogate pair cannot be encoded as UTF-8."""
     for index, item in enumerate(inputs):
         for part in item if isinstance(item, tuple) else (item,):
             for word in part if isinstance(part, list) else (part,):
@@ -432,5 +428,5 @@ def _blame(inputs: Sequence[Any]) -> None:
                     word.encode()
                 except UnicodeEncodeError as problem:
                     raise TokenizerError(
-                        f"text[{index}] is no valid Unicode: {problem.reason} at character {problem.start}"
+                        f"text[{index}] is not valid Unicode: {problem.reason} at character {problem.start}"
                     ) from None

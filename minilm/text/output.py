@@ -1,4 +1,4 @@
-"""`BatchEncoding`: what a tokenizer returns, a dict with a memory of where its tokens came from."""
+"""`BatchEncoding`: the result of a tokenizer, a dict that also maps tokens to words and characters."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class BatchEncoding(dict[str, Any]):
     """`input_ids`, `attention_mask`, ... by key or attribute, as lists of integers or tensors [B, S].
 
     An integer index gives the `tokenizers.Encoding` of that text, a slice the same slice of every value. The
-    methods that relate tokens, words and characters take (batch index, index), or the index alone for the
-    first."""
+    methods that map between tokens, words and characters take (batch index, index), or only the index for
+    the first text."""
 
     def __init__(
         self,
@@ -61,9 +61,7 @@ class BatchEncoding(dict[str, Any]):
             return self._encodings[item]
         if isinstance(item, slice):
             return {key: value[item] for key, value in self.items()}
-        raise KeyError(
-            f"{item!r}: expected a name; encodings by number are there only for what a tokenizer made"
-        )
+        raise KeyError(f"{item!r}: expected a name; only the result of a tokenizer has encodings by number")
 
     def __reduce__(self) -> Any:
         return type(self), (dict(self), self._encodings, None, False, self._n_sequences)
@@ -74,7 +72,7 @@ class BatchEncoding(dict[str, Any]):
 
     @property
     def encodings(self) -> list[Encoding] | None:
-        """One `tokenizers.Encoding` a row, or None where the object was not made by a tokenizer (`pad`)."""
+        """One `tokenizers.Encoding` per row, or None if the object is not a tokenizer's result (`pad`)."""
         return self._encodings
 
     @property
@@ -104,7 +102,7 @@ class BatchEncoding(dict[str, Any]):
     def token_to_word(self, batch_or_token_index: int, token_index: int | None = None) -> int | None:
         encoding, index = self._token(batch_or_token_index, token_index)
         found = encoding.token_to_word(index)
-        # tokenizers answers (sequence, word) for a pair
+        # tokenizers returns (sequence, word) for a pair
         return found[1] if isinstance(found, tuple) else found
 
     def token_to_chars(self, batch_or_token_index: int, token_index: int | None = None) -> CharSpan | None:
@@ -143,8 +141,8 @@ class BatchEncoding(dict[str, Any]):
     def convert_to_tensors(
         self, tensor_type: str | None = None, prepend_batch_axis: bool = False
     ) -> BatchEncoding:
-        """Makes every value a torch ("pt") or numpy ("np") array, in place. Rows of different lengths are an
-        error for torch, and an array of arrays for numpy."""
+        """Convert every value to a torch ("pt") or numpy ("np") array, in place. Rows of different lengths
+        are an error for torch, and an array of arrays for numpy."""
         if tensor_type is None:
             return self
         kind = str(getattr(tensor_type, "value", tensor_type))
@@ -165,7 +163,7 @@ class BatchEncoding(dict[str, Any]):
         return self
 
     def to(self, device: str | torch.device | int, *, non_blocking: bool = False) -> BatchEncoding:
-        """Moves every tensor to `device`, in place, and returns self. Token ids keep their integer type."""
+        """Move every tensor to `device`, in place, and return self. Token ids keep their integer type."""
         for key, value in self.items():
             if hasattr(value, "to"):
                 self[key] = value.to(device=device, non_blocking=non_blocking)
@@ -173,7 +171,7 @@ class BatchEncoding(dict[str, Any]):
 
     def _encoding(self, batch_index: int) -> Encoding:
         if self._encodings is None:
-            raise TokenizerError("tokens, words and characters are known only for what a tokenizer made")
+            raise TokenizerError("only the result of a tokenizer maps tokens, words and characters")
         return self._encodings[batch_index]
 
     def _token(self, batch_or_token: int, token: int | None) -> tuple[Encoding, int]:

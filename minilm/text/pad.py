@@ -1,4 +1,4 @@
-"""Padding of what was encoded before, as collate functions need it."""
+"""Padding of texts that are already encoded, for collate functions."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def pad(
     return_tensors: str | None = None,
     verbose: bool = True,
 ) -> BatchEncoding:
-    """Pads one encoded text (`input_ids` a list) or several (a list of lists, or a list of dicts) with
-    token types, attention masks and special-token masks; other values stay as they are. Tensors come back
-    as tensors of the same kind. See `Tokenizer.pad`."""
+    """Pad one encoded text (`input_ids` a list) or several (a list of lists, or a list of dicts) with token
+    types, attention masks and special-token masks; other values are unchanged. Tensors stay tensors of the
+    same kind. See `Tokenizer.pad`."""
     if isinstance(encoded, (list, tuple)) and encoded and isinstance(encoded[0], Mapping):
         try:
             encoded = {key: [row[key] for row in encoded] for key in encoded[0]}
@@ -80,7 +80,7 @@ def pad(
 
 
 def _kind(value: Any) -> str | None:
-    """Which tensors `value` is made of: "pt", "np", or None for lists."""
+    """The kind of tensors in `value`: "pt", "np", or None for lists."""
     while isinstance(value, (list, tuple)) and value:
         value = value[0]
     if not hasattr(value, "shape"):

@@ -1,4 +1,4 @@
-"""Writes a tokenizer as files that minilm and transformers load."""
+"""Saving a tokenizer as files that minilm and transformers load."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from ..files import FileError, saving
 from .vocabulary import TokenizerError, backend_errors
 
-# tokenizer.json has the bos and eos that texts get, and transformers takes these two for a wish to change it.
+# tokenizer.json already adds bos and eos; transformers would take these two settings as changes to it.
 _NOT_SAVED = (
     "add_bos_token",
     "add_eos_token",
@@ -26,12 +26,12 @@ _READ_BESIDE = (
     "chat_template.jinja",
     "additional_chat_templates/*.jinja",
 )
-"""What is read beside tokenizer.json and tokenizer_config.json: left by another tokenizer, it would change
-this one."""
+"""Files that are read in addition to tokenizer.json and tokenizer_config.json: left over from another
+tokenizer, they would change this one."""
 
 
 class Savable(Protocol):
-    """What of a `Tokenizer` is written."""
+    """The parts of a `Tokenizer` that are saved."""
 
     backend_tokenizer: Any
     chat_template: str | dict[str, str] | None
@@ -49,8 +49,8 @@ class Savable(Protocol):
 
 
 def save(tokenizer: Savable, folder: Path) -> tuple[str, ...]:
-    """See `Tokenizer.save_pretrained`. Everything appears together, in place of an earlier tokenizer's files
-    that would change how this one is read."""
+    """See `Tokenizer.save_pretrained`. All files are replaced together, and leftover files of an earlier
+    tokenizer that would change this one are removed."""
     if folder.exists() and not folder.is_dir():
         raise TokenizerError(f"{folder}: expected a folder to save into, this is a file")
     with backend_errors("saving the tokenizer"):
@@ -64,7 +64,7 @@ def save(tokenizer: Savable, folder: Path) -> tuple[str, ...]:
             files["chat_template.jinja"] = text
             continue
         if PurePosixPath(name).name != name or "\\" in name:
-            raise TokenizerError(f"the chat template {name!r} cannot be saved: its name is no file name")
+            raise TokenizerError(f"the chat template {name!r} cannot be saved: its name is not a file name")
         files[f"additional_chat_templates/{name}.jinja"] = text
 
     try:
@@ -83,7 +83,7 @@ def _config(tokenizer: Savable) -> dict[str, Any]:
     if tokenizer.extra_special_tokens:
         config["extra_special_tokens"] = tokenizer.extra_special_tokens
     config.update(
-        # The one class name with which transformers 4 and 5 take tokenizer.json as it stands.
+        # With this class name, transformers 4 and 5 both use tokenizer.json unchanged.
         tokenizer_class="PreTrainedTokenizerFast",
         model_max_length=tokenizer.model_max_length,
         model_input_names=tokenizer.model_input_names,

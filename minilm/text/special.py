@@ -1,5 +1,5 @@
-"""The special tokens of a tokenizer, as attributes: `pad_token`, `pad_token_id`, ..., readable and
-settable."""
+"""The vocabulary and the special tokens of a tokenizer; `pad_token`, `pad_token_id`, ... are attributes that
+can be read and set."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class _TokenId:
 
 
 class Vocabulary:
-    """Tokens and their ids. The base of `Tokenizer`, which turns texts into them."""
+    """Tokens and their ids: base class of `Tokenizer`."""
 
     bos_token, bos_token_id = _Token("bos_token"), _TokenId("bos_token")
     eos_token, eos_token_id = _Token("eos_token"), _TokenId("eos_token")
@@ -67,7 +67,7 @@ class Vocabulary:
     pad_token_type_id = 0
 
     backend_tokenizer: Backend
-    """The `tokenizers.Tokenizer` beneath."""
+    """The underlying `tokenizers.Tokenizer`."""
     _special: dict[str, str]
     _extra_special: list[str]
 
@@ -83,7 +83,7 @@ class Vocabulary:
 
     @property
     def extra_special_tokens(self) -> list[str]:
-        """Special tokens without a name of their own."""
+        """Special tokens without a name."""
         return list(self._extra_special)
 
     @extra_special_tokens.setter
@@ -111,7 +111,7 @@ class Vocabulary:
 
     @property
     def all_special_ids(self) -> list[int]:
-        """Their ids, without those that have none."""
+        """The ids of all special tokens that have one."""
         found = (self._id_of(token) for token in self.all_special_tokens)
         return [index for index in found if index is not None]
 
@@ -120,8 +120,8 @@ class Vocabulary:
         special_tokens_dict: Mapping[str, str | AddedToken | Sequence[str | AddedToken]],
         replace_extra_special_tokens: bool = True,
     ) -> int:
-        """Names special tokens ({"pad_token": "[PAD]", "extra_special_tokens": [...]}) and adds those that
-        are not in the vocabulary. Returns how many are new; the model's embeddings must grow by as many
+        """Set special tokens ({"pad_token": "[PAD]", "extra_special_tokens": [...]}), adding those that are
+        not in the vocabulary. Returns the number of new tokens; the model's embeddings must grow by that many
         rows."""
         from tokenizers import AddedToken
 
@@ -140,14 +140,14 @@ class Vocabulary:
                 new.append(value)  # type: ignore[arg-type]
             else:
                 raise TokenizerError(
-                    f"{name!r} is no special token, expected one of {', '.join(SPECIAL_TOKENS)}"
+                    f"{name!r} is not a special token, expected one of {', '.join(SPECIAL_TOKENS)}"
                 )
         return self.add_tokens(new, special_tokens=True)
 
     def add_tokens(
         self, new_tokens: str | AddedToken | Sequence[str | AddedToken], special_tokens: bool = False
     ) -> int:
-        """Adds tokens that text is never cut inside; returns how many were not in the vocabulary before."""
+        """Add tokens that are never split; returns how many were not in the vocabulary before."""
         from tokenizers import AddedToken
 
         tokens = [new_tokens] if isinstance(new_tokens, (str, AddedToken)) else list(new_tokens)
@@ -178,7 +178,7 @@ class Vocabulary:
 
     @property
     def vocab_size(self) -> int:
-        """Tokens of the model, without those added to it; len(tokenizer) counts all."""
+        """Size of the base vocabulary, without added tokens; len(tokenizer) counts all."""
         return self.backend_tokenizer.get_vocab_size(with_added_tokens=False)
 
     def __len__(self) -> int:
@@ -210,14 +210,13 @@ class Vocabulary:
         return self.backend_tokenizer.token_to_id(token)
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """The id of a token, or the ids of several; what is not in the vocabulary gets that of
-        `unk_token`."""
+        """The id of a token, or the ids of several; unknown tokens get that of `unk_token`."""
         if isinstance(tokens, str):
             return self._id_of(tokens)
         return [self._id_of(token) for token in tokens]
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        """The token with an id, or the tokens with several; None where no token has the id."""
+        """The token with an id, or the tokens with several; None for an id without a token."""
         ids = ids.tolist() if hasattr(ids, "tolist") else ids
         if isinstance(ids, int):
             return self.backend_tokenizer.id_to_token(self._valid_id(ids))
@@ -226,7 +225,7 @@ class Vocabulary:
         return [self.backend_tokenizer.id_to_token(index) for index in indices if index not in skipped]
 
     def convert_tokens_to_string(self, tokens: Iterable[str]) -> str:
-        """The text that tokens stand for."""
+        """The text of tokens."""
         tokens = list(tokens)
         with backend_errors("converting tokens to a string"):
             decoder = self.backend_tokenizer.decoder

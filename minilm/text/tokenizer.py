@@ -1,11 +1,12 @@
-"""`Tokenizer`: texts to token ids and back, called as transformers' tokenizers are.
+"""`Tokenizer`: texts to token ids and back, with transformers' arguments and results.
 
     tokenizer = AutoTokenizer.from_pretrained("bert-base-uncased")
     batch = tokenizer(["a text", "another"], padding=True, truncation=True, return_tensors="pt")
     tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
 
-One class for all: which files a tokenizer is read from (tokenizer_files.py) decides about the pipeline of the
-`tokenizers` library beneath, and the pipeline does the work.
+
+There is one class for all families. The checkpoint's files determine the pipeline of the `tokenizers` library
+(`minilm.text.vocabulary`), and the pipeline does the work.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ _SETTINGS = {
     "clean_up_tokenization_spaces", "split_special_tokens", "add_prefix_space", "trim_offsets", "legacy",
     "do_lower_case", "strip_accents", "tokenize_chinese_chars",
 }  # fmt: skip
-# Arguments of transformers that ask for what is the case here anyway.
+# Arguments of transformers that ask for what minilm does anyway.
 _NO_EFFECT = {
     "use_fast", "trust_remote_code", "force_download", "resume_download", "proxies", "verbose", "config",
     "tokenizer_type", "from_slow", "do_basic_tokenize", "never_split", "errors",
@@ -44,21 +45,21 @@ _NO_EFFECT = {
 
 
 class Tokenizer(TextEncoder):
-    """See the module's docstring. `from_pretrained` reads a checkpoint's tokenizer; the constructor makes
-    one from a `tokenizers.Tokenizer` (or the file of one), or from the vocabulary files of a class
-    (`vocab_file`, `merges_file`).
+    """See the top of this file. `from_pretrained` loads a checkpoint's tokenizer; the constructor creates one
+    from a `tokenizers.Tokenizer` (or its file), or from the vocabulary files of a class (`vocab_file`,
+    `merges_file`).
 
-    Settings, from the files or by name: special tokens (`pad_token="[PAD]"`), `model_max_length`,
+    Settings, from the files or as arguments: special tokens (`pad_token="[PAD]"`), `model_max_length`,
     `padding_side`, `truncation_side`, `model_input_names`, `clean_up_tokenization_spaces`, `chat_template`,
-    `add_bos_token`, `add_eos_token`, and where the kind of tokenizer has them `add_prefix_space`,
+    `add_bos_token`, `add_eos_token`, and, for the tokenizers that have them, `add_prefix_space`,
     `do_lower_case`, `strip_accents`, `tokenize_chinese_chars`, `legacy`.
 
     Objects can be pickled, copied, and used by several threads.
     """
 
     class_name: str | None = None
-    """The transformers class whose rules hold (subclasses made by `tokenizer_class`), None: as the files
-    say."""
+    """The transformers class whose rules apply (set in subclasses from `tokenizer_class`); None: decided by
+    the files."""
     is_fast = True
 
     def __init__(
@@ -99,10 +100,10 @@ class Tokenizer(TextEncoder):
         subfolder: str = "",
         **settings: Any,
     ) -> Tokenizer:
-        """The tokenizer of a local folder, file, or name on the hub (`minilm.files.resolve` explains the
-        first arguments).
+        """Load the tokenizer of a local folder, a file, or a name on the hub (for the first arguments see
+        `minilm.files.resolve`).
 
-        Errors: HubError if there is nothing of that name, TokenizerError if what is there is not a tokenizer.
+        Raises HubError if nothing has that name, TokenizerError if it has no valid tokenizer.
         """
         settings = _checked(settings)
         files: Any = [f"{subfolder}/{name}" for name in TOKENIZER_FILES] if subfolder else "tokenizer"
@@ -151,7 +152,7 @@ class Tokenizer(TextEncoder):
         self.clean_up_tokenization_spaces = take("clean_up_tokenization_spaces", False, bool)
         self.split_special_tokens = take("split_special_tokens", False, bool)
         self.chat_template = chat.read(take("chat_template", "", (str, list, dict)), name)
-        self.init_kwargs = settings  # what else the files say; saved again
+        self.init_kwargs = settings  # other settings in the files; saved again
         self._warned: set[str] = set()
         self._lock = threading.Lock()
 
@@ -164,9 +165,9 @@ class Tokenizer(TextEncoder):
         clean_up_tokenization_spaces: bool | None = None,
         spaces_between_special_tokens: bool | None = None,
     ) -> Any:
-        """The text of some ids; a list of texts for a list of them. Tensors and arrays are taken too.
+        """The text of token ids, or a list of texts for several sequences. Accepts tensors and arrays.
 
-        An id that no token has is left out, with a warning; a negative one is an error.
+        An id without a token is left out, with a warning; a negative id is an error.
         `spaces_between_special_tokens` has no effect, as with transformers' fast tokenizers.
         """
         ids = token_ids["input_ids"] if isinstance(token_ids, Mapping) else token_ids
@@ -187,7 +188,7 @@ class Tokenizer(TextEncoder):
             if clean_up_tokenization_spaces is None
             else clean_up_tokenization_spaces
         )
-        # Not for BPE, whose spaces are right as they are; transformers 5 refuses it too.
+        # Not for BPE, whose spaces are already right; transformers 5 refuses it too.
         if clean_up and type(self.backend_tokenizer.model).__name__ != "BPE":
             text = self.clean_up_tokenization(text)
         return text
@@ -198,14 +199,14 @@ class Tokenizer(TextEncoder):
         return [texts] if isinstance(texts, str) else list(texts)
 
     def pad(self, encoded_inputs: Any, padding: bool | str = True, **options: Any) -> BatchEncoding:
-        """Pads what was encoded before: a BatchEncoding, or a list of them as a data loader collects.
+        """Pad encoded texts: a BatchEncoding, or a list of them as from a data loader.
         `options`: `max_length`, `pad_to_multiple_of`, `padding_side`, `return_attention_mask`,
         `return_tensors`."""
         return pad(self, encoded_inputs, padding, **options)
 
     @staticmethod
     def clean_up_tokenization(text: str) -> str:
-        """Removes the spaces that WordPiece leaves before punctuation and English contractions."""
+        """Remove the spaces that WordPiece leaves before punctuation and English contractions."""
         for spaced in (" .", " ?", " !", " ,"):
             text = text.replace(spaced, spaced[1:])
         text = text.replace(" ' ", "'")
@@ -233,19 +234,19 @@ class Tokenizer(TextEncoder):
         tokenizer_kwargs: Mapping[str, Any] | None = None,
         **variables: Any,
     ) -> Any:
-        """Messages ({"role": ..., "content": ...}), or a list of conversations, as the model was trained on
-        them.
+        """Format messages ({"role": ..., "content": ...}), or a list of conversations, with the model's chat
+        template.
 
-        Gives a BatchEncoding as calling the tokenizer does, `input_ids` alone with `return_dict=False`, or
-        the text with `tokenize=False`. `variables` are for the template. ChatTemplateError if it does not
-        work out."""
+        Returns a BatchEncoding like `__call__`, only `input_ids` with `return_dict=False`, or the text with
+        `tokenize=False`. `variables` are passed to the template. Raises ChatTemplateError if the template
+        fails."""
         if return_assistant_tokens_mask and not (return_dict and tokenize):
             raise chat.ChatTemplateError(
                 "return_assistant_tokens_mask needs return_dict=True and tokenize=True"
             )
         if continue_final_message and (add_generation_prompt or return_assistant_tokens_mask):
             raise chat.ChatTemplateError(
-                "continue_final_message goes with neither add_generation_prompt nor assistant masks"
+                "continue_final_message cannot be combined with add_generation_prompt or assistant masks"
             )
         template = self.get_chat_template(chat_template, tools)
         batched, conversations = chat.conversations(conversation)
@@ -284,22 +285,22 @@ class Tokenizer(TextEncoder):
         return out if return_dict else out["input_ids"]
 
     def get_chat_template(self, chat_template: str | None = None, tools: Sequence[Any] | None = None) -> str:
-        """The template that `apply_chat_template` uses: the one asked for, by text or name, or the
-        tokenizer's own."""
+        """The template that `apply_chat_template` uses: `chat_template`, as text or name, or the tokenizer's
+        own."""
         return chat.choose(self.chat_template, chat_template, tools)
 
     # -- files
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
-        """Writes tokenizer.json, tokenizer_config.json and the chat template into a folder, which
-        transformers and minilm load. Returns the files. Each is written whole or not at all."""
+        """Write tokenizer.json, tokenizer_config.json and the chat template into a folder, which transformers
+        and minilm load. Returns the files. Each is written completely or not at all."""
         return save(self, Path(save_directory))
 
     # -- the post-processor
 
     @property
     def add_bos_token(self) -> bool:
-        """Whether texts are encoded with `bos_token` before them. Can be set."""
+        """Whether `bos_token` is added before each text. Can be set."""
         with self._lock:
             return adds(self.backend_tokenizer, self.bos_token, 0)
 
@@ -309,7 +310,7 @@ class Tokenizer(TextEncoder):
 
     @property
     def add_eos_token(self) -> bool:
-        """Whether texts are encoded with `eos_token` after them. Can be set."""
+        """Whether `eos_token` is added after each text. Can be set."""
         with self._lock:
             return adds(self.backend_tokenizer, self.eos_token, -1)
 
@@ -318,7 +319,7 @@ class Tokenizer(TextEncoder):
         self._frame(self.add_bos_token, value)
 
     def update_post_processor(self) -> None:
-        """Call after a change of `bos_token` or `eos_token`, for texts to be encoded with the new one."""
+        """Call this after changing `bos_token` or `eos_token`, so that texts are encoded with the new one."""
         self._frame(bool(self.init_kwargs.get("add_bos_token")), bool(self.init_kwargs.get("add_eos_token")))
 
     def _frame(self, bos: bool, eos: bool) -> None:
@@ -347,8 +348,8 @@ AutoTokenizer = Tokenizer
 
 
 def tokenizer_class(name: str) -> type[Tokenizer] | None:
-    """The class that a transformers tokenizer's name (BertTokenizer, GPT2TokenizerFast, ...) stands for:
-    Tokenizer with that family's rules. None for a name of no family here."""
+    """The class for the name of a transformers tokenizer (BertTokenizer, GPT2TokenizerFast, ...): a Tokenizer
+    with that family's rules. None for an unknown name."""
     if name in ("AutoTokenizer", "PreTrainedTokenizer", "PreTrainedTokenizerFast"):
         return Tokenizer
     if name.removesuffix("Fast") not in FAMILIES:
@@ -361,13 +362,13 @@ def tokenizer_class(name: str) -> type[Tokenizer] | None:
 def _checked(settings: dict[str, Any]) -> dict[str, Any]:
     for name in settings:
         if name not in _SETTINGS and name not in _NO_EFFECT and not name.endswith("_token"):
-            raise TokenizerError(f"{name}={settings[name]!r:.60}: no such setting of a tokenizer")
+            raise TokenizerError(f"{name}={settings[name]!r:.60}: a tokenizer has no such setting")
     return {name: value for name, value in settings.items() if name not in _NO_EFFECT}
 
 
 def _mask_of(row: Encoding, spans: Sequence[tuple[int, int]]) -> list[int]:
-    """1 for the tokens that have a character in `spans`. A token without characters (pipelines leave white
-    space out of the offsets, and a token of nothing else keeps only its end) belongs where it ends."""
+    """1 for tokens that have a character in `spans`. A token without characters (pipelines exclude white
+    space from offsets, so a token of only white space has an empty span) is assigned by its end."""
     kept = sorted((first, last) for first, last in spans if first < last)
     lasts = [last for _, last in kept]
     mask = [0] * len(row.ids)

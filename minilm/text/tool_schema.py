@@ -1,4 +1,4 @@
-"""A Python function as the JSON schema of a tool, for chat templates that offer tools to the model.
+"""JSON schema of a Python function, for chat templates that offer tools to the model.
 
     def weather(city: str, days: int = 1) -> str:
         '''Tells the weather.
@@ -9,7 +9,7 @@
         '''
 
 The types come from the signature, the descriptions from the docstring in Google's format. The schema is the
-one that transformers' `get_json_schema` makes, with which models were trained.
+same as that of transformers' `get_json_schema`, with which models were trained.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _sections(text: str) -> dict[str, str]:
 
 
 def _arguments(section: str) -> dict[str, str]:
-    """`name: description`, the description possibly over several lines."""
+    """Parse lines `name: description`; a description may take several lines."""
     found: dict[str, str] = {}
     name = ""
     for line in section.splitlines():

@@ -1,8 +1,8 @@
-"""Cuts the two texts of a pair to a length in memory that is linear in theirs.
+"""Truncation of pairs of texts in linear memory.
 
-The `tokenizers` library keeps everything it cuts off: of a pair the windows of both texts in every
-combination, so that two texts of 14,000 tokens take 1 GB. Here what is cut off is dropped, for calls that do
-not ask for it.
+The `tokenizers` library keeps everything it cuts off, for a pair the windows of both texts in every
+combination, so two texts of 14,000 tokens take 1 GB. This code drops what is cut off, for calls that do not
+request it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from tokenizers import Encoding
 
 _LONG = 4
-"""A text of at most so many characters for each token of `max_length` makes so few windows that the library
-may keep them."""
+"""A text of at most this many characters per token of `max_length` gives so few windows that the library may
+keep them."""
 _FIELDS = ("ids", "type_ids", "tokens", "words", "offsets", "special_tokens_mask", "attention_mask")
 
 
 def many_windows(item: Any, max_length: int, strategy: str) -> bool:
-    """Whether the library might keep too many windows of `item`, a text or a tuple of two."""
+    """Whether the library may keep too many windows of `item`, a text or a tuple of two."""
     if not isinstance(item, tuple):
         return False
     first, second = (sum(map(len, text)) if isinstance(text, list) else len(text) for text in item)
@@ -34,8 +34,8 @@ def many_windows(item: Any, max_length: int, strategy: str) -> bool:
 
 
 def lengths(first: int, second: int, room: int, strategy: str) -> tuple[int, int]:
-    """How many tokens are kept of texts of `first` and `second` tokens, `room` for both: the library's rule.
-    "longest_first" keeps a text that fits into half the room whole."""
+    """How many tokens to keep of texts of `first` and `second` tokens, with `room` for both, by the library's
+    rule. "longest_first" keeps a text whole if it fits into half the room."""
     if first + second <= room:
         return first, second
     if room <= 0:
@@ -56,8 +56,8 @@ def lengths(first: int, second: int, room: int, strategy: str) -> tuple[int, int
 
 
 def read(encoding: Encoding, most: int, side: str) -> int:
-    """How many tokens of a text the library reads before it cuts to `most`: to the end of the word. Which of
-    two texts is longer, and gets an odd token, goes by that."""
+    """How many tokens of a text the library reads before it cuts to `most`: up to the end of the word. This
+    decides which of two texts counts as longer, and gets the odd token."""
     count = len(encoding)
     if count <= most or most < 1:
         return min(count, most)
@@ -69,7 +69,7 @@ def read(encoding: Encoding, most: int, side: str) -> int:
 
 
 def shorten(encoding: Encoding, length: int, side: str) -> Encoding:
-    """The first `length` tokens of an encoding, with "left" the last, and nothing else of it."""
+    """Only the first `length` tokens of an encoding; with "left", the last."""
     from tokenizers import Encoding
 
     count = len(encoding.ids)

@@ -1,4 +1,4 @@
-"""From a checkpoint's names to ours and back, by rules that are data."""
+"""Loading and saving weights: declarative rules map a checkpoint's tensor names to the model's and back."""
 
 from .fresh import initialise, resized
 from .loading import (

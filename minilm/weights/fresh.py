@@ -1,4 +1,4 @@
-"""Parameters that no checkpoint fills."""
+"""Random initialisation of parameters that are not loaded from a checkpoint."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def initialise(name: str, parameter: Tensor, std: float) -> None:
-    """Fill a fresh parameter: norms are the identity, biases zero, all else normal with mean 0."""
+    """Initialise a parameter: norms to the identity, biases to zero, all others normal with mean 0."""
     if name.endswith("bias"):
         parameter.zero_()
     elif "norm" in name.split(".")[-2:][0] and name.endswith("weight"):
@@ -18,8 +18,8 @@ def initialise(name: str, parameter: Tensor, std: float) -> None:
 
 @torch.no_grad()
 def resized(name: str, old: Tensor, rows: int, near_mean: bool, std: float) -> Tensor:
-    """`old` with fewer or more rows: fresh ones, or `near_mean` drawn around the mean of the old, with 1e-9
-    of their covariance (transformers' `mean_resizing`)."""
+    """`old` with fewer or more rows. New rows are initialised at random, or, with `near_mean`, sampled around
+    the mean of the old rows with 1e-9 of their covariance (transformers' `mean_resizing`)."""
     new, kept = old.new_empty(rows, *old.shape[1:]), min(len(old), rows)
     initialise(name, new, std)
     if near_mean and rows > kept and old.device.type != "meta":

@@ -1,32 +1,31 @@
-"""Weights: from the names in a checkpoint to ours, and back.
+"""Loading and saving weights: maps names in a checkpoint to the model's names, and back.
 
-A checkpoint is a bag of named tensors, and the names are those of somebody else's program:
-`bert.encoder.layer.3.attention.self.query.weight`. Our models have other names, and partly other shapes:
-query, key and value are one matrix here. What happens between the two is said by the rules of the family,
-which are data (minilm/weights/rules.py says what a rule is, minilm/families/ has them), and is done here in
-three steps.
+A checkpoint is a set of named tensors, with names from another program:
+`bert.encoder.layer.3.attention.self.query.weight`. minilm's models have other names, and partly other shapes:
+query, key and value are one matrix. The family's rules define the mapping as data (minilm/weights/rules.py
+has the kinds of rules, minilm/families/ the rules themselves). Loading has three steps.
 
-1. *Names are normalised.* A BERT with a head calls its body `bert.…`, the bare model leaves that out. If any
-   key starts with a prefix of the family, then keys with the prefix are the base model's and lose it, and the
-   others belong to heads. The LayerNorm names of 2018, gamma and beta, become weight and bias.
+1. *Normalise names.* A BERT with a head names its body `bert.…`, the bare model does not. If any key starts
+   with a prefix of the family, then keys with the prefix belong to the base model and lose it, and the others
+   belong to heads. The LayerNorm names of 2018, gamma and beta, become weight and bias.
 
-2. *A plan is made* (minilm/weights/plan.py) from names, shapes and dtypes alone. Every key must match exactly
-   one rule, every parameter must be filled exactly once, every shape must agree. Where something is left
-   over, it depends on where it belongs:
+2. *Plan* (minilm/weights/plan.py), from names, shapes and dtypes only. Every key must match exactly one rule,
+   every parameter must be filled exactly once, every shape must agree. What happens to mismatches depends on
+   the part of the model:
 
-   - In the body nothing may be missing, surplus or misshapen. Any of it means that the configuration, or the
-     family, is not the checkpoint's, and the model would compute something, but not what it was trained to.
-   - A head that the checkpoint lacks is initialised and announced; one that the model lacks is skipped, and
-     the report says so.
+   - In the body no tensor may be missing, surplus or of another shape. Otherwise the configuration or the
+     family is not that of the checkpoint, and the model would give wrong results.
+   - A head that the checkpoint lacks is initialised, with a warning; one that the model lacks is skipped, and
+     listed in the report.
 
-   All problems are found before the first byte is copied, and one error tells of several.
+   All problems are found before any data is copied, and one error lists several.
 
-3. *The plan is carried out*, one parameter at a time: memory is allocated in the final dtype on the final
-   device, each source is copied to its place in it, and on to the next. The model gets its parameters when
-   all are there; if anything fails before, it is as it was.
+3. *Execute the plan*, one parameter at a time: allocate memory in the final dtype on the final device, and
+   copy each source to its part of it. The model gets its parameters when all are complete; if anything fails
+   before, it is unchanged.
 
-Saving is step 2 backwards. Which part of a parameter is which tensor of the checkpoint is asked of one
-function in both directions, and so what was loaded is saved again byte for byte.
+Saving is step 2 backwards. The same function maps parts of a parameter to tensors of the checkpoint in both
+directions, so loaded weights are saved byte for byte.
 """
 
 from __future__ import annotations
@@ -84,7 +83,7 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_LARGE = 1_000_000_000  # bytes from which on a load shows its progress unasked
+_LARGE = 1_000_000_000  # loading at least this many bytes shows a progress bar
 _SHARD = "model-" + 5 * "[0-9]" + "-of-" + 5 * "[0-9]" + ".safetensors"  # as a pattern of names
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
@@ -92,16 +91,16 @@ _UNITS |= {"KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
 
 @dataclass
 class LoadReport:
-    """What a load did; `str()` of it is for people.
+    """The result of loading; `str()` gives a readable report.
 
-    loaded: how many tensors of the checkpoint were read
-    initialised: our names of head parameters that the checkpoint lacks
-    skipped: names in the checkpoint that were not read, with the reason
-    mismatched: our names of head parameters initialised because the shape differs -> (found, expected)
+    loaded: number of tensors of the checkpoint that were read
+    initialised: parameters of a head that the checkpoint lacks (names in the model)
+    skipped: names in the checkpoint that were not read -> reason
+    mismatched: parameters of a head initialised because the shape differs -> (found, expected)
     nan: names in the checkpoint whose tensors have NaN or infinite values, in the dtype of the model
-    quantised: our names of matrices that were loaded quantised -> the format
-    floating: our names of matrices that were to be, and are not -> why
-    requantised: our names of matrices that are in another format than their parts in the file -> why
+    quantised: matrices that were loaded quantised (names in the model) -> format
+    floating: matrices that should have been quantised, but could not be -> reason
+    requantised: matrices in another format than their parts in the file -> reason
     """
 
     loaded: int = 0
@@ -142,16 +141,16 @@ def load_weights(
     formats: Mapping[str, str] | None = None,
     install: Callable[[nn.Module, str, QuantizedWeight], None] | None = None,
 ) -> LoadReport:
-    """Fills `model`, which may be on the meta device, from `checkpoint`.
+    """Load `checkpoint` into `model`, which may be on the meta device.
 
-    Every parameter is replaced by one of `dtype` on `device`; a shared one stays shared. `init(name, tensor)`
-    sets the values of head parameters that the checkpoint does not have. Beyond the weights, a few megabytes
-    of memory are used. `progress`: a bar; None shows one on a terminal for more than 1 GB. Parameters that
-    `formats` names become quantised matrices of that format (see minilm/weights/quantized.py), and
-    `install(model, name, matrix)` puts each in its place.
+    Every parameter is replaced by one of `dtype` on `device`; shared parameters stay shared. `init(name,
+    tensor)` initialises head parameters that the checkpoint does not have. Only a few megabytes of memory are
+    used beyond the weights. `progress`: show a progress bar; None: on a terminal for more than 1 GB.
+    Parameters in `formats` become quantised matrices of that format (see minilm/weights/quantized.py), and
+    `install(model, name, matrix)` puts each into the model.
 
-    Raises WeightError, and leaves the model as it was, when the checkpoint does not fit or cannot be read.
-    Warns of NaN and infinite values, and logs a warning that names the head parameters it initialised.
+    Raises WeightError, and leaves the model unchanged, if the checkpoint does not fit or cannot be read.
+    Warns of NaN and infinite values, and logs a warning that names the initialised head parameters.
     """
     parameters, names = unique_parameters(model)
     plan = plan_load(model, checkpoint, rules, prefixes, ignore_mismatched_sizes=ignore_mismatched_sizes)
@@ -199,12 +198,17 @@ def load_weights(
     if fresh := [*report.initialised, *report.mismatched]:
         lacking = ", ".join(_stored_name(rules, name) for name in fresh)
         of_shape = " of this shape" if report.mismatched else ""
-        log.warning("%s has no %s%s: random weights, train them first", checkpoint.path, lacking, of_shape)
+        log.warning(
+            "%s has no %s%s: these weights are random, train them before use",
+            checkpoint.path,
+            lacking,
+            of_shape,
+        )
     return report
 
 
 def _stored_name(rules: Sequence[Rule], name: str) -> str:
-    """What a checkpoint calls a parameter."""
+    """The name of a parameter in a checkpoint."""
     found = (match[0][0] for rule in rules if (match := rule.match_target(name)))
     return next(found, name)
 
@@ -212,7 +216,7 @@ def _stored_name(rules: Sequence[Rule], name: str) -> str:
 def _format(
     fill: Fill, checkpoint: Checkpoint, shape: Shape, wanted: str | None, report: LoadReport
 ) -> str | None:
-    """The format that the parameter of `fill` gets, None if it stays floating; the report says so."""
+    """The format for the parameter of `fill`, None if it stays floating point; added to the report."""
     if wanted is None:
         return None
     format, remark = target_format(fill, checkpoint, shape, wanted)
@@ -227,7 +231,7 @@ def _format(
 
 
 def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Replaces the parameters of `model`; names with the same tensor get the same parameter."""
+    """Replace the parameters of `model`; names with the same tensor get the same parameter."""
     made: dict[int, nn.Parameter] = {}
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
@@ -238,7 +242,7 @@ def _assign(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def _finite(part: Tensor) -> bool:
-    """Whether all values are finite: the extremes of a tensor show NaN and infinity, and cost no memory."""
+    """Whether all values are finite, by the minimum and maximum of the tensor, which needs no memory."""
     if part.numel() == 0:
         return True
     low, high = torch.aminmax(part if part.is_contiguous() else part.t())
@@ -259,7 +263,7 @@ def _progress_bar(total: int, wanted: bool | None) -> Iterator[Callable[[int], o
 
 
 class MapEntry(NamedTuple):
-    """One line of `weight_map`: `transform` is what becomes of the tensor `source` on its way to `target`."""
+    """One entry of `weight_map`: the tensor `source` becomes `target` by `transform`."""
 
     source: str
     target: str
@@ -271,9 +275,9 @@ class MapEntry(NamedTuple):
 def weight_map(
     model: nn.Module, checkpoint: Checkpoint, rules: Sequence[Rule], prefixes: Sequence[str]
 ) -> list[MapEntry]:
-    """What `load_weights` would do with every tensor, in the order of the checkpoint, then with the
-    parameters that it would initialise (whose source is ""). A skipped tensor has no target, and the reason
-    as its transform."""
+    """What `load_weights` would do with every tensor, in the order of the checkpoint, then the parameters
+    that it would initialise (with source ""). A skipped tensor has no target, and the reason as its
+    transform."""
     parameters, _ = unique_parameters(model)
     plan = plan_load(model, checkpoint, rules, prefixes, ignore_mismatched_sizes=True)
     entries = []
@@ -298,13 +302,13 @@ def save_weights(
     max_shard_size: int | str = "5GB",
     matrices: Mapping[str, QuantizedWeight] | None = None,
 ) -> list[Path]:
-    """Writes the weights of `model` to `folder` under the names of its family; returns the files.
+    """Write the weights of `model` to `folder` under the names of its family; returns the files.
 
-    `model.safetensors`, or from `max_shard_size` (bytes, or "500MB", "2GiB") on shards with an index, as
-    transformers does it. Names of the base model get `prefix`. The same weights always give the same bytes.
-    They take the places of those of an earlier save together (`minilm.files.saving`). `matrices`: those that
-    the model has quantised, by the names of the parameters in whose place they are;
-    minilm/files/quantized.py says how they are kept.
+    Writes `model.safetensors`, or, above `max_shard_size` (bytes, or "500MB", "2GiB"), shards with an index,
+    like transformers. Names of the base model get `prefix`. The same weights always give the same bytes. The
+    files replace those of an earlier save together (`minilm.files.saving`). `matrices`: the quantised
+    matrices, by the names of the parameters that they replace; see minilm/files/quantized.py for their
+    storage.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -317,7 +321,7 @@ def save_weights(
     try:
         with saving(folder, replaces=(SINGLE, INDEX, _SHARD)) as new:
             for file, shard in zip(files, shards, strict=True):
-                # One shard at a time: a transposed matrix, or one on a device, is copied to be written.
+                # One shard at a time: writing copies a transposed matrix, or one on a device.
                 tensors = {key: tensor.detach().contiguous() for key, tensor in shard.items()}
                 save_file(tensors, new / file, metadata={"format": "pt"})
             if len(shards) > 1:
@@ -331,7 +335,7 @@ def save_weights(
 def stored_tensors(
     model: nn.Module, rules: Sequence[Rule], prefix: str, matrices: Mapping[str, QuantizedWeight]
 ) -> dict[str, Tensor]:
-    """The parameters of `model` as the tensors of a checkpoint: views under the family's names."""
+    """The parameters of `model` as tensors of a checkpoint: views under the family's names."""
     tensors: dict[str, Tensor] = {}
     parameters: dict[str, Tensor | QuantizedWeight] = {**unique_parameters(model)[0], **matrices}
     for name, parameter in parameters.items():
@@ -339,11 +343,11 @@ def stored_tensors(
             raise WeightError(f"{name} cannot be saved: it is on the meta device, which holds no values")
         inverse = [(rule, match) for rule in rules if (match := rule.match_target(name))]
         if len(inverse) != 1:
-            many = "more than one rule says" if inverse else "no rule says"
-            raise WeightError(f"{name} cannot be saved: {many} what a checkpoint calls it")
+            many = "more than one rule gives" if inverse else "no rule gives"
+            raise WeightError(f"{name} cannot be saved: {many} its name in a checkpoint")
         rule, (sources, also) = inverse[0]
         parts = _parts(rule, fused_sizes(rule, model, name, parameter.shape[0]), parameter)
-        if rule.write_also:  # a safetensors file has no way to say that two names share their data
+        if rule.write_also:  # a safetensors file cannot express that two names share data
             sources, parts = (*sources, *also), (*parts, *(_cloned(parts[0]) for _ in also))
         for source, part in zip(sources, parts, strict=True):
             key = prefix + source if rule.in_base else source
@@ -359,7 +363,7 @@ def stored_tensors(
 def _parts(
     rule: Rule, sizes: tuple[int, ...], parameter: Tensor | QuantizedWeight
 ) -> tuple[dict[str, Tensor], ...]:
-    """Each source of a parameter as what is stored of it: end of the name -> tensor."""
+    """The stored tensors of each source of a parameter: suffix of the name -> tensor."""
     if isinstance(parameter, Tensor):
         return tuple({"": view} for view in views(rule, sizes, parameter))
     parts = parameter.split(sizes or parameter.shape[:1])
@@ -371,7 +375,7 @@ def _cloned(part: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _shards(tensors: dict[str, Tensor], limit: int) -> list[dict[str, Tensor]]:
-    """Cuts the tensors, in their order, into shards of at most `limit` bytes; a larger one stands alone."""
+    """Split the tensors, in order, into shards of at most `limit` bytes; a larger tensor is its own shard."""
     shards: list[dict[str, Tensor]] = [{}]
     size = 0
     for key, tensor in tensors.items():

@@ -1,6 +1,6 @@
-"""The plan of a load: what becomes of every tensor, decided from names, shapes and dtypes alone.
+"""The plan for loading: what to do with every tensor, decided from names, shapes and dtypes only.
 
-Read minilm/weights/loading.py first: it tells what this is for.
+Read minilm/weights/loading.py first; it gives the overview.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from .rules import Rule
 Shape = tuple[int, ...]
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _AGAIN = "ignore_mismatched_sizes=True"
-_SHOWN = 4  # problems that one error message tells of
+_SHOWN = 4  # maximum number of problems in one error message
 
 
 @dataclass(frozen=True)
 class Fill:
-    """One parameter of the model, and the tensors of the checkpoint that it is made of."""
+    """One parameter of the model, and the tensors of the checkpoint that it is loaded from."""
 
     target: str
-    sources: tuple[str, ...]  # names in the checkpoint, complete
+    sources: tuple[str, ...]  # full names in the checkpoint
     rule: Rule
-    sizes: tuple[int, ...]  # rows of each source where several are fused, else ()
-    codes: bool = False  # of quantised matrices, which are stored as [out, in] in every family
+    sizes: tuple[int, ...]  # rows of each source if several are fused, else ()
+    codes: bool = False  # quantised matrices, which are stored as [out, in] in every family
 
     def views(self, parameter: Tensor) -> tuple[Tensor, ...]:
-        """The parts of `parameter` that the sources are, in the sources' shapes; writing to them fills it."""
+        """The parts of `parameter` for the sources, as views in the sources' shapes; write to them to
+        load."""
         if self.codes and self.rule.transform == "transpose":
             return (parameter,)
         return views(self.rule, self.sizes, parameter)
@@ -41,7 +42,7 @@ class Fill:
 
 @dataclass
 class Plan:
-    """What a load will do, complete and checked; the last three are those of `LoadReport`."""
+    """The complete, checked plan; the last three fields are those of `LoadReport`."""
 
     fills: list[Fill] = field(default_factory=list)
     initialised: list[str] = field(default_factory=list)
@@ -50,12 +51,12 @@ class Plan:
 
 
 class _Name(NamedTuple):
-    short: str  # as the rules know it
-    inside: bool | None  # part of the base model? None: no key has a prefix, so the name does not tell
+    short: str  # as used in the rules
+    inside: bool | None  # part of the base model? None: no key has a prefix, so it is unknown
 
 
 def normalise(keys: Sequence[str], prefixes: Sequence[str]) -> tuple[str, dict[str, _Name]]:
-    """The prefix that keys of a checkpoint carry ("" if none), and every key as the rules know it."""
+    """The prefix of keys of a checkpoint ("" if none), and every key as used in the rules."""
     prefix = next((p for p in prefixes if any(key.startswith(p) for key in keys)), "")
     names = {}
     for key in keys:
@@ -67,8 +68,8 @@ def normalise(keys: Sequence[str], prefixes: Sequence[str]) -> tuple[str, dict[s
 
 
 def unique_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[str, str]]:
-    """The parameters of `model`, each once; and for every name, of which a shared parameter has several, the
-    one under which it is in the first dict."""
+    """The parameters of `model`, each once; and for every name (a shared parameter has several) its key in
+    the first dict."""
     parameters: dict[str, nn.Parameter] = {}
     names: dict[str, str] = {}
     first: dict[int, str] = {}
@@ -79,7 +80,7 @@ def unique_parameters(model: nn.Module) -> tuple[dict[str, nn.Parameter], dict[s
 
 
 def fused_sizes(rule: Rule, model: nn.Module, name: str, rows: int) -> tuple[int, ...]:
-    """How many of the `rows` of the parameter `name` each source of a `fuse` has; () for other rules."""
+    """Number of rows, of the `rows` of parameter `name`, of each source of a `fuse`; () for other rules."""
     if rule.transform != "fuse":
         return ()
     count = len(rule.sources)
@@ -93,8 +94,8 @@ def fused_sizes(rule: Rule, model: nn.Module, name: str, rows: int) -> tuple[int
 
 
 def views(rule: Rule, sizes: tuple[int, ...], parameter: Tensor) -> tuple[Tensor, ...]:
-    """The parts of `parameter` that the sources of `rule` are, in the sources' shapes. Loading writes to
-    them, saving reads them: the same views, so that the two cannot disagree."""
+    """The parts of `parameter` for the sources of `rule`, as views in the sources' shapes. Loading writes to
+    them and saving reads them, so the two cannot disagree."""
     if rule.transform == "fuse":
         return tuple(torch.split(parameter, list(sizes)))
     return (parameter.t(),) if rule.transform == "transpose" else (parameter,)
@@ -108,15 +109,16 @@ def plan_load(
     *,
     ignore_mismatched_sizes: bool = False,
 ) -> Plan:
-    """Decides what becomes of every tensor of `checkpoint` and every parameter of `model`; reads no data.
+    """Decide what to do with every tensor of `checkpoint` and every parameter of `model`; reads no data.
 
-    Raises WeightError when the two do not fit, naming file, key, and what was expected and found.
+    Raises WeightError if they do not fit, which names file, key, and what was expected and found.
     """
     return _Planner(model, checkpoint, rules, prefixes, ignore_mismatched_sizes).run()
 
 
 class _Planner:
-    """Two passes: every key claims a parameter or is skipped, then every parameter looks at its claims."""
+    """Works in two passes: every key claims a parameter or is skipped, then every parameter's claims are
+    checked."""
 
     def __init__(
         self,
@@ -152,7 +154,7 @@ class _Planner:
         return self.plan
 
     def _claim(self, key: str) -> None:
-        """Finds the one rule that matches `key`, and by it the parameter, or the reason why it is skipped."""
+        """Find the one rule that matches `key`, and the parameter, or the reason to skip it."""
         name = self.names[key]
         hits = [
             (rule, target)
@@ -174,7 +176,7 @@ class _Planner:
         elif target in self.canonical:
             self.plan.skipped[key] = f"shared with {self.canonical[target]}"
         elif target.startswith("body."):
-            absent = f"the model as configured has no {self._absent(target)}"
+            absent = f"the model with this configuration has no {self._absent(target)}"
             self.problems.append(f"surplus tensor {self._located(key)}: {absent}")
         else:
             self.plan.skipped[key] = f"the model has no {self._absent(target)}"
@@ -185,10 +187,10 @@ class _Planner:
         elif self.names[key].inside is False:
             self.plan.skipped[key] = f"not under {self.prefix!r}: of another model's head"
         else:
-            self.problems.append(f"surplus tensor {self._located(key)}, which no rule of the family knows")
+            self.problems.append(f"surplus tensor {self._located(key)}, which matches no rule of the family")
 
     def _fill(self, target: str, parameter: Tensor, claims: dict[Rule, dict[str, str]]) -> None:
-        """Turns the claims on a parameter into a `Fill`, or notes what is wrong with them."""
+        """Turn the claims on a parameter into a `Fill`, or record what is wrong with them."""
         if len(claims) > 1:
             keys = " and ".join(key for claimed in claims.values() for key in claimed.values())
             self.problems.append(f"{target} would be filled more than once, by {keys}")
@@ -199,7 +201,7 @@ class _Planner:
             return
         rule = next((r for r in (claims or self.rules) if r.match_target(target)), None)
         if rule is None:
-            self.problems.append(f"no rule says where {target} comes from")
+            self.problems.append(f"no rule has a source for {target}")
             return
         claimed = claims.get(rule, {})
         sources = self._sources(rule, target, claimed)
@@ -225,7 +227,7 @@ class _Planner:
 
     @staticmethod
     def _sources(rule: Rule, target: str, claimed: dict[str, str]) -> tuple[str, ...]:
-        """The names to read `target` from: the rule's own, or the first of `also` that is there."""
+        """The names to read `target` from: the rule's own, or the first of `also` that exists."""
         sources, also = rule.match_target(target) or ((), ())
         present = [name for name in (*sources, *also) if name in claimed]
         return (present[0],) if also and present else sources
@@ -251,12 +253,12 @@ class _Planner:
         return True
 
     def _located(self, key: str) -> str:
-        """`key`, with its file where the message does not name that already."""
+        """`key`, with its file unless the message already names it."""
         file = self.checkpoint.tensors[key].file
         return key if file == self.checkpoint.path else f"{key} in {file.name}"
 
     def _absent(self, target: str) -> str:
-        """The outermost part of `target` that the model does not have: `pooler` of `pooler.dense.weight`."""
+        """The outermost part of `target` that the model lacks: `pooler` for `pooler.dense.weight`."""
         parts = target.split(".")
         for end in range(1, len(parts)):
             part = ".".join(parts[:end])

@@ -1,8 +1,8 @@
-"""Loading matrices as quantised ones: what becomes of one parameter of the plan.
+"""Quantising matrices while loading them, one parameter of the plan at a time.
 
-`formats` of `minilm.weights.load_weights` says for which parameters, and to which format; `KEEP` takes the
-one that the file has. A matrix is read whole, in float32, and quantised, before the next one is read: never
-more than one is in memory in full. Codes that the file has in the wanted format are copied as they are.
+`formats` of `minilm.weights.load_weights` gives the format of each parameter; `KEEP` keeps the format in the
+file. A matrix is read completely, in float32, and quantised before the next one is read, so that only one at
+a time is in memory as float32. Codes that are already in the wanted format are copied unchanged.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from ..ops.quantized import QuantizedWeight, empty, is_finite, plane_shapes, qua
 from .plan import Fill, Shape
 
 KEEP = "keep"
-"""In place of a format: the one that the file has, and floating where that is none of ours."""
+"""In place of a format: keep the file's format; floating point if minilm does not have it."""
 
 _FLOATING = frozenset(("F64", "F32", "F16", "BF16"))
-"""Types in files that are kept as they are by staying floating."""
+"""Floating-point types in files."""
 
 COMMON = "q8_0"
-"""For a matrix whose parts have different formats in the file."""
+"""Format for a matrix whose parts have different formats in the file."""
 
 
 def target_format(fill: Fill, checkpoint: Checkpoint, shape: Shape, wanted: str) -> tuple[str | None, str]:
-    """The format that a parameter of `shape` gets, None if it stays floating; and a remark for the report,
-    "" where all went as asked."""
+    """The format for a parameter of `shape`, None if it stays floating point; and a remark for the report, ""
+    if it is in the requested format."""
     stored = list(dict.fromkeys(checkpoint.tensors[key].format for key in fill.sources))
     format, remark = wanted, ""
     if wanted == KEEP:
@@ -47,7 +47,7 @@ def read_quantised(
 ) -> tuple[QuantizedWeight, list[str]]:
     """The matrix of `fill` in `format`, and the names in the checkpoint of parts that have infinite scales.
 
-    Raises WeightError where the values cannot be quantised.
+    Raises WeightError if the values cannot be quantised.
     """
     if all(checkpoint.tensors[key].format == format for key in fill.sources):
         rows, columns = shape

@@ -1,6 +1,6 @@
-"""The rules by which weights change their names: what a family file in archs/ writes down.
+"""The rules that map weight names, as listed in the files of minilm/families/.
 
-A rule says where one parameter of ours comes from in a checkpoint. There are six kinds:
+A rule defines which tensors of a checkpoint one parameter of the model comes from. There are six kinds:
 
     copy("embeddings.LayerNorm.weight", "body.embeddings.norm.weight")      the same tensor under another name
     affine("encoder.layer.{i}.output.dense", "body.layers.{i}.mlp.down")    two copies: .weight and .bias
@@ -10,12 +10,12 @@ A rule says where one parameter of ours comes from in a checkpoint. There are si
     tied("lm_head.weight", "head.out.weight", "tied to the embeddings")     read only when the model owns it
     ignore("embeddings.position_ids", "a buffer: 0, 1, 2, ...")             in the file, and not needed
 
-A pattern is a whole name, never a part of one. `{i}` stands for one decimal layer number, the same on both
-sides, and `*` in `ignore` for anything. Because nothing else is special, a rule can be read in both
-directions: forwards it names the target of a key (load), backwards the keys of a target (save).
+A pattern matches a whole name, never a part of it. `{i}` stands for a decimal layer number, the same on both
+sides, and `*` in `ignore` for anything. Nothing else is special, so a rule works in both directions: forwards
+it gives the target of a key (load), backwards the keys of a target (save).
 
-A name is written without the family's prefix (`bert.`, `model.`). Whether the prefix belongs to it is seen
-from the target: everything is part of the family's base model except what is called `head.…`.
+A name is written without the family's prefix (`bert.`, `model.`). The target decides whether the name has the
+prefix: everything belongs to the family's base model except `head.…`.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ from typing import Literal
 
 Transform = Literal["copy", "transpose", "fuse", "tied", "ignore"]
 
-_NUMBER = r"(?P<i>0|[1-9][0-9]*)"  # ASCII, no leading zeros: a number that is written back as it was read
+_NUMBER = r"(?P<i>0|[1-9][0-9]*)"  # ASCII, no leading zeros, so that it is written back unchanged
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of a family's weight rules; made by the six functions below, never by hand.
+    """One weight rule of a family; create it with the six functions below.
 
     `sources` are the names in the checkpoint (several only for `fuse`), `also` other names under which the
-    same tensor may be stored, `target` is the parameter of ours ("" for `ignore`), `sizes` the key into
-    `model.fused_sizes()` that tells how many rows each source has ("" means equal parts), `reason` what the
-    report says when a key is skipped, `write_also` whether saving writes the names of `also` too.
+    same tensor may be stored, `target` is the parameter of the model ("" for `ignore`), `sizes` the key in
+    `model.fused_sizes()` for the rows of each source ("": equal parts), `reason` the text in the report if a
+    key is skipped, `write_also` whether saving writes the names of `also` too.
     """
 
     transform: Transform
@@ -63,7 +63,7 @@ class Rule:
 
     @property
     def in_base(self) -> bool:
-        """Whether the checkpoint name carries the family's prefix when the checkpoint has one."""
+        """Whether the name has the family's prefix if the checkpoint has one."""
         return not self.target.startswith("head.")
 
     @cached_property
@@ -76,14 +76,14 @@ class Rule:
         return _compile(self.target, wildcard=False)
 
     def match_key(self, key: str) -> str | None:
-        """The target of the checkpoint name `key` (without prefix); None if the rule is not about it."""
+        """The target of the checkpoint name `key` (without prefix); None if the rule does not match it."""
         for pattern in self._keys:
             if found := pattern.fullmatch(key):
                 return self.target.replace("{i}", found.groupdict().get("i", ""))
         return None
 
     def match_target(self, name: str) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-        """The `sources` and `also` of our parameter `name`; None if the rule is not about it."""
+        """The `sources` and `also` of the model's parameter `name`; None if the rule does not match it."""
         found = self._target.fullmatch(name) if self.target else None
         if found is None:
             return None
@@ -98,8 +98,8 @@ def _compile(name: str, *, wildcard: bool) -> re.Pattern[str]:
 
 
 def copy(source: str, target: str, *, also: Sequence[str] = (), write_also: bool = False) -> Rule:
-    """The same tensor under another name. Of `source` and `also` the first that is present is read, in this
-    order; the others are skipped as duplicates. Saving writes `source`; with `write_also` all of them."""
+    """The same tensor under another name. The first existing of `source` and `also` is read; the others are
+    skipped as duplicates. Saving writes `source`; with `write_also` all of them."""
     return Rule("copy", (source,), target, also=tuple(also), write_also=write_also)
 
 
@@ -109,21 +109,21 @@ def affine(source: str, target: str) -> tuple[Rule, Rule]:
 
 
 def transpose(source: str, target: str) -> Rule:
-    """A matrix that the checkpoint stores the other way round, [in, out]."""
+    """A matrix that the checkpoint stores transposed, [in, out]."""
     return Rule("transpose", (source,), target)
 
 
 def fuse(sources: Sequence[str], target: str, *, sizes: str = "") -> Rule:
-    """Several tensors concatenated along dimension 0, in this order. `model.fused_sizes()[sizes]` says how
-    many rows each has, e.g. "qkv" -> (H*D, Hkv*D, Hkv*D); without `sizes` all have the same number."""
+    """Several tensors concatenated along dimension 0, in this order. `model.fused_sizes()[sizes]` has the
+    number of rows of each, "qkv" -> (H*D, Hkv*D, Hkv*D); without `sizes` all have the same number."""
     return Rule("fuse", tuple(sources), target, sizes=sizes)
 
 
 def tied(source: str, target: str, reason: str) -> Rule:
-    """A tensor that some models own and others share: `copy` where the model has `target`, else skipped."""
+    """A tensor that is tied in some models: `copy` if the model has `target`, else skipped."""
     return Rule("tied", (source,), target, reason=reason)
 
 
 def ignore(pattern: str, reason: str) -> Rule:
-    """What a checkpoint may have and no model of ours needs; `*` in `pattern` stands for anything."""
+    """A tensor that a checkpoint may have and no model needs; `*` in `pattern` stands for anything."""
     return Rule("ignore", (pattern,), reason=reason)

@@ -1,5 +1,5 @@
-"""What a checkpoint says of its weights: whether its output matrix is the token table, their format, and
-where nothing else does, the configuration."""
+"""Properties of a checkpoint's weights: naming scheme, tied output matrix, quantisation format; and the
+configuration, if the weights carry it."""
 
 from __future__ import annotations
 
@@ -58,8 +58,8 @@ def stored_config(folder: Path) -> dict[str, Any] | None:
 
 
 def own_rules(model: nn.Module, checkpoint: Checkpoint) -> tuple[Rule, ...]:
-    """Rules for a checkpoint that has the parameters under the names of the modules here, as
-    ``torch.save(model.state_dict())`` and others write it; none for any other."""
+    """Rules for a checkpoint with minilm's own parameter names, as in ``model.state_dict()``; () for any
+    other."""
     names = [name for name, _ in model.named_parameters()]
     return (
         tuple(copy(name, name) for name in names)
@@ -69,10 +69,10 @@ def own_rules(model: nn.Module, checkpoint: Checkpoint) -> tuple[Rule, ...]:
 
 
 def stored_untied(model: Any, checkpoint: Checkpoint) -> bool:
-    """Whether the checkpoint of a model that ties its output matrix to the token table has both, and they
-    differ.
+    """Whether the checkpoint of a model with tied embeddings has a separate output matrix that differs from
+    the token table.
 
-    A copy of the table is common. Another matrix means that the configuration is wrong: the model was
+    A copy of the table is common. A different matrix means that the configuration is wrong: the model was
     trained with it.
     """
     rules, tensors = model.family.rules(model.head_kind), checkpoint.tensors
@@ -96,8 +96,7 @@ def stored_untied(model: Any, checkpoint: Checkpoint) -> bool:
 
 
 def stored_format(config: Any, checkpoint: Checkpoint) -> str | None:
-    """The format of a checkpoint whose matrices are quantised as minilm computes with them; None if they are
-    not."""
+    """The format of a checkpoint whose matrices are quantised in one of minilm's formats; None for others."""
     named: dict[str, Any] = config.get("quantization_config", {})
     if any(info.format for info in checkpoint.tensors.values()):
         return str(named.get("format", "mixed"))
@@ -109,7 +108,7 @@ def stored_format(config: Any, checkpoint: Checkpoint) -> str | None:
 
 
 def check_format(path: Path, config: Any, found: dict[str, str] | None) -> None:
-    """A plane that is lost makes another format of a matrix; what was saved says which it was."""
+    """Compare the format in config.json with that of the tensors: a lost plane would change the latter."""
     named = config.get("quantization_config", {}).get("format")
     if named is not None and found is not None and named != found["format"]:
         raise WeightError(

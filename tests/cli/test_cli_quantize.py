@@ -135,7 +135,7 @@ def test_failures_leave_nothing(encoder: Path, texts: Path, tmp_path: Path) -> N
     out = tmp_path / "out"
     for arguments, message in (
         ([encoder, out, "-w", "q3"], "weights must be one of int8"),
-        ([encoder, out, "-w", "gguf"], "is none"),
+        ([encoder, out, "-w", "gguf"], "is not one"),
         ([encoder, out, "--texts", tmp_path / "nowhere.txt"], "nowhere.txt"),
         ([tmp_path / "nothing", out], "nothing"),
         ([encoder, texts], "this is a file"),
@@ -148,7 +148,7 @@ def test_failures_leave_nothing(encoder: Path, texts: Path, tmp_path: Path) -> N
     assert "--force" in failure("quantize", encoder, out, "--texts", texts)
     run("quantize", encoder, out, "--texts", texts, "--force", "-w", "int8")
     assert (out / "mine.txt").read_text() == "keep"
-    assert "quantised already, to int8" in failure("quantize", out, tmp_path / "again", "-w", "q8")
+    assert "already quantised to int8" in failure("quantize", out, tmp_path / "again", "-w", "q8")
 
 
 def test_convert_makes_it_floating_again(encoder: Path, texts: Path, tmp_path: Path) -> None:

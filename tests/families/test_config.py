@@ -230,7 +230,7 @@ REFUSED: list[tuple[str, Config, str]] = [
         {"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 4}},
         "low_freq_factor 4",
     ),
-    ("qwen2", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "each layer type"),
+    ("qwen2", {"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "per layer type"),
     ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
     ("qwen3", {"layer_types": ["sliding_attention", "full_attention"]}, "sliding_window"),
     ("qwen2", {"layer_types": ["full_attention"]}, "1 attention windows for 2 layers"),

@@ -197,7 +197,7 @@ def test_rows_of_q_and_k_are_put_back(
 
 
 def test_rows_that_heads_do_not_divide(tmp_path: Path) -> None:
-    with pytest.raises(WeightError, match=r"q_proj\.weight of shape \[8, 8\] cannot be that of 3 heads"):
+    with pytest.raises(WeightError, match=r"q_proj\.weight of shape \[8, 8\] does not fit 3 heads"):
         GGUFCheckpoint(small(tmp_path / "x.gguf", attention__head_count=3))
 
 

@@ -36,7 +36,7 @@ def sparse(path: Path) -> None:
 
 
 IN_ITS_PLACE: dict[str, Any] = {
-    "dangling": (lambda path: path.symlink_to("nowhere"), "a link to nowhere, where there is no file"),
+    "dangling": (lambda path: path.symlink_to("nowhere"), "a broken link to nowhere"),
     "loop": (lambda path: path.symlink_to(path.name), "cannot be read: .*links"),
     "directory": (lambda path: path.mkdir(), "expected a file, and this is a directory"),
     "pipe": (fifo, "expected a file, and this is a named pipe"),
@@ -134,8 +134,8 @@ def test_files_of_tokenizers(tmp_path: Path, kind: str) -> None:
     [
         ('{"a": 1, "a": 2}', "'a' is there twice"),
         ('{"b": {"a": 1, "a": true}}', "'a' is there twice"),
-        ('{"a": NaN}', "NaN is no number of JSON"),
-        ('{"a": [-Infinity]}', "-Infinity is no number"),
+        ('{"a": NaN}', "NaN is not allowed in JSON"),
+        ('{"a": [-Infinity]}', "-Infinity is not allowed"),
         ('{"a": 1e999}', "1e999 is too large"),
         ('{"a": ' + "9" * 5000 + "}", "not JSON"),
         ('{"a": ' + "[" * 50_000, "nested too deeply"),

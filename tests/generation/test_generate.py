@@ -345,7 +345,7 @@ def test_a_conversation_goes_on_from_the_cache(copies: int) -> None:
         continued = d.ours.generate(longer, past_key_values=first.past_key_values, **options)
     assert read[0] == 6 * 2 * copies, "the last token, which the cache did not have yet, and the new ones"
     assert torch.equal(continued, d.ours.generate(longer, **options))
-    with pytest.raises(ValueError, match="must begin with what it holds"):
+    with pytest.raises(ValueError, match="must start with the cached tokens"):
         d.ours.generate(longer[:, :9], past_key_values=first.past_key_values, **options)
 
 

@@ -142,7 +142,7 @@ def test_functions_that_make_no_sense() -> None:
         d.ours.generate(**call, stopping_criteria=[lambda ids, scores: torch.zeros(3)], **options)
     with pytest.raises(TypeError, match=r"stopping_criteria must hold functions .* and holds 7"):
         d.ours.generate(**call, stopping_criteria=[7], **options)
-    with pytest.raises(ValueError, match="give the pad_token_id"):
+    with pytest.raises(ValueError, match="give a pad_token_id"):
         d.ours.generate(
             **call,
             stopping_criteria=[lambda ids, scores: True],

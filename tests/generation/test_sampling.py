@@ -265,7 +265,7 @@ def test_no_draw_from_what_is_not_a_distribution(bad: float) -> None:
         draw(x, [(0, 0, 0)] * 2)
     with pytest.raises(ValueError, match="NaN"):
         draw_rows(x, range(2), 2, None)
-    with pytest.raises(ValueError, match="rule out every token"):
+    with pytest.raises(ValueError, match="every token is excluded"):
         draw(torch.full((1, 4), -math.inf), [(0, 0, 0)])
 
 

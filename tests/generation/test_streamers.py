@@ -139,7 +139,7 @@ def test_a_failure_reaches_the_thread_that_waits(
 
     thread = Thread(target=work)
     thread.start()
-    with pytest.raises(RuntimeError, match="generate failed, and the text has no end"):
+    with pytest.raises(RuntimeError, match="generate failed, so the text is incomplete"):
         list(streamer)
     thread.join()
     monkeypatch.undo()
@@ -283,7 +283,7 @@ def test_half_a_character_is_never_shown() -> None:
 
 @pytest.mark.parametrize("stop", [[""], [3], ["a", ""]])
 def test_stop_strings_are_texts(stop: Any) -> None:
-    with pytest.raises(ValueError, match="not empty"):
+    with pytest.raises(ValueError, match="non-empty"):
         GrowingText(tokenizers()[0], stop)
 
 

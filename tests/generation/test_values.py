@@ -188,10 +188,10 @@ def test_numbers_of_numpy_are_numbers() -> None:
 
 @pytest.mark.parametrize("stop", ["", [""], ["a", ""], 5, [5], [None]], ids=str)
 def test_stop_texts_are_texts(stop: Any) -> None:
-    with pytest.raises(ValueError, match="stop must be texts that are not empty"):
+    with pytest.raises(ValueError, match="stop must be non-empty texts"):
         SamplingParams(stop=stop)
     d = decoder("llama")
-    with pytest.raises(ValueError, match="stop_strings must be texts that are not empty"):
+    with pytest.raises(ValueError, match="stop_strings must be non-empty texts"):
         d.ours.generate(torch.tensor([[5]]), stop_strings=stop, tokenizer=d.tokenizer)
 
 

@@ -86,7 +86,7 @@ def test_numbers_to_learn_are_one_for_each_row() -> None:
         loss = p.reference(ids, labels=torch.tensor([1.0, 2.0])).loss
         for labels in (torch.tensor([1, 2]), torch.tensor([[1.0], [2.0]])):
             assert_loss(p.model(ids, labels=labels).loss, loss, what="loss")
-        with pytest.raises(ValueError, match=r"labels must be \[2, 1\] for a regression, and are \[3\]"):
+        with pytest.raises(ValueError, match=r"labels must be \[2, 1\] for regression, and are \[3\]"):
             p.model(ids, labels=torch.tensor([1.0, 2.0, 3.0]))
 
 

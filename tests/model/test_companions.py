@@ -82,7 +82,7 @@ def test_options_that_are_missing_say_what_to_use(tmp_path: Path) -> None:
 
 
 def test_a_text_is_not_what_a_model_reads() -> None:
-    with pytest.raises(ValueError, match=r"is str; a model reads numbers: model\(\*\*tokenizer"):
+    with pytest.raises(ValueError, match=r"is str; tokenize the text first: model\(\*\*tokenizer"):
         model_of("bert")("hello")
 
 

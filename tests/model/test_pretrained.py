@@ -225,7 +225,9 @@ def test_fresh_head_is_announced(family: str, tmp_path: Path, caplog: pytest.Log
         model = minilm.AutoModelForTokenClassification.from_pretrained(
             tmp_path, num_labels=3, id2label=labels, label2id={v: k for k, v in labels.items()}
         )
-    assert re.search(r"has no (classifier|score)\.weight.*: random weights, train them first", caplog.text)
+    assert re.search(
+        r"has no (classifier|score)\.weight.*: these weights are random, train them before use", caplog.text
+    )
     assert str(tmp_path) in caplog.text
     assert sorted(model.load_report.initialised) == ["head.out.bias", "head.out.weight"]
     assert model.config.num_labels == 3

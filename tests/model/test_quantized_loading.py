@@ -305,7 +305,7 @@ def test_what_is_quantised_already(tmp_path: Path) -> None:
     model = load("llama", weights="q4")
     model.save_pretrained(tmp_path)
     assert same(planes(load("llama", tmp_path, weights="q4")), planes(model))  # asked for what it is
-    with pytest.raises(ValueError, match="quantised already, to q4_1: quantise the original to q8_0"):
+    with pytest.raises(ValueError, match="already quantised to q4_1: quantise the original to q8_0"):
         load("llama", tmp_path, weights="q8")
     with pytest.raises(ValueError, match="keeps the formats of a GGUF file"):
         load("llama", tmp_path, weights="gguf")
@@ -572,7 +572,7 @@ def test_sentences_and_pairs(tmp_path: Path) -> None:
     assert len(cross.predict([("a", "b"), ("c", "d")])) == 2
     pipe = minilm.pipeline("text-classification", scorer, weights="int8", device="cpu")
     assert quantised_layers(pipe.model) == 8
-    with pytest.raises(ValueError, match="give its name"):
+    with pytest.raises(ValueError, match="give the model's name"):
         minilm.pipeline("text-classification", pipe.model, tokenizer=pipe.tokenizer, weights="int8")
 
 
@@ -586,7 +586,7 @@ def test_llm() -> None:
     ids = torch.tensor([answer.prompt_token_ids])
     text = loaded.generate(ids, max_new_tokens=8, do_sample=False)[0, ids.shape[1] :].tolist()
     assert text[: len(answer.outputs[0].token_ids)] == list(answer.outputs[0].token_ids)
-    with pytest.raises(ValueError, match="give its name"):
+    with pytest.raises(ValueError, match="give the model's name"):
         minilm.LLM(loaded, tokenizer=d.tokenizer, weights="q4")
 
 

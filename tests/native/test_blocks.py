@@ -262,10 +262,10 @@ class Doubled(nn.Linear):
 
 def test_what_is_asked_for_besides_is_left_to_the_modules() -> None:
     model = model_of("llama")
-    assert "results of each layer" in refusal(model, lambda: model(ids(), output_hidden_states=True))
-    assert "results of each layer" in refusal(model, lambda: model(ids(), output_attentions=True))
+    assert "outputs of each layer" in refusal(model, lambda: model(ids(), output_hidden_states=True))
+    assert "outputs of each layer" in refusal(model, lambda: model(ids(), output_attentions=True))
     model.requires_grad_(True)
-    assert "gradients are wanted" in refusal(model)
+    assert "gradients are enabled" in refusal(model)
     with torch.no_grad():
         run(model, FEW)
     assert "no kernel for torch.float64" in refusal(model_of("llama").double())
@@ -281,7 +281,7 @@ def test_what_is_asked_for_besides_is_left_to_the_modules() -> None:
 def test_gradients_with_respect_to_what_goes_in_are_left_to_the_modules() -> None:
     model = model_of("bert")
     x = torch.randn(1, 6, 40, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    assert "gradients are wanted" in refusal(model, lambda: model(inputs_embeds=x).logits.sum().backward())
+    assert "gradients are enabled" in refusal(model, lambda: model(inputs_embeds=x).logits.sum().backward())
     assert x.grad is not None
     assert bool(x.grad.any())
 

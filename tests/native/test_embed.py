@@ -143,7 +143,7 @@ def test_what_is_left_to_the_modules() -> None:
         assert "replaced by a Identity" in why()
         embeddings.norm = kept
     embeddings.requires_grad_(True)
-    assert "gradients are wanted" in why()
+    assert "gradients are enabled" in why()
 
 
 def raw(**changes: Any) -> tuple[Any, ...]:

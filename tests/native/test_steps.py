@@ -580,7 +580,7 @@ def test_explain_shows_the_step() -> None:
 def test_gradients_are_left_to_the_modules() -> None:
     model = model_of("llama").requires_grad_(True)
     cache = begun_by_any(model)
-    assert "gradients may be wanted" in refusal(model, cache, nullcontext)
+    assert "gradients are enabled" in refusal(model, cache, nullcontext)
     logits, _ = model.step(ints(4, 5, dtype=torch.int64), cache.rows, copy.deepcopy(cache))
     logits.sum().backward()
     assert all(p.grad is not None for p in model.parameters())

@@ -596,7 +596,7 @@ def test_functional_call_with_other_tensors_packs_nothing(monkeypatch: pytest.Mo
 def test_vmap_is_refused_in_words() -> None:
     model = model_of("bert")
     ids = batch([6])[0].view(1, 1, -1)
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"torch\.vmap cannot run a model of minilm"):
+    with torch.no_grad(), pytest.raises(RuntimeError, match=r"torch\.vmap cannot run a minilm model"):
         torch.vmap(lambda some: model(some).logits)(ids)
 
 

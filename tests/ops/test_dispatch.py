@@ -152,7 +152,7 @@ def test_explain_tells_what_ran_and_why_the_others_did_not() -> None:
     assert ops.explain().backends(OP) == {"native", "torch"}
     with ops.backend("reference"):
         ran()
-    assert "not torch: not asked for (chosen: reference)" in str(ops.explain())
+    assert "not torch: not requested (chosen: reference)" in str(ops.explain())
     kept = ops.explain(reset=True)
     assert kept.backends(OP) == {"native", "torch", "reference"}
     assert ops.explain().backends(OP) == set()

@@ -365,7 +365,7 @@ def test_what_the_packed_layer_refuses_goes_elsewhere_with_the_reason() -> None:
     x, weight = random(2, 3, seed=0), nn.Parameter(random(4, 3, seed=1))
     cases: list[tuple[str, Any]] = [
         ("no derivative", lambda: ops.linear(x, weight)),
-        ("only a parameter is worth packing", lambda: ops.linear(x, weight.detach())),
+        ("only parameters are packed", lambda: ops.linear(x, weight.detach())),
         ("activation mish", lambda: ops.linear(x, weight.requires_grad_(False), None, "mish")),
         ("no kernel for torch.float64", lambda: ops.linear(x.double(), nn.Parameter(weight.double()))),
         ("no kernel for meta", lambda: ops.linear(x.to("meta"), nn.Parameter(weight.to("meta")))),

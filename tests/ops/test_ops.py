@@ -540,7 +540,7 @@ REFUSED_MORE: dict[str, tuple[Callable[[], Any], str]] = {
             scale=1.0,
             causal=True,
         ),
-        "attention: .*4 queries and 3 keys",
+        "attention: .*4 queries and only 3 keys",
     ),
 }
 

@@ -25,7 +25,7 @@ from minilm.pipelines.entities import Labels, same_word, visible
 
 STRATEGIES = ("simple", "first", "average", "max")
 
-pytestmark = pytest.mark.filterwarnings("ignore:the tokenizer does not tell words apart:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:the tokenizer does not mark words:UserWarning")
 
 
 def with_labels(folder: Path, names: Sequence[str], family: str = "bert", **options: Any) -> Any:

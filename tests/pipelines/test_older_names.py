@@ -46,13 +46,13 @@ def test_grouped_entities(tagger: Path, older: dict[str, bool], strategy: str) -
     pipe, text = pipeline("ner", model=tagger, device="cpu"), " ".join(CORPUS[:2])
     expected = pipe(text, aggregation_strategy=strategy)
     assert len(expected) > 3
-    with pytest.warns(FutureWarning, match=f"is now written aggregation_strategy='{strategy}'"):
+    with pytest.warns(FutureWarning, match=f"is replaced by aggregation_strategy='{strategy}'"):
         assert pipe(text, **older) == expected
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert pipe(text, **older) == expected
         assert pipeline("ner", model=tagger, device="cpu", **older)(text) == expected
-    with pytest.raises(TypeError, match="is the older way to give an aggregation_strategy"):
+    with pytest.raises(TypeError, match="is an older form of aggregation_strategy"):
         pipe(text, aggregation_strategy="max", **older)
 
 
@@ -63,7 +63,7 @@ def test_return_all_scores(tmp_path: Path, labels: int) -> None:
     pipe = pipeline("text-classification", model=folder, device="cpu")
     ranked = pipe([CORPUS[0]], top_k=None)[0]
     in_order = sorted(ranked, key=lambda found: str(found["label"]))
-    with pytest.warns(FutureWarning, match="return_all_scores is now written top_k=None"):
+    with pytest.warns(FutureWarning, match="return_all_scores is replaced by top_k=None"):
         assert_same(pipe(CORPUS[0], return_all_scores=True), [in_order])
     assert_same(pipe([CORPUS[0]] * 2, return_all_scores=True), [in_order] * 2)
     assert_same(pipe(CORPUS[0], return_all_scores=False), pipe(CORPUS[0]))
@@ -91,7 +91,7 @@ def test_examples_by_name(tmp_path: Path, name: str) -> None:
     folder = save_model(tmp_path, "bert", "ForQuestionAnswering")
     answer = pipeline("question-answering", model=folder, device="cpu")
     examples = [{"question": "who lives?", "context": text} for text in CORPUS[:2]]
-    with pytest.warns(FutureWarning, match=f"{name}= is now passed without a name"):
+    with pytest.warns(FutureWarning, match=f"{name}= is now the first positional argument"):
         assert answer(**{name: examples}) == answer(examples)
     assert answer(**{name: examples[0]}) == answer(examples[0])
 
@@ -103,7 +103,7 @@ def test_text_inputs_and_the_token(tmp_path: Path) -> None:
     options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 4}
     assert write(text_inputs="Anna", **options) == write("Anna", **options)
     assert write(text_inputs=["Anna"], **options) == write(["Anna"], **options)
-    with pytest.raises(TypeError, match="text_inputs is their other name"):
+    with pytest.raises(TypeError, match="they are the same argument"):
         write("Anna", text_inputs="Anna", **options)
     with pytest.raises(TypeError, match="takes a text or several, and got"):
         write(**options)

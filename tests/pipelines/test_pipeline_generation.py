@@ -208,7 +208,7 @@ def test_bad_input(pairs: Any) -> None:
         ours([3])
     with pytest.raises(TypeError, match="generate has no argument 'temprature'"):
         ours("Anna", temprature=2)
-    with pytest.raises(ValueError, match="return_full_text goes with neither"):
+    with pytest.raises(ValueError, match="return_full_text cannot be combined"):
         ours("Anna", return_full_text=True, return_tensors=True)
     with pytest.raises(ValueError, match="handle_long_generation must be None or 'hole', and is 'cut'"):
         ours("Anna", handle_long_generation="cut")

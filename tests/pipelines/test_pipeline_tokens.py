@@ -21,7 +21,7 @@ NAMES = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC"]
 LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
 STRATEGIES = ("none", "simple", "first", "average", "max")
 
-HEURISTIC = "ignore:the tokenizer does not tell words apart:UserWarning"
+HEURISTIC = "ignore:the tokenizer does not mark words:UserWarning"
 """RoBERTa's tokenizer has no prefix for tokens within a word; both implementations warn."""
 
 pytestmark = pytest.mark.filterwarnings(HEURISTIC, "ignore:Tokenizer does not support real words:UserWarning")
@@ -265,9 +265,7 @@ def test_bad_input(pairs: Any, folders: dict[str, Path]) -> None:
         ValueError, match="stride merges entities of windows: it needs another aggregation_strategy"
     ):
         ours("anna", stride=3)
-    with pytest.raises(
-        ValueError, match="stride must be less than the 62 tokens that a window has, and is 62"
-    ):
+    with pytest.raises(ValueError, match="stride must be less than the 62 tokens of a window, and is 62"):
         ours("anna", stride=62, aggregation_strategy="simple")
     with pytest.raises(ValueError, match="stride must be a number of tokens, and is -1"):
         ours("anna", stride=-1, aggregation_strategy="simple")

@@ -282,7 +282,7 @@ def test_an_untrained_head_is_announced(folders: Any, caplog: pytest.LogCaptureF
     classify = pipeline("text-classification", model=folders("bert", "Model"), device="cpu")
     assert isinstance(classify, TextClassificationPipeline)
     assert "has no classifier." in caplog.text
-    assert "random weights, train them first" in caplog.text
+    assert "these weights are random, train them before use" in caplog.text
     assert "classifier.weight" in caplog.text
 
 

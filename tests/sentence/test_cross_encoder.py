@@ -126,7 +126,7 @@ def test_a_base_model_gets_one_fresh_label(tmp_path: Path, caplog: pytest.LogCap
     model = CrossEncoder(save_model(tmp_path, "bert"), device="cpu")
     assert model.num_labels == 1
     assert "has no classifier." in caplog.text
-    assert "random weights, train them first" in caplog.text
+    assert "these weights are random, train them before use" in caplog.text
     assert CrossEncoder(tmp_path, num_labels=4, device="cpu").predict([("a", "b")]).shape == (1, 4)
 
 
@@ -138,7 +138,7 @@ def test_bad_input(tmp_path: Path) -> None:
     for pairs, index in (([("a", "b"), "c"], 1), ([("a", "b", "c")], 0), ([("a", 3)], 0)):
         with pytest.raises(TypeError, match=f"expected pairs of texts, but number {index} is"):
             model.predict(pairs)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="one score for a pair, and this one has 2"):
+    with pytest.raises(ValueError, match="one score per pair, and this one has 2"):
         model.rank("a", ["b"])
     with pytest.raises(TypeError, match="there is no option maxlength"):
         CrossEncoder(tmp_path, maxlength=3)
@@ -150,5 +150,5 @@ def test_bad_input(tmp_path: Path) -> None:
             ]
         )
     )
-    with pytest.raises(FileError, match="expected a Transformer alone, and it lists Transformer, Dense"):
+    with pytest.raises(FileError, match="expected only a Transformer, and it lists Transformer, Dense"):
         CrossEncoder(tmp_path)

@@ -81,7 +81,7 @@ def broken(folder: Path, what: str) -> None:
 
 
 BROKEN = {
-    "custom": (FileError, "modules.json: the module modeling_mine.MyPooling is code of the model's own"),
+    "custom": (FileError, "modules.json: the module modeling_mine.MyPooling is the model's own code"),
     "unknown": (
         FileError,
         "the module sentence_transformers.models.LSTM is not supported; supported are Transf",

@@ -194,7 +194,7 @@ def test_search_refuses() -> None:
             semantic_search(some, some, **{name: 0})
     holed = np.ones((5, 3), dtype=np.float32)
     holed[3, 1] = np.nan
-    with pytest.raises(ValueError, match="the score of query 0 and row 3 of the corpus is no number"):
+    with pytest.raises(ValueError, match="the score of query 0 and row 3 of the corpus is NaN"):
         semantic_search(some, holed, corpus_chunk_size=2)
     with pytest.raises(ValueError, match="dimensions cannot be compared"):
         semantic_search(some, np.ones((2, 4)))

@@ -228,7 +228,7 @@ def test_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             [{"role": "user", "content": "x"}],
             {"continue_final_message": True, "add_generation_prompt": True},
-            "neither",
+            "cannot be combined",
         ),
         (
             [{"role": "user", "content": "x"}],

@@ -284,7 +284,7 @@ def test_new_tokens() -> None:
     assert ours.all_special_tokens == theirs.all_special_tokens
     assert ours.get_added_vocab() == theirs.get_added_vocab()
     assert len(ours) == len(theirs) == ours.vocab_size + 5
-    with pytest.raises(TokenizerError, match="no special token"):
+    with pytest.raises(TokenizerError, match="not a special token"):
         ours.add_special_tokens({"stop_token": "x"})
 
 
@@ -340,7 +340,7 @@ def test_empty_inputs() -> None:
         (("a",), {"is_split_into_words": True}, "expected a list of words"),
         ((["a", "b"], "c"), {}, "text_pair: expected a list of 2"),
         ((["a", "b"], ["c"]), {}, "text_pair: expected a list of 2 as text is, got 1"),
-        (("a\ud800b",), {}, r"text\[0\] is no valid Unicode"),
+        (("a\ud800b",), {}, r"text\[0\] is not valid Unicode"),
         (("a",), {"padding": "longer"}, "padding='longer': expected True, False, 'longest'"),
         (("a",), {"truncation": "first"}, "truncation='first'"),
         (("a",), {"truncation": True, "max_length": 1}, "max_length=1 is less than the 2 special tokens"),
@@ -400,7 +400,7 @@ def test_long_texts_are_announced(caplog: pytest.LogCaptureFixture) -> None:
     assert not caplog.text
     for _ in range(2):
         assert len(tokenizer("a " * 600)["input_ids"]) == 602
-    assert caplog.text.count("602 tokens is longer than the 512") == 1
+    assert caplog.text.count("602 tokens is longer than the model's limit of 512") == 1
 
 
 def test_pickle_copy_and_threads() -> None:

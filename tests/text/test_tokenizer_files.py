@@ -117,7 +117,7 @@ def test_named_chat_templates(tmp_path: Path) -> None:
         "tool_use": "B",
     }
     tokenizer.chat_template = {"../../evil": "A"}
-    with pytest.raises(TokenizerError, match="no file name"):
+    with pytest.raises(TokenizerError, match="not a file name"):
         tokenizer.save_pretrained(tmp_path)
 
 
@@ -358,7 +358,7 @@ def test_nothing_there(tmp_path: Path) -> None:
         ("tokenizer_config.json", '{"added_tokens_decoder": 7}', "added tokens are damaged"),
         ("special_tokens_map.json", '{"sep_token": []}', "sep_token is"),
         ("config.json", "{", "config.json: not JSON"),
-        ("vocab.txt", "", "expected one token a line"),
+        ("vocab.txt", "", "expected one token per line"),
         ("vocab.txt", "a\nb\n", r"has no \[UNK\]"),
         ("vocab.txt", "[UNK]\nb\n", "needs a cls_token"),
         ("vocab.txt", b"\xff", "not UTF-8"),

@@ -96,18 +96,24 @@ HARMFUL = {
     "long pattern": ({"pre_tokenizer": split("a" * 30_000)}, "a pattern of 30000 characters"),
     "backreference": ({"pre_tokenizer": split(r"(a)\1")}, "refers to its own groups"),
     "recursion": ({"pre_tokenizer": split(r"(?<n>a\g<n>?b)")}, "refers to its own groups"),
-    "chain": ({"normalizer": sequence("normalizers", [replace("a", "aa")] * 40)}, "characters of one"),
+    "chain": ({"normalizer": sequence("normalizers", [replace("a", "aa")] * 40)}, "one character into"),
     "chain of patterns": (
         {"normalizer": sequence("normalizers", [replace("[ab]", "aab", "Regex")] * 20)},
-        "characters of one",
+        "one character into",
     ),
-    "into nothing": ({"normalizer": replace("", "x" * 1000, "Regex")}, "characters of one"),
-    "bytes of bytes": ({"normalizer": sequence("normalizers", [{"type": "ByteLevel"}] * 30)}, "of one"),
+    "into nothing": ({"normalizer": replace("", "x" * 1000, "Regex")}, "one character into"),
+    "bytes of bytes": (
+        {"normalizer": sequence("normalizers", [{"type": "ByteLevel"}] * 30)},
+        "one character into",
+    ),
     "composed again": (
         {"normalizer": sequence("normalizers", [replace("a", "\ufdfa"), {"type": "NFKC"}] * 8)},
-        "characters of one",
+        "one character into",
     ),
-    "chain in a decoder": ({"decoder": sequence("decoders", [replace("a", "aa")] * 40)}, "of one"),
+    "chain in a decoder": (
+        {"decoder": sequence("decoders", [replace("a", "aa")] * 40)},
+        "one character into",
+    ),
     "long prefix": ({"normalizer": {"type": "Prepend", "prepend": "x" * 10_000}}, "before a text"),
     "long replacement": (
         {"normalizer": {"type": "Precompiled", "precompiled_charsmap": charsmap(b"x" * 5000)}},
@@ -115,8 +121,8 @@ HARMFUL = {
     ),
     "many steps": ({"normalizer": sequence("normalizers", [{"type": "Lowercase"}] * 500)}, "500 steps"),
     "deep": ({"normalizer": nested("normalizers", 90)}, "sequences within sequences"),
-    "many tokens around": ({"post_processor": template([3], 100_000)}, "100001 tokens around"),
-    "many ids": ({"post_processor": template([3] * 5000)}, "5001 tokens around"),
+    "many tokens around": ({"post_processor": template([3], 100_000)}, "adds 100001 tokens"),
+    "many ids": ({"post_processor": template([3] * 5000)}, "adds 5001 tokens"),
     "an id of no token": ({"post_processor": template([4_000_000_000])}, "id 4000000000 .* no token has"),
     "a large token type": ({"post_processor": template([3], 1, 4_000_000_000)}, "token type 4000000000"),
     "roberta's": (

@@ -148,7 +148,7 @@ def test_surplus(tmp_path: Path, key: str, prefix: str) -> None:
     fails(
         path,
         on_meta(labels=2),
-        f"surplus tensor {key}, which no rule of the family knows",
+        f"surplus tensor {key}, which matches no rule of the family",
         init=fill_with_sevens,
     )
 
@@ -156,7 +156,10 @@ def test_surplus(tmp_path: Path, key: str, prefix: str) -> None:
 def test_layers_beyond_the_configuration(tmp_path: Path) -> None:
     path = write(tmp_path / "m", stored(layers=3))
     message = fails(
-        path, on_meta(layers=2), "surplus tensor h.2.", "the model as configured has no body.layers.2"
+        path,
+        on_meta(layers=2),
+        "surplus tensor h.2.",
+        "the model with this configuration has no body.layers.2",
     )
     assert "more problems" in message
     fails(path, on_meta(layers=4), "missing tensor h.3.q.weight of shape [6, 6]")
@@ -218,7 +221,7 @@ def test_parameter_that_no_rule_fills(tmp_path: Path) -> None:
     path = write(tmp_path / "m", stored())
     model = on_meta()
     model.body.extra = nn.Parameter(torch.empty(1, device="meta"))
-    fails(path, model, "no rule says where body.extra comes from")
+    fails(path, model, "no rule has a source for body.extra")
 
 
 def test_fused_sizes_that_do_not_add_up(tmp_path: Path) -> None:
@@ -286,7 +289,7 @@ def test_head_that_the_checkpoint_lacks(tmp_path: Path, caplog: pytest.LogCaptur
     assert all(bool((parameter == 7).all()) for name, parameter in model.named_parameters() if name in new)
     assert model.head.out.weight.shape == (3, C)
     theirs = ["pooler.dense.weight", "pooler.dense.bias", "classifier.weight", "classifier.bias"]
-    assert f"has no {', '.join(theirs)}: random weights, train them first" in caplog.text
+    assert f"has no {', '.join(theirs)}: these weights are random, train them before use" in caplog.text
     assert all(name in str(report) for name in new)
 
 

@@ -1,4 +1,7 @@
-"""The implementations of the ops beside the reference, by backend: PyTorch, the native extension, Triton."""
+"""The faster implementations of the ops, by backend: PyTorch's fused kernels, the native extension, Triton.
+
+Performance layer: skip on first reading. Each computes what `minilm.ops.reference` defines.
+"""
 
 from . import cuda, library, native, packed, triton, watch
 

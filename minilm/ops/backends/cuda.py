@@ -1,12 +1,13 @@
-"""The CUDA part of the `native` backend: kernels of csrc/cuda/, their fakes, and their place in the table.
+"""The CUDA part of the `native` backend: kernels of csrc/cuda/, their registration with torch.compile ("fake"
+implementations, which compute only output shapes), and their entries in the dispatch table.
 
-They stand in a library of their own, minilm/_C_cuda.abi3.so, which setup.py builds where nvcc and a CUDA
-build of PyTorch are found and which is loaded when a CUDA tensor first asks for one of its ops,
-``torch.ops.minilm_cuda``. They run on the current stream, wait for nothing, and allocate nothing but results
-and the parts of a split context, so that a decode step can be captured in a CUDA graph (after one call
-outside of it, which packs the weights).
+They are in a separate library, minilm/_C_cuda.abi3.so. setup.py builds it if it finds nvcc and a CUDA build
+of PyTorch; it is loaded when one of its ops, ``torch.ops.minilm_cuda``, is first called with a CUDA tensor.
+The kernels run on the current stream without synchronising, and allocate only results and the partial results
+of a split context, so a decode step can be captured in a CUDA graph (after one call outside of it, which
+packs the weights).
 
-The table holds one implementation for an op and a backend; `by_device` makes one of two.
+The table has one implementation per op and backend; `by_device` combines the CPU and the CUDA one.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 DECODE_HEADS = (32, 64, 80, 96, 128)
 LARGEST_HEAD = 256
 MOST_ROWS = 8
-"""Rows of x that one launch of the linear kernel takes."""
+"""Maximum rows of x per launch of the linear kernel."""
 
 WEIGHTS = {"int8": 1, "q8_0": 2, "q4_0": 3, "q4_1": 4}
 """Weight formats -> the kernels' number for them (csrc/cuda/params.h); 0 is 16-bit."""
@@ -40,7 +41,7 @@ ACTIVATIONS: dict[str | None, int] = {
 """Names of activation functions -> the kernels' number for them."""
 
 LIBRARY = "minilm_cuda"
-"""The ops in use; tests put the emulated ones here."""
+"""Namespace of the ops in use; tests replace it by that of the emulated ones."""
 
 
 FILE = Path(__file__).parent.parent / "_C_cuda.abi3.so"
@@ -48,9 +49,9 @@ FILE = Path(__file__).parent.parent / "_C_cuda.abi3.so"
 
 @cache
 def load() -> str | None:
-    """Loads the library, once; None, or why it is absent."""
+    """Load the library, once. Returns None, or the reason why it is unavailable."""
     if not FILE.is_file():
-        return "the CUDA part of the extension is not built (setup.py tells what it needs)"
+        return "the CUDA part of the extension is not built (setup.py says what it needs)"
     try:
         torch.ops.load_library(str(FILE))  # type: ignore[no-untyped-call]
     except OSError as error:  # a binary for another PyTorch
@@ -80,7 +81,7 @@ def paged_attention(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> Tensor:
-    """As `minilm.ops.paged_attention`, for one new token a sequence. A context length of 0 gives zeros."""
+    """See `minilm.ops.paged_attention`; one new token per sequence. A context length of 0 gives zeros."""
     y: Tensor = _ops().decode_attention(
         q, k_pages, v_pages, block_table, context_lens, max_context, scale, window, k_scales, v_scales
     )
@@ -88,21 +89,21 @@ def paged_attention(
 
 
 def rope_append(*args: Tensor) -> tuple[Tensor, Tensor]:
-    """As `minilm.ops.rope_append`. A slot that the cache does not have is not written."""
+    """See `minilm.ops.rope_append`. A slot outside the cache is not written."""
     q, k = _ops().rope_append(*args)
     return q, k
 
 
 def append_kv(*args: Tensor) -> None:
-    """As `minilm.ops.append_kv`. A slot that the cache does not have is not written."""
+    """See `minilm.ops.append_kv`. A slot outside the cache is not written."""
     _ops().append_kv(*args)
 
 
 def quantized_linear(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str | None
 ) -> Tensor:
-    """As `minilm.ops.quantized_linear`. The weight is packed at its first use and kept for as long as it
-    lives; more than `MOST_ROWS` rows read it several times."""
+    """See `minilm.ops.quantized_linear`. The weight is packed at its first use, and the packed copy is kept
+    as long as the weight exists. More than `MOST_ROWS` rows take several launches."""
     rows, packed = x.reshape(-1, x.shape[-1]), kept(weight)
     bias = None if bias is None else bias.to(x.dtype)
     parts = [fused_linear(part, packed, bias, activation=activation) for part in torch.split(rows, MOST_ROWS)]
@@ -110,11 +111,11 @@ def quantized_linear(
     return y.view(*x.shape[:-1], weight.rows)
 
 
-# ---- what a decode step fuses ------------------------------------------------------------------------------
+# ---- fused kernels of a decode step ------------------------------------------------------------------------
 
 
 class Packed(NamedTuple):
-    """A quantised weight [out, in] in the order in which the kernel's lanes read it."""
+    """A quantised weight [out, in] in the order in which the lanes of a warp read it."""
 
     kind: int
     rows: int
@@ -124,7 +125,7 @@ class Packed(NamedTuple):
 
 
 def pack(weight: QuantizedWeight) -> Packed:
-    """Packs a weight on a CUDA device; the copy has its size (rows padded to 8, inputs to 128)."""
+    """Pack a weight on a CUDA device; the copy has the same size (rows padded to 8, inputs to 128)."""
     columns = weight.columns
 
     def packed(plane: Tensor) -> Any:
@@ -135,11 +136,11 @@ def pack(weight: QuantizedWeight) -> Packed:
 
 
 _kept: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""Codes of a weight -> (where and when they were read, the packed weight)."""
+"""Codes of a weight -> (their address and version when packed, the packed weight)."""
 
 
 def kept(weight: QuantizedWeight) -> Packed:
-    """The packed weight, made at the first call and again when the codes have changed."""
+    """The packed weight; packs at the first call, and again if the codes have changed."""
     codes = weight.codes
     stamp = (codes.data_ptr(), 0 if codes.is_inference() else codes._version)
     entry = _kept.get(codes, None)  # type: ignore[no-untyped-call]
@@ -165,14 +166,14 @@ def fused_linear(
     """activation(norm(x) weight^T + bias) + residual, in one launch.
 
     x [up to 8, in] in float16 or bfloat16; weight [out, in] in x's dtype, or packed; bias [out]. norm: None,
-    "rms_norm" or "layer_norm" with norm_weight [in] and for the latter norm_bias [in]. `gated`: the weight
-    has the rows of gate and then as many of up, and the result is activation(gate) * up (+ residual). Returns
-    [rows, out], gated [rows, out / 2].
+    "rms_norm" or "layer_norm", with norm_weight [in] and for the latter norm_bias [in]. `gated`: the first
+    half of the weight's rows is gate, the second half up, and the result is activation(gate) * up
+    (+ residual). Returns [rows, out], or [rows, out / 2] if gated.
     """
     kind, rows, values, scale, minimum = (
         weight if isinstance(weight, Packed) else Packed(0, weight.shape[0], weight, x, None)
     )
-    if x.shape[1] % 8 and kind:  # packed weights are padded with zeros already
+    if x.shape[1] % 8 and kind:  # packed weights are already padded with zeros
         x = F.pad(x, (0, -x.shape[1] % 8))
     y: Tensor = _ops().linear(
         x,
@@ -204,19 +205,20 @@ def sample(
     sequence: Tensor,
     step: Tensor,
 ) -> Tensor:
-    """The next token of each row, int64 [B], without waiting for the device.
+    """Sample the next token of each row, int64 [B], without synchronising.
 
     logits [B, V] in float32, float16 or bfloat16. All others are [B] on the same device: temperature, top_p
-    and min_p float32, top_k int32, seed, sequence and step int64. temperature 0 takes the best token (the
-    first of equals). Otherwise top-k, top-p and min-p rule tokens out, in this order, and one is drawn with
-    Philox4x32-10 at (seed, sequence, step): the same alone and in any batch. Equal scores stand or fall
-    together. -1 where the scores are NaN, rule out every token, or are infinite in a draw.
+    and min_p float32, top_k int32, seed, sequence and step int64. Temperature 0 takes the token with the
+    highest logit (the first among equals). Otherwise top-k, top-p and min-p filter the tokens, in this order,
+    and one is sampled with Philox4x32-10 at (seed, sequence, step), so the result does not depend on the
+    batch. Tokens with equal logits are kept or dropped together. The result is -1 if logits are NaN, if no
+    token is left, or if sampling meets an infinite logit.
     """
     token: Tensor = _ops().sample(logits, temperature, top_k, top_p, min_p, seed, sequence, step)
     return token
 
 
-# ---- what PyTorch and the table are told -------------------------------------------------------------------
+# ---- registration with PyTorch and the dispatch table ------------------------------------------------------
 
 
 def _linear_fake(
@@ -244,7 +246,7 @@ def _pack_fake(plane: Tensor, columns: int) -> Tensor:
 
 
 def register_fakes(library: str) -> None:
-    """Tells torch.compile what the results of the ops in `library` look like."""
+    """Register fake implementations, by which torch.compile infers result shapes, for ops in `library`."""
     fakes: dict[str, Callable[..., Any]] = {
         "rope_append": lambda q, k, *_: (q.new_empty(q.shape), k.new_empty(k.shape)),
         "append_kv": lambda *_: None,
@@ -266,7 +268,7 @@ def _refusal(traits: Any) -> str | None:
 def _supports_cache(traits: Any) -> str | None:
     reason = _refusal(traits)
     if reason is None and traits.cache_dtype not in (traits.dtype, torch.int8):
-        return f"the CUDA kernels know caches of {traits.dtype} and int8 here, not of {traits.cache_dtype}"
+        return f"the CUDA kernels support caches of {traits.dtype} and int8 here, not {traits.cache_dtype}"
     return reason
 
 
@@ -280,16 +282,16 @@ def supports_append(traits: Any) -> str | None:
 def supports_decode(traits: Any) -> str | None:
     """None, or why the CUDA decode attention cannot run this call (`minilm.ops.PagedTraits`)."""
     if not traits.single_query:
-        return "the CUDA kernel is for decoding, one new token a sequence"
+        return "the CUDA kernel is for decoding, with one new token per sequence"
     if traits.head_dim not in DECODE_HEADS:
-        return f"the CUDA kernel has head sizes {', '.join(map(str, DECODE_HEADS))}, not {traits.head_dim}"
+        return f"the CUDA kernel takes head sizes {', '.join(map(str, DECODE_HEADS))}, not {traits.head_dim}"
     return _supports_cache(traits)
 
 
 def supports_quantized_linear(traits: Any) -> str | None:
     """None, or why the CUDA kernel cannot run this call (`minilm.ops.QuantizedTraits`)."""
     if not traits.few_rows:
-        return "the CUDA kernel is for few rows, where reading the weights is what takes time"
+        return "the CUDA kernel is for few rows, where the time goes into reading the weights"
     if traits.activation not in ACTIVATIONS:
         return f"the CUDA kernel does not have the activation {traits.activation}"
     if traits.grad:
@@ -304,8 +306,8 @@ def by_device(
     other: dispatch.Implementation | None,
     absent: Callable[[], str | None] = lambda: None,
 ) -> dispatch.Implementation:
-    """`cuda` for CUDA tensors and `other` for the rest, as one implementation of one backend. `absent` is
-    asked first when a CUDA tensor comes, and says why `cuda` cannot run at all."""
+    """One implementation that calls `cuda` for CUDA tensors and `other` for the rest. For CUDA tensors,
+    `absent` is called first; it returns the reason if `cuda` cannot run at all."""
 
     def call(*args: Any, **options: Any) -> Any:
         chosen = cuda if other is None or args[0].is_cuda else other
@@ -333,8 +335,8 @@ KERNELS = tuple(
 
 
 def register_all() -> None:
-    """Adds the kernels to what the `native` backend has already; where they are not built nothing changes.
-    Nothing is loaded yet, and no device is looked for."""
+    """Add the CUDA kernels to the implementations of the `native` backend, if they are built. Does not load
+    the library or query devices yet."""
     if not FILE.is_file():
         return
     for kernel in KERNELS:

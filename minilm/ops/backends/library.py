@@ -1,7 +1,7 @@
-"""The `torch` backend: PyTorch's own fused kernels, where they compute one of our ops.
+"""The `torch` backend: ops for which PyTorch has its own fused kernels.
 
-Attention calls `scaled_dot_product_attention` once for each run of consecutive sequences of one length, so
-that a batch of equal lengths is one call and nothing is computed for padding.
+Attention calls `scaled_dot_product_attention` once per run of consecutive sequences of equal length, so a
+batch of equal lengths needs one call and nothing is computed for padding.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def attention(
     dropout_p: float,
     bias: Tensor | None = None,
 ) -> tuple[Tensor, None]:
-    """As `minilm.ops.attend`, without the log-sum-exp, which PyTorch keeps to itself; no cap, no ALiBi."""
+    """See `minilm.ops.attend`; without the log-sum-exp, which PyTorch does not return, soft cap and ALiBi."""
     if window is not None and window >= max_seqlen_k:
         window = None
     q_ends, k_ends = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
@@ -82,7 +82,7 @@ def paged_attention(
     k_scales: Tensor | None = None,
     v_scales: Tensor | None = None,
 ) -> Tensor:
-    """As `minilm.ops.paged_attention`: the pages are gathered, then attended to by `attention`."""
+    """See `minilm.ops.paged_attention`: gathers the pages, then calls `attention`."""
     return reference.paged_attention(
         q,
         k_pages,
@@ -101,8 +101,8 @@ def paged_attention(
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """As `minilm.ops.linear_cross_entropy`, in chunks of as many rows as there are channels, whose logits are
-    as large as the weight. Under autocast both matrices are cast, as F.linear would."""
+    """See `minilm.ops.linear_cross_entropy`; in chunks of C rows, so that the logits of a chunk are as large
+    as the weight. Under autocast both matrices are cast, as by F.linear."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         hidden, weight = (x.to(torch.get_autocast_dtype(device)) for x in (hidden, weight))
@@ -112,8 +112,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor, ignore_
 
 
 class _ChunkedLoss(torch.autograd.Function):
-    """The gradients are computed in the forward, where the logits of a chunk are at hand, and multiplied by
-    dloss / count in the backward (in float16, a probability / count would be lost)."""
+    """Computes the gradients in the forward pass, while the logits of a chunk exist, and multiplies them by
+    dloss / count in the backward pass (in float16, a probability / count would underflow)."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
@@ -146,7 +146,7 @@ class _ChunkedLoss(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         count, grad_hidden, grad_weight = ctx.saved_tensors
-        factor = torch.where(count > 0, dloss / count, 0.0)  # no label counts: zeros, as PyTorch's
+        factor = torch.where(count > 0, dloss / count, 0.0)  # no label counts: zeros, as in PyTorch
         return (
             None if grad_hidden is None else grad_hidden * factor,
             None if grad_weight is None else (grad_weight * factor).to(ctx.dtype),
@@ -166,7 +166,7 @@ def _supports_attention(traits: Any) -> str | None:
 
 
 def register_all() -> None:
-    """Add what PyTorch has fused kernels for to the dispatch table."""
+    """Add the ops that PyTorch has fused kernels for to the dispatch table."""
     for op, call, supports in (
         ("attention", compilable("torch", attention), _supports_attention),
         ("linear_cross_entropy", linear_cross_entropy, _anything),

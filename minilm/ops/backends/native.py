@@ -1,10 +1,11 @@
-"""The `native` backend: ops of the compiled extension minilm._C (csrc/), with their fakes and derivatives.
+"""The `native` backend: ops of the compiled extension minilm._C (csrc/), with their derivatives and fake
+implementations (which compute only output shapes, for torch.compile).
 
 The extension is optional: without it, or with a PyTorch older than its stable ABI, this module still imports,
-and `unavailable` holds the reason. Environment:
-``MINILM_CPU_ISA=generic|avx2|avx512|avx512_vnni|avx512_bf16`` (on ARM ``generic|neon_dotprod``) chooses the
-instruction set of the CPU kernels instead of the best one; naming one that this machine cannot run is an
-error at import.
+and `unavailable` holds the reason. The environment variable
+``MINILM_CPU_ISA=generic|avx2|avx512|avx512_vnni|avx512_bf16`` (on ARM ``generic|neon_dotprod``) selects the
+instruction set of the CPU kernels; by default it is the best available. One that this machine cannot run is
+an error at import.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ NORM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _load() -> tuple[ModuleType | None, str | None]:
-    """The extension, or None and why it is absent. An impossible MINILM_CPU_ISA raises RuntimeError."""
+    """The extension, or None and the reason. An unsupported MINILM_CPU_ISA raises RuntimeError."""
     if tuple(map(int, re.findall(r"\d+", torch.__version__)[:2])) < OLDEST_TORCH:
         return None, f"the extension minilm._C needs PyTorch 2.10 or later, and this is {torch.__version__}"
     try:
@@ -37,7 +38,7 @@ def _load() -> tuple[ModuleType | None, str | None]:
     except ModuleNotFoundError as error:
         if error.name != "minilm._C":
             raise
-        return None, "the extension minilm._C is not built (setup.py tells what it needs)"
+        return None, "the extension minilm._C is not built (setup.py says what it needs)"
     except ImportError as error:  # a binary of another platform, a symbol that this PyTorch lacks
         return None, f"the extension minilm._C does not load: {error}"
 
@@ -46,8 +47,8 @@ _extension, unavailable = _load()
 
 
 def cpu_limit(root: Path = Path("/")) -> int | None:
-    """CPUs that this process may use at a time, rounded up: of its affinity and the quota of its control
-    group (cpu.max, or cpu.cfs_quota_us of the older kind) and of those above it; None: unknown."""
+    """Number of CPUs that this process may use at a time, rounded up: the least of its affinity and the CPU
+    quotas of its control group (cgroup v2 cpu.max or v1 cpu.cfs_quota_us) and its parents; None: unknown."""
     limits: list[float] = []
     if hasattr(os, "sched_getaffinity"):
         limits.append(len(os.sched_getaffinity(0)))
@@ -57,7 +58,7 @@ def cpu_limit(root: Path = Path("/")) -> int | None:
 
 
 def _control_groups(root: Path) -> Iterator[tuple[Path, bool]]:
-    """Folders of this process's control groups of CPU time, and whether they are of the new kind."""
+    """Folders of this process's control groups for CPU time, and whether they are cgroup v2."""
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -90,17 +91,16 @@ def _quota(folder: Path, new: bool) -> list[float]:
 
 
 def limit_threads(limit: int | None) -> None:
-    """Give whole passes at most so many threads, which wait for each other all along: more than there are
-    CPUs would wait for what does not run. Another number of threads than PyTorch's own, by
-    `torch.set_num_threads` or OMP_NUM_THREADS, is kept. Importing calls it with `cpu_limit`; None takes the
-    limit away."""
+    """Limit the threads of a native forward pass. They synchronise often, so more threads than CPUs would
+    spin while others cannot run. A thread count set by `torch.set_num_threads` or OMP_NUM_THREADS takes
+    precedence. Importing calls this with `cpu_limit`; None removes the limit."""
     if _extension is not None:
         chosen = any(name in os.environ for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"))
         _extension.limit_threads(torch.get_num_threads(), 0 if limit is None or chosen else limit)
 
 
 def team_threads() -> int:
-    """How many threads a whole pass has now."""
+    """Number of threads that a native forward pass uses now."""
     threads = torch.get_num_threads()
     return threads if _extension is None else int(_extension.team_threads(threads))
 
@@ -141,7 +141,7 @@ def _norm_gradients(
     if grad_y is None:
         return None, None, None
     wide = mean.dtype
-    bias = weight.to(wide)  # stands in for the bias, of which only shape and type are looked at
+    bias = weight.to(wide)  # placeholder for the bias, of which only shape and dtype matter
     gradients = torch.ops.aten.native_layer_norm_backward(
         grad_y.to(wide), total.to(wide), total.shape[-1:], mean, rstd, weight.to(wide), bias, needs
     )
@@ -187,7 +187,7 @@ def _add_layer_norm_backward(
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    """As `minilm.ops.layer_norm`."""
+    """See `minilm.ops.layer_norm`."""
     y: Tensor = torch.ops.minilm.layer_norm.default(x, weight, bias, eps)[0]
     return y
 
@@ -195,7 +195,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Te
 def add_layer_norm(
     x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """As `minilm.ops.add_layer_norm`. Of two types the wider one is taken, as in ``x + residual``."""
+    """See `minilm.ops.add_layer_norm`. Mixed dtypes are promoted, as in ``x + residual``."""
     if x.dtype != residual.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
@@ -214,8 +214,7 @@ def _add_rms_norm_fake(x: Tensor, residual: Tensor, weight: Tensor, eps: float) 
 def _rms_gradients(
     total: Tensor, weight: Tensor, eps: float, grad_y: Tensor | None, needs: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Gradients of the normalised tensor and of weight, in float32 (float64), by formulas that can themselves
-    be differentiated."""
+    """Gradients of the normalised tensor and of weight, in float32 (float64), by differentiable formulas."""
     if grad_y is None:
         return None, None
     wide = torch.float64 if total.dtype == torch.float64 else torch.float32
@@ -262,13 +261,13 @@ def _add_rms_norm_backward(
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """As `minilm.ops.rms_norm`."""
+    """See `minilm.ops.rms_norm`."""
     y: Tensor = torch.ops.minilm.rms_norm.default(x, weight, eps)
     return y
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """As `minilm.ops.add_rms_norm`. Of two types the wider one is taken, as in ``x + residual``."""
+    """See `minilm.ops.add_rms_norm`. Mixed dtypes are promoted, as in ``x + residual``."""
     if x.dtype != residual.dtype:
         dtype = torch.promote_types(x.dtype, residual.dtype)
         x, residual = x.to(dtype), residual.to(dtype)
@@ -291,7 +290,7 @@ def supports_norm(traits: Any) -> str | None:
 
 
 def pool(x: Tensor, cu_seqlens: Tensor, unit: bool) -> Tensor:
-    """As `minilm.ops.pool`."""
+    """See `minilm.ops.pool`."""
     y: Tensor = torch.ops.minilm.pool.default(x.float().contiguous(), cu_seqlens, unit)
     return y.to(x.dtype)
 
@@ -308,7 +307,7 @@ def supports_pool(traits: Any) -> str | None:
 
 
 def register_all() -> None:
-    """Add what the extension computes to the dispatch table, or say why it is absent."""
+    """Add the extension's ops to the dispatch table, or record why it is unavailable."""
     if unavailable is not None:
         dispatch.register_unavailable("native", unavailable)
         return

@@ -1,5 +1,5 @@
-"""Rotary embedding, the paged cache and attention in the native extension: the ops, their fakes, and what
-they cannot do.
+"""Rotary embedding, the paged cache and attention in the native extension: the ops, their fake
+implementations, and which calls they support.
 
 The kernels compute in float32 and have no derivative; caches are float32, bfloat16, float16 or int8.
 """
@@ -15,13 +15,13 @@ CACHE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 
 def rope(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """As `minilm.ops.rope`."""
+    """See `minilm.ops.rope`."""
     turned: tuple[Tensor, Tensor] = torch.ops.minilm.rope.default(q, k, cos.float(), sin.float())
     return turned
 
 
 def append_kv(k: Tensor, v: Tensor, k_pages: Tensor, v_pages: Tensor, slots: Tensor, *scales: Tensor) -> None:
-    """As `minilm.ops.append_kv`."""
+    """See `minilm.ops.append_kv`."""
     torch.ops.minilm.append_kv.default(k, v, k_pages, v_pages, slots, *scales)
 
 
@@ -36,7 +36,7 @@ def rope_append(
     slots: Tensor,
     *scales: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As `minilm.ops.rope_append`."""
+    """See `minilm.ops.rope_append`."""
     turned: tuple[Tensor, Tensor] = torch.ops.minilm.rope_append.default(
         q, k, v, cos.float(), sin.float(), k_pages, v_pages, slots, *scales
     )
@@ -56,7 +56,7 @@ def attention(
     window: int | None,
     dropout_p: float,
 ) -> tuple[Tensor, None]:
-    """As `minilm.ops.attend`; the log-sum-exp is not computed."""
+    """See `minilm.ops.attend`; the log-sum-exp is not computed."""
     out = torch.ops.minilm.attention.default(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, window)
     return out, None
 
@@ -74,7 +74,7 @@ def paged_attention(
     window: int | None,
     *scales: Tensor,
 ) -> Tensor:
-    """As `minilm.ops.paged_attention`."""
+    """See `minilm.ops.paged_attention`."""
     out: Tensor = torch.ops.minilm.paged_attention.default(
         q, k_pages, v_pages, block_table, cu_seqlens_q, context_lens, scale, window, *scales
     )
@@ -119,7 +119,7 @@ def supports_paged(traits: Any) -> str | None:
     if reason is None and traits.cache_dtype not in CACHE_DTYPES:
         return f"the extension has no kernel for a cache in {traits.cache_dtype}"
     if reason is None and not (traits.head_dim and traits.page_size):
-        return "the extension needs at least one channel, and a slot in a page"
+        return "the extension needs at least one channel, and at least one slot per page"
     return reason
 
 
@@ -140,7 +140,7 @@ def _attention_fake(q: Tensor, *arguments: Any) -> Tensor:
 
 
 def register_fakes() -> None:
-    """Tell PyTorch what the ops' results look like."""
+    """Register the ops' fake implementations, by which torch.compile infers result shapes."""
     for name, fake in (
         ("rope", _rope_fake),
         ("append_kv", _append_fake),

@@ -1,8 +1,8 @@
-"""Attention for torch.compile, where the implementation looks at the lengths.
+"""Attention for torch.compile, if the implementation depends on the lengths.
 
-Eager implementations loop over the sequences, whose lengths are values of a tensor: nothing that can be
-traced. While a graph is compiled their call is therefore one op, which runs the very same function when the
-graph runs; the op says what its results look like (the fake), and has the derivative of the reference.
+Eager implementations loop over the sequences, whose lengths are values of a tensor, so they cannot be traced.
+In a compiled graph their call is therefore one opaque op, which runs the same function when the graph runs.
+The op has a fake implementation, which computes only output shapes, and the derivative of the reference.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ Attention = Callable[..., tuple[Tensor, Tensor | None]]
 _implementations: dict[str, Attention] = {}
 
 _OPTIONS = ("bias", "alibi_slopes", "soft_cap")
-"""What an attention may have besides, and is handed only then."""
+"""Optional arguments of attention, which are passed only if given."""
 
 _LENGTHS = "Tensor cu_seqlens_q, Tensor cu_seqlens_k"
 _KIND = "float scale, bool causal, int? window, Tensor? bias, Tensor? alibi_slopes, float? soft_cap"
 
 
 def compilable(name: str, attention: Attention) -> Attention:
-    """`attention`, as one op to torch.compile. Not with dropout, whose derivative needs the draw."""
+    """`attention` as one opaque op for torch.compile. Not with dropout, whose backward needs the mask."""
     _implementations[name] = attention
 
     def call(*arguments: Any, **options: Any) -> tuple[Tensor, Tensor | None]:

@@ -1,10 +1,9 @@
 """Weights in the layout of the native kernels, and the native `linear` and `quantized_linear`.
 
-The CPU kernels read a weight in panels (csrc/cpu/linear.h). `pack` makes them; a weight that stays, a
-parameter or the planes of a quantised layer, is packed at its first use and kept for as long as it lives and
-is not changed (`minilm.ops.backends.watch` says what changes are seen). The packed copy has the weight's own
-size, and there is one: what a whole model was packed into (`minilm.native.blocks`) is `shared` with its
-layers.
+The CPU kernels read a weight in panels (csrc/cpu/linear.h), which `pack` creates. A parameter, or the planes
+of a quantised layer, is packed at its first use; the packed copy is kept as long as the weight exists and is
+unchanged (`minilm.ops.backends.watch` detects changes). The copy is as large as the weight, and there is only
+one: the native forward pass (`minilm.native.blocks`) shares its copies with the single layers (`share`).
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from ..quantized import QuantizedWeight
 from .watch import Watch
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, "int8": 3, "q8_0": 4, "q4_0": 5, "q4_1": 5}
-"""Dtype, or quantised format, -> the kernels' number for it."""
+"""Dtype or quantised format -> the kernels' number for it."""
 ACTIVATIONS: dict[str | None, int] = {
     None: 0, "linear": 0, "gelu": 1, "gelu_python": 1, "gelu_new": 2, "gelu_fast": 2, "gelu_accurate": 2,
     "gelu_pytorch_tanh": 2, "gelu_python_tanh": 2, "silu": 3, "swish": 3, "relu": 4, "quick_gelu": 5,
@@ -34,35 +33,35 @@ ACTIVATIONS: dict[str | None, int] = {
 
 
 class Packed(NamedTuple):
-    """A weight [out, in] with its bias, as the kernels read it."""
+    """A weight [out, in] with its bias, in the kernels' layout."""
 
     data: Tensor
     """uint8."""
     format: int
     places: int
-    """Outputs, padded to whole panels."""
+    """Number of outputs, padded to whole panels."""
     columns: int
-    """Outputs; of a gated layer half of the weight's rows."""
+    """Number of outputs; for a gated layer half of the weight's rows."""
     gated: bool = False
-    """Panels of gate and up follow each other in turns."""
+    """Whether panels of gate and up alternate."""
 
 
 def panel_width() -> int:
-    """Outputs in a panel, for the instruction set in use."""
+    """Number of outputs per panel, for the instruction set in use."""
     return int(importlib.import_module("minilm._C").panel_width())
 
 
 def prefer_large_pages(memory: Tensor) -> None:
-    """Asks the system for large pages for a tensor on the CPU, whose content is lost: what is read from end
-    to end at every step waits for the tables of small ones."""
+    """Ask the system for huge pages for a CPU tensor; its contents are lost. Weights that are read completely
+    at every step cause many TLB misses with small pages."""
     if memory.device.type == "cpu" and importlib.util.find_spec("minilm._C") is not None:
         importlib.import_module("minilm._C").prefer_large_pages(memory.data_ptr(), memory.nbytes)
 
 
 def places(rows: int, gated: bool) -> Tensor:
-    """Which row of a weight stands at each place of the panels, int32; -1: none.
+    """The row of the weight at each place of the panels, int32; -1: padding.
 
-    Gated, the rows are those of gate, then those of up; panels of both follow each other in turns.
+    If gated, the weight has the rows of gate, then those of up; panels of both alternate.
     """
     width = panel_width()
     columns = rows // 2 if gated else rows
@@ -75,7 +74,7 @@ def places(rows: int, gated: bool) -> Tensor:
 
 
 def pack(weight: Tensor | QuantizedWeight, bias: Tensor | None, *, gated: bool = False) -> Packed:
-    """Packs a weight [out, in] of a dtype or format in `FORMATS` and its bias [out]."""
+    """Pack a weight [out, in] of a dtype or format in `FORMATS`, and its bias [out]."""
     rows = weight.shape[0]
     order = places(rows, gated)
     scales = minimums = None
@@ -102,11 +101,11 @@ def pack(weight: Tensor | QuantizedWeight, bias: Tensor | None, *, gated: bool =
 
 
 Sources = tuple[Any, ...]
-"""The planes of a weight, the first of which is its key, and the bias or None."""
+"""The planes of a weight, the first of which is the key in `_kept`, and the bias or None."""
 
 
 class _Kept:
-    """A packed weight, and what it was made from: it is nobody's reason to live."""
+    """A packed weight, with weak references to the tensors that it was packed from."""
 
     __slots__ = ("packed", "sources", "watch")
 
@@ -116,7 +115,7 @@ class _Kept:
         self.packed = packed
 
     def is_of(self, sources: Sources) -> bool:
-        """Whether it was made of these objects, and they are as they were."""
+        """Whether it was packed from these objects, and they are unchanged."""
         same = len(sources) == len(self.sources) and all(
             source is (None if kept is None else kept())
             for source, kept in zip(sources, self.sources, strict=True)
@@ -134,17 +133,17 @@ def _tensors(sources: Sources) -> list[Tensor]:
 
 
 def sources_of(weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Sources:
-    """The tensors that a weight and its bias are made of."""
+    """The tensors of a weight and its bias."""
     planes = tuple(weight.planes.values()) if isinstance(weight, QuantizedWeight) else (weight,)
     return (*planes, bias)
 
 
 def kept(weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Packed:
-    """The packed weight, made at the first call and again when weight or bias are others, or have changed."""
+    """The packed weight; packs at the first call, and again if weight or bias were replaced or changed."""
     sources = sources_of(weight, bias)
     entry: _Kept | None = _kept.get(sources[0], None)  # type: ignore[no-untyped-call]
     if entry is None or not entry.is_of(sources):
-        with _lock:  # several threads may come first: one packs
+        with _lock:  # if several threads come first, one packs
             entry = _kept.get(sources[0], None)  # type: ignore[no-untyped-call]
             if entry is None or not entry.is_of(sources):
                 entry = _Kept(sources)
@@ -155,13 +154,13 @@ def kept(weight: Tensor | QuantizedWeight, bias: Tensor | None) -> Packed:
 
 
 def share(sources: Sources, packed: Packed) -> None:
-    """Let `kept` find a weight that was packed elsewhere just now."""
+    """Let `kept` find a weight that was just packed elsewhere."""
     with _lock:
         _kept[sources[0]] = _Kept(sources, packed)
 
 
 def forget_kept(weights: Iterable[Tensor]) -> None:
-    """Drop what is kept of weights, each named by its first tensor."""
+    """Drop the packed copies of weights, each identified by its first tensor."""
     with _lock:
         for weight in weights:
             _kept.pop(weight, None)  # type: ignore[no-untyped-call]
@@ -173,7 +172,7 @@ def _apply(x: Tensor, packed: Packed, activation: str | None) -> Tensor:
     y = torch.ops.minilm.packed_linear(
         rows, packed.data, packed.format, columns, packed.places, ACTIVATIONS[activation], False
     )
-    if packed.gated:  # from panels in turns to all of gate, then all of up
+    if packed.gated:  # from alternating panels to all of gate, then all of up
         panels = y.view(len(y), -1, 2, panel_width()).transpose(1, 2).reshape(len(y), 2, -1)
         columns = 2 * packed.columns
         y = panels[..., : packed.columns].reshape(len(y), columns)
@@ -181,16 +180,16 @@ def _apply(x: Tensor, packed: Packed, activation: str | None) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
-    """As `minilm.ops.project`."""
+    """See `minilm.ops.linear`."""
     return _apply(x, kept(weight, bias), activation)
 
 
 def quantized_linear(
     x: Tensor, weight: QuantizedWeight, bias: Tensor | None, activation: str | None
 ) -> Tensor:
-    """As `minilm.ops.quantized_linear`, with x quantised too, to 8 bits from the least to the largest of a
-    group of 32, or of 192 where the weight is int8; where it has 4 bits, from minus to plus the largest
-    magnitude of 32."""
+    """See `minilm.ops.quantized_linear`. x is quantised too, to 8 bits over the range from the least to the
+    largest of each group of 32 (int8 weights: 192; 4-bit weights: from minus to plus the largest magnitude of
+    32)."""
     return _apply(x, kept(weight, bias), activation)
 
 
@@ -205,7 +204,7 @@ def supports_linear(traits: Any) -> str | None:
     if traits.grad:
         return "the packed kernels have no derivative"
     if not traits.kept:
-        return "only a parameter is worth packing, and outside of torch.compile"
+        return "only parameters are packed, and only outside of torch.compile"
     return None
 
 
@@ -220,7 +219,7 @@ def supports_quantized_linear(traits: Any) -> str | None:
     if traits.grad:
         return "the packed kernels have no derivative"
     if not traits.kept:
-        return "weights are packed outside of torch.compile only"
+        return "weights are packed only outside of torch.compile"
     return None
 
 
@@ -263,7 +262,7 @@ def _pool_fake(x: Tensor, cu_seqlens: Tensor, unit: bool) -> Tensor:
 
 
 def register_fakes() -> None:
-    """Tell PyTorch what the results of the ops on packed weights look like."""
+    """Register fake implementations of the ops on packed weights, by which torch.compile infers shapes."""
     torch.library.register_fake("minilm::pack_linear", _pack_fake)
     torch.library.register_fake("minilm::packed_linear", _packed_linear_fake)
     torch.library.register_fake("minilm::transformer", _transformer_fake)

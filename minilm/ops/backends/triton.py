@@ -1,8 +1,8 @@
 """The `triton` backend: kernels of `minilm.kernels` in the dispatch table.
 
-Triton and the kernels are imported when a call first asks whether this backend supports it, not before. On a
-CUDA device the kernels are compiled. On a CPU they run in Triton's interpreter, which is for tests and for
-reading: it is taken only when asked for (``MINILM_BACKEND=triton``, ``with minilm.backend("triton")``).
+Triton and the kernels are imported when dispatch first considers this backend, not before. On a CUDA device
+the kernels are compiled. On a CPU they run in Triton's interpreter, which is for tests and debugging, and
+only on request (``MINILM_BACKEND=triton``, ``with minilm.backend("triton")``).
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from .. import dispatch
 F = TypeVar("F", bound=Callable[..., Any])
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 LONGEST_NORM = 16384
-"""Channels of a row that the normalisation kernels can hold in registers."""
+"""Maximum channels of a row that the normalisation kernels can hold in registers."""
 
 LARGEST_HEAD = 256
-"""Head size of the attention kernels."""
+"""Maximum head size of the attention kernels."""
 
 
 def _untraced(function: F) -> F:
-    """torch.compile runs what is marked so while it traces, as it must an import, and takes the answer. (What
-    torch.compiler.assume_constant_result does; that would import half of torch.compile.)"""
+    """Mark a function for torch.compile to run while tracing (needed for imports) and take its result as a
+    constant. Same as torch.compiler.assume_constant_result, which would import much of torch.compile."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 class _Launcher:
-    """The function behind an op, once it is imported. An object for each op: what torch.compile has looked at
-    does not change afterwards."""
+    """Holds the function of an op once it is imported. One object per op, so that nothing that torch.compile
+    has guarded changes later."""
 
     def __init__(self, module: str) -> None:
         self.module = module
@@ -48,8 +48,8 @@ _launchers: dict[str, _Launcher] = {}
 
 @_untraced
 def _module(name: str) -> Any:
-    """minilm.kernels.<name>; without a CUDA device, with the interpreter switched on first."""
-    if not torch.cuda.is_available() and "triton" not in sys.modules:  # later would be too late
+    """Import minilm.kernels.<name>; without a CUDA device, first turn the interpreter on."""
+    if not torch.cuda.is_available() and "triton" not in sys.modules:  # no effect after triton's import
         os.environ.setdefault("TRITON_INTERPRET", "1")
     return importlib.import_module(f"minilm.kernels.{name}")
 
@@ -65,7 +65,7 @@ def unavailable() -> str | None:
 
 
 def _refusal(traits: Any) -> str | None:
-    """What every kernel needs: Triton, a device it runs on, a dtype it knows."""
+    """Why no kernel can run the call (Triton, device or dtype), or None."""
     reason = unavailable()
     if reason is not None:
         return reason
@@ -95,7 +95,7 @@ def _attention_supports(traits: Any) -> str | None:
 def _paged_supports(traits: Any) -> str | None:
     reason = _attention_supports(traits)
     if reason is None and traits.cache_dtype not in (*DTYPES, torch.int8):
-        return f"the Triton kernels know no cache of {traits.cache_dtype}, but of 32 and 16 bits and int8"
+        return f"the Triton kernels take caches of 32 and 16 bits and int8, not {traits.cache_dtype}"
     return reason
 
 
@@ -112,7 +112,7 @@ def _load(op: str) -> None:
 
 
 def _register(op: str, module: str, supports: Callable[[Any], str | None] = _refusal) -> None:
-    """`op` is the function of its name in minilm.kernels.<module>, imported when it is first chosen."""
+    """Register the function called `op` in minilm.kernels.<module>, imported when it is first chosen."""
     launcher = _launchers[op] = _Launcher(module)
 
     def supports_and_loads(traits: Any) -> str | None:

@@ -1,21 +1,22 @@
-"""Whether tensors still hold what something was made of: the writes that no version counter shows.
+"""Detects whether tensors have changed since a packed copy was made, also by writes that do not change the
+version counter.
 
-A weight can be written to in ways that leave its version and its address as they are: ``p.data.mul_(0.5)``, a
-NumPy view, `torch._foreach_mul_` on ``p.data``. PyTorch can mark memory as *copy on write*: the first access
-for writing, by whatever alias and whatever op, takes the mark off. `Watch` puts the mark on the memory of a
-tensor and keeps no second copy, so the access finds itself the only owner: nothing is copied, nothing moves,
-and a mark that is gone says that somebody may have written. Asking costs a tenth of a microsecond a tensor.
+Some writes to a weight change neither its version nor its address: ``p.data.mul_(0.5)``, a NumPy view,
+`torch._foreach_mul_` on ``p.data``. PyTorch can mark memory as *copy on write*; the first write access,
+through any alias and by any op, clears the mark. `Watch` sets the mark on the memory of a tensor without
+keeping a second owner, so the write copies and moves nothing, and a cleared mark means that the tensor may
+have been written to. A check takes 0.1 microseconds per tensor.
 
-What is seen, when the watch is next asked:
+The next check detects:
 
-- every write through PyTorch, in place or by ``.data``, by views and by optimisers, also in inference mode;
-- every write through NumPy. A call of ``.numpy()`` takes the mark off too, and shows on the memory for good:
-  such a tensor, one that was made of an array, and one whose memory is a mapped file or shared with other
-  processes, are compared with a copy, bit by bit, each time: right, and as slow as reading them;
+- every write through PyTorch: in place, by ``.data``, views or optimisers, also in inference mode;
+- every write through NumPy. A call of ``.numpy()`` also clears the mark, and such memory cannot be marked
+  again. It, memory that came from an array, mapped files and memory shared between processes are compared
+  bit by bit with a copy at each check: correct, but as slow as reading them;
 - other memory, another shape or stride (``p.data = new``).
 
-What only takes an address, ``p.data_ptr()`` or DLPack, counts as a write. What it does with an address that
-it took *before* the tensor was watched is not seen: `forget` is for programs that write that way.
+Taking an address (``p.data_ptr()``, DLPack) counts as a write. A write through an address taken *before* the
+tensor was watched is not detected: programs that do so must call `forget`.
 """
 
 from __future__ import annotations
@@ -31,21 +32,21 @@ from torch import Tensor
 _is_marked: Any = getattr(torch._C, "_is_cow_tensor", None)
 _address: Any = getattr(torch._C, "_data_address", None)
 _can_mark = _is_marked is not None and _address is not None and hasattr(torch, "_lazy_clone")
-"""Without these (they are PyTorch's own affair) every tensor is compared with a copy."""
+"""These functions are private to PyTorch; without them every tensor is compared with a copy."""
 
 _lock = threading.RLock()
 _watching: dict[int, WeakSet[Watch]] = {}
-"""Number of a tensor object, or of a storage -> who watches it. Numbers are used again: more may be told than
-need be, never fewer."""
+"""Id of a tensor object or of a storage -> its watches. Ids are reused, so a watch may be invalidated without
+need, but never missed."""
 _tidy_at = 1024
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class Watch:
-    """The state of some tensors on the CPU, from its making on. It holds none of them.
+    """Watches CPU tensors for changes since its creation, without holding references to them.
 
-    It is made before the tensors are read: a write while something is made of them is seen then, too.
+    Create it before reading the tensors, so that writes during the reading are detected too.
     """
 
     __slots__ = ("__weakref__", "_addresses", "_copies", "_marked", "_stale", "_strides")
@@ -69,7 +70,7 @@ class Watch:
         return self._stale
 
     def holds(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these, which must be the same objects in the same order, are as they were."""
+        """Whether these tensors (the same objects, in the same order) are unchanged."""
         if self._stale or list(map(Tensor.stride, tensors)) != self._strides:
             return False
         if _addresses(tensors) != self._addresses:
@@ -81,12 +82,12 @@ class Watch:
         )
 
     def forget(self) -> None:
-        """From now on nothing is as it was."""
+        """Treat the tensors as changed from now on."""
         self._stale = True
 
 
 def forget(tensors: Sequence[Tensor]) -> None:
-    """Everything made of these tensors is out of date."""
+    """Mark everything that was derived from these tensors as out of date."""
     with _lock:
         for tensor in tensors:
             _tell(tensor, None)
@@ -97,14 +98,14 @@ def _addresses(tensors: Sequence[Tensor]) -> list[int]:
 
 
 def _mark(tensor: Tensor, watch: Watch) -> bool:
-    """Put the mark on; False where it cannot be trusted or had."""
+    """Set the mark; False if the memory cannot be marked, or the mark would not be reliable."""
     if not _can_mark:
         return False
     storage = tensor.untyped_storage()
     if not storage.resizable():  # NumPy has, or had, a view of it
         return False
     if not _is_marked(tensor):
-        _tell(tensor, watch)  # the others would take the new mark for theirs
+        _tell(tensor, watch)  # other watches would take the new mark for their own
         try:
             torch._lazy_clone(tensor)
         except RuntimeError:  # memory of a file, of an array, of several processes

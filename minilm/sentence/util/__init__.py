@@ -1,4 +1,4 @@
-"""What sentence_transformers.util has for embeddings, by the same names: likeness, search, mining."""
+"""The functions of sentence_transformers.util under the same names: similarity, search, mining."""
 
 from ..similarity import (
     cos_sim,

@@ -1,4 +1,4 @@
-"""The vocabulary of a checkpoint, whatever files it is in, as one `tokenizers.Tokenizer`."""
+"""The vocabulary of a checkpoint, from any supported file format, as one `tokenizers.Tokenizer`."""
 
 from .errors import TokenizerError, backend_errors
 from .families import FAMILIES, SPECIAL_TOKENS, adds, set_frame

@@ -1,8 +1,8 @@
 """Pipelines of the `tokenizers` library, built from the older kinds of vocabulary files.
 
-A pipeline is normalizer -> pre-tokenizer -> model -> decoder; what it puts around a text ([CLS] ... [SEP]) is
-added by tokenizer_families.py. The same pipeline serves every kind of file, so that offsets, pairs,
-truncation and batches work alike for all.
+A pipeline is normalizer -> pre-tokenizer -> model -> decoder; `families.py` adds the special tokens around a
+text ([CLS] ... [SEP]). All kinds of files become such a pipeline, so offsets, pairs, truncation and batches
+work the same for all.
 
     vocab.txt                    WordPiece                     BERT, DistilBERT
     vocab.json + merges.txt      byte-level BPE                GPT-2, RoBERTa, Qwen2
@@ -40,10 +40,10 @@ _TEKKEN = (
 
 @dataclass(frozen=True)
 class Splitting:
-    """How a byte-level BPE cuts a text into words before it merges bytes: `patterns` one after the other.
+    """How a byte-level BPE splits a text into words before it merges bytes: by `patterns`, one after another.
 
-    `ignore_merges`: a word that is a token as a whole is taken as that. `adds_bos`: llama.cpp's default for
-    it."""
+    `ignore_merges`: a word that is in the vocabulary becomes one token. `adds_bos`: llama.cpp's default for
+    adding bos."""
 
     patterns: tuple[str, ...] = (_GPT2,)
     single_digits: bool = False
@@ -69,7 +69,7 @@ def wordpiece(vocab_file: Path, unk_token: str, settings: Mapping[str, Any]) -> 
 
     vocab = read_vocab_txt(vocab_file)
     if unk_token not in vocab:
-        raise TokenizerError(f"{vocab_file}: has no {unk_token}, which unknown words become")
+        raise TokenizerError(f"{vocab_file}: has no {unk_token}, the token for unknown words")
     with backend_errors(str(vocab_file)):
         backend = Tokenizer(models.WordPiece(vocab, unk_token=unk_token))
         backend.normalizer = normalizers.BertNormalizer(
@@ -91,7 +91,7 @@ def byte_level_bpe(
     add_prefix_space: bool = False,
     source: str,
 ) -> Backend:
-    """BPE over bytes: every text is covered, nothing is unknown. `source` is named in errors."""
+    """BPE over bytes: any text can be encoded, nothing is unknown. `source` is for error messages."""
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     with backend_errors(source):
@@ -108,7 +108,7 @@ def byte_level_bpe(
         steps: list[Any] = []
         if splitting.single_digits:
             steps.append(pre_tokenizers.Digits(individual_digits=True))
-        plain = splitting.patterns == (_GPT2,)  # the one pattern that ByteLevel knows itself
+        plain = splitting.patterns == (_GPT2,)  # the pattern that is built into ByteLevel
         if not plain:
             steps += [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splitting.patterns]
         steps.append(pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space, use_regex=plain))
@@ -121,8 +121,8 @@ def byte_level_bpe(
 
 def llama(model: SentencePieceModel, *, legacy: bool, add_prefix_space: bool) -> Backend:
     """transformers 5's `LlamaTokenizer`: no normalizer, "▁" for spaces, one "▁" before the text (`legacy`:
-    before the text after each special token too). It differs from sentencepiece only where a text begins
-    with a space, which there still gets its own "▁"."""
+    before the text after each special token too). It differs from sentencepiece only if a text starts with a
+    space, which in sentencepiece still gets its own "▁"."""
     from tokenizers import pre_tokenizers
 
     backend = _sentencepiece_backend(model)
@@ -136,22 +136,22 @@ def llama(model: SentencePieceModel, *, legacy: bool, add_prefix_space: bool) ->
 
 
 def plain_sentencepiece(model: SentencePieceModel) -> Backend:
-    """What the sentencepiece library does with the model: characters replaced, spaces stripped and
-    collapsed if the model says so, one space put before the text, spaces written as "▁"."""
+    """The same steps as the sentencepiece library: replace characters, strip and collapse spaces if the model
+    says so, add one space before the text, write spaces as "▁"."""
     from tokenizers import Regex, normalizers, pre_tokenizers
 
     backend = _sentencepiece_backend(model)
     with backend_errors(str(model.file)):
         steps: list[Any] = [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
         if model.remove_extra_whitespaces:
-            # In this order: " +\z" alone looks through a run of spaces from each of them.
+            # In this order, because " +\z" alone takes quadratic time on a run of spaces.
             steps += [normalizers.Replace(Regex(" {2,}"), " "), normalizers.Replace(Regex(r"\A | \z"), "")]
         if model.add_dummy_prefix:
             steps.append(normalizers.Prepend(SPACE))
         steps.append(normalizers.Replace(" ", SPACE))
         backend.normalizer = normalizers.Sequence(steps)
     if not any(SPACE in piece.text[1:] for piece in model.pieces):
-        # No piece spans two words, so that cutting at "▁" changes no token and tells words apart (word_ids).
+        # No piece spans two words, so splitting at "▁" changes no token and separates words (word_ids).
         backend.pre_tokenizer = pre_tokenizers.Metaspace(
             replacement=SPACE, prepend_scheme="never", split=True
         )
@@ -160,8 +160,8 @@ def plain_sentencepiece(model: SentencePieceModel) -> Backend:
 
 
 def xlm_roberta(model: SentencePieceModel, *, add_prefix_space: bool, mask_token: str) -> Backend:
-    """XLM-RoBERTa's numbering over a unigram model: fairseq put <s>, <pad>, </s>, <unk> first, so that every
-    piece after sentencepiece's own <unk>, <s>, </s> moves by one, and <mask> is last."""
+    """XLM-RoBERTa's ids on a unigram model: fairseq put <s>, <pad>, </s>, <unk> first, so every piece after
+    sentencepiece's own <unk>, <s>, </s> is shifted by one, and <mask> is last."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     if model.algorithm is not Algorithm.UNIGRAM:
@@ -222,12 +222,12 @@ def _sentencepiece_backend(model: SentencePieceModel) -> Backend:
 
 
 def _merges(pieces: Sequence[Piece]) -> list[tuple[str, str]]:
-    """The merges that give each piece, best first. sentencepiece keeps none: it joins whichever two
-    neighbours form the piece of the highest score.
+    """The merges that give each piece, best first. sentencepiece stores none: it joins the two neighbours
+    that form the piece with the highest score.
 
-    transformers 5.17 goes by ids instead, which is wrong for the models of Llama and Mistral: runs of spaces
-    have low ids and the lowest scores there. With scores Mistral's five models agree with the sentencepiece
-    library on every text tried; by ids half of the texts with two spaces in a row differ.
+    transformers 5.17 orders them by ids instead, which is wrong for Llama and Mistral: there runs of spaces
+    have low ids and the lowest scores. Ordered by scores, Mistral's five models agree with the sentencepiece
+    library on every text tried; ordered by ids, half of the texts with two spaces in a row differ.
     """
     order = {
         piece.text: (-piece.score, index)
@@ -253,14 +253,14 @@ def _sentencepiece_decoder(*, strip_prefix: bool) -> Any:
 
 
 def read_vocab_txt(path: Path) -> dict[str, int]:
-    """One token a line, its id the number of the line. Lines end at "\\n" only: vocabularies contain tokens
-    that Python's splitlines would break."""
+    """One token per line; its id is the line number. Lines end at "\\n" only: vocabularies contain tokens
+    that Python's splitlines would split."""
     vocab = {
         line.rstrip(): index
         for index, line in enumerate(read_text(path, error=TokenizerError).removesuffix("\n").split("\n"))
     }
     if not any(vocab):
-        raise TokenizerError(f"{path}: expected one token a line, the file is empty")
+        raise TokenizerError(f"{path}: expected one token per line, the file is empty")
     return vocab
 
 
@@ -274,7 +274,7 @@ def read_vocab_json(path: Path) -> dict[str, int]:
 
 
 def read_merges(path: Path) -> list[tuple[str, str]]:
-    """merges.txt: two tokens a line, best first, under an optional line `#version: ...`."""
+    """merges.txt: two tokens per line, best first, after an optional line `#version: ...`."""
     merges: list[tuple[str, str]] = []
     for number, line in enumerate(read_text(path, error=TokenizerError).split("\n"), 1):
         line = line.rstrip("\r")

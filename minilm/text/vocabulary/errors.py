@@ -1,4 +1,4 @@
-"""What tokenizers raise, and the border to the Rust library beneath them."""
+"""`TokenizerError`, and the conversion of errors of the Rust library `tokenizers` into it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ from contextlib import contextmanager
 
 
 class TokenizerError(ValueError):
-    """A tokenizer's file, its settings, or what it was asked to do is wrong; the message names which."""
+    """A tokenizer's file, its settings or the arguments of a call are wrong; the message names which."""
 
 
 @contextmanager
 def backend_errors(doing: str) -> Iterator[None]:
-    """Turns whatever the `tokenizers` library raises into TokenizerError("{doing}: ...").
+    """Convert all errors of the `tokenizers` library into TokenizerError("{doing}: ...").
 
-    It raises bare `Exception`s, and damaged files make it panic; a panic arrives as
-    pyo3_runtime.PanicException, which derives from BaseException so that nothing catches it by accident,
-    and cannot be imported."""
+    It raises bare `Exception`s, and damaged files make it panic. A panic becomes a
+    pyo3_runtime.PanicException, which derives from BaseException, so that nothing catches it by accident, and
+    cannot be imported."""
     try:
         yield
     except TokenizerError:
@@ -26,4 +26,4 @@ def backend_errors(doing: str) -> Iterator[None]:
     except BaseException as problem:
         if type(problem).__name__ != "PanicException":
             raise
-        raise TokenizerError(f"{doing}: the tokenizers library broke down: {problem}") from None
+        raise TokenizerError(f"{doing}: the tokenizers library crashed: {problem}") from None

@@ -1,8 +1,8 @@
-"""What the tokenizers of the model families have in common and where they differ, as a table.
+"""Table of the tokenizer families: default special tokens, model inputs and templates.
 
-A family is known by the name of its transformers class (`tokenizer_class` in tokenizer_config.json) or by the
-`model_type` of config.json. It says which special tokens there are when no file does, which inputs the model
-takes, and how a text is framed:
+A family is identified by the name of its transformers class (`tokenizer_class` in tokenizer_config.json) or
+by the `model_type` of config.json. It defines the special tokens if no file does, the inputs that the model
+takes, and the special tokens around a text (its *frame*):
 
     bert          [CLS] A [SEP]      [CLS] A [SEP] B [SEP], the second text with token type 1
     roberta       <s> A </s>         <s> A </s> </s> B </s>
@@ -26,7 +26,7 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 @dataclass(frozen=True)
 class Family:
-    """`adds_bos`: the default of `add_bos_token` for vocabulary files that say nothing.
+    """`adds_bos`: the default of `add_bos_token` for vocabulary files that do not set it.
     `mask_takes_space`: "a <mask>" is the tokens "a", "<mask>", without one for the space."""
 
     name: str
@@ -67,14 +67,14 @@ FAMILIES = {
             frame="bert",
         ),
         Family("DistilBertTokenizer", _BERT_TOKENS, frame="bert"),
-        # transformers 5 forgot that the mask takes its space when there is only vocab.json; fairseq, which
-        # made these models, and transformers 4 agree on it, and fill-mask depends on it.
+        # In fairseq, which these models come from, and in transformers 4, <mask> includes the space before
+        # it, and fill-mask depends on it; transformers 5 does not do so if there is only vocab.json.
         Family("RobertaTokenizer", _ROBERTA_TOKENS, frame="roberta", mask_takes_space=True),
         Family("XLMRobertaTokenizer", _ROBERTA_TOKENS, frame="xlm-roberta", mask_takes_space=True),
         Family("GPT2Tokenizer", {"unk_token": _END, "bos_token": _END, "eos_token": _END}),
         Family("Qwen2Tokenizer", {"unk_token": _END, "eos_token": _END, "pad_token": _END}),
-        # The default of add_bos_token is True as in sentencepiece-based Llama since ever; transformers 5
-        # documents it so, and has False.
+        # add_bos_token is True by default, as in all sentencepiece-based Llamas; transformers 5 documents
+        # that too, but has False.
         Family(
             "LlamaTokenizer",
             {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"},
@@ -83,7 +83,7 @@ FAMILIES = {
         ),
     )
 }
-# Not llama and mistral: their checkpoints mostly name a class, and those that do not are no LlamaTokenizer.
+# Not llama and mistral: their checkpoints mostly name a class, and the others are not LlamaTokenizers.
 _OF_MODEL_TYPE = {
     "bert": "BertTokenizer",
     "distilbert": "DistilBertTokenizer",
@@ -96,8 +96,7 @@ _OF_MODEL_TYPE = {
 
 
 def family_of(class_name: str | None, model_type: str | None) -> Family:
-    """The family of a transformers class (with or without "Fast") or, when that is unknown, of a model
-    type."""
+    """The family of a transformers class (with or without "Fast") or, if that is unknown, of a model type."""
     name = (class_name or "").removesuffix("Fast")
     if name in FAMILIES:
         return FAMILIES[name]
@@ -107,8 +106,8 @@ def family_of(class_name: str | None, model_type: str | None) -> Family:
 
 
 def set_frame(backend: Backend, frame: str, settings: Mapping[str, Any]) -> None:
-    """Makes `backend` put the special tokens of `frame` around texts. Those it needs must be in `settings`
-    and in the vocabulary."""
+    """Make `backend` add the special tokens of `frame` around texts. They must be in `settings` and in the
+    vocabulary."""
     from tokenizers import processors
 
     def token(name: str) -> tuple[str, int]:
@@ -159,7 +158,7 @@ def set_frame(backend: Backend, frame: str, settings: Mapping[str, Any]) -> None
 
 
 def adds(backend: Backend, token: str | None, at: int) -> bool:
-    """Whether `backend` puts `token` before (`at` = 0) or after (`at` = -1) a text."""
+    """Whether `backend` adds `token` before (`at` = 0) or after (`at` = -1) a text."""
     index = backend.token_to_id(token) if token is not None else None
     if index is None:
         return False

@@ -1,8 +1,8 @@
 """From the files of a checkpoint to a pipeline and its settings.
 
-tokenizer.json is the whole pipeline and is taken as it stands, before any older file; beside it
-tokenizer_config.json, special_tokens_map.json, added_tokens.json and chat_template.jinja say the rest. A
-padding or truncation that someone left in tokenizer.json is dropped: what rules is what the call asks for.
+tokenizer.json is a complete pipeline, is used unchanged and takes precedence over older files. The other
+settings are in tokenizer_config.json, special_tokens_map.json, added_tokens.json and chat_template.jinja.
+Padding or truncation stored in tokenizer.json is dropped: only the arguments of a call set it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "spm.model", "sentence
 
 @dataclass
 class Parts:
-    """What a Tokenizer is made of. `settings`: tokenizer_config.json's names and values, special tokens as
+    """The parts of a Tokenizer. `settings`: names and values as in tokenizer_config.json, special tokens as
     plain strings."""
 
     backend: Backend
@@ -54,9 +54,8 @@ def load(
     class_name: str | None = None,
     merges_file: str | os.PathLike[str] | None = None,
 ) -> Parts:
-    """The tokenizer in the folder or file `path`. `overrides` go before what the files say; `class_name`
-    names the family where the files do not, or where the caller knows better. `merges_file`: beside
-    vocab.json if None."""
+    """The tokenizer in the folder or file `path`. `overrides` take precedence over the files; `class_name`
+    sets the family if the files do not, or to override them. `merges_file`: if None, next to vocab.json."""
     overrides = {key: value for key, value in (overrides or {}).items() if value is not None}
     config: dict[str, Any] = {}
     model: dict[str, Any] = {}
@@ -108,14 +107,12 @@ def from_object(backend: Backend, settings: Mapping[str, Any], class_name: str |
 def _complete(
     backend: Backend, explicit: dict[str, Any], overrides: Mapping[str, Any], family: Family, source: str
 ) -> Parts:
-    """Adds what goes around the pipeline: special tokens, and what is put around a text. `source` is named in
-    errors."""
+    """Add special tokens to the pipeline, and those around a text. `source` is for error messages."""
     flags = _read_special_tokens(explicit, source)
     added = {key: explicit.pop(key, None) for key in ("added_tokens_decoder", "added_tokens")}
     settings = explicit
     for name, text in family.special_tokens.items():
-        # A default that the vocabulary lacks is left out: it would get an id for which the model has no
-        # embedding.
+        # Skip defaults that are not in the vocabulary: they would get an id without an embedding.
         if name not in settings and backend.token_to_id(text) is not None:
             settings[name] = text
     if family.mask_takes_space and "mask_token" in settings:
@@ -139,7 +136,7 @@ def _complete(
 
 
 def _vocabulary(folder: Path, family: Family) -> Path:
-    """The file of `folder` that the pipeline is made of."""
+    """The file in `folder` that defines the pipeline."""
     if has_file(folder / "tokenizer.json", error=TokenizerError):
         return folder / "tokenizer.json"
     older = {
@@ -167,7 +164,7 @@ def _vocabulary(folder: Path, family: Family) -> Path:
 
 
 def _guess(source: Path) -> Family:
-    """The family of vocabulary files that stand alone."""
+    """The family of vocabulary files without any configuration."""
     if source.name == "vocab.txt":
         return FAMILIES["BertTokenizer"]
     if source.name == "sentencepiece.bpe.model":
@@ -221,13 +218,13 @@ def _read_gguf(path: Path) -> dict[str, Any]:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json with what the files beside it add to it."""
+    """tokenizer_config.json, completed from the other files in the folder."""
     file = folder / "tokenizer_config.json"
     config = read_json(file, error=TokenizerError) if has_file(file, error=TokenizerError) else {}
     for key in ("name_or_path", "tokenizer_file", "vocab_file", "merges_file", "special_tokens_map_file"):
-        config.pop(key, None)  # paths on the machine of who saved it; never to be opened here
+        config.pop(key, None)  # paths on the machine that saved it, which must not be opened here
     if has_file(folder / "tokenizer.json", error=TokenizerError):
-        config.pop("add_bos_token", None)  # what tokenizer.json does is what was meant
+        config.pop("add_bos_token", None)  # tokenizer.json already does what was intended
         config.pop("add_eos_token", None)
     if "added_tokens_decoder" not in config:
         for name in ("special_tokens_map.json", "added_tokens.json"):
@@ -247,7 +244,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_special_tokens(settings: dict[str, Any], path: str) -> dict[str, dict[str, bool]]:
-    """Turns the special tokens in `settings` into plain strings. Returns their flags, by token."""
+    """Convert the special tokens in `settings` to plain strings. Returns their flags, by token."""
     flags: dict[str, dict[str, bool]] = {}
 
     def text_of(key: str, value: Any) -> str:
@@ -272,7 +269,7 @@ def _read_special_tokens(settings: dict[str, Any], path: str) -> dict[str, dict[
             del settings[key]
         else:
             settings[key] = text_of(key, settings[key])
-    if isinstance(extra, dict):  # named ones, of models that also see or hear
+    if isinstance(extra, dict):  # named ones, of models for images or sound
         settings.update({key: text_of(key, value) for key, value in extra.items()})
         extra = []
     if not isinstance(extra, (list, tuple)):
@@ -289,11 +286,11 @@ def _add_tokens(
     asked: Set[str],
     path: str,
 ) -> None:
-    """Makes the special tokens, and those that the files add to the vocabulary, known to `backend`.
+    """Add the special tokens, and those that the files add to the vocabulary, to `backend`.
 
-    Of a token that it knows, the flags in tokenizer_config.json's added_tokens_decoder go before those in
-    tokenizer.json, as in transformers, and a token that has a name (mask_token) is special; `asked` are
-    tokens whose flags the caller gave, which go before all.
+    For a token that it already has, the flags in tokenizer_config.json's added_tokens_decoder take precedence
+    over those in tokenizer.json, as in transformers, and a named token (mask_token) is special; `asked` are
+    tokens whose flags the caller gave, which take precedence over all.
     """
     from tokenizers import AddedToken
 
@@ -316,7 +313,7 @@ def _add_tokens(
         if there is None:
             new[token.content] = index
         elif not decoder or _same(token, there):
-            continue  # tokenizer.json goes before added_tokens.json, and behind added_tokens_decoder
+            continue  # precedence: added_tokens_decoder, tokenizer.json, added_tokens.json
         token.special = token.special or token.content in special
         batch.append(token)
     touched = {token.content for token in batch} | asked
@@ -329,7 +326,7 @@ def _add_tokens(
         if text in asked or (text not in known and text not in new):
             batch.append(AddedToken(text, special=True, **flags.get(text, {})))
     with backend_errors(f"{path}: special tokens"):
-        backend.add_tokens(batch)  # at once: the library prepares its search anew each time
+        backend.add_tokens(batch)  # all at once: the library rebuilds its search at every call
     for text, index in new.items():
         if backend.token_to_id(text) != index:
             raise TokenizerError(

@@ -1,8 +1,8 @@
 """A tokenizer from the metadata of a GGUF file (https://github.com/ggml-org/ggml/blob/master/docs/gguf.md).
 
-The file has the vocabulary, not the pipeline: `tokenizer.ggml.model` says which kind ("gpt2": byte-level BPE,
-"llama": sentencepiece BPE by scores) and `tokenizer.ggml.pre` names one of llama.cpp's ways to cut a text
-into words. Flags that are left out have llama.cpp's defaults.
+The file has the vocabulary, not the pipeline: `tokenizer.ggml.model` is its kind ("gpt2": byte-level BPE,
+"llama": sentencepiece BPE by scores) and `tokenizer.ggml.pre` names one of llama.cpp's ways to split a text
+into words. Missing flags have llama.cpp's defaults.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# llama.cpp's names for what is the same way of splitting.
+# Different names in llama.cpp for the same way of splitting.
 _ALIASES = {
     "gpt2": "gpt-2",
     **dict.fromkeys(("starcoder", "refact", "command-r", "codeshell", "exaone"), "smollm"),
@@ -43,8 +43,8 @@ _SPECIAL_TOKENS = {
 
 
 def tokenizer_from_gguf(metadata: Mapping[str, Any], file: Path) -> tuple[Backend, dict[str, Any]]:
-    """The pipeline, and the settings as tokenizer_config.json would have them: special tokens,
-    `add_bos_token`, `add_eos_token`, `chat_template`. `file` is named in errors."""
+    """The pipeline, and the settings as in tokenizer_config.json: special tokens, `add_bos_token`,
+    `add_eos_token`, `chat_template`. `file` is for error messages."""
     fields = _Fields(metadata, file)
     model = fields.get("model", str, None)
     tokens = fields.strings("tokens")
@@ -91,17 +91,17 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], file: Path) -> tuple[Backen
 
 
 def _distinct(tokens: list[str]) -> tuple[list[str], str]:
-    """Tokens of which no two are alike, and the character that was put behind those that were, once, twice,
-    or as often as needed; "" if all were different.
+    """Make all tokens distinct. Returns them, and the marker character that was appended to duplicates, as
+    often as needed; "" if all were different.
 
-    A pipeline knows a token by its text. Of several of one text the last is what texts are encoded to, as in
-    transformers; the ids of the others still have their text, of which decoding takes the mark away.
+    A pipeline identifies a token by its text. Among duplicates, texts are encoded to the last one, as in
+    transformers; the ids of the others keep their text, from which decoding removes the marker.
     """
     last = {token: index for index, token in enumerate(tokens)}
     if len(last) == len(tokens):
         return tokens, ""
     used = set().union(*tokens)
-    mark = next(chr(code) for code in range(0xFDD0, 0xFDF0) if chr(code) not in used)  # for inner use alone
+    mark = next(chr(code) for code in range(0xFDD0, 0xFDF0) if chr(code) not in used)  # for internal use only
     times: dict[str, int] = {}
     distinct = []
     for index, token in enumerate(tokens):
@@ -120,7 +120,7 @@ def _byte_level(fields: _Fields, tokens: list[str], kinds: list[Kind]) -> tuple[
         raise TokenizerError(f"{fields.file}: a byte-level BPE without tokenizer.ggml.merges")
     merges = []
     for line in lines:
-        at = line.find(" ", 1)  # the left token may itself begin with a space
+        at = line.find(" ", 1)  # the left token may itself start with a space
         if at < 0:
             raise TokenizerError(f"{fields.file}: the merge {line!r} does not name two tokens")
         merges.append((line[:at], line[at + 1 :]))
@@ -164,8 +164,8 @@ def _sentencepiece(fields: _Fields, tokens: list[str], kinds: list[Kind]) -> Bac
     if scores is None or len(scores) != len(tokens):
         found = "none" if scores is None else str(len(scores))
         raise TokenizerError(f"{fields.file}: expected {len(tokens)} tokenizer.ggml.scores, found {found}")
-    # Beside the pieces llama.cpp keeps only this of sentencepiece's settings. Text is neither normalised nor
-    # stripped, and the space goes before the text after each special token too.
+    # Apart from the pieces, llama.cpp stores only this setting of sentencepiece. Text is neither normalised
+    # nor stripped, and a space is also added after each special token.
     model = SentencePieceModel(
         file=fields.file,
         pieces=tuple(Piece(*piece) for piece in zip(tokens, scores, kinds, strict=True)),

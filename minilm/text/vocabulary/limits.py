@@ -1,8 +1,8 @@
-"""What a tokenizer.json may ask for: a bound on the time and memory that loading it and using it can take.
+"""Limits for a tokenizer.json, which bound the time and memory of loading and using it.
 
-The `tokenizers` library builds and runs whatever such a file says. Its regular expressions give up one match
-after ten million steps, but not a text after many such matches; a chain of replacements grows a text
-exponentially; a template can repeat a token millions of times, with ids of which the model has no embedding.
+The `tokenizers` library builds and runs whatever such a file contains. Its regular expressions abort a match
+after ten million steps, but not a text after many such matches; a chain of replacements can grow a text
+exponentially; a template can repeat a token millions of times, with ids that have no embedding.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 MAX_DEPTH = 16  # of steps in sequences
 MAX_STEPS = 200
 MAX_PATTERN = 20_000  # characters
-MAX_REPEATS = 100_000  # what {n,m} in a pattern multiply to; the library writes them out
-MAX_GROWTH = 256  # characters for one, through all steps of a kind
+MAX_REPEATS = 100_000  # product of all {n,m} in a pattern; the library expands them
+MAX_GROWTH = 256  # output characters per input character, through all steps of a kind
 MAX_TEMPLATE = 1000  # tokens around a text
-MAX_WORD = 1000  # characters; WordPiece takes time in their square
+MAX_WORD = 1000  # characters; WordPiece takes quadratic time
 MAX_ID = 1 << 24
-MAX_REPLACEMENT = 1000  # bytes for a character in a table of sentencepiece
+MAX_REPLACEMENT = 1000  # bytes per character in a table of sentencepiece
 
 _PROBE_SECONDS = 0.05  # for at most 400 characters; a usual pattern takes a thousandth
 _PROBE_SIZES = (16, 24, 36, 54, 81, 121, 182, 273, 400)
@@ -60,12 +60,12 @@ _STEPS = {
 
 
 def check(data: Mapping[str, Any], source: str, known: tuple[str, ...] = ()) -> None:
-    """Raises TokenizerError for what is beyond the limits, before the library reads `data`. `known` patterns
-    are not tried."""
+    """Raise TokenizerError if `data` exceeds the limits, before the library reads it. `known` patterns are
+    not tried."""
     for name, inside in _STEPS.items():
         steps = list(_flat(data.get(name), inside, f"{source}: {name}"))
         if len(steps) > MAX_STEPS:
-            raise TokenizerError(f"{source}: {name} has {len(steps)} steps, at most {MAX_STEPS} are taken")
+            raise TokenizerError(f"{source}: {name} has {len(steps)} steps, at most {MAX_STEPS} are allowed")
         growth = 1.0
         composed = False
         for step in steps:
@@ -76,8 +76,8 @@ def check(data: Mapping[str, Any], source: str, known: tuple[str, ...] = ()) -> 
                 composed = True
             if growth > MAX_GROWTH:
                 raise TokenizerError(
-                    f"{where}: the steps up to here make up to {growth:.0f} characters of one, at most "
-                    f"{MAX_GROWTH} are taken"
+                    f"{where}: the steps up to here turn one character into up to {growth:.0f}, at most "
+                    f"{MAX_GROWTH} are allowed"
                 )
             if name == "post_processor":
                 _check_template(step, where)
@@ -86,20 +86,20 @@ def check(data: Mapping[str, Any], source: str, known: tuple[str, ...] = ()) -> 
         longest = model.get("max_input_chars_per_word")
         if isinstance(longest, int) and longest > MAX_WORD:
             raise TokenizerError(
-                f"{source}: max_input_chars_per_word is {longest}, at most {MAX_WORD} is taken"
+                f"{source}: max_input_chars_per_word is {longest}, at most {MAX_WORD} is allowed"
             )
         vocab = model.get("vocab")
         if isinstance(vocab, Mapping):
             for token, index in vocab.items():
-                if isinstance(index, int) and index >= MAX_ID:  # what else is wrong the library says
+                if isinstance(index, int) and index >= MAX_ID:  # the library reports other errors
                     raise TokenizerError(
                         f"{source}: the id of {token!r:.60} is {index!r:.60}, expected one below {MAX_ID}"
                     )
 
 
 def check_ids(backend: Backend, data: Mapping[str, Any], source: str) -> None:
-    """Raises TokenizerError where `data` has other ids than the vocabulary: those of the added tokens, and
-    those that are put around a text."""
+    """Raise TokenizerError if ids in `data` (of added tokens, and of tokens around a text) differ from the
+    vocabulary's."""
     for token in data.get("added_tokens") or []:
         index, text = token.get("id"), token.get("content")
         found = backend.token_to_id(text)
@@ -117,28 +117,28 @@ def check_ids(backend: Backend, data: Mapping[str, Any], source: str) -> None:
         for index in ids:
             if backend.id_to_token(index) is None:
                 raise TokenizerError(
-                    f"{source}: post_processor: {step.get('type')} puts the id {index} around a text, which "
-                    "no token has"
+                    f"{source}: post_processor: {step.get('type')} adds the id {index} to a text, which no "
+                    "token has"
                 )
 
 
 def check_charsmap(table: bytes, source: str) -> None:
-    """Raises TokenizerError for a table of sentencepiece that makes a long text of one character."""
+    """Raise TokenizerError for a table of sentencepiece that replaces one character by a long text."""
     size = int.from_bytes(table[:4], "little")
     longest = max(map(len, table[4 + size :].split(b"\0")), default=0)
     if longest > MAX_REPLACEMENT:
         raise TokenizerError(
             f"{source}: the table of replaced characters has a text of {longest} bytes for one, at most "
-            f"{MAX_REPLACEMENT} are taken"
+            f"{MAX_REPLACEMENT} are allowed"
         )
 
 
 def check_pattern(pattern: str, where: str) -> None:
-    """Raises TokenizerError for a regular expression that is too large, or takes more than linear time by far
-    on runs of characters, as `(a+)+b` or `a*a*a*a*b`."""
+    """Raise TokenizerError for a regular expression that is too large, or takes far more than linear time on
+    runs of characters, such as `(a+)+b` or `a*a*a*a*b`."""
     if len(pattern) > MAX_PATTERN:
         raise TokenizerError(
-            f"{where}: a pattern of {len(pattern)} characters, at most {MAX_PATTERN} are taken"
+            f"{where}: a pattern of {len(pattern)} characters, at most {MAX_PATTERN} are allowed"
         )
     repeats = 1
     for low, high in re.findall(r"\{(\d*)(?:,(\d*))?\}", pattern):
@@ -155,7 +155,7 @@ def check_pattern(pattern: str, where: str) -> None:
         split = pre_tokenizers.Split(Regex(pattern), "isolated")
         letters = "".join(dict.fromkeys(re.sub(r"\\.|\[[^\]]*\]|[^\w\s]", "", pattern)))[:20]
         words = dict.fromkeys(re.findall(r"\w{2,4}", pattern)[:20])
-        # The library does not begin where a character that must come is missing: all are behind a break.
+        # The library skips a match if a required character is missing, so the probe ends with all of them.
         last = "".join(dict.fromkeys(pattern + "01aA .!\0"))[:200]
         slow = TokenizerError(
             f"{where}: the pattern {pattern!r:.60} takes far too long on repeated characters"
@@ -196,7 +196,7 @@ def _flat(step: Any, inside: str, where: str, depth: int = 0) -> Iterator[Mappin
 
 
 def _growth(step: Mapping[str, Any], where: str, known: tuple[str, ...]) -> float:
-    """How many characters a step makes of one, at most."""
+    """Maximum number of characters into which a step turns one character."""
     kind, content, growth = step.get("type"), step.get("content"), 1.0
     if kind == "ByteLevel":
         growth = 4.0  # a character has up to four bytes
@@ -208,7 +208,7 @@ def _growth(step: Mapping[str, Any], where: str, known: tuple[str, ...]) -> floa
                 raise
             raise TokenizerError(f"{where}: precompiled_charsmap is damaged: {problem}") from problem
     if kind == "Prepend" and len(str(step.get("prepend"))) > MAX_GROWTH:
-        raise TokenizerError(f"{where}: puts more than {MAX_GROWTH} characters before a text")
+        raise TokenizerError(f"{where}: adds more than {MAX_GROWTH} characters before a text")
     pattern = step.get("pattern")
     if isinstance(pattern, Mapping):
         regex, plain = pattern.get("Regex"), pattern.get("String")
@@ -227,7 +227,7 @@ def _may_be_empty(pattern: Any) -> bool:
 
     try:
         return bool(normalizers.Replace(Regex(str(pattern)), "x").normalize_str("\x01") not in ("\x01", "x"))
-    except Exception:  # damaged: what comes next says so
+    except Exception:  # damaged: the next step reports it
         return True
 
 
@@ -249,5 +249,5 @@ def _check_template(step: Mapping[str, Any], where: str) -> None:
                     raise TokenizerError(f"{where}: the token type {inner['type_id']} is too large")
         if count > MAX_TEMPLATE:
             raise TokenizerError(
-                f"{where}: puts {count} tokens around a text, at most {MAX_TEMPLATE} are taken"
+                f"{where}: adds {count} tokens to a text, at most {MAX_TEMPLATE} are allowed"
             )

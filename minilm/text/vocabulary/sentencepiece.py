@@ -2,9 +2,9 @@
 
 Such a file is one protocol-buffer message, `ModelProto` of sentencepiece_model.proto
 (https://github.com/google/sentencepiece/blob/master/src/sentencepiece_model.proto): the pieces with their
-scores and kinds, how the model was trained, and how text is normalised. A dozen of its fields matter, so
-they are read here directly; what is built of them is a `tokenizers` pipeline (tokenizer_build.py), which
-unlike the sentencepiece library also knows offsets, pairs and truncation."""
+scores and kinds, how the model was trained, and how text is normalised. Only a dozen of its fields matter, so
+this file parses them directly; `build.py` turns them into a `tokenizers` pipeline, which unlike the
+sentencepiece library supports offsets, pairs and truncation."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class Piece:
 
 @dataclass(frozen=True)
 class SentencePieceModel:
-    """A piece's id is its place in `pieces`; an id of -1 says that the model has no such piece. `charsmap`
-    is the compiled table of character replacements, empty for none."""
+    """A piece's id is its index in `pieces`; an id of -1 means that the model has no such piece. `charsmap`
+    is the compiled table of character replacements; may be empty."""
 
     file: Path
     pieces: tuple[Piece, ...]
@@ -66,8 +66,8 @@ class SentencePieceModel:
 
 
 def read_sentencepiece(path: Path) -> SentencePieceModel:
-    """The model in `path`; TokenizerError if it is not one, is damaged, or needs what is not supported
-    here."""
+    """The model in `path`; raises TokenizerError if it is not one, is damaged, or needs an unsupported
+    feature."""
     data = read_bytes(path, limit=_MAX_BYTES, error=TokenizerError)
     try:
         model = _parse(path, data)
@@ -165,7 +165,7 @@ def _varint(data: bytes, at: int) -> tuple[int, int]:
     value = shift = 0
     while True:
         if at >= len(data) or shift > 63:
-            raise ValueError(f"a number runs over the end at byte {at}")
+            raise ValueError(f"the number at byte {at} runs past the end")
         byte = data[at]
         at += 1
         value |= (byte & 0x7F) << shift

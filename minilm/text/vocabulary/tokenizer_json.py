@@ -1,8 +1,8 @@
-"""tokenizer.json: a whole pipeline of the `tokenizers` library.
+"""tokenizer.json: a complete pipeline of the `tokenizers` library.
 
-It is taken as it stands. transformers 5 keeps of it only the vocabulary and the merges when the class is one
-that it knows, and so loses, say, the single digits of SmolLM2. Here a setting, where one is given, changes
-the one step that it is about.
+It is used unchanged. transformers 5 keeps only the vocabulary and the merges if it knows the class, and so
+loses, for example, SmolLM2's splitting into single digits. Here a setting changes only the step that it is
+about.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ _BERT_NORMALIZER = {
 def from_tokenizer_json(
     path: Path, family: Family, settings: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> Backend:
-    """The pipeline in `path`. All `settings` count where a class is known, else only `overrides`, which the
-    caller gave. Padding and truncation that someone left in the file are dropped."""
+    """The pipeline in `path`. All `settings` apply if the class is known, else only `overrides`, which the
+    caller gave. Padding and truncation stored in the file are dropped."""
     from tokenizers import Tokenizer
 
     data = read_json(path, error=TokenizerError)
@@ -51,12 +51,12 @@ def from_tokenizer_json(
         backend.no_truncation()
         backend.no_padding()
         check_ids(backend, data, str(path))
-        backend.decode(backend.encode("a b", "c").ids)  # some damage shows only in use
+        backend.decode(backend.encode("a b", "c").ids)  # some damage is detected only in use
     return backend
 
 
 def _apply(data: Mapping[str, Any], settings: Mapping[str, Any], names: Collection[str]) -> None:
-    """Changes the steps in `data` as those `settings` say that are in `names`."""
+    """Change the steps in `data` by those `settings` whose names are in `names`."""
     for step in _steps(data, "normalizer", "normalizers"):
         if step.get("type") == "BertNormalizer":
             step.update({key: settings[name] for name, key in _BERT_NORMALIZER.items() if name in names})
@@ -76,11 +76,11 @@ def _apply(data: Mapping[str, Any], settings: Mapping[str, Any], names: Collecti
 
 
 def _as_llama(data: dict[str, Any], settings: Mapping[str, Any]) -> None:
-    """`legacy` decides about the space after special tokens, whatever pipeline the file has: as
-    transformers 5."""
+    """`legacy` controls the space after special tokens, for any pipeline in the file, as in transformers
+    5."""
     model = data.get("model")
     if not isinstance(model, dict) or not model.get("byte_fallback"):
-        return  # a Llama 3 under the name of Llama 2's class: bytes, not "▁"
+        return  # a Llama 3 tokenizer with the class name of Llama 2: bytes, not "▁"
     prefix = settings.get("add_prefix_space") is not False
     scheme = ("always" if settings.get("legacy", False) else "first") if prefix else "never"
     data["normalizer"] = None
