@@ -10,6 +10,7 @@ from .loading import (
     weight_map,
 )
 from .quantized import KEEP
+from .relays import OutputMatrix
 from .rules import Rule, affine, copy, fuse, ignore, tied, transpose
 from .stored import (
     CONFIG_KEY,
@@ -21,7 +22,7 @@ from .stored import (
     stored_format,
     stored_untied,
 )
-from .unfused import RECORD, OutputMatrix, foreign, fuse_modules, tied_names, unfuse_modules
+from .unfused import RECORD, foreign, fuse_modules, tied_names, unfuse_modules
 
 __all__ = [
     "CONFIG_KEY",

@@ -18,222 +18,33 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .. import ops
-from ..differences import tell
 from .plan import fused_sizes
+from .relays import (
+    OWN,
+    BaseNode,
+    JoinedRelay,
+    LayerNorm,
+    LinearRelay,
+    MaskedLM,
+    Node,
+    NormRelay,
+    OutputMatrix,
+    Path,
+    PoolerNode,
+    Relay,
+    RMSNorm,
+    TableRelay,
+    linear_of,
+    walk,
+)
 from .rules import Rule
 
-Path = tuple[str, ...]
 RECORD = "_unfused"
 """Key in a model's `__dict__` of what `fuse_modules` needs."""
 PARTS = ("body", "pooler", "head")
-_OWN: set[type] = set()
-"""The classes of linear layers and tables that models here are made of."""
-
-
-class Node(nn.Module):
-    """A place in the tree that has others below it."""
-
-    def forward(self, *arguments: Any, **options: Any) -> Any:
-        """Only what is below it computes."""
-        raise RuntimeError(
-            "this is a name in an unfused model, not a layer: call the model, or model.base_model"
-        )
-
-
-class BaseNode(Node):
-    """The base model of a model with a head: `model.bert`."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.__dict__["_model"] = model
-
-    def forward(self, *arguments: Any, **options: Any) -> Any:
-        """As ``model.base_model``."""
-        return self.__dict__["_model"].base_model(*arguments, **options)
-
-
-class PoolerNode(Node):
-    """tanh(W x + b) of a sequence's first token (BERT); `dense` is below it."""
-
-    def forward(self, hidden: Tensor, packed: Any) -> Tensor:
-        """hidden [T, C] -> [B, C]."""
-        if packed.padded_left:
-            tell("first-token")
-        return project(self._modules["dense"], hidden[packed.first()], "tanh")
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm by `minilm.ops`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., C]."""
-        return ops.layer_norm(x, self.weight, self.bias, self.eps)
-
-
-class RMSNorm(nn.Module):
-    """RMSNorm by `minilm.ops`."""
-
-    weight: nn.Parameter
-
-    def __init__(self, eps: float) -> None:
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., C]."""
-        return ops.rms_norm(x, self.weight, self.eps)
-
-
-class OutputMatrix(nn.Module):
-    """What scores the vocabulary: `lm_head`. The table of tokens where the two are tied.
-
-    No `nn.Linear`, so that PEFT's target_modules="all-linear" leaves it out, as it leaves that of a model of
-    transformers out. ``model.get_submodule`` gives a linear layer with its parameters, to be
-    put in its place.
-    """
-
-    weight: nn.Parameter
-    bias: nn.Parameter | None
-
-    def __init__(self, kind: type[nn.Linear]) -> None:
-        super().__init__()
-        self.kind = kind
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x [..., C] -> [..., V]."""
-        return ops.linear(x, self.weight, self._parameters.get("bias"))
-
-    def as_linear(self) -> nn.Linear:
-        """The same as a linear layer."""
-        linear = _linear(self.kind, self._parameters)
-        linear.train(self.training)
-        return linear
-
-
-def _linear(kind: type[nn.Linear], parameters: dict[str, nn.Parameter | None]) -> nn.Linear:
-    """A linear layer with these very parameters."""
-    weight, bias = parameters["weight"], parameters.get("bias")
-    assert weight is not None
-    made = kind(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    made._parameters.update(weight=weight, bias=bias)
-    return made
-
-
-def project(layer: Any, x: Tensor, activation: str | None = None) -> Tensor:
-    """activation(layer(x)), in one operation where the layer is one of ours."""
-    y: Tensor
-    if activation is None:
-        y = layer(x)
-    elif type(layer) in _OWN:
-        y = layer(x, activation)
-    else:
-        y = ops.ACTIVATIONS[activation](layer(x))
-    return y
-
-
-def walk(root: nn.Module, path: Path) -> Any:
-    """The module at a path, through whatever was put around one on the way."""
-    found: Any = root
-    for name in path:
-        inside = found._modules.get(name)
-        found = getattr(found, name) if inside is None else inside
-    return found
-
-
-class Relay(nn.Module):
-    """Stands in the body for the module at one name of the tree."""
-
-    def __init__(self, model: nn.Module, path: Path) -> None:
-        super().__init__()
-        self.__dict__.update(_model=model, path=path)
-
-    @property
-    def named(self) -> Any:
-        """What stands there now."""
-        return walk(self.__dict__["_model"], self.__dict__["path"])
-
-    def forward(self, *arguments: Any) -> Any:
-        """As the module there."""
-        return self.named(*arguments)
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or "_model" not in self.__dict__:
-            raise AttributeError(name)
-        return getattr(self.named, name)
-
-    def extra_repr(self) -> str:
-        return ".".join(self.__dict__["path"])
-
-
-class LinearRelay(Relay):
-    """For a linear layer, with the activation that its caller asks for."""
-
-    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
-        """x [..., in] -> [..., out]."""
-        return project(self.named, x, activation)
-
-
-class JoinedRelay(nn.Module):
-    """For one matrix of several: query, key and value; gate and up."""
-
-    def __init__(self, model: nn.Module, paths: Sequence[Path]) -> None:
-        super().__init__()
-        self.__dict__.update(_model=model, paths=tuple(paths))
-
-    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
-        """x [..., in] -> [..., the sum of the parts]."""
-        model = self.__dict__["_model"]
-        y = torch.cat([walk(model, path)(x) for path in self.__dict__["paths"]], -1)
-        return y if activation is None else ops.ACTIVATIONS[activation](y)
-
-    def extra_repr(self) -> str:
-        return ", ".join(".".join(path) for path in self.__dict__["paths"])
-
-
-class NormRelay(Relay):
-    """For a norm, with the residual sum before it."""
-
-    def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(norm(x + delta), x + delta)."""
-        total = x if delta is None else x + delta
-        return self.named(total), total
-
-    def norm(self, x: Tensor) -> Tensor:
-        """norm(x)."""
-        y: Tensor = self.named(x)
-        return y
-
-
-class TableRelay(Relay):
-    """For the table of types, of which the first row is read where a call gives none."""
-
-    @property
-    def weight(self) -> Tensor:
-        """The vectors, as the module there gives them."""
-        table = self.named
-        plain = table.weight
-        if type(table) in _OWN:
-            return plain  # type: ignore[no-any-return]
-        rows: Tensor = table(torch.arange(plain.shape[0], device=plain.device))
-        return rows
-
-
-class MaskedLM(nn.Module):
-    """The head that guesses masked tokens, over relays: `AutoModelForMaskedLM`'s."""
-
-    def __init__(self, head: Any, decoder: Relay) -> None:
-        super().__init__()
-        self.activation = head.activation
-        self.dense, self.norm, self.next_sentence = head.dense, head.norm, head.next_sentence
-        self.decoder = decoder
-
-    def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
-        """hidden [T, C] -> logits [T, V]; the token table is not needed."""
-        scores: Tensor = self.decoder(self.norm.norm(self.dense(hidden, self.activation)))
-        return scores
 
 
 @dataclass
@@ -279,7 +90,7 @@ class _Unfusing:
         self.prefix: str = family.prefix(head)
         self.linear: type[nn.Linear] = type(model.body.layers[0].attention.out)
         self.tokens = model.body.embeddings.tokens
-        _OWN.update((self.linear, type(self.tokens)))
+        OWN.update((self.linear, type(self.tokens)))
         base = BaseNode(model) if self.prefix else Node()
         self.base = base
         self.top = Node()
@@ -381,7 +192,7 @@ class _Unfusing:
             for part, piece in zip(parts, pieces, strict=True):
                 part[kind] = piece
         for path, part in zip(paths, parts, strict=True):
-            self._put(path, _linear(self.linear, part))
+            self._put(path, linear_of(self.linear, part))
         module._parameters.update(dict.fromkeys(module._parameters))
 
     def _output(self, head: Any) -> None:
@@ -443,7 +254,7 @@ def foreign(model: Any) -> str | None:
 
 
 def _is_plain(place: nn.Module) -> bool:
-    return type(place) in (LayerNorm, RMSNorm, OutputMatrix) or type(place) in _OWN
+    return type(place) in (LayerNorm, RMSNorm, OutputMatrix) or type(place) in OWN
 
 
 def fuse_modules(model: Any) -> None:
@@ -466,7 +277,7 @@ def fuse_modules(model: Any) -> None:
         matrix: Any = walk(model, record.output)
         weight = matrix._parameters["weight"]
         tied = weight is model.body.embeddings.tokens.weight
-        head._modules["decoder"] = None if tied else _linear(_kind(matrix), {"weight": weight})
+        head._modules["decoder"] = None if tied else linear_of(_kind(matrix), {"weight": weight})
         if "bias" in head._parameters:
             head._parameters["bias"] = matrix._parameters["bias"]
     for seat in record.seats:
