@@ -7,7 +7,7 @@ from typing import Any
 
 from .limits import Limit
 from .results import Results, rows, share, times
-from .standing import against, counterpart, main, outcome
+from .standing import against, counterpart, main
 from .stats import MAX_SPREAD, summary, too_wide
 
 
@@ -24,7 +24,7 @@ class Line:
     share: str
     ratio: str
     outcome: str
-    """won, lost, even, unclear (see `standing.outcome`); "" where nothing is compared."""
+    """won, lost, even, unclear (see `stats.Ratio`); "" where nothing is compared."""
     remark: str
     status: str
 
@@ -63,8 +63,8 @@ def _line(cell: dict[str, Any], cells: list[dict[str, Any]], max_spread: float) 
     moved, computed, fraction = cell.get("bytes"), cell.get("operations"), share(cell)
     found, ours = against(cell, cells, max_spread), counterpart(cell, cells)
     compared = "ours" if ours is cell else "" if found is None or ours is None else str(found)
-    if found is not None and ours is not None and not found.reason:
-        compared += f" ({ours['peer']})" if ours is not main(cells) else ""
+    if found is not None and ours is not None and ours is not cell and ours is not main(cells):
+        compared += f" ({ours['peer']})"
     remarks = [wide] if wide else []
     detail = (cell.get("check") or {}).get("detail")
     if detail and cell["precision"] != "fp32":
@@ -81,7 +81,7 @@ def _line(cell: dict[str, Any], cells: list[dict[str, Any]], max_spread: float) 
         count(computed / taken.median / 1e9) if computed else "",
         (f"{fraction:.0%}" if not wide else "-") if fraction is not None else "",
         compared,
-        outcome(found) if found is not None else "",
+        found.outcome if found is not None else "",
         "; ".join(remarks),
         status,
     )
@@ -100,7 +100,7 @@ HEADINGS = (
     "GB/s",
     "Gop/s",
     "of limit",
-    "minilm is faster by",
+    "minilm is",
     "remarks",
 )
 

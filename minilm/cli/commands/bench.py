@@ -65,9 +65,12 @@ def bench(
     if compare is not None:
         _compare(*compare)
     elif html is not None:
+        from minilm.benchmarks import markdown as tables
         from minilm.benchmarks import page
 
         typer.echo(str(page.write(html)))
+        if (readme := tables.write(html)) is not None:
+            typer.echo(str(readme))
     elif markdown is not None:
         _markdown(markdown, model, threads)
     elif explain:
@@ -185,15 +188,16 @@ def _compare(before: Path, after: Path) -> None:
 
 
 def _markdown(path: Path, models: str, threads: str) -> None:
-    from minilm.benchmarks.markdown import tables
+    from minilm.benchmarks.markdown import overview, tables
     from minilm.benchmarks.results import Results
 
     chosen = [] if models == "all" else models.split(",")
     many = None if threads == "all" else _threads(threads)[-1]
-    found = tables(Results.read(path), chosen, many)
+    results = Results.read(path)
+    found = tables(results, chosen, many)
     if not found:
         raise CommandError(f"{path} has no end-to-end cells with that model and number of threads")
-    typer.echo(found, nl=False)
+    typer.echo(f"{overview(results, chosen, many)}\n{found}", nl=False)
 
 
 def _list(device: str) -> None:
