@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from cli_runs import Terminal
-from tiny_models import save_model
 
 from minilm.cli import errors
 from minilm.cli.progress import Progress, duration
@@ -95,10 +94,6 @@ def test_durations(seconds: float, words: str) -> None:
 
 
 def test_a_model_that_is_loaded_is_said_first_of_all(tmp_path: Path) -> None:
-    folder = save_model(tmp_path, "bert")
-    terminal = Terminal("tokenize", "--model", folder, "tea")
-    assert terminal.wait_for("\n") == f"loading the tokenizer of {folder} ..."
-    assert terminal.finish() == 0
     terminal = Terminal("embed", "--model", tmp_path / "nothing", "tea")
     assert terminal.wait_for("\n") == f"loading {tmp_path / 'nothing'} ..."
     assert terminal.finish() == 2
