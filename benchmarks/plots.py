@@ -50,7 +50,7 @@ def bars(results: Results, place: tuple[Any, ...], axes: Any) -> bool:
     workload = place[1].removeprefix(f"{cells[0]['model']} ")
     words = standing.explanation(place[1])
     title = ": ".join(filter(None, (workload, words)))
-    axes.set_title(title if len(title) <= 66 else words, loc="left", fontsize=9)
+    axes.set_title(title if len(title) <= 80 else words, loc="left", fontsize=9)
     axes.set_xlabel("seconds (less is better)" if cold else f"{timed[0]['unit']}/s", fontsize=8)
     axes.grid(False, axis="y")
     axes.tick_params(axis="y", length=0)
