@@ -82,10 +82,10 @@ def run(plan: Plan, on_cell: Callable[[Results], None] = lambda results: None) -
     course.begin("limits", FIRST, rounds * ROUND_SECONDS, needed=True)
     probe = _probe(plan)
     results.limits.append(probe.limits)
-    for done in range(rounds):
+    for _ in range(rounds):
         began_round = time.monotonic()
         probe.round()
-        if course.limited and done and course.remaining() < 0.9 * course.limit:
+        if course.limited and course.remaining() < 0.9 * course.limit:  # a slow machine; one is enough
             break
     round_seconds = time.monotonic() - began_round
     if plan.device == "cpu":
