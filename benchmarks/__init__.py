@@ -12,6 +12,8 @@ Installed as `minilm.benchmarks`; the command is ``minilm bench``. Reading order
     corpus, models    the workloads, made without a download
     results, report, compare       JSON, tables, what changed beyond the noise
     standing          like with like: what was won and lost
+    course            where a run is, how long it will take, what its limit leaves out
+    drawing, roofline, curves    what plots is made of
     plots, page, markdown    pictures, the HTML page, tables for a README
     waterfall         ``minilm bench --explain MODEL``
     gpu_check         ``make gpu-check``

@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import torch
 from minilm import doctor
 
 from . import check, corpus, costs, harness, machine, models, peers, shapes
+from .course import Course, Step
 from .limits import Limits
 from .peers.base import Assets
 from .workers import Worker, WorkerError
@@ -57,8 +58,9 @@ class Workload:
         return costs.total(adjusted) * self.passes
 
 
-def encoder_workloads(model: str, assets: Assets, *, with_corpus: bool) -> list[Workload]:
-    """Fixed shapes and, where the tokenizer is the model's own, the corpus."""
+def encoder_workloads(model: str, assets: Assets | None, *, with_corpus: bool) -> list[Workload]:
+    """Fixed shapes and, where the tokenizer is the model's own, the corpus. Without `assets`: of the same
+    names, and about as large."""
     spec = shapes.spec(model)
     found = []
     for regime in shapes.regimes(model):
@@ -72,7 +74,7 @@ def encoder_workloads(model: str, assets: Assets, *, with_corpus: bool) -> list[
         found.append(Workload(model, regime.name, "ids", "sentences", {"batches": batches}, units, calls))
     if with_corpus:
         texts = corpus.sentences()
-        lengths = token_counts(assets, texts)
+        lengths = token_counts(assets, texts) if assets is not None else [len(t.split()) + 4 for t in texts]
         calls = tuple(costs.forward(spec, lengths))
         name = f"{len(texts)} mixed sentences, tokenised"
         found.append(Workload(model, name, "texts", "sentences", {"texts": texts}, len(texts), calls))
@@ -89,15 +91,17 @@ def token_counts(assets: Assets, texts: Sequence[str]) -> list[int]:
     return [len(e.ids) for e in tokenizer.encode_batch(list(texts))]
 
 
-def decoder_workloads(model: str, assets: Assets) -> list[Workload]:
-    """Prefill, steps after a short and a long prompt, eight sequences at once."""
+def decoder_workloads(model: str, assets: Assets | None) -> list[Workload]:
+    """Prefill, steps after a short and a long prompt, eight sequences at once. Without `assets`: of the same
+    names and sizes, with prompts of no meaning."""
     spec = shapes.spec(model)
+    folder = None if assets is None else assets.folder
     new = 4 if machine.tiny() else 32
     found = []
     for regime in shapes.regimes(model):
         if not regime.decoding:
             count = regime.tokens
-            ids = models.prompt_ids(count + 64, spec.vocab_size, assets.folder)
+            ids = _prompt(count + 64, spec.vocab_size, folder)
             prompts = [ids[i : i + count] for i in range(0, 64, 8)]
             calls = tuple(costs.forward(spec, regime.lengths, logits=1, cached=True))
             request = {"prompts": prompts}
@@ -105,13 +109,17 @@ def decoder_workloads(model: str, assets: Assets) -> list[Workload]:
             continue
         assert regime.contexts is not None
         count, batch = regime.contexts[0] - 1, len(regime.lengths)
-        ids = models.prompt_ids(count + batch, spec.vocab_size, assets.folder)
+        ids = _prompt(count + batch, spec.vocab_size, folder)
         prompts = [ids[i : i + count] for i in range(batch)]
         contexts = [count + 1 + new // 2] * batch  # of the step in the middle
         calls = tuple(costs.forward(spec, regime.lengths, contexts=contexts, logits=batch, cached=True))
         request = {"prompts": prompts, "new": new}
         found.append(Workload(model, regime.name, "decode", "tokens", request, new * batch, calls, new))
     return found
+
+
+def _prompt(count: int, vocabulary: int, folder: Any) -> list[int]:
+    return [0] * count if folder is None else models.prompt_ids(count, vocabulary, folder)
 
 
 def sweep_workloads(model: str) -> list[Workload]:
@@ -190,22 +198,74 @@ class Options:
     """Which workloads, by name."""
     say: Callable[[str], None] = lambda text: None
     cold_repeats: int = 3
+    course: Course = field(default_factory=Course)
+
+    def status(self, error: WorkerError) -> str:
+        """What is said of an engine that gave this error: where the time is limited, being slow is no
+        failure."""
+        skipped = error.kind == "unavailable" or (error.kind == "slow" and self.course.limited)
+        return "skipped" if skipped else "failed"
+
+    def worker(self, name: str) -> Worker:
+        """An engine's process; it is given up when the time of the run is over."""
+        timeout = max(20.0, min(900.0, self.course.remaining()))
+        return Worker(name, self.threads, timeout)
 
 
 def run_model(
     model: str, workloads: Sequence[Workload], limits: Limits, options: Options, *, cold: bool = True
 ) -> Iterator[dict[str, Any]]:
     """All engines on all workloads of one model; yields one cell for each pair."""
-    assets = models.assets(model)
+    course = options.course
     workloads = [w for w in workloads if options.chosen(f"{w.model} {w.name}")]
     candidates = engines_for(model, options.device, options.wanted)
     with ExitStack() as stack:
-        ready, verdicts, refused = _start(stack, model, assets, candidates, options)
-        for workload in workloads:
-            yield from _run(workload, ready, verdicts, refused, limits, options)
+        ready, verdicts, refused = _start(stack, model, models.assets(model), candidates, options)
+        for workload in workloads if ready else ():
+            name, guess = f"{model}: {workload.name}", workload_guess(workload, len(ready), options.settings)
+            if course.begin("workload", name, guess):
+                yield from _run(workload, ready, verdicts, refused, limits, options)
+                course.end()
+    names = [name for name in ready if verdicts[name].ok]
+    wanted = cold and names and options.chosen(f"{model} cold start")
+    if wanted and course.begin("cold", f"{model}: cold starts", cold_guess(len(names), options)):
+        yield from _cold_starts(model, models.assets(model), names, options)
+        course.end()
+
+
+LOAD_SECONDS = 6.0
+"""What it takes to start, load and check an engine on a quiet machine."""
+QUICK = ("minilm", "onnxruntime", "minilm int8", "sentence-transformers", "minilm q8_0")
+"""The engines that come first where the time is limited."""
+
+
+def workload_guess(workload: Workload, engines: int, settings: harness.Settings) -> float:
+    """Seconds for all engines on a workload on a quiet machine."""
+    cost = workload.cost(4.0)
+    call = 3 * max(cost.operations / 1e11, cost.bytes / 2e10)
+    rounds = min(
+        settings.rounds, max(settings.least_rounds, settings.budget_seconds / max(call * engines, 1e-3))
+    )
+    return engines * (0.3 + (2 + rounds) * call)
+
+
+def cold_guess(engines: int, options: Options) -> float:
+    """Seconds for the cold starts of a model."""
+    return engines * (1 + options.cold_repeats) * 4.0
+
+
+def steps(model: str, workloads: Sequence[Workload], options: Options, *, cold: bool) -> list[Step]:
+    """What `run_model` will do, for the course."""
+    found = [n for n, reason in engines_for(model, options.device, options.wanted) if reason is None]
+    planned = [Step("engine", f"{model}: {TRUTH} gives what is right", LOAD_SECONDS)]
+    planned += [Step("engine", f"{model}: {name} is loaded and checked", LOAD_SECONDS) for name in found]
+    for workload in workloads:
+        if options.chosen(f"{model} {workload.name}"):
+            guess = workload_guess(workload, len(found), options.settings)
+            planned.append(Step("workload", f"{model}: {workload.name}", guess))
     if cold and options.chosen(f"{model} cold start"):
-        names = [name for name in ready if verdicts[name].ok]
-        yield from _cold_starts(model, assets, names, options)
+        planned.append(Step("cold", f"{model}: cold starts", cold_guess(len(found), options)))
+    return planned
 
 
 def _start(
@@ -220,22 +280,54 @@ def _start(
     ready: dict[str, Worker] = {}
     verdicts: dict[str, check.Verdict] = {}
     refused: dict[str, tuple[str, str]] = {}
-    with Worker(TRUTH, options.threads) as reference:
-        reference.load(assets, options.device)
-        truth = output(reference, model, assets)
-    for name, reason in sorted(candidates, key=lambda found: (found[0] in LAST, found[0] == LAST[-1])):
+    course, at_start = options.course, options.course.remaining()
+    late = ("skipped", "left out for want of time")
+    truth_step = f"{model}: {TRUTH} gives what is right"
+    if not course.begin("engine", truth_step, LOAD_SECONDS, told=f"{model}: everything"):
+        course.drop_all(f"{model}: ")
+        return {}, {}, {name: late for name, _ in candidates}
+    try:
+        with ExitStack() as stays:
+            reference = stays.enter_context(options.worker(TRUTH))
+            reference.load(assets, options.device)
+            truth = output(reference, model, assets)
+            if course.limited and options.wanted(TRUTH):  # one process less to start
+                ready[TRUTH] = reference
+                verdicts[TRUTH] = judge(truth, truth, precision_of(TRUTH, options.device)[0])
+                reference.pause()
+                stack.push(stays.pop_all())
+                course.drop(f"{model}: {TRUTH} is loaded and checked")
+    except WorkerError as error:
+        if options.status(error) == "failed":
+            raise
+        course.drop_all(f"{model}: ")
+        course.left_out.append(f"{model}: everything, since {TRUTH} was too slow")
+        return {}, {}, {name: late for name, _ in candidates}
+    finally:
+        course.end()
+    for name, reason in sorted(candidates, key=_order(course.limited)):
+        step = f"{model}: {name} is loaded and checked"
+        if name in ready:
+            continue
         if reason is not None:
             refused[name] = ("skipped", reason)
+            course.drop(step)
+            continue
+        if course.limited and len(ready) > 1 and course.remaining() < 0.5 * at_start:
+            refused[name] = late  # the rest of the time is for measuring
+            course.leave_out(f"{model}: {name}", step)
             continue
         if (short := _too_large(name, assets, options.device)) is not None:
             refused[name] = ("skipped", short)
             continue
-        options.say(f"{model}: {name} is loaded and checked")
+        if not course.begin("engine", step, LOAD_SECONDS, told=f"{model}: {name}"):
+            refused[name] = late
+            continue
         try:
             if peers.engine_class(name).prepare is not peers.Engine.prepare:
-                with Worker(name, options.threads) as converter:
+                with options.worker(name) as converter:
                     converter.load(assets, options.device, prepare=True)
-            worker = stack.enter_context(Worker(name, options.threads))
+            worker = stack.enter_context(options.worker(name))
             worker.load(assets, options.device)
             verdicts[name] = judge(
                 output(worker, model, assets), truth, precision_of(name, options.device)[0]
@@ -243,8 +335,16 @@ def _start(
             ready[name] = worker
             worker.pause()
         except WorkerError as error:
-            refused[name] = ("skipped" if error.kind == "unavailable" else "failed", str(error))
+            refused[name] = (options.status(error), str(error))
+        finally:
+            course.end()
     return ready, verdicts, refused
+
+
+def _order(limited: bool) -> Callable[[tuple[str, str | None]], tuple[int, bool, bool]]:
+    """In which order engines are started: where the time is limited, those first that most people use."""
+    first = {name: at for at, name in enumerate(QUICK)} if limited else {}
+    return lambda found: (first.get(found[0], len(QUICK)), found[0] in LAST, found[0] == LAST[-1])
 
 
 def _too_large(name: str, assets: Assets, device: str) -> str | None:
@@ -296,7 +396,6 @@ def _run(
     limits: Limits,
     options: Options,
 ) -> Iterator[dict[str, Any]]:
-    options.say(f"{workload.model}: {workload.name}")
     cells = {name: _cell(workload, name, options) for name in (*ready, *refused)}
     for name, (status, reason) in refused.items():
         cells[name] |= {"status": status, "reason": reason}
@@ -317,7 +416,7 @@ def _run(
             worker.ask("block", workload=trial, calls=1)
         except WorkerError as error:
             cells[name] |= {
-                "status": "skipped" if error.kind == "unavailable" else "failed",
+                "status": options.status(error),
                 "reason": str(error),
             }
             continue
@@ -369,7 +468,6 @@ def _cold_starts(
     model: str, assets: Assets, names: Sequence[str], options: Options
 ) -> Iterator[dict[str, Any]]:
     """Process start to the first result, in turn; and the most memory the process held until then."""
-    options.say(f"{model}: cold starts")
     workload = Workload(model, "cold start", "cold", "s", {}, 1)
     cells = {
         name: _cell(workload, name, options) | {"status": "ok", "samples": [], "calls": 1} for name in names
@@ -381,7 +479,7 @@ def _cold_starts(
                 continue
             try:
                 begin = time.perf_counter()
-                with Worker(name, options.threads) as worker:
+                with options.worker(name) as worker:
                     worker.load(assets, options.device)
                     if model in shapes.ENCODERS:
                         worker.ask("embed", texts=["The first sentence after the start."])
@@ -390,7 +488,7 @@ def _cold_starts(
                     seconds = time.perf_counter() - begin
                     peak = worker.ask("peak")
             except WorkerError as error:
-                cells[name] |= {"status": "failed", "reason": str(error), "samples": []}
+                cells[name] |= {"status": options.status(error), "reason": str(error), "samples": []}
                 continue
             if done:
                 cells[name]["samples"].append(seconds)

@@ -15,6 +15,7 @@ def main(arguments: list[str]) -> int:
     """Returns 1 when something of minilm's was wrong."""
     device, levels, models, target, seconds = arguments
     from minilm.benchmarks import machine, plots, report
+    from minilm.benchmarks.course import Course
     from minilm.benchmarks.harness import Settings
     from minilm.benchmarks.results import Results
     from minilm.benchmarks.run import Plan, run
@@ -29,6 +30,7 @@ def main(arguments: list[str]) -> int:
         dtype="float32" if device == "cpu" else "float16",
         settings=settings,
         say=lambda text: print(text, file=sys.stderr, flush=True),
+        course=Course(show=lambda state: print(state.name, file=sys.stderr, flush=True)),
         limit_rounds=3,
         cold=False,
     )

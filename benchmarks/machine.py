@@ -77,22 +77,44 @@ def _jiffies() -> dict[str, int]:
     return dict(zip(names, map(int, fields), strict=False))
 
 
+def _tree() -> dict[int, float]:
+    """Process id -> seconds of processor time, of this process and all below it, those that have ended
+    included."""
+    times = os.times()
+    found = {os.getpid(): times.user + times.system + times.children_user + times.children_system}
+    parents: dict[int, tuple[int, float]] = {}
+    tick = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+    for folder in Path("/proc").glob("[0-9]*"):
+        fields = _read(str(folder / "stat")).rpartition(")")[2].split()
+        if len(fields) > 14:
+            parents[int(folder.name)] = (int(fields[1]), sum(map(int, fields[11:15])) / tick)
+    grew = True
+    while grew:
+        below = {pid: spent for pid, (above, spent) in parents.items() if above in found and pid not in found}
+        found |= below
+        grew = bool(below)
+    return found
+
+
 class Load:
-    """How busy the machine was between construction and `stop`: load average, clocks, and the share of
-    processor time that the host gave to others (steal)."""
+    """How busy the machine was between construction and `stop`: load average, clocks, the share of processor
+    time that the host gave to others (steal), and the share that other programs here took."""
 
     def __init__(self) -> None:
-        self._before = _jiffies()
+        self._before, self._own = _jiffies(), sum(_tree().values())
 
     def stop(self) -> dict[str, Any]:
         """What to note beside a measurement."""
-        after = _jiffies()
+        after, own = _jiffies(), sum(_tree().values()) - self._own
         spent = {k: after.get(k, 0) - v for k, v in self._before.items()}
         whole = sum(spent.values()) or 1
+        used = (whole - spent.get("idle", 0) - spent.get("iowait", 0) - spent.get("steal", 0)) / whole
+        tick = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
         return {
             "load_1min": round(os.getloadavg()[0], 2),
             "steal_share": round(spent.get("steal", 0) / whole, 4),
             "idle_share": round(spent.get("idle", 0) / whole, 4),
+            "others_share": round(max(0.0, used - own * tick / whole), 3) if spent else None,
             "clocks_mhz": [round(c) for c in clocks_mhz()],
         }
 

@@ -1,39 +1,84 @@
-"""Results as tables in Markdown that fit a README: the encoder's, the decoder's, that of cold starts.
+"""Results as tables in Markdown: one for a README, and the encoder's, the decoder's, that of cold starts.
 
-Engines down, by the bits of their weights; workloads across. In minilm's rows stands what was measured, in
-the others how many times faster minilm's variant of the same format is, or that it is slower."""
+The one for a README has a row for each workload: what was measured of minilm, and the fastest other engine
+with as many bits a weight. In the others engines stand down, by the bits of their weights, and workloads
+across; in minilm's rows stands what was measured, in the others how many times faster minilm's variant of the
+same format is, or that it is slower."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from . import shapes
 from .report import count
-from .results import Results, rows, times
-from .standing import SWEEP, against, counterpart, grouped, heading, outcome
+from .results import ResultError, Results, rows, times
+from .standing import GROUPS, SWEEP, against, counterpart, grouped, heading, main
 
 Cells = list[dict[str, Any]]
 
 LEGEND = (
     "Rows of minilm: what was measured. Other rows: how many times faster minilm is, with weights of the "
-    "same format, as a median of interleaved rounds; in bold where it is slower. *Unclear*: the rounds "
-    "differ too much to say.\n"
+    "same format, as a median of interleaved rounds; in bold where it is slower. In brackets: the middle "
+    "60 % of the rounds, where they differ by more than 30 %. *Even*, *unclear*: the rounds disagree on who "
+    "is faster, a little or a lot.\n"
 )
+BESIDE = "Each figure is minilm's; beside it the fastest other engine with weights of as many bits.\n"
+
+
+def overview(results: Results, models: Sequence[str] = (), threads: int | None = None) -> str:
+    """One table: a row for each workload, a column for each number of bits (see `tables` for the
+    arguments)."""
+    found, threads = _found(results, threads)
+    lines: list[str] = []
+    groups: list[str] = []
+    for model in _chosen(found, models):
+        for cells in found[model].values():
+            groups += [
+                name for name in grouped([c for c in cells if c["ours"] and times(c)]) if name not in groups
+            ]
+    groups.sort(key=list(dict.fromkeys(GROUPS.values())).index)
+    for model in _chosen(found, models):
+        for name, cells in found[model].items():
+            unit = "s" if cells[0]["unit"] == "s" else f"{cells[0]['unit']}/s"
+            entries = [_nearest(cells, group) or "-" for group in groups]
+            lines.append(f"| {model}, {_short(name)}, {unit} | {' | '.join(entries)} |")
+    if not lines:
+        return ""
+    head = f"| {_threads(threads)} | {' | '.join(groups)} |"
+    return "\n".join([BESIDE, head, "|---|" + "---|" * len(groups), *lines]) + "\n"
+
+
+def _nearest(cells: Cells, group: str) -> str:
+    """minilm's figure in a group, and how it stands to the fastest other engine there."""
+    members = grouped([c for c in cells if times(c)]).get(group, [])
+    others = [c for c in members if not c["ours"]]
+    ours = main([c for c in members if c["ours"]])
+    if not others:
+        return f"**{_measured(ours)}**" if ours is not None else ""
+    nearest = counterpart(others[0], cells)
+    ratio = against(others[0], cells)
+    if nearest is None or nearest not in members or ratio is None:
+        return ""
+    words = str(ratio).partition(":")[0]
+    words = f"**{words}**" if ratio.outcome == "lost" else words
+    joined = "with" if ratio.outcome == "even" else "beside" if ratio.outcome == "unclear" else "than"
+    return f"**{_measured(nearest)}**, {words} {joined} {others[0]['peer']}"
+
+
+def _measured(cell: dict[str, Any]) -> str:
+    taken = times(cell)
+    assert taken is not None
+    return f"{taken.median:.2f}" if cell["unit"] == "s" else count(cell["units_per_call"] / taken.median)
 
 
 def tables(results: Results, models: Sequence[str] = (), threads: int | None = None) -> str:
     """The tables of one run. `models`: those to show, else the first encoder and the first decoder that were
     measured; `threads`: else the most that were used."""
-    found: dict[str, dict[str, Cells]] = {}
-    used = [c["threads"] for c in results.cells if c["level"] == "end to end"]
-    threads = threads or max(used, default=0)
-    for place, cells in rows(results.cells).items():
-        if place[0] == "end to end" and place[4] == threads and not SWEEP.search(place[1]):
-            model = cells[0]["model"]
-            found.setdefault(model, {})[place[1].removeprefix(f"{model} ")] = cells
-    chosen = [m for m in models if m in found] if models else _first_of_each(list(found))
+    found, threads = _found(results, threads)
+    chosen = _chosen(found, models)
     parts = [LEGEND] if chosen else []
     for model in chosen:
         warm = {_short(name): cells for name, cells in found[model].items() if name != "cold start"}
@@ -44,6 +89,61 @@ def tables(results: Results, models: Sequence[str] = (), threads: int | None = N
     if cold:
         parts.append(_table(f"cold start, {_threads(threads)}, s (most memory)", cold))
     return "\n".join(parts)
+
+
+def page(results: Results, run: str, pictures: Sequence[str]) -> str:
+    """README.md of a folder of results: the run `run` in tables, and the pictures that are there."""
+    shown = "\n\n".join(f"![{name.replace('-', ' ')}](pictures/{name}.png)" for name in pictures)
+    machine = f"{results.machine['cpu']}, {results.machine['usable_cores']} cores"
+    rest = "`index.html` has every run and every figure."
+    head = f"# Measurements: {machine}\n\nTables of `{run}`, and pictures. {rest}"
+    return "\n\n".join((head, overview(results).rstrip(), tables(results).rstrip(), shown)).rstrip() + "\n"
+
+
+def newest(folder: Path) -> tuple[str, Results] | None:
+    """The newest run in a folder with whole models of both kinds; else the newest with whole models."""
+    runs: list[tuple[bool, str, str, Results]] = []
+    for file in folder.glob("*.json"):
+        try:
+            results = Results.read(file)
+        except ResultError:
+            continue
+        kinds = {
+            c["model"] in shapes.ENCODERS for c in results.cells if c["level"] == "end to end" and times(c)
+        }
+        if kinds:
+            runs.append((len(kinds) > 1, results.started, file.name, results))
+    if not runs:
+        return None
+    _, _, name, results = max(runs, key=lambda run: run[:3])
+    return name, results
+
+
+def write(folder: Path) -> Path | None:
+    """Write README.md of a folder of results; None where there is no run with whole models."""
+    found = newest(folder)
+    if found is None:
+        return None
+    target = folder / "README.md"
+    names = sorted(file.stem for file in (folder / "pictures").glob("*.png"))
+    target.write_text(page(found[1], found[0], names), encoding="utf-8")
+    return target
+
+
+def _found(results: Results, threads: int | None) -> tuple[dict[str, dict[str, Cells]], int]:
+    """Model -> workload -> its cells, and the number of threads that they ran with."""
+    found: dict[str, dict[str, Cells]] = {}
+    used = [c["threads"] for c in results.cells if c["level"] == "end to end"]
+    threads = threads or max(used, default=0)
+    for place, cells in rows(results.cells).items():
+        if place[0] == "end to end" and place[4] == threads and not SWEEP.search(place[1]):
+            model = cells[0]["model"]
+            found.setdefault(model, {})[place[1].removeprefix(f"{model} ")] = cells
+    return found, threads
+
+
+def _chosen(found: dict[str, dict[str, Cells]], models: Sequence[str]) -> list[str]:
+    return [m for m in models if m in found] if models else _first_of_each(list(found))
 
 
 def _first_of_each(models: Sequence[str]) -> list[str]:
@@ -91,11 +191,9 @@ def _entry(name: str, cells: Cells) -> str:
     cold = cell["unit"] == "s"
     memory = f" ({cell['peak_bytes'] / 2**20:.0f} MiB)" if cold and cell.get("peak_bytes") else ""
     if counterpart(cell, cells) is cell:
-        return (f"{taken.median:.2f}" if cold else count(cell["units_per_call"] / taken.median)) + memory
+        return _measured(cell) + memory
     found = against(cell, cells)
     if found is None:
         return ""
-    if found.reason:
-        return f"unclear{memory}"
-    words = f"{found.value.median:.2f}x"
-    return (f"**{words}, slower**" if outcome(found) == "lost" else words) + memory
+    words = str(found).partition(":")[0].replace(" faster", "")
+    return (f"**{words}**" if found.outcome == "lost" else words) + memory

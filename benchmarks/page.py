@@ -17,13 +17,15 @@ CSS = Path(__file__).with_name("page.css")
 
 METHOD = """Engines of one table ran in turn, A B C A B C …, each in a process of its own (ops and layers:
 in one process); figures are medians, with the range that holds the middle 60 % of the repeats. A ratio is
-the median of the ratios round by round; where the spread was too wide, the table says so in place of a ratio.
+the median of the ratios round by round, with its range where that is wide.
 An engine whose output was wrong was not timed. The limits were measured in the same run."""
 
 TERMS = (
     ("like with like", "an engine is compared with minilm's variant whose weights have the same format"),
-    ("faster by 1.25x", "the other takes 1.25 times as long; below 1 minilm is slower"),
-    ("lost, even", "the middle 60 % of the ratios are below 1; on both sides of 1"),
+    ("1.25x faster", "the other engine takes 1.25 times as long; 1.25x slower: minilm does"),
+    ("(1.1 to 1.9)", "the middle 60 % of the ratios, where they differ by more than 30 % of their median"),
+    ("even", "the middle 60 % of the ratios lie on both sides of 1, close together"),
+    ("unclear", "they lie on both sides of 1, far apart; or there were fewer than three repeats"),
     ("of limit", "the least time that the measured bandwidth and arithmetic allow, over the time taken"),
     ("bound by", "the limit that takes longest: reading memory, copying, or arithmetic (fma, int8, gemm)"),
     ("read, copy", "bandwidth of plain loops over memory, in GB/s"),
@@ -42,12 +44,12 @@ def e(text: object) -> str:
     return html.escape(str(text))
 
 
-def picture(figure: Any) -> str:
-    """A figure as an inline image."""
+def picture(figure: Any, name: str) -> str:
+    """A figure as an inline image, which on a narrow screen scrolls in a box of its own."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="" src="data:image/png;base64,{data}">'
+    return f'<div class="wide"><img alt="{e(name)}" src="data:image/png;base64,{data}"></div>'
 
 
 # The first screen
@@ -86,7 +88,8 @@ def lost(results: Results) -> str:
         outcomes = {name: sum(c.outcome == name for c in found) for name in standing.OUTCOMES}
         counts = ", ".join(f"{n} {name}" for name, n in outcomes.items() if n)
         parts.append(
-            f"<p><strong>{len(found)} comparisons of whole models, like with like: {counts}.</strong></p>"
+            f"<p><strong>{len(found)} comparison{'s' * (len(found) != 1)} of whole models, like with like: "
+            f"{counts}.</strong></p>"
         )
     if wrong := [c for c in results.cells if c["ours"] and c["status"] == "wrong"]:
         names = ", ".join(f"{c['peer']} on {c['workload']}" for c in wrong)
@@ -115,10 +118,10 @@ def _where(device: str, threads: int) -> str:
 def _loss_table(entries: list[standing.Comparison]) -> str:
     body = "".join(
         f'<tr class="lost"><td>{e(f"{c.place[1]} · {_where(*c.place[3:])}")}</td><td>{e(c.cell["peer"])}</td>'
-        f"<td>{e(c.ours['peer'])}</td><td>{c.ratio.value.median:.2f}x</td></tr>"
+        f"<td>{e(c.ours['peer'])}</td><td>{e(str(c.ratio))}</td></tr>"
         for c in entries
     )
-    names = ("workload", "faster engine", "minilm's variant", "minilm is faster by")
+    names = ("workload", "faster engine", "minilm's variant", "minilm is")
     heads = "".join(f"<th>{name}</th>" for name in names)
     return (
         f'<div class="wide"><table class="losses"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody>'
@@ -134,7 +137,7 @@ def bars(cells: Cells) -> str:
     most = max((_extent(c)[2] for c in timed), default=1.0)
     parts = []
     for name, members in standing.grouped(timed).items():
-        columns = (standing.heading(name, timed), "", unit, "minilm faster by")
+        columns = (standing.heading(name, timed), "", unit, "minilm is")
         heads = "".join(f"<span>{e(word)}</span>" for word in columns)
         bodies = "".join(_bar(c, cells, most) for c in members)
         parts.append(f'<div class="row group">{heads}</div>{bodies}')
@@ -165,10 +168,8 @@ def _bar(cell: dict[str, Any], cells: Cells, most: float) -> str:
     found = standing.against(cell, cells)
     ratio, kind = "", ""
     if found is not None:
-        outcome = standing.outcome(found)
-        ratio = "unclear" if found.reason else f"{found.value.median:.2f}x"
-        kind = " lost" if outcome == "lost" and not cell["ours"] else ""
-        ratio += " slower" if kind else ""
+        ratio = str(found).partition(":")[0]
+        kind = " lost" if found.outcome == "lost" and not cell["ours"] else ""
     ours = (" spec" if "reference" in cell["peer"] else " ours") if cell["ours"] else ""
     width, left, right = (f"{100 * v / most:.1f}%" for v in (middle, low, max(high - low, 0.0)))
     value = f"{middle:.2f}" if cell["unit"] == "s" else report.count(middle)
@@ -251,7 +252,7 @@ def _details(results: Results) -> Iterator[str]:
         one = f"<h4>{e(report.headline(place, cells))}</h4>{table(cells)}"
         found.setdefault((place[0], cells[0].get("model") or ""), []).append(one)
     for (level, model), tables in found.items():
-        title = f"{level}, {model}: {len(tables)} tables" if model else f"{level}: {len(tables)} tables"
+        title = f"{level}{', ' * bool(model)}{model}: {len(tables)} table{'s' * (len(tables) != 1)}"
         yield f"<details><summary>{e(title)}</summary>{''.join(tables)}</details>"
 
 
@@ -268,8 +269,8 @@ def section(name: str, results: Results, identifier: str) -> str:
     figures = pictures(results, bars_too=False)
     if figures:
         parts.append("<h3>Curves and roofs</h3>")
-    for figure in figures.values():
-        parts.append(f"<p>{picture(figure)}</p>")
+    for title, figure in figures.items():
+        parts.append(picture(figure, title.replace("-", " ")))
         pyplot.close(figure)
     parts.append("<h3>Every figure</h3>")
     parts += _details(results)
@@ -279,24 +280,36 @@ def section(name: str, results: Results, identifier: str) -> str:
     return "\n".join(parts)
 
 
+def _contents(results: Results) -> str:
+    """What a run measured, in a line."""
+    timed = sum(times(cell) is not None for cell in results.cells)
+    models = list(dict.fromkeys(cell["model"] for cell in results.cells if cell.get("model")))
+    levels = list(dict.fromkeys(cell["level"] for cell in results.cells))
+    return f"{', '.join(levels)} · {', '.join(models) or 'no model'} · {timed} timed"
+
+
 def _settings(results: Results) -> str:
     kept = ("rounds", "block_seconds", "budget_seconds", "threads", "seconds", "tiny")
     return ", ".join(f"{k} {results.settings[k]}" for k in kept if k in results.settings)
 
 
 def build(folder: Path) -> str:
-    """The page of all results in `folder` and below. Raises ResultError when there is none."""
-    files = sorted(folder.rglob("*.json"))
+    """The page of all results in `folder` and below, the newest run first. Raises ResultError when there is
+    none."""
     runs, refused = [], []
-    for file in files:
+    for file in sorted(folder.rglob("*.json")):
         try:
             runs.append((str(file.relative_to(folder)), Results.read(file)))
         except ResultError as error:
             refused.append(str(error))
     if not runs:
         raise ResultError(f"{folder} holds no result of minilm bench" + "".join(f"; {r}" for r in refused))
-    links = "".join(f'<a href="#run{i}">{e(name)}</a>' for i, (name, _) in enumerate(runs))
-    nav = f"<nav>{links}</nav>" if len(runs) > 1 else ""
+    runs.sort(key=lambda run: (run[1].started, run[0]), reverse=True)
+    links = "".join(
+        f'<li><a href="#run{i}">{e(name)}</a> {e(_contents(results))}</li>'
+        for i, (name, results) in enumerate(runs)
+    )
+    nav = f"<nav><ul>{links}</ul></nav>" if len(runs) > 1 else ""
     body = "\n".join(section(name, results, f"run{i}") for i, (name, results) in enumerate(runs))
     left = f"<p>Not shown: {e('; '.join(refused))}</p>" if refused else ""
     terms = "".join(f"<dt>{e(a)}</dt><dd>{e(b)}</dd>" for a, b in TERMS)

@@ -7,7 +7,7 @@ from typing import Any
 
 from .limits import Limit
 from .results import Results, rows, share, times
-from .standing import against, counterpart, main, outcome
+from .standing import against, counterpart, main
 from .stats import MAX_SPREAD, summary, too_wide
 
 
@@ -24,7 +24,7 @@ class Line:
     share: str
     ratio: str
     outcome: str
-    """won, lost, even, unclear (see `standing.outcome`); "" where nothing is compared."""
+    """won, lost, even, unclear (see `stats.Ratio`); "" where nothing is compared."""
     remark: str
     status: str
 
@@ -63,8 +63,8 @@ def _line(cell: dict[str, Any], cells: list[dict[str, Any]], max_spread: float) 
     moved, computed, fraction = cell.get("bytes"), cell.get("operations"), share(cell)
     found, ours = against(cell, cells, max_spread), counterpart(cell, cells)
     compared = "ours" if ours is cell else "" if found is None or ours is None else str(found)
-    if found is not None and ours is not None and not found.reason:
-        compared += f" ({ours['peer']})" if ours is not main(cells) else ""
+    if found is not None and ours is not None and ours is not cell and ours is not main(cells):
+        compared += f" ({ours['peer']})"
     remarks = [wide] if wide else []
     detail = (cell.get("check") or {}).get("detail")
     if detail and cell["precision"] != "fp32":
@@ -81,7 +81,7 @@ def _line(cell: dict[str, Any], cells: list[dict[str, Any]], max_spread: float) 
         count(computed / taken.median / 1e9) if computed else "",
         (f"{fraction:.0%}" if not wide else "-") if fraction is not None else "",
         compared,
-        outcome(found) if found is not None else "",
+        found.outcome if found is not None else "",
         "; ".join(remarks),
         status,
     )
@@ -93,6 +93,9 @@ def why_not(cell: dict[str, Any]) -> str:
     return f"{word}: {cell.get('reason') or 'no reason given'}"
 
 
+BUSY = 0.1
+"""Share of the processors that others may use before it is said."""
+
 HEADINGS = (
     "engine",
     "time [20 - 80 %]",
@@ -100,7 +103,7 @@ HEADINGS = (
     "GB/s",
     "Gop/s",
     "of limit",
-    "minilm is faster by",
+    "minilm is",
     "remarks",
 )
 
@@ -114,8 +117,13 @@ def headline(place: tuple[Any, ...], cells: list[dict[str, Any]]) -> str:
     return f"{workload} · {dtype} · {where}{bound}"
 
 
+WIDE = 130
+"""Columns of a terminal from which a table has every column."""
+
+
 def print_tables(results: Results, console: Any = None) -> None:
-    """All rows on a terminal."""
+    """All rows on a terminal. A narrow one gets the columns that people need, and below each table why
+    engines were not timed."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -123,24 +131,60 @@ def print_tables(results: Results, console: Any = None) -> None:
     console = console or Console()
     for text in summary_lines(results):
         console.print(Text(text))
+    wide = console.width >= WIDE
+    shown = range(8) if wide else (0, 1, 5, 6)
     for place, cells in rows(results.cells).items():
-        table = Table(title=headline(place, cells), title_justify="left", title_style="bold", expand=False)
-        for at, heading in enumerate(HEADINGS):
-            table.add_column(heading, justify="left" if at in (0, 7) else "right", overflow="fold")
-        for line in lines(cells):
+        console.print(Text(f"\n{headline(place, cells)}", style="bold"))
+        table = Table(box=None, pad_edge=False)
+        for at in shown:
+            heading = HEADINGS[at] if wide else HEADINGS[at].partition(" [")[0]
+            left = at in (0, 6, 7)
+            table.add_column(heading, justify="left" if left else "right", no_wrap=at < 6, overflow="fold")
+        found = lines(cells)
+        for line in found if wide else [line for line in found if line.time]:
             bad = line.status == "wrong" or line.outcome == "lost"
             style = "red" if bad else "green" if line.ours else "dim" if not line.time else ""
             values = (
                 line.peer,
-                line.time,
+                line.time if wide else line.time.partition(" [")[0],
                 line.rate,
                 line.bandwidth,
                 line.arithmetic,
                 line.share,
                 line.ratio,
+                line.remark,
             )
-            table.add_row(*(Text(v) for v in (*values, line.remark)), style=style)
-        console.print(table)
+            table.add_row(*(Text(values[at]) for at in shown), style=style)
+        if table.row_count:
+            console.print(table)
+        if not wide:
+            for reason, names in _reasons(found).items():
+                style = "red" if "WRONG" in reason else "dim"
+                console.print(Text(f"{', '.join(names)}: {reason}", style=style))
+
+
+def _reasons(found: list[Line]) -> dict[str, list[str]]:
+    """Why engines were not timed -> those engines."""
+    reasons: dict[str, list[str]] = {}
+    for line in found:
+        if not line.time:
+            reasons.setdefault(line.remark, []).append(line.peer)
+    return reasons
+
+
+def left_out(names: list[str]) -> str:
+    """What there was no time for, in few words."""
+    ops = [name for name in names if " [" in name]
+    grouped: dict[str, list[str]] = {}
+    for name in names:
+        if " [" not in name:
+            model, _, what = name.partition(": ")
+            grouped.setdefault(model, []).append(what)
+    rest = [f"{model}: {', '.join(found)}" if found != [""] else model for model, found in grouped.items()]
+    if ops:
+        kinds = list(dict.fromkeys(name.partition(" [")[0] for name in ops))
+        rest.insert(0, f"{len(ops)} shape{'s' * (len(ops) != 1)} of ops ({', '.join(kinds)})")
+    return f"Left out for want of time: {'; '.join(rest)}."
 
 
 def summary_lines(results: Results, limits: bool = True) -> list[str]:
@@ -157,13 +201,31 @@ def summary_lines(results: Results, limits: bool = True) -> list[str]:
         + ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
     )
     found += [f"A limit is in doubt: {doubt}." for doubt in results.settings.get("doubts", ())]
-    if results.settings.get("busy_share", 0) > 0.1:
-        found.append(
-            f"The machine was not quiet at the start: {results.settings['busy_share']:.0%} of it was in use."
-        )
+    found += busy(results)
+    if names := results.settings.get("left_out"):
+        found.append(left_out(names))
     for measured in results.limits if limits else []:
         parts = [f"{name.replace('@', ' x ')} {limit_words(name, x)}" for name, x in measured.table.items()]
         found.append(f"limits ({measured.device}; {measured.how}): " + ", ".join(parts))
+    return found
+
+
+def busy(results: Results) -> list[str]:
+    """That the machine was not quiet, in a sentence each; none where it was."""
+    found = []
+    if (share := results.settings.get("busy_share", 0)) > BUSY:
+        found.append(f"The machine was not quiet at the start: {share:.0%} of it was in use.")
+    loads = [cell["load"] for cell in results.cells if cell.get("load")]
+    taken = sorted(load["others_share"] for load in loads if load.get("others_share") is not None)
+    if taken and taken[-1] > BUSY:
+        middle = taken[len(taken) // 2]
+        found.append(
+            f"Other programs took {middle:.0%} of the processors while this was measured, and up to "
+            f"{taken[-1]:.0%}: figures are too low, and spread."
+        )
+    stolen = sorted(load["steal_share"] for load in loads if load.get("steal_share") is not None)
+    if stolen and stolen[-1] > BUSY:
+        found.append(f"The host gave up to {stolen[-1]:.0%} of the processors to other machines.")
     return found
 
 

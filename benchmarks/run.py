@@ -13,7 +13,9 @@ from typing import Any
 import torch
 
 from . import end_to_end, harness, layers, machine, models, ops, shapes
+from .course import Course, Step
 from .limits import CpuProbe, Limits, torch_threads
+from .report import BUSY
 from .results import Results
 
 LEVELS = ("op", "layer", "e2e", "sweep")
@@ -37,6 +39,8 @@ class Plan:
     limit_rounds: int = 5
     cold: bool = True
     """Whether whole models are started cold as well."""
+    course: Course = field(default_factory=Course)
+    """Where the run is, what it shows of that, and how long it may take."""
 
     def chosen(self, name: str) -> bool:
         """Is this workload asked for?"""
@@ -66,29 +70,116 @@ def run(plan: Plan, on_cell: Callable[[Results], None] = lambda results: None) -
         "load_at_start": list(os.getloadavg()),
     }
     results = Results(machine.describe(plan.device), settings)
+    course, rounds = plan.course, 2 if machine.tiny() else plan.limit_rounds
     began = time.monotonic()
-    plan.say("limits of the machine")
+    threads = list(plan.threads if plan.device == "cpu" else plan.threads[:1])
+    course.plan(_steps(plan, rounds, threads))
+    if settings["busy_share"] > BUSY:
+        plan.say(
+            f"other programs use {settings['busy_share']:.0%} of the processors: figures will be too low, "
+            "and spread"
+        )
+    course.begin("limits", FIRST, rounds * ROUND_SECONDS, needed=True)
     probe = _probe(plan)
     results.limits.append(probe.limits)
-    rounds = 2 if machine.tiny() else plan.limit_rounds
     for _ in range(rounds):
+        began_round = time.monotonic()
         probe.round()
+        if course.limited and course.remaining() < 0.9 * course.limit:  # a slow machine; one is enough
+            break
+    round_seconds = time.monotonic() - began_round
     if plan.device == "cpu":
         results.settings["doubts"] = probe.doubts()
         for doubt in results.settings["doubts"]:
             plan.say(f"a limit is in doubt: {doubt}")
-    for threads in plan.threads if plan.device == "cpu" else plan.threads[:1]:
-        with torch_threads(threads):
-            for level in plan.levels:
-                for cell in _cells(level, plan, probe.limits, threads):
+    course.end()
+    last = max(1, min(rounds, int(0.05 * course.limit / round_seconds))) if course.limited else rounds
+    course.reserve = last * round_seconds
+    levels = list(plan.levels)
+    if course.limited:  # first what takes its time, and what people ask for
+        levels.sort(key=lambda level: -LEVEL_WEIGHTS[level])
+    weights = [LEVEL_WEIGHTS[level] for level in levels] * len(threads)
+    for count in threads:
+        with torch_threads(count):
+            for level in levels:
+                end = course.within(weights[0] / sum(weights))
+                weights.pop(0)
+                for cell in _cells(level, plan, probe.limits, count, end):
                     results.cells.append(cell)
                     on_cell(results)
-                probe.round()  # between the levels too: machines drift
-    for _ in range(rounds):
+                if not course.limited:
+                    probe.round()  # between the levels too: machines drift
+    course.begin("limits", LAST, last * ROUND_SECONDS, needed=True)
+    for _ in range(last):
         probe.round()
+    course.end()
     _limits_again(results, probe.limits)
     results.settings["seconds"] = round(time.monotonic() - began, 1)
+    results.settings["left_out"] = course.left_out
     return results
+
+
+FIRST, LAST = "limits of the machine", "limits of the machine, once more"
+ROUND_SECONDS = FILES_SECONDS = 2.0
+LEVEL_WEIGHTS = {"op": 1.0, "layer": 0.6, "e2e": 2.4, "sweep": 1.0}
+"""How the time is shared out where it is limited."""
+
+
+def _steps(plan: Plan, rounds: int, threads: Sequence[int]) -> list[Step]:
+    """What is going to be done."""
+    found = [Step("limits", name, rounds * ROUND_SECONDS) for name in (FIRST, LAST)]
+    for count in threads:
+        for level in plan.levels:
+            if level == "op":
+                found += [Step("op", case.name, _op_guess(case, plan)) for case in _op_cases(plan)]
+            elif level == "layer":
+                found += [
+                    Step("layer", f"layer of {m}", _layer_guess(m, plan))
+                    for m in plan.models
+                    if _layers(m, plan)
+                ]
+            else:
+                options = _options(plan, count)
+                for model in plan.models:
+                    named = _workloads(level, model, None)
+                    if named:
+                        found.append(Step("files", f"{model}: its files are made ready", FILES_SECONDS))
+                        found += end_to_end.steps(model, named, options, cold=_cold(level, model, plan))
+    return found
+
+
+def _op_cases(plan: Plan) -> list[shapes.Case]:
+    """The cases that were asked for; where the time is limited, one of each op first, and the small ones."""
+    dtype = getattr(torch, plan.dtype)
+    cases = [case for case in shapes.op_cases(plan.models, dtype.itemsize) if plan.chosen(case.name)]
+    if not plan.course.limited:
+        return cases
+    cases.sort(key=lambda case: _op_guess(case, plan))
+    met: dict[str, int] = {}
+    ranks = []
+    for case in cases:
+        met[case.op] = met.get(case.op, 0) + 1
+        ranks.append(met[case.op])
+    return [
+        case for _, _, case in sorted(zip(ranks, range(len(cases)), cases, strict=True), key=lambda x: x[:2])
+    ]
+
+
+def _op_guess(case: shapes.Case, plan: Plan) -> float:
+    """Seconds: the check in float64, the inputs, and the rounds."""
+    cost = case.call.cost
+    return 0.5 + cost.operations / 2e9 + plan.settings.budget_seconds
+
+
+def _layers(model: str, plan: Plan) -> list[shapes.Regime]:
+    found = (r for r in shapes.regimes(model) if not r.decoding)
+    return [r for r in found if plan.chosen(f"layer of {model} {r.name}")]
+
+
+def _layer_guess(model: str, plan: Plan) -> float:
+    tokens = sum(regime.tokens for regime in _layers(model, plan))
+    heavy = 0.0 if machine.tiny() else shapes.spec(model).hidden_size ** 2 * 12 * 2 * tokens / 3e9
+    return 6.0 + heavy + len(_layers(model, plan)) * (plan.settings.budget_seconds + 1)
 
 
 def _probe(plan: Plan) -> Any:
@@ -110,20 +201,30 @@ def _limits_again(results: Results, limits: Limits) -> None:
             cell["floor_seconds"], cell["binding"] = limits.floor(cost, cell["arithmetic"], threads)
 
 
-def _cells(level: str, plan: Plan, limits: Limits, threads: int) -> Any:
+def _cells(level: str, plan: Plan, limits: Limits, threads: int, end: float) -> Any:
+    course = plan.course
     if level == "op":
         yield from _op_cells(plan, limits, threads)
     elif level == "layer":
         timing = _timing(plan)
         for model in plan.models:
-            plan.say(f"layer of {model}")
+            if not _layers(model, plan) or not course.begin(
+                "layer", f"layer of {model}", _layer_guess(model, plan)
+            ):
+                continue
             dtype = getattr(torch, plan.dtype)
             options = (limits, plan.settings, threads, plan.device, dtype, plan.wanted, plan.chosen)
             yield from layers.run_model(model, *options, **timing)
+            course.end()
     else:
-        options = end_to_end.Options(plan.settings, threads, plan.device, plan.wanted, plan.chosen, plan.say)
-        for model in plan.models:
-            yield from _whole_model(level, model, limits, options, plan.cold)
+        for at, model in enumerate(plan.models):
+            course.within(min(1.0, 1.5 / (len(plan.models) - at)), end)  # the first must not come short
+            yield from _whole_model(level, model, limits, _options(plan, threads), plan)
+
+
+def _options(plan: Plan, threads: int) -> end_to_end.Options:
+    chosen = (plan.settings, threads, plan.device, plan.wanted, plan.chosen, plan.say)
+    return end_to_end.Options(*chosen, course=plan.course)
 
 
 def _timing(plan: Plan) -> dict[str, Any]:
@@ -134,21 +235,32 @@ def _timing(plan: Plan) -> dict[str, Any]:
     return {"block_of": block_of}
 
 
-def _whole_model(level: str, model: str, limits: Limits, options: end_to_end.Options, cold: bool) -> Any:
-    assets = models.assets(model)
-    if level == "sweep":
-        if model in shapes.ENCODERS:
-            yield from end_to_end.run_model(
-                model, end_to_end.sweep_workloads(model), limits, options, cold=False
-            )
+def _whole_model(level: str, model: str, limits: Limits, options: end_to_end.Options, plan: Plan) -> Any:
+    if not _workloads(level, model, None):
         return
+    files = f"{model}: its files are made ready"
+    if not plan.course.begin("files", files, FILES_SECONDS, told=f"{model}: everything"):
+        plan.course.drop_all(f"{model}: ")
+        return
+    workloads = _workloads(level, model, models.assets(model))
+    plan.course.end()
+    if workloads:
+        cold = _cold(level, model, plan)
+        yield from end_to_end.run_model(model, workloads, limits, options, cold=cold)
+
+
+def _workloads(level: str, model: str, assets: Any) -> list[end_to_end.Workload]:
+    """What is done with a model; without `assets` only for the course: of the right name and size."""
+    if level == "sweep":
+        return end_to_end.sweep_workloads(model) if model in shapes.ENCODERS else []
     if model in shapes.ENCODERS:
         own = models.is_real(model) or machine.tiny()
-        workloads = end_to_end.encoder_workloads(model, assets, with_corpus=own)
-    else:
-        workloads = end_to_end.decoder_workloads(model, assets)
-    cold = cold and (models.is_real(model) or machine.tiny())
-    yield from end_to_end.run_model(model, workloads, limits, options, cold=cold)
+        return end_to_end.encoder_workloads(model, assets, with_corpus=own)
+    return end_to_end.decoder_workloads(model, assets)
+
+
+def _cold(level: str, model: str, plan: Plan) -> bool:
+    return level == "e2e" and plan.cold and (models.is_real(model) or machine.tiny())
 
 
 def _op_cells(plan: Plan, limits: Limits, threads: int) -> Any:
@@ -158,10 +270,9 @@ def _op_cells(plan: Plan, limits: Limits, threads: int) -> Any:
         from .cuda_timing import time_on_gpu
 
         timer = partial(time_on_gpu, settings=plan.settings)
-    for case in shapes.op_cases(plan.models, dtype.itemsize):
-        if not plan.chosen(case.name):
+    for case in _op_cases(plan):
+        if not plan.chosen(case.name) or not plan.course.begin("op", case.name, _op_guess(case, plan)):
             continue
-        plan.say(case.name)
         cost, (precision, arithmetic) = case.call.cost, _numbers(case, plan)
         floor, binding = limits.floor(cost, arithmetic, threads if plan.device == "cpu" else None)
         load = machine.Load()
@@ -188,6 +299,7 @@ def _op_cells(plan: Plan, limits: Limits, threads: int) -> Any:
                 "load": noted,
                 **cell,
             }
+        plan.course.end()
 
 
 def _numbers(case: shapes.Case, plan: Plan) -> tuple[str, str]:

@@ -84,14 +84,6 @@ def against(cell: Cell, cells: Sequence[Cell], max_spread: float = MAX_SPREAD) -
     return ratio(ours["samples"], cell["samples"], max_spread)
 
 
-def outcome(found: Ratio) -> str:
-    """won or lost where the middle 60 % of the ratios are on one side of 1, else even; unclear where the
-    spread is too wide."""
-    if found.reason:
-        return "unclear"
-    return "lost" if found.value.p80 < 1 else "won" if found.value.p20 > 1 else "even"
-
-
 @dataclass(frozen=True)
 class Comparison:
     """One engine against its counterpart on one workload."""
@@ -103,8 +95,8 @@ class Comparison:
 
     @property
     def outcome(self) -> str:
-        """See `outcome`."""
-        return outcome(self.ratio)
+        """See `stats.Ratio`."""
+        return self.ratio.outcome
 
 
 def comparisons(results: Results, levels: Sequence[str] = ("end to end",)) -> Iterator[Comparison]:

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MAX_SPREAD = 0.30
-"""A figure whose 20-80 % range is wider than this share of its median is not turned into a ratio."""
+"""A figure whose 20-80 % range is wider than this share of its median is shown with that range."""
+FEWEST = 3
+"""Repeats; fewer say nothing of the spread."""
 
 
 def percentile(values: Sequence[float], share: float) -> float:
@@ -44,13 +46,43 @@ def summary(values: Sequence[float]) -> Summary:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster the first is than the second, or why that is not said."""
+    """How many times faster the first is than the second: `value`. `reason` says why that is not a plain
+    figure: a range that is too wide, or too few repeats; None where there is nothing against it."""
 
     value: Summary
     reason: str | None = None
 
+    @property
+    def outcome(self) -> str:
+        """won or lost where the middle 60 % of the ratios are on one side of 1, however wide their range.
+        Where they are on both sides: even, or unclear for a wide range. Too few repeats are unclear."""
+        if self.value.repeats < FEWEST:
+            return "unclear"
+        if self.value.p80 < 1:
+            return "lost"
+        if self.value.p20 > 1:
+            return "won"
+        return "unclear" if self.reason else "even"
+
     def __str__(self) -> str:
-        return self.reason or f"{self.value.median:.2f}"
+        """1.30x faster; 4.35x slower; with its range where that is wide: 4.86x faster (4.11 to 5.73); even;
+        unclear. A figure is never below 1."""
+        outcome = self.outcome
+        if outcome in ("even", "unclear"):
+            return f"unclear: {self.reason}" if self.value.repeats < FEWEST else outcome
+        slower = outcome == "lost"
+        middle, low, high = (
+            1 / v if slower else v for v in (self.value.median, self.value.p20, self.value.p80)
+        )
+        words = f"{figure(middle)}x {'slower' if slower else 'faster'}"
+        if not self.reason:
+            return words
+        return f"{words} ({figure(min(low, high))} to {figure(max(low, high))})"
+
+
+def figure(value: float) -> str:
+    """A ratio in three digits: 1.30, 12.4, 130."""
+    return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:,.0f}"
 
 
 def ratio(ours: Sequence[float], other: Sequence[float], max_spread: float = MAX_SPREAD) -> Ratio:
@@ -70,7 +102,7 @@ def ratio(ours: Sequence[float], other: Sequence[float], max_spread: float = MAX
 def too_wide(value: Summary, max_spread: float = MAX_SPREAD) -> str | None:
     """None, or the words that stand in place of a figure: the range of the middle 60 % of the repeats is
     too wide."""
-    if value.repeats < 3:
+    if value.repeats < FEWEST:
         return f"too few repeats ({value.repeats})"
     if value.spread > max_spread:
         return f"spread too wide: {value.spread:.0%} of the median"

@@ -22,6 +22,7 @@ import torch
 from minilm import ops
 
 from . import check, harness, machine
+from .hollow import hollow
 from .ops import Args, cache_bytes, make_inputs, our_call, reference_call, trained, with_written
 from .shapes import Case, op_cases
 
@@ -194,17 +195,35 @@ def tune(
     return len(seen)
 
 
-def listing(models: Sequence[str], kernels: Sequence[str], dtype: torch.dtype, device: Any) -> list[Any]:
+def asks(case: Case) -> bool:
+    """Whether a launcher asks the heuristics anything: a matrix product by itself is the library's."""
+    return case.op != "linear" or bool(case.call.dims["act"])
+
+
+def listing(
+    models: Sequence[str],
+    kernels: Sequence[str],
+    dtype: torch.dtype,
+    device: Any,
+    see: Callable[[str], None] = lambda name: None,
+) -> Iterator[Any]:
     """The questions that `tune` would answer on `device` (a `minilm.kernels.devices.Device`), which need not
-    be here: the launchers are called on the CPU, and what they launch is noted and dropped."""
+    be here, as they are found: the launchers are called on the CPU with tensors that nobody fills, and what
+    they launch is noted and dropped. `see` is told each problem."""
     from minilm.kernels.compile_cases import recording
 
-    found: dict[Any, Any] = {}
+    seen: set[Any] = set()
     for problem in problems(models, dtype):
-        with recording(device):
-            for asked in questions(problem, dtype, "cpu", kernels):
-                found.setdefault((asked.kernel, asked.shape), asked)
-    return list(found.values())
+        if not asks(problem.case):
+            continue
+        see(problem.name)
+        with recording(device), hollow():
+            asked = questions(problem, dtype, "cpu", kernels)
+        for question in asked:
+            key = question.kernel, question.shape
+            if key not in seen:
+                seen.add(key)
+                yield question
 
 
 def add_entry(path: Path, entry: dict[str, Any]) -> None:

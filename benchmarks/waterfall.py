@@ -265,7 +265,7 @@ def show(name: str, threads: int, device: str, console: Any) -> None:
     from rich.text import Text
 
     for waterfall in measure(name, threads, device):
-        console.print(_table(waterfall))
+        console.print(_table(waterfall, console.width))
         reasons = {
             f"{step.op} ran on {step.backend}; not {other}: {reason}"
             for step in waterfall.steps
@@ -275,7 +275,8 @@ def show(name: str, threads: int, device: str, console: Any) -> None:
             console.print(Text(f"  {reason}", style="dim"))
 
 
-def _table(waterfall: Waterfall) -> Any:
+def _table(waterfall: Waterfall, width: int) -> Any:
+    """Every column from 130 columns on; else the name with shape and backend below it, and the times."""
     from rich.table import Table
     from rich.text import Text
 
@@ -290,38 +291,46 @@ def _table(waterfall: Waterfall) -> Any:
     if waterfall.fused:
         alone = summary(waterfall.fused)
         title += f" · with all blocks in one native call, as models run: {report.seconds(alone.median)}"
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for at, heading in enumerate(
-        (
-            "op",
-            "shape",
-            "ran on",
-            "calls",
-            "MB",
-            "Mop",
-            "time",
-            "of the pass",
-            "limit allows",
-            "of limit",
-            "bound by",
-        )
-    ):
-        table.add_column(heading, justify="left" if at in (0, 1, 2, 10) else "right", overflow="fold")
+    headings = (
+        "op",
+        "shape",
+        "ran on",
+        "calls",
+        "MB",
+        "Mop",
+        "time",
+        "of the pass",
+        "limit allows",
+        "of limit",
+    )
+    rows: list[tuple[str, ...]] = []
     seen = 0.0
     for step in sorted(waterfall.steps, key=lambda s: -summary(s.seconds).median):
         spent = summary(step.seconds).median
         allowed, bound = waterfall.floor(step)
         seen += spent
-        bar = "#" * max(1, round(12 * spent / whole.median))
-        table.add_row(
-            *(step.op, Text(step.shape), step.backend, str(step.calls)),
+        rows.append((
+            *(step.op, step.shape, step.backend, str(step.calls)),
             *(f"{step.cost.bytes * step.calls / 1e6:.2f}", f"{step.cost.operations * step.calls / 1e6:.1f}"),
-            *(report.seconds(spent), f"{bar} {spent / whole.median:.0%}"),
+            *(report.seconds(spent), f"{spent / whole.median:.0%}"),
             *(report.seconds(allowed), f"{allowed / spent:.0%}", bound),
-        )
+        ))  # fmt: skip
     rest = whole.median - seen
-    table.add_section()
     words = "between the ops: embeddings, Python, the cache's book-keeping"
     shown = report.seconds(rest) if rest > 0 else "hidden by the cost of watching"
-    table.add_row("rest", words, "", "", "", "", shown, f"{max(rest, 0) / whole.median:.0%}", "", "", "")
+    rows.append(("rest", words, "", "", "", "", shown, f"{max(rest, 0) / whole.median:.0%}", "", "", ""))
+    narrow = width < report.WIDE
+    kept = (0, 6, 7, 9) if narrow else range(11)
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    for at in kept:
+        left = at in (0, 1, 2, 10)
+        heading = (*headings, "bound by")[at]
+        table.add_column(
+            heading, justify="left" if left else "right", no_wrap=not left and not narrow, overflow="fold"
+        )
+    for row in rows:
+        values = list(row)
+        if narrow:  # what it is of stands below its name
+            values[0] = "\n  ".join(filter(None, (row[0], row[1], row[2] and f"{row[2]}, {row[3]} calls")))
+        table.add_row(*(Text(values[at]) for at in kept))
     return table

@@ -22,7 +22,8 @@ from .peers.base import Assets
 
 
 class WorkerError(RuntimeError):
-    """An engine's process failed or answered with an error; `kind` is "unavailable" or "failed"."""
+    """An engine's process failed or answered with an error; `kind` is "unavailable", "failed",
+    or "slow" where it did not answer in time."""
 
     def __init__(self, message: str, kind: str = "failed") -> None:
         super().__init__(message)
@@ -79,7 +80,7 @@ class Worker:
             raise WorkerError(self._died()) from None
         if not self._selector.select(self.timeout):
             process.kill()
-            raise WorkerError(f"no answer to {do!r} within {self.timeout:.0f} s")
+            raise WorkerError(f"no answer to {do!r} within {self.timeout:.0f} s", "slow")
         line = process.stdout.readline()
         if not line:
             raise WorkerError(self._died())

@@ -115,3 +115,21 @@ def test_it_is_short() -> None:
     """Without the measured tables."""
     text = re.sub(r"## How fast\n.*?(?=\n## )", "", README, flags=re.S)
     assert len(text.splitlines()) <= 210
+
+
+RESULTS = ROOT / "benchmarks" / "results" / "amd-epyc-2-cores"
+
+
+def test_the_figures_are_those_that_were_measured() -> None:
+    """The table, the page of results and the run that they are of."""
+    from minilm.benchmarks import markdown
+
+    found = markdown.newest(RESULTS)
+    assert found is not None
+    name, results = found
+    section = README.split("## How fast")[1].split("\n## ")[0]
+    assert results.machine["cpu"] in section
+    assert markdown.overview(results) in f"{section}\n"
+    assert section.count("\n|---") == 1, "one table; the rest is on the page of results"
+    pictures = sorted(file.stem for file in (RESULTS / "pictures").glob("*.png"))
+    assert (RESULTS / "README.md").read_text(encoding="utf-8") == markdown.page(results, name, pictures)

@@ -14,6 +14,7 @@ import typer
 
 from .._version import __version__
 from .errors import State, closed_pipe, report, tidy_messages
+from .options import bare
 
 
 class Group(typer.core.TyperGroup):
@@ -40,6 +41,10 @@ class Group(typer.core.TyperGroup):
         except Exception as error:
             status = report(error, debug=state.debug)
         raise SystemExit(status)
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """As of the base class, without a type."""
+        return bare(super().get_help_option(ctx))
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was asked for. What is printed is flushed here, so that a closed pipe shows
@@ -76,9 +81,9 @@ def _version(asked: bool) -> None:
 def _options(
     ctx: typer.Context,
     version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Print the version and exit."
+        False, "--version", metavar="", callback=_version, is_eager=True, help="Print the version and exit."
     ),
-    debug: bool = typer.Option(False, "--debug", help="Show the traceback of an error."),
+    debug: bool = typer.Option(False, "--debug", metavar="", help="Show the traceback of an error."),
 ) -> None:
     if isinstance(ctx.obj, State):
         ctx.obj.debug |= debug

@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -82,14 +82,22 @@ def warn(message: str) -> None:
     _say("warning", message)
 
 
+before_a_line: list[Callable[[], None]] = []
+"""What is called before a line is written to standard error: a sign of life on the same line goes away."""
+
+
 def note(message: str) -> None:
     """Tell what was done, to somebody who is watching: nothing when standard error is not a terminal."""
     if sys.stderr is not None and sys.stderr.isatty():
-        print(message, file=sys.stderr)
+        for erase in before_a_line:
+            erase()
+        print(message, file=sys.stderr, flush=True)
 
 
 def _say(kind: str, message: str) -> None:
     if sys.stderr is not None:
+        for erase in before_a_line:
+            erase()
         print(f"{kind}: {' '.join(message.split())}", file=sys.stderr, flush=True)
 
 

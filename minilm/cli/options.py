@@ -8,10 +8,12 @@ into that dataclass's fields, each an option or argument of its own.
 from __future__ import annotations
 
 import inspect
+import shutil
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
@@ -22,6 +24,75 @@ if TYPE_CHECKING:
     import torch
 
 MODEL_HELP = "A folder, a GGUF file, or a name on the Hugging Face hub."
+
+
+NARROW = 80
+"""Columns below which a command's help has no table: each option has a line, and its help lines below."""
+
+
+class Command(typer.core.TyperCommand):
+    """A command whose `--help` shows no types of Python, and cuts no name on a narrow terminal."""
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """As of the base class."""
+        return bare(super().get_help_option(ctx))
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        """As of the base class where there is room for a table."""
+        width = shutil.get_terminal_size().columns
+        if width >= NARROW:
+            for parameter in self.params:
+                if parameter.param_type_name == "argument":
+                    parameter.display_type_rich = lambda ctx: None  # type: ignore[attr-defined]
+            super().format_help(ctx, formatter)
+        else:
+            formatter.write("\n".join(_narrow_help(self, ctx, width)))
+
+
+def _narrow_help(command: Command, ctx: Any, width: int) -> Iterator[str]:
+    """The help in lines of at most `width` characters, as far as names are not longer."""
+    wrap = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
+    yield from wrap.wrap(f"Usage: {ctx.command_path} {' '.join(command.collect_usage_pieces(ctx))}")
+    for paragraph in (command.help or "").split("\n\n"):
+        yield ""
+        yield from wrap.wrap(paragraph)
+    for title, kind in (("Arguments", "argument"), ("Options", "option")):
+        found: list[Any] = [p for p in command.get_params(ctx) if p.param_type_name == kind]
+        if found:
+            yield from ("", f"{title}:")
+        for parameter in found:
+            names = ", ".join((*parameter.opts, *parameter.secondary_opts)) if kind == "option" else ""
+            yield f"  {names} {parameter.metavar or ''}".rstrip() if names else f"  {parameter.metavar}"
+            shown = textwrap.TextWrapper(
+                width, initial_indent=" " * 6, subsequent_indent=" " * 6,
+                break_long_words=False, break_on_hyphens=False,
+            )  # fmt: skip
+            yield from shown.wrap(f"{parameter.help or ''}{_limits(parameter)}")
+    for paragraph in (command.epilog or "").split("\n\n"):
+        yield from ("", *wrap.wrap(paragraph)) if paragraph.endswith(":") else wrap.wrap(paragraph)
+    yield ""
+
+
+def _limits(parameter: Any) -> str:
+    """The least value and the default, where there are any to show."""
+    least, default = getattr(parameter, "min", None), parameter.default
+    found = [] if least is None else [f"at least {least:g}"]
+    told = isinstance(default, (str, int, float)) and default is not False and default != ""
+    if told and getattr(parameter, "show_default", False):
+        found.append(f"default: {default}")
+    return f" [{'; '.join(found)}]" if found else ""
+
+
+def bare(option: Any) -> Any:
+    """An option that takes no value, so that help shows none."""
+    if option is not None and option.metavar is None:
+        option.metavar = ""
+    return option
+
+
+def paragraphs(text: str | None) -> str:
+    """A docstring with one line for each paragraph: the terminal says where lines end."""
+    return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(text or "").split("\n\n"))
 
 
 def command(
@@ -60,13 +131,16 @@ def command(
         run.__name__ = function.__name__
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
-        app.command(name, help=inspect.getdoc(function), epilog=epilog, rich_help_panel=panel)(run)
+        help = paragraphs(function.__doc__)
+        app.command(name, cls=Command, help=help, epilog=epilog, rich_help_panel=panel)(run)
         return function
 
     return decorate
 
 
 def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
+    if get_origin(annotation) is Annotated and get_args(annotation)[0] is bool:
+        bare(get_args(annotation)[1])
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
@@ -79,7 +153,7 @@ def _debug(ctx: typer.Context, wanted: bool) -> bool:
 Debug = Annotated[
     bool, typer.Option("--debug", callback=_debug, is_eager=True, help="Show the traceback of an error.")
 ]
-Encoder = Annotated[str, typer.Option("--model", "-m", metavar="NAME_OR_FOLDER", help=MODEL_HELP)]
+Encoder = Annotated[str, typer.Option("--model", "-m", metavar="MODEL", help=MODEL_HELP)]
 Decoder = Encoder
 ENCODER, DECODER = DEFAULT_ENCODER, DEFAULT_DECODER
 DType = Annotated[
@@ -120,8 +194,10 @@ class Runtime:
     ] = False
 
     @contextmanager
-    def running(self) -> Iterator[torch.device]:
-        """Check the options, choose the backend for what runs inside, give the device. Imports torch."""
+    def running(self, model: str) -> Iterator[torch.device]:
+        """Tell a watcher that `model` is being loaded, check the options, choose the backend for what runs
+        inside, give the device. Imports torch."""
+        note(f"loading {model} ...")  # before PyTorch, which takes seconds itself
         import torch
 
         from ..model import as_device, as_dtype

@@ -23,7 +23,8 @@ from torch import nn
 from ..config import ConfigError, ModelConfig
 from ..families import Head, PretrainedConfig, family_of
 from ..files import MOST_CONFIG, Checkpoint, WeightError, has_file, open_checkpoint, read_json, resolve
-from ..model import MODELS, PreTrainedModel, read_config
+from ..model import MODELS, PreTrainedModel, as_dtype, read_config
+from ..ops import FORMATS
 from ..weights import MapEntry, weight_map
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,6 +68,8 @@ class Summary:
     chat_template: bool
     linear_weights: int
     """Elements of the matrices that every token is multiplied with."""
+    dtype: torch.dtype
+    """Of the weights, where loading is told none."""
 
     @property
     def count(self) -> int:
@@ -81,6 +84,23 @@ class Summary:
     def memory(self, dtype: torch.dtype) -> int:
         """Bytes of the weights in memory."""
         return self.count * dtype.itemsize
+
+    @property
+    def stored_memory(self) -> int | None:
+        """Bytes of the weights in memory where matrices stay in the codes that they are stored in
+        (`weights="gguf"`, or a folder that minilm quantised); None where no matrix is stored so."""
+        kept = {p.name: size for p in self.parameters if (size := _kept(p)) is not None}
+        if not kept:
+            return None
+        rest = sum(p.count for p in self.parameters if p.name not in kept)
+        return sum(kept.values()) + rest * self.dtype.itemsize
+
+    @property
+    def default_memory(self) -> int:
+        """Bytes of the weights in memory as `from_pretrained` loads them when it is told nothing: a GGUF file
+        dequantised, a folder that minilm quantised as it is stored."""
+        stored = self.stored_memory
+        return self.memory(self.dtype) if stored is None or self.format == "GGUF" else stored
 
     def kv_bytes(self, dtype: torch.dtype) -> int:
         """Bytes of the KV cache per token; 0 for encoders, which have none."""
@@ -111,7 +131,12 @@ class Summary:
             "config": self.given,
             "understood_as": asdict(self.spec),
             "parameters": self.count,
-            "memory_bytes": {_name(dtype): self.memory(dtype) for dtype in DTYPES},
+            "dtype": _name(self.dtype),
+            "memory_bytes": {
+                **{_name(dtype): self.memory(dtype) for dtype in DTYPES},
+                "as_stored": self.stored_memory,
+                "default": self.default_memory,
+            },
             "kv_cache_bytes_per_token": {_name(dtype): self.kv_bytes(dtype) for dtype in DTYPES},
             "flops_per_token": {str(context): self.flops(context) for context in contexts},
             "tokenizer": self.tokenizer,
@@ -136,6 +161,8 @@ def summarise(name_or_path: str | os.PathLike[str], *, head: Head | None = None)
         entries = planned(model, checkpoint)
         files = {info.file: info.file.stat().st_size for info in checkpoint.tensors.values()}
         given = _given(beside, checkpoint)
+        kinds = (info.dtype for info in checkpoint.tensors.values())
+        floating = next((kind for kind in kinds if kind.is_floating_point and kind.itemsize > 1), None)
     tokenizer, template = _tokenizer(beside, checkpoint)
     return Summary(
         name=str(name_or_path),
@@ -151,7 +178,19 @@ def summarise(name_or_path: str | os.PathLike[str], *, head: Head | None = None)
         tokenizer=tokenizer,
         chat_template=template,
         linear_weights=_linear_weights(model),
+        dtype=as_dtype(config.dtype) or floating or torch.float32,
     )
+
+
+def _kept(parameter: Parameter) -> int | None:
+    """Bytes of a matrix in the codes that it is stored in; None where it is stored in numbers, or its parts
+    in several formats."""
+    kind = FORMATS.get(parameter.stored.lower())
+    if kind is None or len(parameter.shape) != 2:
+        return None
+    rows, columns = parameter.shape
+    scales = rows * (columns // 32 if kind.grouped else 1)
+    return rows * columns // kind.per_byte + scales * kind.scale.itemsize * (1 + kind.minimum)
 
 
 def named_head(config: PretrainedConfig) -> Head | None:

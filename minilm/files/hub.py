@@ -15,6 +15,7 @@ import importlib.util
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path, PurePosixPath
 from typing import Literal
@@ -77,6 +78,10 @@ class HubError(OSError):
     """No files were found for a name: neither locally nor on the hub, or the hub is not reachable."""
 
 
+class _NothingThere(HubError):
+    """What the hub, or its cache, said; `resolve` adds what else was tried."""
+
+
 @dataclass(frozen=True)
 class _Bundled:
     package: str  # as imported
@@ -104,6 +109,7 @@ def resolve(
     local_files_only: bool | None = None,
     files: Wanted | Sequence[str] = "all",
     gguf_file: str | None = None,
+    asked: str | None = None,
 ) -> Path:
     """The local folder (or single file) of the model called `name_or_path`.
 
@@ -117,6 +123,7 @@ def resolve(
         files: "config", "tokenizer" or "all" (with weights), or patterns of file names.
         gguf_file: this GGUF file of the folder or repository. Without it, the only GGUF file of a repository
             is used if it has no other weights (or tokenizer, or config).
+        asked: the name that the user gave, if `name_or_path` was derived from it; errors show both.
 
     Raises HubError, in one sentence, if nothing has that name; FileError if a save into the folder was
     interrupted and cannot be finished (`minilm.files.saving`).
@@ -131,8 +138,13 @@ def resolve(
     if name in _BUNDLED:
         return _bundled_path(name)
     if _looks_like_path(name):
-        raise HubError(f"no such file or folder: {name}")
-    return _from_hub(name, revision, cache_dir, token, local_files_only, files, gguf_file)
+        where = "" if path.is_absolute() else f" (in {Path.cwd()})"
+        hint = "; a name on the hub has one slash, owner/model" if name.count("/") > 1 and where else ""
+        raise HubError(f"no such file or folder: {name}{where}{hint}")
+    try:
+        return _from_hub(name, revision, cache_dir, token, local_files_only, files, gguf_file)
+    except _NothingThere as problem:
+        raise HubError(_tried(asked or name, str(problem))) from problem.__cause__
 
 
 def _looks_like_path(name: str) -> bool:
@@ -258,7 +270,7 @@ def _explain(problem: Exception, name: str, revision: str | None, offline: bool)
     from huggingface_hub import errors
 
     if isinstance(problem, errors.HFValidationError):
-        return HubError(f"{name!r} is neither a local file or folder nor a name on the hub (owner/model)")
+        return _NothingThere(f"{name!r} cannot be a name on the hub")
     if isinstance(problem, errors.GatedRepoError):
         return HubError(
             f"{name} is gated: accept its terms at https://huggingface.co/{name}, then pass token= or run "
@@ -267,16 +279,22 @@ def _explain(problem: Exception, name: str, revision: str | None, offline: bool)
     if isinstance(problem, errors.RevisionNotFoundError):
         return HubError(f"{name} has no revision {revision!r}")
     if isinstance(problem, errors.RepositoryNotFoundError):
-        return HubError(
-            f"{name} is neither a local file or folder nor a model on the hub (a private one needs token=)"
-        )
+        return _NothingThere(f"the hub has no {name} (a private one needs token=)")
     if isinstance(problem, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
         at = f" at revision {revision!r}" if revision else ""
-        if offline:
-            return HubError(
-                f"{name} is not a local folder, and it is not in the hub's cache{at} while offline"
-            )
-        return HubError(
-            f"{name} is not a local folder, not in the hub's cache{at}, and the hub cannot be reached"
-        )
+        why = "nothing is fetched while offline" if offline else "the hub cannot be reached"
+        return _NothingThere(f"{name} is not in the hub's cache{at}, and {why}")
     return HubError(f"{name} could not be fetched from the hub: {type(problem).__name__}: {problem}")
+
+
+def _tried(asked: str, hub: str) -> str:
+    """All that was tried for a name that leads nowhere, and what to write instead."""
+    short = {bundled.rpartition("/")[2].lower(): bundled for bundled in _BUNDLED}
+    alike = get_close_matches(asked.rpartition("/")[2].lower(), short, n=1, cutoff=0.5)
+    known = " and ".join(_BUNDLED)
+    meant = f" (did you mean {short[alike[0]]}?)" if alike else ""
+    return (
+        f"no model {asked!r}: there is no folder or file of that name in {Path.cwd()}, it is not one of "
+        f"those that Python packages carry, {known}{meant}, and {hub}; give a folder, a .gguf file, or a "
+        f"name on the hub, owner/model"
+    )

@@ -52,7 +52,10 @@ def _find(folder: Path) -> Path:
     pickled = sorted(file for file in folder.iterdir() if file.suffix in _PICKLED)
     if pickled:
         raise WeightError(_no_pickle(pickled[0]))
-    raise WeightError(f"{folder}: no weights here: expected {SINGLE}, {INDEX} or a .gguf file")
+    there = sorted(file.name for file in folder.iterdir())
+    more = f" and {len(there) - 6} more" if len(there) > 6 else ""
+    holds = f"it holds {', '.join(there[:6])}{more}" if there else "it is empty"
+    raise WeightError(f"{folder}: no weights here: expected {SINGLE}, {INDEX} or a .gguf file, and {holds}")
 
 
 def _no_pickle(path: Path) -> str:

@@ -59,6 +59,7 @@ def hub_options(
     if unknown:
         raise TypeError(f"there is no option {', '.join(sorted(unknown))}")
     canonical = name.startswith(_WITHOUT_OWNER) and "-nli-" not in name
+    hub["asked"] = name
     if "/" not in name and not (canonical or is_bundled(name) or Path(name).exists()):
         name = f"{owner}/{name}"
     return name, hub, dict(model_options), dict(tokenizer_options)

@@ -40,12 +40,14 @@ def test_a_slow_moment_of_the_machine_does_not_spoil_a_ratio() -> None:
     found = stats.ratio(ours, other)
     assert found.reason is None
     assert found.value.median == pytest.approx(2.0)
-    assert str(found) == "2.00"
+    assert str(found) == "2.00x faster"
 
 
-def test_a_wide_spread_is_said_in_place_of_a_ratio() -> None:
+def test_a_wide_spread_is_said_beside_a_ratio() -> None:
     found = stats.ratio([1.0, 1.0, 1.0, 1.0, 1.0], [1.0, 5.0, 2.0, 9.0, 3.0])
-    assert str(found).startswith("spread too wide")
+    assert str(found) == "3.00x faster (1.80 to 5.80)"
+    assert found.reason is not None
+    assert found.reason.startswith("spread too wide")
     assert "few" in str(stats.ratio([1.0, 1.0], [2.0, 2.0]))
 
 

@@ -410,7 +410,7 @@ def test_the_page_stands_alone_and_shows_what_lost(tmp_path: Path) -> None:
     assert text.count("data:image/png;base64,") >= 2
     for words in (
         "WRONG, not timed",
-        "spread too wide",
+        "2.02x faster (1.41 to 3.78)",
         "skipped: is not installed",
         "&lt;b&gt;",
         "not a result",
@@ -446,7 +446,7 @@ def test_tables_show_every_engine(capsys: pytest.CaptureFixture[str]) -> None:
 
     report.print_tables(made_up(), Console(width=220))
     shown = capsys.readouterr().out
-    for words in ("minilm native", "bound by read bandwidth", "50%", "spread too wide", "WRONG", "skipped"):
+    for words in ("minilm native", "bound by read bandwidth", "50%", "(1.41 to 3.78)", "WRONG", "skipped"):
         assert words in shown, words
 
 
@@ -525,13 +525,13 @@ def test_the_page_shows_losses_first_and_groups_bars(tmp_path: Path) -> None:
     assert "24 comparisons of whole models, like with like: 8 won, 12 lost, 4 even." in text
     losses = text[text.index("What was lost") : text.index('class="cards"')]
     found = re.findall(r"<td>([^<]*)</td><td>([^<]*)</td><td>([^<]*)</td><td>([^<]*)</td>", losses)
-    assert found[0] == ("MiniLM-L6 1 x 16 · 2 threads", "half f16", "minilm", "0.50x")
+    assert found[0] == ("MiniLM-L6 1 x 16 · 2 threads", "half f16", "minilm", "2.00x slower")
     assert len(found) == 12
     card = text[text.index('class="card"') :]
     order = [card.index(f"<span>{words}") for words in ("32-bit weights", "16-bit weights", "8-bit weights")]
     assert order == sorted(order)
     assert "16-bit weights, beside minilm&#x27;s 32" in card
-    assert re.search(r'<div class="row lost"><span>quick</span>.*?0.80x slower', card)
+    assert re.search(r'<div class="row lost"><span>quick</span>.*?1.25x slower', card)
     assert '<div class="none wrong">bad q4_1 WRONG, not timed: x</div>' in card
     assert "1 sentence of 16 tokens at once" in card
 
@@ -543,19 +543,20 @@ def test_markdown_tables_fit_a_readme(tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     lines = done.output.splitlines()
     assert [line for line in lines if line.startswith("| ") and "threads" in line] == [
+        "| 2 threads | 32-bit weights | 8-bit weights |",
         "| MiniLM-L6, 2 threads, sentences/s | 1 x 16 |",
         "| SmolLM2-135M, 2 threads, tokens/s | 1 x 16 |",
         "| cold start, 2 threads, s (most memory) | MiniLM-L6 | SmolLM2-135M |",
     ]
     for line in (
         "| **minilm** | 1 |",
-        "| quick | **0.80x, slower** |",
-        "| alike | 1.00x |",
+        "| quick | **1.25x slower** |",
+        "| alike | even |",
         "| *16-bit weights, beside minilm's 32* | |",
-        "| other q8_0 | **0.90x, slower** |",
+        "| other q8_0 | **1.11x slower** |",
         "| bad q4_1 | **WRONG** |",
         "| **minilm int8** | 0.40 (2 MiB) | 0.40 (2 MiB) |",
-        "| quick | **0.80x, slower** (2 MiB) | **0.80x, slower** (2 MiB) |",
+        "| quick | **1.25x slower** (2 MiB) | **1.25x slower** (2 MiB) |",
     ):
         assert line in lines, line
     assert "absent" not in done.output  # nothing to tell of it

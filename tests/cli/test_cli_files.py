@@ -105,8 +105,9 @@ def test_inspect_of_a_decoder() -> None:
     shown = " ".join(run("inspect", "SmolLM2-135M-Instruct").stdout.split())
     assert "a token: 46,080 B in float32, 23,040 B in bfloat16" in shown
     assert "chat template yes" in shown
-    assert "stored as" in shown
-    assert "Q4_1" in shown
+    assert "[960, 576] x 30, 16.6 M, 12.3 %, Q4_1" in shown
+    assert "in memory 96.6 MB as stored (minilm chat; elsewhere --weights gguf)" in shown
+    assert "538 MB in float32 (other commands and from_pretrained)" in shown
 
 
 def test_convert(tmp_path: Path, model: Path) -> None:

@@ -182,3 +182,27 @@ def test_a_dry_run_lists_candidates_that_fit_the_chip() -> None:
     assert {line.split(":")[0] for line in questions} <= {"attention", "norm"}
     assert len([line for line in lines if line.endswith("(the heuristic's)")]) == len(questions)
     assert len(lines) - 1 - len(questions) == int(lines[-1].split()[0]) > len(questions)
+
+
+@pytest.mark.slow
+@NO_GPU
+def test_a_listing_without_values_asks_what_one_with_values_asks() -> None:
+    """In a process of its own, as above; the tensors of the second are drawn and computed."""
+    code = (
+        "import contextlib, torch\n"
+        "from minilm.benchmarks import tune\n"
+        "from minilm.kernels import heuristics, tuned\n"
+        "from minilm.kernels.devices import CHIPS\n"
+        "asked = ['MiniLM-L6', 'SmolLM2-135M'], list(tuned.ALL), torch.bfloat16, CHIPS['sm_90']\n"
+        "def found(): return list(tune.listing(*asked))\n"
+        "hollow = found()\n"
+        "tune.hollow, tune.asks = contextlib.nullcontext, lambda case: True\n"
+        "drawn = found()\n"
+        "assert [(a.kernel, a.shape, a.sizes, a.answer) for a in hollow] == "
+        "[(a.kernel, a.shape, a.sizes, a.answer) for a in drawn]\n"
+        "print(len(hollow))\n"
+    )
+    environment = {**os.environ, "MINILM_TUNED": "", "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 20

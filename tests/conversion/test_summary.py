@@ -33,6 +33,35 @@ def test_real_models(name: str) -> None:
     json.dumps(summary.to_dict())
 
 
+def held(model: Any) -> int:
+    """Bytes of a loaded model's parameters and buffers."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.state_dict().values())}
+    return sum({t.data_ptr(): t.nbytes for t in tensors.values()}.values())
+
+
+def test_memory_is_that_of_the_loaded_model(tmp_path: Path) -> None:
+    """As it is loaded when nothing is said, and in the codes that are stored."""
+    name = "SmolLM2-135M-Instruct"
+    summary = summarise(name)
+    kept = minilm.AutoModelForCausalLM.from_pretrained(name, weights="gguf")
+    assert summary.stored_memory == held(kept)
+    assert summary.default_memory == summary.memory(torch.float32)  # from_pretrained dequantises
+    source = save_decoder(tmp_path / "source", "llama", hidden_size=96, intermediate_size=64)
+    for weights in ("int8", "q8_0", "q4_0", "q4_1"):
+        folder = tmp_path / weights
+        minilm.AutoModelForCausalLM.from_pretrained(source, weights=weights).save_pretrained(folder)
+        again = summarise(folder)
+        loaded = minilm.AutoModelForCausalLM.from_pretrained(folder)
+        assert again.default_memory == again.stored_memory == held(loaded), weights
+        assert again.to_dict()["memory_bytes"]["default"] == again.default_memory
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        minilm.AutoModelForCausalLM.from_pretrained(source, dtype=dtype).save_pretrained(tmp_path / "plain")
+        again = summarise(tmp_path / "plain")
+        loaded = minilm.AutoModelForCausalLM.from_pretrained(tmp_path / "plain")
+        assert (again.dtype, again.stored_memory) == (loaded.dtype, None) == (dtype, None)
+        assert again.default_memory == held(loaded)
+
+
 @pytest.mark.parametrize(
     "head", ["Model", "ForMaskedLM", "ForSequenceClassification", "ForQuestionAnswering"]
 )

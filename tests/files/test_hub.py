@@ -39,16 +39,18 @@ def test_local_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("./missing", r"no such file or folder: \./missing"),
         ("/missing", "no such file or folder"),
         ("~/missing", "no such file or folder"),
-        ("a/b/c", "no such file or folder: a/b/c"),
+        ("a/b/c", r"no such file or folder: a/b/c \(in /.*\); a name on the hub has one slash"),
         ("model.gguf", "no such file or folder"),
         ("owner/model.safetensors", "no such file or folder"),
         ("a\\b", "no such file or folder"),
         ("", "expected the name or path of a model, got ''"),
         ("a\0b", "expected the name or path"),
-        ("white space", "neither a local file or folder nor a name on the hub"),
-        ("-x", "neither a local file or folder nor a name on the hub"),
-        ("owner/no--such", "neither a local file or folder nor a name on the hub"),
-        ("owner/model", "owner/model is not a local folder, and it is not in the hub's cache while offline"),
+        ("white space", "no model 'white space': .*, and 'white space' cannot be a name on the hub; give a"),
+        ("-x", "'-x' cannot be a name on the hub"),
+        ("owner/no--such", "'owner/no--such' cannot be a name on the hub"),
+        ("owner/model", "owner/model is not in the hub's cache, and nothing is fetched while offline"),
+        ("all-minilm-l6", r"did you mean all-MiniLM-L6-v2\?"),
+        ("smollm2-135m", r"did you mean SmolLM2-135M-Instruct\?"),
     ],
 )
 def test_names_that_lead_nowhere(name: str, message: str, tmp_path: Path) -> None:
@@ -263,7 +265,7 @@ def test_gguf_repositories(endpoint: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ("'owner/nothing'", "owner/nothing is neither a local file or folder nor a model on the hub"),
+        ("'owner/nothing'", "and the hub has no owner/nothing (a private one needs token=); give a folder"),
         ("'owner/gated'", "owner/gated is gated: accept its terms at https://huggingface.co/owner/gated"),
         ("'owner/bert', revision='missing'", "owner/bert has no revision 'missing'"),
         ("'owner/pickle'", "owner/pickle has its weights only as pytorch_model.bin: pickled files run code"),
@@ -280,7 +282,25 @@ def test_what_the_hub_refuses(call: str, message: str, endpoint: str, tmp_path: 
 
 def test_unreachable(tmp_path: Path) -> None:
     found = ask("http://127.0.0.1:9", tmp_path, "'owner/bert'")
-    assert (
-        found
-        == "HubError: owner/bert is not a local folder, not in the hub's cache, and the hub cannot be reached"
+    assert found == (
+        f"HubError: no model 'owner/bert': there is no folder or file of that name in {tmp_path}, it is not "
+        "one of those that Python packages carry, all-MiniLM-L6-v2 and SmolLM2-135M-Instruct, and owner/bert "
+        "is not in the hub's cache, and the hub cannot be reached; give a folder, a .gguf file, or a name on "
+        "the hub, owner/model"
     )
+
+
+def test_both_the_name_that_was_written_and_the_one_on_the_hub_are_told(tmp_path: Path) -> None:
+    """A name without owner is one of sentence-transformers' to a SentenceEncoder."""
+    import minilm
+
+    hub = {"cache_folder": str(tmp_path), "local_files_only": True}
+    for make, owner in (
+        (minilm.SentenceEncoder, "sentence-transformers"),
+        (minilm.CrossEncoder, "cross-encoder"),
+    ):
+        with pytest.raises(HubError, match=f"^no model 'nope': .* {owner}/nope is not in the hub's cache"):
+            make("nope", **hub)
+    for load in (minilm.AutoModel, minilm.AutoTokenizer, minilm.AutoConfig):
+        with pytest.raises(HubError, match=r"^no model 'nope': .* nope is not in the hub's cache"):
+            load.from_pretrained("nope", cache_dir=tmp_path, local_files_only=True)

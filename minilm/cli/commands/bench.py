@@ -3,6 +3,7 @@ instead."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,12 +11,17 @@ import typer
 
 from ..errors import CommandError, note
 from ..options import command
+from ..progress import Progress, duration
 from ..results import console
 
 if TYPE_CHECKING:
+    from minilm.benchmarks.results import Results
     from minilm.benchmarks.run import Plan
 
 LEVELS = ("op", "layer", "e2e", "sweep")
+QUICK_SECONDS = 120.0
+NOTHING_TO_COMPILE = "^(?!.*([Cc]ompile|Flex))"
+"""Engines of --quick: those whose names do not say that they compile first, which takes minutes."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -33,26 +39,69 @@ def add_to(app: typer.Typer) -> None:
 
 
 def bench(
-    level: Annotated[str, typer.Option(help=f"Levels to run: {', '.join(LEVELS)}, or all.")] = "op,layer,e2e",
+    level: Annotated[
+        str, typer.Option(metavar="LEVELS", help=f"Levels to run, by comma: {', '.join(LEVELS)}, or all.")
+    ] = "op,layer,e2e",
     model: Annotated[
-        str, typer.Option(help="Models whose shapes are used, by comma; all: every one.")
+        str, typer.Option(metavar="NAMES", help="Models whose shapes are used, by comma; all: every one.")
     ] = "all",
-    only: Annotated[str, typer.Option(help="Only workloads whose name this regular expression finds.")] = "",
-    peers: Annotated[str, typer.Option(help="Only engines whose name this regular expression finds.")] = "",
-    threads: Annotated[str, typer.Option(help="Numbers of threads, by comma; all: every core.")] = "all",
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help="dtype of ops and layers.")] = "",
-    rounds: Annotated[int, typer.Option(help="Repeats of each engine; 0: as the settings say.")] = 0,
-    budget: Annotated[float, typer.Option(help="Seconds for one workload, all engines together.")] = 0.0,
-    quick: Annotated[bool, typer.Option("--quick", help="Few repeats, MiniLM and SmolLM2 only.")] = False,
-    output: Annotated[Path | None, typer.Option(help="Folder for JSON, pictures and the page.")] = None,
-    compare: Annotated[
-        tuple[Path, Path] | None, typer.Option(help="What changed between two results beyond the noise.")
+    only: Annotated[
+        str, typer.Option(metavar="REGEX", help="Only workloads whose name this regular expression finds.")
+    ] = "",
+    peers: Annotated[
+        str, typer.Option(metavar="REGEX", help="Only engines whose name this regular expression finds.")
+    ] = "",
+    threads: Annotated[
+        str, typer.Option(metavar="NUMBERS", help="Numbers of threads, by comma; all: every core.")
+    ] = "all",
+    device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda.")] = "cpu",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            metavar="DTYPE", help="dtype of ops and layers; if not given, float32, on a GPU float16."
+        ),
+    ] = "",
+    rounds: Annotated[
+        int, typer.Option(metavar="N", show_default=False, help="Repeats of each engine; if not given, 15.")
+    ] = 0,
+    budget: Annotated[
+        float,
+        typer.Option(
+            metavar="S",
+            show_default=False,
+            help="Seconds for one workload, all engines together; if not given, 20.",
+        ),
+    ] = 0.0,
+    quick: Annotated[
+        bool,
+        typer.Option(
+            "--quick",
+            help="Two minutes: of MiniLM and SmolLM2 what there is time for. What is left out is named.",
+        ),
+    ] = False,
+    seconds: Annotated[
+        float,
+        typer.Option(
+            metavar="S", show_default=False, help="The most seconds for everything; if not given, no limit."
+        ),
+    ] = 0.0,
+    output: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where to write JSON, pictures and the page.")
     ] = None,
-    explain: Annotated[str, typer.Option(help="Where a forward pass of this model goes, op by op.")] = "",
-    html: Annotated[Path | None, typer.Option(help="Make the HTML page of a folder of results.")] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(metavar="A B", help="What changed between two results beyond the noise."),
+    ] = None,
+    explain: Annotated[
+        str, typer.Option(metavar="MODEL", help="Where a forward pass of this model goes, op by op.")
+    ] = "",
+    html: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Make the HTML page of a folder of results, and its README.md."),
+    ] = None,
     markdown: Annotated[
-        Path | None, typer.Option(help="Print a result as tables for a README (with --model, --threads).")
+        Path | None,
+        typer.Option(metavar="FILE", help="Print a result as tables for a README (with --model, --threads)."),
     ] = None,
     show: Annotated[bool, typer.Option("--list", help="List engines, and why some cannot run.")] = False,
 ) -> None:
@@ -65,9 +114,12 @@ def bench(
     if compare is not None:
         _compare(*compare)
     elif html is not None:
+        from minilm.benchmarks import markdown as tables
         from minilm.benchmarks import page
 
         typer.echo(str(page.write(html)))
+        if (readme := tables.write(html)) is not None:
+            typer.echo(str(readme))
     elif markdown is not None:
         _markdown(markdown, model, threads)
     elif explain:
@@ -77,9 +129,32 @@ def bench(
     elif show:
         _list(device)
     else:
-        plan = _plan(level, model, threads, device, dtype, rounds, budget, quick or tiny())
-        plan.only, plan.peers = only, peers
-        _run(plan, output)
+        _check(level, model, device, seconds)
+        limit = seconds or (QUICK_SECONDS if quick else math.inf)
+        with Progress(words := Words(limit)) as progress:
+            plan = _plan(level, model, threads, device, dtype, rounds, budget, quick or tiny())
+            plan.only, plan.peers = only, peers or (NOTHING_TO_COMPILE if quick else "")
+            plan.say = progress.say
+            plan.course = words.course
+            target = _target(plan, output)
+            results = _run(plan, target)
+        _show(results, target)
+
+
+class Words:
+    """What is told while it runs: where it is, how long it has taken, how much longer it will."""
+
+    def __init__(self, limit: float) -> None:
+        from minilm.benchmarks.course import Course
+
+        self.course = Course(limit)
+
+    def __call__(self) -> str:
+        state = self.course.state()
+        if not state.steps:
+            return "reading PyTorch ..."
+        left = f"about {duration(state.left)} left"
+        return f"{state.done} of {state.steps}, {duration(state.elapsed)} gone, {left}: {state.name}"
 
 
 def _threads(text: str) -> list[int]:
@@ -96,6 +171,17 @@ def _threads(text: str) -> list[int]:
     return found
 
 
+def _check(level: str, model: str, device: str, seconds: float) -> None:
+    """What can be said without reading PyTorch."""
+    for name in LEVELS if level == "all" else level.split(","):
+        if name not in LEVELS:
+            raise CommandError(f"unknown level {name!r}; expected {', '.join(LEVELS)} or all")
+    if device not in ("cpu", "cuda"):
+        raise CommandError(f"--device is cpu or cuda, and is {device!r}")
+    if seconds < 0 or math.isnan(seconds):
+        raise CommandError(f"--seconds is a number from 0, and is {seconds:g}")
+
+
 def _plan(
     level: str, model: str, threads: str, device: str, dtype: str, rounds: int, budget: float, quick: bool
 ) -> Plan:
@@ -108,26 +194,22 @@ def _plan(
     from minilm.benchmarks.run import Plan
 
     levels = list(LEVELS) if level == "all" else level.split(",")
-    for name in levels:
-        if name not in LEVELS:
-            raise CommandError(f"unknown level {name!r}; expected {', '.join(LEVELS)} or all")
     everything = ["MiniLM-L6", "SmolLM2-135M"] if quick else list(shapes.HF_CONFIGS)
     models = everything if model == "all" else model.split(",")
     for name in models:
         if name not in shapes.HF_CONFIGS:
             raise CommandError(f"unknown model {name!r}; expected {', '.join(shapes.HF_CONFIGS)} or all")
-    if device not in ("cpu", "cuda"):
-        raise CommandError(f"--device is cpu or cuda, and is {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise CommandError("--device cuda: this PyTorch sees no CUDA device")
     settings = Settings.default()
     if quick:
-        settings = replace(settings, rounds=min(settings.rounds, 5), budget_seconds=4.0, least_rounds=3)
+        settings = replace(settings, rounds=min(settings.rounds, 5), budget_seconds=1.0, least_rounds=3)
     if rounds:
         settings = replace(settings, rounds=rounds, least_rounds=min(rounds, settings.least_rounds))
     if budget:
         settings = replace(settings, budget_seconds=budget)
     return Plan(
+        limit_rounds=2 if quick else Plan.limit_rounds,
         levels=levels,
         models=models,
         threads=_threads(threads),
@@ -137,19 +219,21 @@ def _plan(
     )
 
 
-def _run(plan: Plan, output: Path | None) -> None:
+def _target(plan: Plan, output: Path | None) -> Path | None:
+    """The file of the results."""
     import time
-    from functools import partial
 
-    from minilm.benchmarks import machine, page, plots, report
-    from minilm.benchmarks.results import Results
+    from minilm.benchmarks import machine
+
+    if output is None:
+        return None
+    folder: Path = output / machine.short_name(machine.describe(plan.device))
+    return folder / f"{time.strftime('%Y-%m-%d-%H%M')}-{'-'.join(plan.levels)}.json"
+
+
+def _run(plan: Plan, target: Path | None) -> Results:
+    """Measure; what there is after each workload is kept in `target`."""
     from minilm.benchmarks.run import run
-
-    plan.say = partial(typer.echo, err=True)
-    target: Path | None = None
-    if output is not None:
-        folder = output / machine.short_name(machine.describe(plan.device))
-        target = folder / f"{time.strftime('%Y-%m-%d-%H%M')}-{'-'.join(plan.levels)}.json"
 
     def keep(results: Results) -> None:
         if target is not None:
@@ -157,12 +241,19 @@ def _run(plan: Plan, output: Path | None) -> None:
 
     results = run(plan, on_cell=keep)
     keep(results)
+    return results
+
+
+def _show(results: Results, target: Path | None) -> None:
+    from minilm.benchmarks import markdown, page, plots, report
+
     report.print_tables(results, console())
     if target is not None:
         typer.echo(str(target))
         try:
             pictures = plots.save(results, target.parent / "pictures")
             typer.echo(str(page.write(target.parent)))
+            markdown.write(target.parent)
             note(f"{len(pictures)} pictures in {target.parent / 'pictures'}")
         except ImportError as error:
             note(f"no pictures and no page: {error} (make bench-peers)")
@@ -185,15 +276,16 @@ def _compare(before: Path, after: Path) -> None:
 
 
 def _markdown(path: Path, models: str, threads: str) -> None:
-    from minilm.benchmarks.markdown import tables
+    from minilm.benchmarks.markdown import overview, tables
     from minilm.benchmarks.results import Results
 
     chosen = [] if models == "all" else models.split(",")
     many = None if threads == "all" else _threads(threads)[-1]
-    found = tables(Results.read(path), chosen, many)
+    results = Results.read(path)
+    found = tables(results, chosen, many)
     if not found:
         raise CommandError(f"{path} has no end-to-end cells with that model and number of threads")
-    typer.echo(found, nl=False)
+    typer.echo(f"{overview(results, chosen, many)}\n{found}", nl=False)
 
 
 def _list(device: str) -> None:
@@ -202,12 +294,23 @@ def _list(device: str) -> None:
 
     from minilm.benchmarks import peers
 
-    table = Table(
-        "engine", "runs", "precision", "here", title="Engines of the end-to-end level", title_justify="left"
-    )
+    title = "Engines of the end-to-end level"
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False)
+    table.add_column("engine", style="cyan", no_wrap=True)
+    table.add_column("runs")
+    table.add_column("weights", no_wrap=True)
+    table.add_column("here", no_wrap=True)
+    reasons: dict[str, list[str]] = {}
     for name in peers.ENGINES:
         kind = peers.engine_class(name)
-        runs = " and ".join(k for k, yes in (("encoders", kind.encoder), ("decoders", kind.decoder)) if yes)
+        runs = ", ".join(k for k, yes in (("encoders", kind.encoder), ("decoders", kind.decoder)) if yes)
         reason = kind.unavailable(device)
-        table.add_row(name, runs, kind.precision, Text(reason or "yes", style="dim" if reason else "green"))
-    console().print(table)
+        table.add_row(
+            name, runs, kind.precision, Text("no", style="dim") if reason else Text("yes", style="green")
+        )
+        if reason:
+            reasons.setdefault(reason, []).append(name)
+    out = console()
+    out.print(table)
+    for reason, names in reasons.items():
+        out.print(Text(f"no {', '.join(names)}: {reason}", style="dim"))

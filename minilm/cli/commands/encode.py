@@ -8,6 +8,7 @@ import typer
 
 from ..errors import CommandError
 from ..options import ENCODER, Encoder, Runtime, command
+from ..progress import counting
 from ..results import Output, Record
 from ..texts import FieldOption, FileOption, Item, Texts, chunks, read_items
 
@@ -66,13 +67,14 @@ def embed(
     """
     out.check("embedding")
     items = source.read()
-    with run.running() as device:
+    with run.running(model) as device:
         encoder = _encoder(model, device, run)
-        with out.writer(_embedding_table, "embedding") as write:
+        with out.writer(_embedding_table, "embedding") as write, counting("texts") as done:
             for chunk in chunks(items, CHUNK):
                 vectors = _encode(encoder, chunk, batch_size, prompt, normalize or None)
                 for item, vector in zip(chunk, vectors, strict=True):
                     write({**item.record, "text": item.text, "embedding": vector})
+                done(len(chunk))
 
 
 def similar(
@@ -102,7 +104,7 @@ def similar(
     if not query.strip():
         raise CommandError("the query is empty")
     source = read_items(texts or [], file or [], field)
-    with run.running() as device:
+    with run.running(model) as device:
         encoder = _encoder(model, device, run)
         wanted = _encode(encoder, [Item(query)], batch_size, query_prompt, None)
         items: list[Item] = []

@@ -10,6 +10,7 @@ import typer
 
 from ..errors import CommandError, note, warn
 from ..options import ENCODER, MODEL_HELP, DType, Encoder, command
+from ..progress import waiting
 from ..results import Output, Record, console, quantity, size
 from ..texts import Texts
 
@@ -65,10 +66,11 @@ def tokenize(
     out: Output,
 ) -> None:
     """How a model's tokenizer cuts texts: ids, tokens, and which characters each stands for."""
-    from ...text import AutoTokenizer
-
     out.check()
     items = source.read()
+    note(f"loading the tokenizer of {model} ...")
+    from ...text import AutoTokenizer
+
     tokenizer = AutoTokenizer.from_pretrained(model)
     with out.writer(_token_tables) as write:
         for item in items:
@@ -112,10 +114,10 @@ def _token_tables(records: list[Record]) -> RenderableType:
 
 def inspect(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} [default: {ENCODER}]")
+        str | None, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} If not given, {ENCODER}.")
     ] = None,
     by_option: Annotated[
-        str | None, typer.Option("--model", "-m", metavar="NAME_OR_FOLDER", help="The same, as an option.")
+        str | None, typer.Option("--model", "-m", metavar="MODEL", help="The same, as an option.")
     ] = None,
     weights: Annotated[
         bool, typer.Option("--weights", help="Also show what each tensor of the checkpoint becomes.")
@@ -128,16 +130,18 @@ def inspect(
     """
     if model is not None and by_option is not None:
         raise CommandError(f"two models were named: {model} and {by_option}")
+    name = model or by_option or ENCODER
+    note(f"reading {name} ...")
     from ...conversion import summarise
 
-    summary = summarise(model or by_option or ENCODER)
+    summary = summarise(name)
     if as_json:
         typer.echo(json.dumps(summary.to_dict(), indent=2, ensure_ascii=False))
         return
     from .inspect_view import view
 
     out = console()
-    for part in view(summary, weights=weights):
+    for part in view(summary, weights=weights, width=out.width):
         out.print(part)
 
 
@@ -156,9 +160,10 @@ def convert(
 
     The tokenizer comes along. An error leaves the destination as it was.
     """
-    from ...conversion import convert as run
+    with waiting(f"converting {source}"):
+        from ...conversion import convert as run
 
-    done = run(source, destination, dtype=dtype, force=force, max_shard_size=max_shard_size)
+        done = run(source, destination, dtype=dtype, force=force, max_shard_size=max_shard_size)
     reasons: dict[str, list[str]] = {}
     for name, reason in done.left_out.items():
         reasons.setdefault(reason, []).append(name)

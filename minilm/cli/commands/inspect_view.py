@@ -16,14 +16,14 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 
-def view(summary: Summary, *, weights: bool) -> Iterator[RenderableType]:
-    """The parts to print, in order."""
+def view(summary: Summary, *, weights: bool, width: int) -> Iterator[RenderableType]:
+    """The parts to print on a terminal of `width` columns, in order."""
     yield _overview(summary)
     yield _given(summary)
     yield _understood(summary)
-    yield _parameters(summary)
+    yield from _parameters(summary, width)
     if weights:
-        yield _weights(summary)
+        yield from _weights(summary, width)
 
 
 def _table(title: str, *, header: bool = True) -> Table:
@@ -53,7 +53,8 @@ def _overview(summary: Summary) -> RenderableType:
     more = f" and {len(files) - 3} more, {size(sum(summary.files.values()))} in all" if len(files) > 3 else ""
     table.add_row("weights", f"{summary.format}: {', '.join(files[:3])}{more}")
     table.add_row("parameters", f"{summary.count:,} ({quantity(summary.count)})")
-    table.add_row("in memory", ", ".join(f"{size(summary.memory(d))} in {_name(d)}" for d in DTYPES))
+    for label, words in _memory(summary):
+        table.add_row(label, words)
     if spec.causal:
         kv = ", ".join(f"{summary.kv_bytes(d):,} B in {_name(d)}" for d in DTYPES)
         full = size(summary.kv_bytes(DTYPES[1]) * spec.max_positions)
@@ -66,6 +67,20 @@ def _overview(summary: Summary) -> RenderableType:
     table.add_row("tokenizer", summary.tokenizer or "none")
     table.add_row("chat template", "yes" if summary.chat_template else "no")
     return table
+
+
+def _memory(summary: Summary) -> Iterator[tuple[str, str]]:
+    """What the weights take: first as the model is loaded when nothing is said."""
+    stored, default = summary.stored_memory, _name(summary.dtype)
+    if stored is not None and summary.format == "GGUF":
+        yield "in memory", f"{size(stored)} as stored (minilm chat; elsewhere --weights gguf)"
+        yield "", f"{size(summary.default_memory)} in {default} (other commands and from_pretrained)"
+    elif stored is not None:
+        yield "in memory", f"{size(stored)} as stored, which is how it is loaded"
+    else:
+        yield "in memory", f"{size(summary.default_memory)} in {default}, which is how it is loaded"
+    others = [d for d in DTYPES if d != summary.dtype or (stored is not None and summary.format != "GGUF")]
+    yield "", ", ".join(f"{size(summary.memory(d))} in {_name(d)}" for d in others)
 
 
 def _given(summary: Summary) -> RenderableType:
@@ -100,34 +115,63 @@ def _value(value: Any) -> str:
     return "-" if value is None else str(value)
 
 
-def _parameters(summary: Summary) -> RenderableType:
+def _parameters(summary: Summary, width: int) -> Iterator[RenderableType]:
+    """A row for each parameter; on a narrow terminal its name has a line of its own, and stays whole."""
+    rows: dict[tuple[str, tuple[int, ...], str], list[int]] = {}
+    for p in summary.parameters:
+        rows.setdefault((_pattern(p.name), p.shape, p.stored or "missing"), []).append(p.count)
+    told = []
+    for (name, shape, stored), counts in rows.items():
+        times = f" x {len(counts)}" if "{i}" in name else ""
+        share = f"{100 * sum(counts) / summary.count:.1f} %"
+        told.append((name, f"{list(shape)}{times}", quantity(sum(counts)), share, stored))
+    heads = ("name", "shape", "number", "share", "stored as")
+    needed = sum(max(len(row[at]) for row in [heads, *told]) for at in range(5)) + 8
+    if needed > width:
+        yield from _narrow("Parameters", [(row[0], ", ".join(row[1:])) for row in told])
+        return
     table = _table("Parameters")
-    table.add_column("name", style="cyan", overflow="fold")
+    table.add_column("name", style="cyan", no_wrap=True)
     table.add_column("shape", no_wrap=True)
     for name in ("number", "share"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("stored as", no_wrap=True)
-    rows: dict[tuple[str, tuple[int, ...], str], list[int]] = {}
-    for p in summary.parameters:
-        rows.setdefault((_pattern(p.name), p.shape, p.stored or "missing"), []).append(p.count)
-    for (name, shape, stored), counts in rows.items():
-        times = f" x {len(counts)}" if "{i}" in name else ""
-        share = f"{100 * sum(counts) / summary.count:.1f} %"
-        table.add_row(name, f"{list(shape)}{times}", quantity(sum(counts)), share, stored)
-    return table
+    for row in told:
+        table.add_row(*row)
+    yield table
 
 
-def _weights(summary: Summary) -> RenderableType:
+def _weights(summary: Summary, width: int) -> Iterator[RenderableType]:
     from rich.text import Text
 
-    table = _table("From the names in the checkpoint to those of the model")
-    table.add_column("how", no_wrap=True)
-    table.add_column("checkpoint, and below it the model", overflow="fold")
+    title = "From the names in the checkpoint to those of the model"
+    told = []
     for source, transform, target, count in _grouped(summary):
         how, _, reason = transform.partition(": ")
-        name = Text(source or "(not in the checkpoint)").append(f"\n  {target or reason}", style="cyan")
-        table.add_row(f"{how} x {count}" if count > 1 else how, name)
-    return table
+        told.append(
+            (f"{how} x {count}" if count > 1 else how, source or "(not in the checkpoint)", target or reason)
+        )
+    names = max((max(len(source), len(target) + 2) for _, source, target in told), default=0)
+    if max((len(how) for how, _, _ in told), default=0) + 2 + names > width:
+        yield from _narrow(title, [(source, f"{how}: {target}") for how, source, target in told])
+        return
+    table = _table(title)
+    table.add_column("how", no_wrap=True)
+    table.add_column("checkpoint, and below it the model", overflow="fold")
+    for how, source, target in told:
+        table.add_row(how, Text(source).append(f"\n  {target}", style="cyan"))
+    yield table
+
+
+def _narrow(title: str, rows: Iterable[tuple[str, str]]) -> Iterator[RenderableType]:
+    """A line for each name, and below it, indented, what is told of it."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    yield Text(f"\n{title}", style="bold")
+    for name, told in rows:
+        yield Text(name, style="cyan", overflow="fold")
+        yield Padding(Text(told, overflow="fold"), (0, 0, 0, 2))
 
 
 def _grouped(summary: Summary) -> Iterable[tuple[str, str, str, int]]:

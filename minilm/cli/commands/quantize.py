@@ -10,6 +10,7 @@ import typer
 
 from ..errors import warn
 from ..options import MODEL_HELP, DType, command
+from ..progress import waiting
 from ..results import Record, quantity, size
 from ..texts import read_items
 
@@ -70,18 +71,19 @@ def quantize(
     perplexity beside that in float32. Every command and `from_pretrained` load the folder by its name.
     """
     given = [item.text for item in read_items([], texts, None)] if texts else None
-    from ...conversion import quantize as run
+    with waiting(f"quantising {source}, and measuring what that costs"):
+        from ...conversion import quantize as run
 
-    done = run(
-        source,
-        destination,
-        weights=weights,
-        dtype=dtype,
-        texts=given,
-        tokens=tokens,
-        force=force,
-        max_shard_size=max_shard_size,
-    )
+        done = run(
+            source,
+            destination,
+            weights=weights,
+            dtype=dtype,
+            texts=given,
+            tokens=tokens,
+            force=force,
+            max_shard_size=max_shard_size,
+        )
     if done.error is None:
         warn(f"{source} has no tokenizer, so the error was not measured")
     if as_json:

@@ -87,7 +87,7 @@ def fill_mask(
     """
     out.check()
     items = source.read()
-    with run.running() as device:
+    with run.running(model) as device:
         pipe = _pipeline("fill-mask", model, device, run, untrained)
         with out.writer(_filled_table) as write:
             for chunk in chunks(items, CHUNK):
@@ -122,7 +122,7 @@ def classify(
     """
     out.check()
     items = source.read()
-    with run.running() as device:
+    with run.running(model) as device:
         pipe = _pipeline("text-classification", model, device, run, untrained)
         with out.writer(_class_table) as write:
             for chunk in chunks(items, CHUNK):
@@ -163,7 +163,7 @@ def ner(
     if aggregation not in strategies:
         raise CommandError(f"--aggregation must be one of {', '.join(strategies)}, and is {aggregation!r}")
     items = source.read()
-    with run.running() as device:
+    with run.running(model) as device:
         pipe = _pipeline("token-classification", model, device, run, untrained)
         with out.writer(_entity_table) as write:
             for chunk in chunks(items, CHUNK):
@@ -201,7 +201,7 @@ def qa(
     """
     out.check()
     items = read_items(contexts or [], file or [], field, whole=True, default_field="context")
-    with run.running() as device:
+    with run.running(model) as device:
         pipe = _pipeline("question-answering", model, device, run, untrained)
         with out.writer(_answer_table) as write:
             for item in items:

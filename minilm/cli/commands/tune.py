@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ..errors import CommandError
-from ..options import command
+from ..options import command, note
+from ..progress import Progress, duration
 
 if TYPE_CHECKING:
     import torch
@@ -29,20 +33,32 @@ def add_to(app: typer.Typer) -> None:
 
 def tune(
     model: Annotated[
-        str, typer.Option(help="Models whose shapes are tuned, by comma; all: every one.")
+        str, typer.Option(metavar="NAMES", help="Models whose shapes are tuned, by comma; all: every one.")
     ] = "all",
-    kernel: Annotated[str, typer.Option(help="Kernels to tune, by comma; all: every one.")] = "all",
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "bfloat16",
+    kernel: Annotated[
+        str, typer.Option(metavar="NAMES", help="Kernels to tune, by comma; all: every one.")
+    ] = "all",
+    dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, float16 or bfloat16.")] = "bfloat16",
     output: Annotated[
-        Path | None, typer.Option(help="Table to extend; if not given, the one in the user's cache folder.")
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="Table to extend; if not given, the one in the user's cache folder."
+        ),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="List the candidates; needs no GPU, and measures nothing.")
     ] = False,
-    chip: Annotated[str, typer.Option(help=f"For a dry run without a GPU: {', '.join(CHIPS)}.")] = "sm_90",
-    most: Annotated[int, typer.Option(help="Candidates that are tried for one shape.")] = 24,
+    chip: Annotated[
+        str, typer.Option(metavar="CHIP", help=f"For a dry run without a GPU: {', '.join(CHIPS)}.")
+    ] = "sm_90",
+    most: Annotated[int, typer.Option(metavar="N", help="Candidates that are tried for one shape.")] = 24,
     seconds: Annotated[
-        float, typer.Option(help="Begin nothing new after so many seconds; 0: no limit.")
+        float,
+        typer.Option(
+            metavar="S",
+            show_default=False,
+            help="Begin nothing new after so many seconds; if not given, no limit.",
+        ),
     ] = 0.0,
 ) -> None:
     """Measure block sizes of the Triton kernels on this GPU, and keep those that beat the built-in choice.
@@ -51,6 +67,7 @@ def tune(
     kernels look up before their own heuristics, on devices of the same name or compute capability."""
     if dry_run:  # before anything imports triton: its interpreter would run what is only to be listed
         os.environ["TRITON_INTERPRET"] = "0"
+    note("reading PyTorch and Triton ...")
     import torch
 
     from ...model import as_dtype
@@ -99,27 +116,34 @@ def _list(models: list[str], kernel: str, dtype: torch.dtype, chip: str, most: i
     import torch
 
     from minilm.benchmarks.tune import listing
-    from minilm.kernels.candidates import candidates
     from minilm.kernels.devices import CHIPS, device_of
 
     device = device_of(torch.device("cuda")) if torch.cuda.is_available() else CHIPS[chip]
-    total = 0
-    for asked in listing(models, _kernels(kernel), dtype, device):
-        blocks = candidates(asked.kernel, asked.sizes, asked.answer, device)[:most]
-        total += len(blocks)
-        sizes = ", ".join(f"{name} {value}" for name, value in asked.sizes.items())
-        typer.echo(f"{asked.kernel}: {sizes}")
-        for block in blocks:
-            mark = "  (the heuristic's)" if block == asked.answer else ""
-            typer.echo("    " + ", ".join(f"{n} {v}" for n, v in block._asdict().items()) + mark)
+    total, now = 0, ["reading PyTorch and Triton"]
+    progress = Progress(
+        lambda: f"{now[0]} ...", quiet=sys.stdout.isatty()
+    )  # there the list itself is the sign
+    with progress:
+        for asked in listing(models, _kernels(kernel), dtype, device, partial(now.__setitem__, 0)):
+            total += _candidates(asked, device, most)
     typer.echo(f"{total} candidates on {device.name}; nothing was measured")
+
+
+def _candidates(asked: Any, device: Any, most: int) -> int:
+    from minilm.kernels.candidates import candidates
+
+    blocks = candidates(asked.kernel, asked.sizes, asked.answer, device)[:most]
+    typer.echo(f"{asked.kernel}: {', '.join(f'{name} {value}' for name, value in asked.sizes.items())}")
+    for block in blocks:
+        mark = "  (the heuristic's)" if block == asked.answer else ""
+        typer.echo("    " + ", ".join(f"{n} {v}" for n, v in block._asdict().items()) + mark)
+    sys.stdout.flush()
+    return len(blocks)
 
 
 def _measure(
     models: list[str], kernel: str, dtype: torch.dtype, output: Path | None, most: int, seconds: float
 ) -> None:
-    from functools import partial
-
     from minilm.benchmarks import tune as tuning
     from minilm.kernels import tuned
 
@@ -132,6 +156,19 @@ def _measure(
         found.append(entry)
         tuning.add_entry(path, entry)
 
-    tuner = tuning.Tuner(dtype, "cuda", most=most, say=partial(typer.echo, err=True))
-    asked = tuning.tune(models, _kernels(kernel), tuner, keep, seconds or float("inf"))
+    began, limit = time.monotonic(), f" of {duration(seconds)}" if seconds else ""
+    shapes = [0]
+
+    def words() -> str:
+        gone = duration(time.monotonic() - began)
+        return f"tuning: {shapes[0]} shapes begun, {len(found)} entries, {gone}{limit} gone"
+
+    with Progress(words) as progress:
+
+        def say(text: str) -> None:
+            shapes[0] += not text.startswith(" ")
+            progress.say(text)
+
+        tuner = tuning.Tuner(dtype, "cuda", most=most, say=say)
+        asked = tuning.tune(models, _kernels(kernel), tuner, keep, seconds or float("inf"))
     typer.echo(f"{len(found)} of {asked} shapes run faster than by the heuristics; {path}")

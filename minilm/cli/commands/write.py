@@ -12,6 +12,7 @@ import typer
 
 from ..errors import CommandError, note
 from ..options import DECODER, Decoder, Runtime, command
+from ..progress import counting
 from ..results import Output, Record
 from ..texts import Texts, chunks, read_items
 
@@ -152,18 +153,19 @@ def generate(
     out.check()
     items = source.read()
     params = sampling.params()
-    with run.running() as device:
+    with run.running(model) as device:
         llm = _llm(model, device, run)
         single = source.texts if out.for_people and not source.file else None
         if single is not None and len(single) == 1 and single[0] != "-":
             typer.echo(single[0], nl=False)
             _show(llm.stream(single[0], params))
             return
-        with out.writer(_text_table) as write:
+        with out.writer(_text_table) as write, counting("prompts") as done:
             for chunk in chunks(items, CHUNK):
                 answers = llm.generate([item.text for item in chunk], params, use_tqdm=False)
                 for item, answer in zip(chunk, answers, strict=True):
                     write({**item.record, "prompt": item.text, **_completion(answer)})
+                done(len(chunk))
 
 
 def chat(
@@ -198,9 +200,7 @@ def chat(
     )
     if not conversing and not asked:
         raise CommandError("the question is empty")
-    with run.running() as device:
-        if conversing:
-            note(f"loading {model} ...")
+    with run.running(model) as device:
         llm = _llm(model, device, run, as_stored=conversing)
         if conversing:
             from .conversation import Conversation, describe
