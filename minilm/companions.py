@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .graphs import in_graph
 from .weights import resized, stored_tensors
 
 if TYPE_CHECKING:
@@ -160,6 +161,13 @@ class Companion(nn.Module):
         found = getattr(getattr(self, "head", None), "decoder", None)
         return found if isinstance(found, nn.Module) else None
 
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks first."""
+        raise RuntimeError(
+            "torch.jit.script cannot read a model of minilm, whose code is more than TorchScript knows: use "
+            "torch.jit.trace(model, example) or torch.export.export(model, example)"
+        )
+
     def tie_weights(self, **_: Any) -> None:
         """Nothing to do: a tied matrix is the token table itself here."""
 
@@ -231,14 +239,9 @@ def check_save_options(options: dict[str, Any]) -> None:
 
 
 def refuse_transforms() -> None:
-    """RuntimeError within `torch.vmap` and while a model is exported: the lengths of a batch are read to pack
-    it, which these do not allow."""
-    if torch.compiler.is_exporting() or torch._C._is_tracing():
-        raise RuntimeError(
-            "torch.export, torch.jit.trace and torch.onnx.export cannot take a model of minilm, which packs "
-            "each batch by its lengths: export transformers' model, which loads the same folder"
-        )
-    if torch.compiler.is_compiling():
+    """RuntimeError within `torch.vmap`: the lengths of a batch are read to pack it, which that does not
+    allow."""
+    if in_graph():
         return
     transform = torch._C._functorch.peek_interpreter_stack()
     if transform is not None and transform.key() == torch._C._functorch.TransformType.Vmap:

@@ -151,10 +151,14 @@ class _Thread(threading.local):  # not a ContextVar: torch.compile cannot trace 
 
 _thread = _Thread()
 _environment: _Choice | None = None
+_EXPORTED = _Choice(("reference",))
+"""What is exported runs without minilm, so it is made of PyTorch's own ops."""
 
 
 def _current() -> _Choice:
     global _environment
+    if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch._C._is_tracing()):
+        return _EXPORTED
     if _thread.choice is not None:
         return _thread.choice
     if _environment is None:
