@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -37,6 +38,8 @@ def graphed(forward: Callable[..., Any]) -> Callable[..., Any]:
     tuple, unless return_dict=True.
     """
 
+    names = [p.name for p in inspect.signature(forward).parameters.values() if p.kind != p.VAR_KEYWORD][1:]
+
     @functools.wraps(forward)
     def run(self: Any, *arguments: Any, **options: Any) -> Any:
         if not in_graph():
@@ -47,15 +50,15 @@ def graphed(forward: Callable[..., Any]) -> Callable[..., Any]:
             from .outside import outside
 
             return outside(forward, self, *arguments, **options)
+        if not torch.compiler.is_compiling():  # torch.onnx passes keyword arguments by position
+            options = {**dict(zip(names, arguments, strict=False)), **options}
+            arguments = ()
+            options["return_dict"] = bool(options.get("return_dict"))
         if self.spec.causal and (options.get("past_key_values") is not None or options.get("use_cache")):
             raise ValueError(
                 "a model is exported without a KV cache: leave out past_key_values and use_cache=True"
             )
         options["use_cache"] = False
-        if torch.compiler.is_compiling():
-            return forward(self, *arguments, **options)
-        if options.get("return_dict") is None:
-            options["return_dict"] = False
         with quiet():
             return forward(self, *arguments, **options)
 

@@ -29,7 +29,6 @@ from ..files import (
     read_json,
     saving,
 )
-from ..graphs import Padded
 from ..model import Linear, Packed
 
 
@@ -135,9 +134,9 @@ class Pooling(Module):
 
     def forward(self, features: Features) -> Features:
         """token embeddings [T, C] -> sentence embeddings [B, C * number of modes]."""
-        packed: Any = features.packed
-        x, skip = features.tokens, 0 if self.include_prompt else features.prompt_length
-        if isinstance(packed, Padded):
+        packed, x = features.packed, features.tokens
+        skip = 0 if self.include_prompt else features.prompt_length
+        if type(packed) is not Packed:
             features.sentence = self._in_graph(packed, x, skip)
             return features
         rows = torch.arange(len(x), device=x.device)  # packed indices of the tokens that count
@@ -179,7 +178,7 @@ class Pooling(Module):
         features.sentence = (pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=-1)).to(x.dtype)
         return features
 
-    def _in_graph(self, padded: Padded, x: Tensor, skip: int | Sequence[int]) -> Tensor:
+    def _in_graph(self, padded: Any, x: Tensor, skip: int | Sequence[int]) -> Tensor:
         """The same of a batch with its padding, by ops that can be exported."""
         rows = padded.rows(x if x.dtype == torch.float64 else x.float())  # [B, S, C]
         positions, there = padded.rows(padded.positions), padded.tokens_at()
