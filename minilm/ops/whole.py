@@ -34,8 +34,8 @@ class Whole:
     written into files, as it is as large as they are and can be made again."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and copy."""
-        return {key: value for key, value in self.__dict__.items() if key != MADE}
+        """For pickle and copy; without what `model.compile()` made, too, as nn.Module leaves it out."""
+        return {k: v for k, v in self.__dict__.items() if k not in (MADE, "_compiled_call_impl")}
 
 
 def register_modules(op: str, call: Callable[..., Any]) -> None:
