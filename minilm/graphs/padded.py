@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,13 @@ class Padded:
     def max_seqlen(self) -> int:
         """Columns of the batch, which no sequence is longer than."""
         return self.columns
+
+    def look_ahead(self, causal: bool, windows: Iterable[int | None]) -> None:
+        """Make the masks of these windows once, for all layers: before them, since torch.compile does not let
+        checkpointed layers keep anything."""
+        for window in windows:
+            if (causal, window) not in self._masks:
+                self._masks[causal, window] = self._mask(causal, window)
 
     # Layout
     def pack(self, x: Tensor) -> Tensor:
@@ -168,9 +176,9 @@ class Padded:
 
         Each query sees something, those at padding too: a softmax over nothing is not a number.
         """
-        if (causal, window) not in self._masks:
-            self._masks[causal, window] = self._mask(causal, window)
-        return self._masks[causal, window]
+        if (causal, window) in self._masks:
+            return self._masks[causal, window]
+        return self._mask(causal, window)
 
     def _mask(self, causal: bool, window: int | None) -> Tensor | None:
         real, column = self.real, torch.arange(self.columns, device=self.starts.device)

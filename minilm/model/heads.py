@@ -287,7 +287,7 @@ def token_loss(
 
 def _tell_of_padding(labels: Tensor, targets: Tensor, packed: Packed, shift: bool) -> None:
     """Warn of labels that are left out here and count in transformers. A device is asked in one step only."""
-    if "labels" in said or packed.indices is None:
+    if packed.indices is None or "labels" in said:
         return
     if labels.device.type != "cpu" or {"labels-at-padding", "labels-after-padding"} <= said:
         said.add("labels")

@@ -186,6 +186,7 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         if graph:
             real = real_places(rows, columns, attention_mask, given.device)
             packed = Padded(rows, columns, real, given.device, keeps=use_cache and self.spec.causal)
+            packed.look_ahead(self.spec.causal, map(self.spec.window, range(self.spec.num_layers)))
         else:
             packed = pack(rows, columns, attention_mask, given.device)
         if packed.padded_left and position_ids is None and self._counts_columns(input_ids):

@@ -109,7 +109,7 @@ def register_unavailable(backend: str, reason: str) -> None:
 
 def implementations(op: str) -> dict[str, Implementation]:
     """The implementations of `op` by backend. Not to be changed."""
-    if op in PLUGINS and op not in _plugged and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and op in PLUGINS and op not in _plugged:
         _plugged.add(op)
         import_module(PLUGINS[op])
     return _table.get(op, {})
@@ -222,12 +222,13 @@ def select(op: str, traits: Traits) -> Callable[..., Any]:
     `BackendError`."""
     choice = _current()
     wanted = choice.per_op.get(op, choice.default)
+    if torch.compiler.is_compiling():  # a graph would be made again when others add decisions
+        return _decide(op, traits, wanted).chosen.call
     key = (op, traits, wanted)
     decision = _decisions.get(key)
     if decision is None:
         decision = _decisions[key] = _decide(op, traits, wanted)
-    if not torch.compiler.is_compiling():
-        decision.calls += 1
+    decision.calls += 1
     return decision.chosen.call
 
 

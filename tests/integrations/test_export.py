@@ -290,6 +290,7 @@ def test_onnx_of_a_sentence_encoder(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_compiled_sentence_encoder() -> None:
+    torch._dynamo.reset()
     torch.manual_seed(3)
     model = Vectors(encoder(*MODULES["all"]()))
     compiled = torch.compile(model, backend="eager", fullgraph=True)
