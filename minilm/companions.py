@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .graphs import in_graph
 from .weights import (
     CONFIG_KEY,
     RECORD,
@@ -319,6 +320,13 @@ class Companion(nn.Module):
         found = getattr(found, "named", found)
         return found if isinstance(found, nn.Module) else None
 
+    def __prepare_scriptable__(self) -> Any:
+        """What torch.jit.script asks first."""
+        raise RuntimeError(
+            "torch.jit.script cannot read a model of minilm, whose code is more than TorchScript knows: use "
+            "torch.jit.trace(model, example) or torch.export.export(model, example)"
+        )
+
     def tie_weights(self, **_: Any) -> None:
         """Does nothing: in minilm a tied matrix is the token table itself."""
 
@@ -395,14 +403,9 @@ def check_save_options(options: dict[str, Any]) -> None:
 
 
 def refuse_transforms() -> None:
-    """Raise RuntimeError within `torch.vmap` and during export: packing reads the lengths of a batch, which
-    these do not allow."""
-    if torch.compiler.is_exporting() or torch._C._is_tracing():
-        raise RuntimeError(
-            "torch.export, torch.jit.trace and torch.onnx.export cannot trace a minilm model, which packs "
-            "each batch by its lengths: export transformers' model, which loads the same folder"
-        )
-    if torch.compiler.is_compiling():
+    """Raise RuntimeError within `torch.vmap`: packing reads the lengths of a batch, which it does not
+    allow."""
+    if in_graph():
         return
     transform = torch._C._functorch.peek_interpreter_stack()
     if transform is not None and transform.key() == torch._C._functorch.TransformType.Vmap:

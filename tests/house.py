@@ -10,6 +10,7 @@ ORDER = (
         "config",
         "ops",
         "cache",
+        "graphs",
         "files",
         "weights",
         "families",

@@ -15,11 +15,13 @@ creates and checks it; the code after it does not check again.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import ops
 from ..cache import CacheStep, KVCache, Layout
 
 
@@ -38,6 +40,8 @@ class Packed:
     """int64 [T], from 0 in each row."""
     padded_left: bool = False
     """Whether there is padding before the first token of a row."""
+    kept: list[tuple[Tensor, Tensor]] | None = None
+    """In a graph, where asked for: filled with the keys and values of each layer."""
 
     @property
     def max_seqlen(self) -> int:
@@ -54,10 +58,10 @@ class Packed:
         flat = x.reshape(self.batch * self.columns, *x.shape[2:])
         return flat if self.indices is None else flat[self.indices]
 
-    def pad(self, x: Tensor) -> Tensor:
-        """[T, ...] -> [B, S, ...], zeros at padding."""
+    def pad(self, x: Tensor, value: float = 0) -> Tensor:
+        """[T, ...] -> [B, S, ...], `value` at padding."""
         if self.indices is not None:
-            full = x.new_zeros(self.batch * self.columns, *x.shape[1:])
+            full = x.new_full((self.batch * self.columns, *x.shape[1:]), value)
             x = full.index_copy(0, self.indices, x)
         return x.view(self.batch, self.columns, *x.shape[1:])
 
@@ -79,6 +83,12 @@ class Packed:
         self._no_empty("last")
         return self.cu_seqlens[1:].long() - 1
 
+    def last_where(self, there: Tensor) -> Tensor:
+        """Packed index [B] of each row's last token that is `there`, bool [B, S]; the first, if none is."""
+        found = [flags.nonzero().flatten() for flags in torch.split(self.pack(there), self.lengths)]
+        ends = [start + (at[-1] if len(at) else 0) for start, at in zip(self.first(), found, strict=True)]
+        return torch.stack(ends) if ends else self.last()
+
     def last_columns(self, count: int) -> tuple[Packed, Tensor | None]:
         """The last `count` columns of the batch, and the packed indices of their tokens (None: all)."""
         if count >= self.columns:
@@ -89,6 +99,35 @@ class Packed:
             0, flat, True
         )
         return pack(self.batch, count, mask.view(self.batch, self.columns)[:, -count:], flat.device), kept
+
+    def counted(self, there: Tensor) -> Tensor:
+        """Index of each token among those of its row that are `there`, bool [B, S]; others -1. int64 [T]."""
+        there = there.long()
+        seen, counts = self.pack(there), self.pack(there.cumsum(1))
+        if self.tokens:  # ids at the padding before a row do not count
+            before = (counts - seen)[self.cu_seqlens[:-1].long().clamp(max=self.tokens - 1)]
+            counts = counts - before.repeat_interleave(self.cu_seqlens.diff())
+        return counts * seen - 1
+
+    def context(self, positions: Tensor) -> Tensor:
+        """The length of each token's sequence, int64 [T], by its `positions` [T]."""
+        rows = torch.split(positions, self.lengths)
+        return torch.cat([row.max().expand(len(row)) + 1 for row in rows if len(row)] or [positions])
+
+    def targets(self, labels: Tensor, shift: bool) -> Tensor:
+        """Padded labels int64 [B, S] -> labels of the packed tokens [T]; with `shift`, each token's label is
+        that of the next token, -100 at the end of a sequence."""
+        targets = self.pack(labels)
+        if shift:  # after packing, so that no label at padding is used
+            ends = self.cu_seqlens[1:].long()
+            targets = F.pad(targets[1:], (0, 1), value=-100)[: len(targets)]
+            targets = targets.index_fill(0, ends[ends > 0] - 1, -100)
+        return targets
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, **kind: Any) -> Tensor:
+        """Attention within each sequence, as `minilm.ops.attention`."""
+        ends, longest = self.cu_seqlens, self.max_seqlen
+        return ops.attention(q, k, v, ends, ends, longest, longest, **kind)
 
     def _no_empty(self, which: str) -> None:
         if 0 in self.lengths:
@@ -106,17 +145,6 @@ def integers(name: str, x: Tensor) -> Tensor:
     return x.long()
 
 
-def token_targets(labels: Tensor, packed: Packed, shift: bool) -> Tensor:
-    """Padded labels int64 [B, S] -> labels of the packed tokens [T]; with `shift`, each token's label is that
-    of the next token, -100 at the end of a sequence."""
-    targets = packed.pack(labels)
-    if shift:  # after packing, so that no label at padding is used
-        ends = packed.cu_seqlens[1:].long()
-        targets = F.pad(targets[1:], (0, 1), value=-100)[: len(targets)]
-        targets = targets.index_fill(0, ends[ends > 0] - 1, -100)
-    return targets
-
-
 def check_columns(name: str, x: Tensor, batch: int, columns: int) -> None:
     """Raise ValueError unless `x` is a tensor [B, S]."""
     if not isinstance(x, Tensor):
@@ -125,22 +153,28 @@ def check_columns(name: str, x: Tensor, batch: int, columns: int) -> None:
         raise ValueError(f"{name} must be [batch, tokens] = [{batch}, {columns}], and is {list(x.shape)}")
 
 
+def real_places(
+    batch: int, columns: int, attention_mask: Tensor | None, device: torch.device
+) -> Tensor | None:
+    """A padding mask as bool [B, S], or ValueError."""
+    if attention_mask is None:
+        return None
+    check_columns("attention_mask", attention_mask, batch, columns)
+    return attention_mask.to(device) != 0
+
+
 def pack(batch: int, columns: int, attention_mask: Tensor | None, device: torch.device) -> Packed:
     """The layout for a padding mask, [B, S] of 0/1 or bool (1 = real), or None if every token is real."""
-    if attention_mask is not None:
-        check_columns("attention_mask", attention_mask, batch, columns)
-        real = attention_mask.to(device) != 0
-        if bool(real.all()):
-            attention_mask = None
-    column = torch.arange(columns, device=device)
-    if attention_mask is None:
+    real = real_places(batch, columns, attention_mask, device)
+    if real is None or bool(real.all()):
         if columns == 0:
             cu_seqlens = torch.zeros(batch + 1, dtype=torch.int32, device=device)
         else:
             cu_seqlens = torch.arange(0, (batch + 1) * columns, columns, dtype=torch.int32, device=device)
+        column = torch.arange(columns, device=device)
         positions = column if batch == 1 else column.repeat(batch)
         return Packed(batch, columns, None, [columns] * batch, cu_seqlens, positions)
-    column = column.expand(batch, columns)
+    column = torch.arange(columns, device=device).expand(batch, columns)
     counts = real.sum(1, dtype=torch.int32)
     indices = real.flatten().nonzero().squeeze(1)
     starts = real.int().argmax(1, keepdim=True)

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..differences import said, tell
 from ..families import Head, PretrainedConfig
-from .batch import Batch, Packed, check_columns, integers, token_targets
+from ..graphs import in_graph
+from .batch import Batch, Packed, check_columns, integers
 from .layers import Linear, Norm
 from .outputs import (
     MaskedLMOutput,
@@ -180,12 +181,7 @@ class AutoModelForSequenceClassification(PreTrainedModel):
         last, pad = batch.packed.last(), self.config.get("pad_token_id")
         if pad is None or batch.input_ids is None:
             return last
-        tokens = batch.packed.pack(batch.input_ids)
-        real = [(ids != pad).nonzero().flatten() for ids in torch.split(tokens, batch.packed.lengths)]
-        ends = [
-            start + (at[-1] if len(at) else 0) for start, at in zip(batch.packed.first(), real, strict=True)
-        ]
-        return torch.stack(ends) if ends else last
+        return batch.packed.last_where(batch.input_ids != pad)
 
 
 class TokenHead(nn.Module):
@@ -252,7 +248,7 @@ class AutoModelForQuestionAnswering(PreTrainedModel):
         packed = batch.packed
         scores = self.head(hidden)
         nowhere = torch.finfo(scores.dtype).min
-        start, end = (_pad_with(packed, s, nowhere) for s in scores.unbind(-1))
+        start, end = (packed.pad(s, nowhere) for s in scores.unbind(-1))
         loss = None
         if start_positions is not None and end_positions is not None:
             starts = _answer_columns("start_positions", start_positions, packed)
@@ -267,21 +263,13 @@ def _answer_columns(name: str, positions: Tensor, packed: Packed) -> Tensor:
     at = integers(name, positions).to(packed.cu_seqlens.device).reshape(-1)
     if len(at) != packed.batch:
         raise ValueError(f"{name} must be [{packed.batch}], and is {list(positions.shape)}")
-    if len(at) and int(at.min()) < 0:
+    if len(at) and not in_graph() and int(at.min()) < 0:
         raise ValueError(
             f"{name} must be columns, from 0 to {packed.columns - 1}, and one is {int(at.min())}"
         )
-    real = F.pad(_pad_with(packed, packed.positions.new_ones(packed.tokens), 0), (0, 1))
+    real = F.pad(packed.pad(torch.ones_like(packed.positions)), (0, 1))
     at = at.clamp(max=packed.columns)
     return torch.where(real.gather(1, at[:, None]).squeeze(1) > 0, at, packed.columns)
-
-
-def _pad_with(packed: Packed, x: Tensor, value: float) -> Tensor:
-    """[T] -> [B, S], `value` at padding."""
-    if packed.indices is None:
-        return x.view(packed.batch, packed.columns)
-    full = x.new_full((packed.batch * packed.columns,), value)
-    return full.index_copy(0, packed.indices, x).view(packed.batch, packed.columns)
 
 
 def token_loss(
@@ -294,12 +282,12 @@ def token_loss(
     check_columns("labels", labels, packed.batch, packed.columns)
     labels = labels.to(logits.device)
     _tell_of_padding(labels, packed.pack(labels), packed, shift)
-    return ops.cross_entropy(logits, token_targets(labels, packed, shift))
+    return ops.cross_entropy(logits, packed.targets(labels, shift))
 
 
 def _tell_of_padding(labels: Tensor, targets: Tensor, packed: Packed, shift: bool) -> None:
     """Warn of labels that are ignored here and count in transformers. On a GPU only the first call checks."""
-    if "labels" in said or torch.compiler.is_compiling() or packed.indices is None:
+    if packed.indices is None or "labels" in said:
         return
     if labels.device.type != "cpu" or {"labels-at-padding", "labels-after-padding"} <= said:
         said.add("labels")
@@ -336,7 +324,8 @@ def classification_loss(config: PretrainedConfig, logits: Tensor, labels: Tensor
     if config.problem_type == "single_label_classification":
         return ops.cross_entropy(logits.view(-1, config.num_labels), labels.view(-1))
     if config.problem_type == "multi_label_classification":
-        if labels.shape != logits.shape or bool(((labels < 0) | (labels > 1)).any()):
+        outside = labels.shape != logits.shape or (not in_graph() and ((labels < 0) | (labels > 1)).any())
+        if outside:
             raise ValueError(
                 f"labels must be from 0 to 1, {list(logits.shape)}, for multi-label classification, and are "
                 f"{list(labels.shape)}, from {labels.min()} to {labels.max()}"

@@ -8,12 +8,15 @@ layer, skip on first reading), which computes the same. `minilm.explain()` shows
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import ops
 from ..config import ModelConfig
+from ..graphs import Padded
 from .batch import Batch
 from .quantized import QuantizedEmbedding
 
@@ -131,7 +134,7 @@ class Attention(nn.Module):
         """x [T, C] -> q [T, H, D] and k, v [T, Hkv, D], before the rotary embedding."""
         c = self.config
         heads = c.num_heads + 2 * c.num_kv_heads
-        qkv: Tensor = self.qkv(x).view(len(x), heads, c.head_dim)  # [T, H + 2 Hkv, D]
+        qkv: Tensor = self.qkv(x).view(-1, heads, c.head_dim)  # [T, H + 2 Hkv, D]
         q, k, v = torch.split(qkv, [c.num_heads, c.num_kv_heads, c.num_kv_heads], dim=1)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm.norm(q), self.k_norm.norm(k)
@@ -146,14 +149,10 @@ class Attention(nn.Module):
             batch.attentions.append(self._maps(q, k, batch))
         packed, step = batch.packed, batch.step
         if step is None or step.fresh:
-            out = ops.attention(
+            out = packed.attend(
                 q,
                 k,
                 v,
-                packed.cu_seqlens,
-                packed.cu_seqlens,
-                packed.max_seqlen,
-                packed.max_seqlen,
                 scale=self.scale,
                 causal=c.causal,
                 window=self.window,
@@ -191,15 +190,16 @@ class Attention(nn.Module):
 
     def _maps(self, q: Tensor, k: Tensor, batch: Batch) -> Tensor:
         """The attention probabilities in transformers' layout, [B, H, S, context], zero at padding."""
-        packed, cu_k = batch.packed, batch.packed.cu_seqlens
-        context = packed.columns
+        packed: Any = batch.packed
+        kind: dict[str, Any] = {"scale": self.scale, "causal": self.config.causal, "window": self.window}
+        if isinstance(packed, Padded):
+            return packed.maps(q, k, **kind)
+        context, cu_k = packed.columns, packed.cu_seqlens
         if batch.cache is not None and batch.step is not None and not batch.step.fresh:
             k = torch.cat([batch.cache.keys(self.layer, row) for row in batch.rows]).to(q.dtype)
             cu_k = F.pad(batch.step.context_lens.cumsum(0, dtype=torch.int32), (1, 0))
             context = batch.step.max_context
-        maps = ops.attention_probs(
-            q, k, packed.cu_seqlens, cu_k, scale=self.scale, causal=self.config.causal, window=self.window
-        )
+        maps = ops.attention_probs(q, k, packed.cu_seqlens, cu_k, **kind)
         full = q.new_zeros(packed.batch, self.config.num_heads, packed.columns, context)
         columns = torch.split(packed.flat_indices() % max(packed.columns, 1), packed.lengths)
         for row, (p, at) in enumerate(zip(maps, columns, strict=True)):

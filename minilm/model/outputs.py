@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from ..graphs import taken_apart
+
 if TYPE_CHECKING:
     from ..cache import KVCache
 
@@ -18,6 +20,10 @@ class ModelOutput(OrderedDict[str, Any]):
 
     Fields that are None are absent from the dict and from the tuple.
     """
+
+    def __init_subclass__(cls) -> None:
+        """torch.export takes results apart."""
+        taken_apart(cls)
 
     def __post_init__(self) -> None:
         for f in fields(self):  # type: ignore[arg-type]

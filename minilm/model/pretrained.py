@@ -19,9 +19,10 @@ from ..companions import refuse_transforms
 from ..config import ConfigError, ModelConfig
 from ..differences import tell
 from ..families import Family, Head, PretrainedConfig, family_of
+from ..graphs import LateCache, Padded, graphed, in_graph
 from ..ops.backends import watch
 from . import rope
-from .batch import Batch, Packed, check_columns, integers, pack, token_targets
+from .batch import Batch, Packed, check_columns, integers, pack, real_places
 from .layers import Embedding, Linear
 from .loading import Checkpointed
 from .outputs import BaseModelOutput, ModelOutput
@@ -71,6 +72,7 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         self.load_report = None
 
     # Running
+    @graphed
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -121,6 +123,8 @@ class PreTrainedModel(ops.Whole, Checkpointed):
             fields = self.answer(self.body(batch), batch, labels, **head_options)
             if num_items_in_batch is not None and labels is not None:
                 fields["loss"] = fields["loss"] * self._share(labels, batch.packed, num_items_in_batch)
+        if batch.packed.kept is not None:
+            batch.cache = LateCache(self.spec, self.dtype, batch.packed)
         if batch.cache is not None and "past_key_values" in self.output_class.__dataclass_fields__:  # type: ignore[attr-defined]
             fields["past_key_values"] = batch.cache
         if batch.hidden_states is not None:
@@ -138,7 +142,7 @@ class PreTrainedModel(ops.Whole, Checkpointed):
             return (labels != -100).sum() / items
         if labels.shape != (packed.batch, packed.columns) or self.head_kind == "sequence-classification":
             return 1
-        return (token_targets(labels, packed, self.head_kind == "causal-lm") != -100).sum() / items
+        return (packed.targets(labels, self.head_kind == "causal-lm") != -100).sum() / items
 
     def answer(self, hidden: Tensor, batch: Batch, labels: Tensor | None) -> dict[str, Any]:
         """The head: hidden states [T, C] -> the fields of `output_class`."""
@@ -173,11 +177,18 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         else:
             self._check_vectors(given)
         rows, columns = given.shape[:2]
-        cache = self._cache(rows, past_key_values, use_cache)
+        graph = in_graph()
+        cache = None if graph else self._cache(rows, past_key_values, use_cache)
         past, layouts = None, None
         if cache is not None:
             attention_mask, past = cache.new_columns(attention_mask, columns)
-        packed = pack(rows, columns, attention_mask, given.device)
+        packed: Any = None
+        if graph:
+            real = real_places(rows, columns, attention_mask, given.device)
+            packed = Padded(rows, columns, real, given.device, keeps=use_cache and self.spec.causal)
+            packed.look_ahead(self.spec.causal, map(self.spec.window, range(self.spec.num_layers)))
+        else:
+            packed = pack(rows, columns, attention_mask, given.device)
         if packed.padded_left and position_ids is None and self._counts_columns(input_ids):
             tell("left-padding")
         if cache is not None and cache.is_padded(packed.indices is not None, past):
@@ -241,7 +252,7 @@ class PreTrainedModel(ops.Whole, Checkpointed):
 
     @staticmethod
     def _check_ids(name: str, ids: Tensor, size: int, what: str) -> None:
-        if ids.numel() and not torch.compiler.is_compiling():
+        if not in_graph() and ids.numel():
             low, high = (int(v) for v in ids.aminmax())
             if low < 0 or high >= size:
                 raise ValueError(
@@ -283,12 +294,7 @@ class PreTrainedModel(ops.Whole, Checkpointed):
             check_columns("position_ids", position_ids, packed.batch, packed.columns)
             positions = packed.pack(position_ids)
         elif spec.positions_skip_padding_id is not None and input_ids is not None:
-            real = (input_ids != spec.positions_skip_padding_id).long()
-            seen, counts = packed.pack(real), packed.pack(real.cumsum(1))
-            if packed.tokens:  # ids at the padding before a row do not count
-                before = (counts - seen)[packed.cu_seqlens[:-1].long().clamp(max=packed.tokens - 1)]
-                counts = counts - before.repeat_interleave(packed.cu_seqlens.diff())
-            positions = counts * seen - 1 + spec.position_offset
+            positions = packed.counted(input_ids != spec.positions_skip_padding_id) + spec.position_offset
         else:
             positions = packed.positions
             if packed.indices is None:
@@ -308,7 +314,7 @@ class PreTrainedModel(ops.Whole, Checkpointed):
                 positions = positions + past.repeat_interleave(
                     torch.tensor(packed.lengths, device=positions.device)
                 )
-        if spec.positions == "learned" and positions.numel() and not torch.compiler.is_compiling():
+        if spec.positions == "learned" and not in_graph() and positions.numel():
             rows = spec.max_positions + spec.position_offset
             if high is None or low is None:
                 low, high = (int(value) for value in positions.aminmax())
@@ -339,8 +345,7 @@ class PreTrainedModel(ops.Whole, Checkpointed):
             return None
         context = None
         if spec.rope.type == "dynamic":
-            rows = torch.split(positions, batch.packed.lengths)
-            context = torch.cat([row.max().expand(len(row)) + 1 for row in rows if len(row)] or [positions])
+            context = batch.packed.context(positions)
         return rope.angles(spec.rope, spec.head_dim, positions, context)
 
     # Being a model

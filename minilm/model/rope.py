@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config import RopeConfig
+from ..graphs import in_graph
 
 
 def frequencies(config: RopeConfig, head_dim: int) -> Tensor:
@@ -82,7 +83,7 @@ def angles(
     `context` [T] is the current length of each token's sequence. Only `dynamic` uses it: beyond
     `max_positions`, theta grows with it, separately for each sequence.
     """
-    if config.type == "dynamic" and context is not None and bool((context > config.max_positions).any()):
+    if config.type == "dynamic" and context is not None and _any(context > config.max_positions):
         stretch = config.factor * context.clamp(min=config.max_positions) / config.max_positions - (
             config.factor - 1
         )
@@ -91,10 +92,15 @@ def angles(
         cos, sin = angle_table(config, head_dim, _IN_TABLE)
         return cos[positions], sin[positions]
     else:
-        known = frequencies if torch.compiler.is_compiling() else _kept_frequencies
+        known = frequencies if in_graph() else _kept_frequencies
         f = known(config, head_dim).to(positions.device)
     turned = positions[:, None].float() * f
     return turned.cos() * config.attention_factor, turned.sin() * config.attention_factor
+
+
+def _any(flags: Tensor) -> bool:
+    """Whether one is true; in a graph, whether one may be."""
+    return in_graph() or bool(flags.any())
 
 
 _IN_TABLE = 2048
@@ -112,7 +118,7 @@ def _few(positions: Tensor) -> bool:
     """Whether to use the table. For short texts, starting threads would take longer than the cosines."""
     if type(positions) is not Tensor or positions.device.type != "cpu" or not 0 < len(positions) <= _IN_TABLE:
         return False  # a fake tensor (torch.compile) has no values
-    if torch.compiler.is_compiling() or torch._C._is_tracing():
+    if in_graph():
         return False
     least, most = positions.aminmax()
     return int(least) >= 0 and int(most) < _IN_TABLE

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..model import MLP, Attention, Batch, Block, Linear, Norm, QuantizedLinear, Transformer
+from ..model import MLP, Attention, Batch, Block, Linear, Norm, Packed, QuantizedLinear, Transformer
 from ..ops.backends import native, packed, watch
 from .state import Structure, hooked, made_of, other_code, own_code
 
@@ -44,6 +44,8 @@ def obstacle(body: Transformer, x: Tensor, batch: Batch) -> str | Callable[..., 
     """Why this call on the embedded tokens x needs the modules; if nothing, the function to call."""
     if native.unavailable is not None:
         return native.unavailable
+    if type(batch.packed) is not Packed:
+        return "the batch has its padding, as in a graph"
     if batch.hidden_states is not None or batch.attentions is not None:
         return "the outputs of each layer are requested"
     if torch.is_grad_enabled() and (x.requires_grad or any(p.requires_grad for p in body.parameters())):

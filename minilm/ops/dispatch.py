@@ -109,7 +109,7 @@ def register_unavailable(backend: str, reason: str) -> None:
 
 def implementations(op: str) -> dict[str, Implementation]:
     """The implementations of `op` by backend (read-only)."""
-    if op in PLUGINS and op not in _plugged and not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and op in PLUGINS and op not in _plugged:
         _plugged.add(op)
         import_module(PLUGINS[op])
     return _table.get(op, {})
@@ -151,10 +151,14 @@ class _Thread(threading.local):  # not a ContextVar: torch.compile cannot trace 
 
 _thread = _Thread()
 _environment: _Choice | None = None
+_EXPORTED = _Choice(("reference",))
+"""What is exported runs without minilm, so it is made of PyTorch's own ops."""
 
 
 def _current() -> _Choice:
     global _environment
+    if torch.compiler.is_exporting() or (not torch.compiler.is_compiling() and torch._C._is_tracing()):
+        return _EXPORTED
     if _thread.choice is not None:
         return _thread.choice
     if _environment is None:
@@ -217,12 +221,13 @@ def select(op: str, traits: Traits) -> Callable[..., Any]:
     `BackendError`."""
     choice = _current()
     wanted = choice.per_op.get(op, choice.default)
+    if torch.compiler.is_compiling():  # a graph would be made again when others add decisions
+        return _decide(op, traits, wanted).chosen.call
     key = (op, traits, wanted)
     decision = _decisions.get(key)
     if decision is None:
         decision = _decisions[key] = _decide(op, traits, wanted)
-    if not torch.compiler.is_compiling():
-        decision.calls += 1
+    decision.calls += 1
     return decision.chosen.call
 
 

@@ -85,7 +85,7 @@ def quantized_linear(
         x.dtype,
         weight.format,
         activation,
-        math.prod(x.shape[:-1]) <= FEW_ROWS,
+        not torch.compiler.is_exporting() and math.prod(x.shape[:-1]) <= FEW_ROWS,
         needs_grad(x, bias),
         not torch.compiler.is_compiling(),
     )

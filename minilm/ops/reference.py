@@ -23,7 +23,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    return F.layer_norm(x, (len(weight),), weight, bias, eps)
 
 
 def add_layer_norm(

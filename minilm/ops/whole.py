@@ -35,8 +35,8 @@ class Whole:
     pickled with it: they are as large as the weights and can be created again."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and copy."""
-        return {key: value for key, value in self.__dict__.items() if key != MADE}
+        """For pickle and copy; without what `model.compile()` made, too, as nn.Module leaves it out."""
+        return {k: v for k, v in self.__dict__.items() if k not in (MADE, "_compiled_call_impl")}
 
 
 def register_modules(op: str, call: Callable[..., Any]) -> None:

@@ -136,6 +136,9 @@ class Pooling(Module):
         """token embeddings [T, C] -> sentence embeddings [B, C * number of modes]."""
         packed, x = features.packed, features.tokens
         skip = 0 if self.include_prompt else features.prompt_length
+        if type(packed) is not Packed:
+            features.sentence = self._in_graph(packed, x, skip)
+            return features
         rows = torch.arange(len(x), device=x.device)  # packed indices of the tokens that count
         offsets = packed.cu_seqlens.long()
         if skip:
@@ -174,6 +177,32 @@ class Pooling(Module):
                 pooled.append(bags("sum") / counts().clamp(min=1).sqrt())
         features.sentence = (pooled[0] if len(pooled) == 1 else torch.cat(pooled, dim=-1)).to(x.dtype)
         return features
+
+    def _in_graph(self, padded: Any, x: Tensor, skip: int | Sequence[int]) -> Tensor:
+        """The same of a batch with its padding, by ops that can be exported."""
+        rows = padded.rows(x if x.dtype == torch.float64 else x.float())  # [B, S, C]
+        positions, there = padded.rows(padded.positions), padded.tokens_at()
+        if skip:
+            there = there & (positions >= torch.tensor(skip, device=x.device).view(-1, 1))
+        chosen = there[..., None].to(rows.dtype)
+        counts, at = chosen.sum(1), torch.arange(padded.batch, device=x.device)
+        pooled = []
+        for mode in self.modes:
+            if mode in ("cls", "lasttoken"):
+                column = torch.where(there, positions, -1).argmax(1) if mode == "lasttoken" else None
+                column = there.int().argmax(1) if column is None else column
+                pooled.append(rows[at, column] * (counts > 0))
+            elif mode == "max":
+                highest = rows.masked_fill(~there[..., None], torch.finfo(rows.dtype).min).amax(1)
+                pooled.append(highest.masked_fill(counts == 0, 0.0))
+            elif mode == "weightedmean":
+                weights = chosen * (positions + 1)[..., None]
+                pooled.append((rows * weights).sum(1) / weights.sum(1).clamp(min=1))
+            else:
+                total, size = (rows * chosen).sum(1), counts.clamp(min=1)
+                pooled.append(total / (size if mode == "mean" else size.sqrt()))
+        found: Tensor = torch.cat(pooled, dim=-1).to(x.dtype)
+        return found
 
     def dimension(self, size: int) -> int:
         """C * number of modes."""
@@ -427,6 +456,7 @@ def _are_one_op(modules: Sequence[Module], features: Features) -> bool:
     pooling = modules[0] if modules else None
     return (
         type(pooling) is Pooling
+        and type(features.packed) is Packed
         and pooling.modes == ("mean",)
         and (pooling.include_prompt or not features.prompt_length)
         and len(modules) <= 2

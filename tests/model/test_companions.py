@@ -86,15 +86,12 @@ def test_a_text_is_not_what_a_model_reads() -> None:
         model_of("bert")("hello")
 
 
-def test_export_is_refused_at_once() -> None:
-    model = model_of("bert")
-    for export in (
-        lambda: torch.jit.trace(model, (inputs(),)),
-        lambda: torch.export.export(model, (inputs(),)),
-        lambda: torch.export.export(model, (inputs(),), strict=True),
-    ):
-        with pytest.raises(Exception, match="export transformers' model, which loads the same folder"):
-            export()
+def test_scripting_is_refused_at_once() -> None:
+    for module in (model_of("bert"), torch.nn.Sequential(model_of("llama"))):
+        with pytest.raises(
+            RuntimeError, match=r"torch\.jit\.script cannot read a model of minilm.*jit\.trace"
+        ):
+            torch.jit.script(module)
 
 
 # State dicts

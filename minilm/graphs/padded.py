@@ -1,0 +1,195 @@
+"""`Padded`: a batch all of whose places go through the layers, those at padding too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class Padded:
+    """What the layers ask of a batch (see `minilm.model.batch.Packed`), all of whose places are tokens."""
+
+    indices = None
+    padded_left = False
+
+    def __init__(
+        self, batch: int, columns: int, real: Tensor | None, device: torch.device, *, keeps: bool = False
+    ) -> None:
+        self.batch, self.columns = batch, columns
+        self.real = real
+        """bool [B, S]; None when all are real."""
+        self.kept: list[tuple[Tensor, Tensor]] | None = [] if keeps else None
+        """Where asked for: keys and values of each layer, [T, Hkv, D]."""
+        self._masks: dict[tuple[bool, int | None], Tensor | None] = {}
+        column = torch.arange(columns, device=device).expand(batch, columns)
+        if real is None:
+            self.starts = column[:, :1]
+            self.positions = column.flatten()
+        else:
+            self.starts = real.int().argmax(1, keepdim=True)  # int64 [B, 1]
+            self.positions = torch.where(real, column - self.starts, 0).flatten()
+
+    @property
+    def max_seqlen(self) -> int:
+        """Columns of the batch, which no sequence is longer than."""
+        return self.columns
+
+    def look_ahead(self, causal: bool, windows: Iterable[int | None]) -> None:
+        """Make the masks of these windows once, for all layers: before them, since torch.compile does not let
+        checkpointed layers keep anything."""
+        for window in windows:
+            if (causal, window) not in self._masks:
+                self._masks[causal, window] = self._mask(causal, window)
+
+    # Layout
+    def pack(self, x: Tensor) -> Tensor:
+        """[B, S, ...] -> [T, ...], zeros where there is no token."""
+        return self._fill(x, 0).flatten(0, 1)
+
+    def pad(self, x: Tensor, value: float = 0) -> Tensor:
+        """[T, ...] -> [B, S, ...], `value` where there is no token."""
+        return self._fill(self.rows(x), value)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """[T, ...] -> [B, S, ...]."""
+        return x.view(self.batch, self.columns, *map(int, x.shape[1:]))
+
+    def _fill(self, x: Tensor, value: float) -> Tensor:
+        if self.real is None:
+            return x
+        return x.masked_fill(~self.real.view(*self.real.shape, *[1] * (x.dim() - 2)), value)
+
+    def tokens_at(self) -> Tensor:
+        """Where there is a token, bool [B, S]."""
+        return (
+            torch.ones_like(self.rows(self.positions), dtype=torch.bool) if self.real is None else self.real
+        )
+
+    def first(self) -> Tensor:
+        """Place of the first token of each sequence, int64 [B]."""
+        return self._places(self.starts[:, 0])
+
+    def last(self) -> Tensor:
+        """Place of the last token of each sequence, int64 [B]."""
+        return self.last_where(None)
+
+    def last_where(self, there: Tensor | None) -> Tensor:
+        """Place of the last token of each sequence that is `there`, bool [B, S]; its first token, if none
+        is."""
+        column = torch.arange(self.columns, device=self.starts.device)
+        for which in (there, self.real):
+            if which is not None:
+                column = torch.where(which, column, -1)
+        last = column.expand(self.batch, self.columns).amax(1)
+        return self._places(torch.where(last < 0, self.starts[:, 0], last))
+
+    def _places(self, columns: Tensor) -> Tensor:
+        return torch.arange(self.batch, device=columns.device) * self.columns + columns
+
+    def last_columns(self, count: int) -> tuple[Padded, Tensor]:
+        """The part of the batch in its last `count` columns, and its places here."""
+        places = torch.arange(self.batch * self.columns, device=self.starts.device)
+        places = places.view(self.batch, self.columns)[:, -count:]
+        real = None if self.real is None else self.real[:, -count:]
+        return Padded(self.batch, places.shape[1], real, places.device), places.flatten()
+
+    # Positions and labels
+    def counted(self, there: Tensor) -> Tensor:
+        """For each token that is `there`, bool [B, S], how many of its sequence are before it; -1 for others.
+        int64 [T]."""
+        counts = there.long().cumsum(1)
+        if self.real is not None:  # what stands under the padding before a row is not counted
+            counts = counts - (counts - there.long()).gather(1, self.starts)
+        return self._fill(counts * there - 1, 0).flatten()
+
+    def context(self, positions: Tensor) -> Tensor:
+        """The length of each token's sequence, int64 [T], by its `positions` [T]."""
+        longest = self._fill(self.rows(positions), 0).amax(1, keepdim=True)
+        return (longest + 1).expand(self.batch, self.columns).flatten()
+
+    def targets(self, labels: Tensor, shift: bool) -> Tensor:
+        """Padded labels int64 [B, S] -> [T], -100 at padding; `shift`: of the next token each."""
+        labels = self._fill(labels, -100)
+        if not shift:
+            return labels.flatten()
+        labels = F.pad(labels, (0, 1), value=-100)
+        column = torch.arange(self.columns, device=labels.device)
+        following = (column + 1).expand(self.batch, self.columns)
+        if self.real is not None:  # the next column with a token, beyond padding between tokens
+            here = torch.where(self.real, column, self.columns).flip(1).cummin(1).values.flip(1)
+            following = F.pad(here[:, 1:], (0, 1), value=0)
+            following = torch.where(column == self.columns - 1, self.columns, following)
+        return self._fill(labels.gather(1, following), -100).flatten()
+
+    # Attention
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        scale: float,
+        causal: bool,
+        window: int | None,
+        dropout_p: float,
+    ) -> Tensor:
+        """As `minilm.ops.attention` within each row: q [T, H, D], k, v [T, Hkv, D] -> [T, H, D]."""
+        if self.kept is not None:
+            self.kept.append((k, v))
+        queries, keys, values = self._heads(q, k, v)
+        seen = self._seen(causal, window)
+        out = F.scaled_dot_product_attention(
+            queries, keys, values, seen, dropout_p, is_causal=causal and seen is None, scale=scale
+        )
+        return out.transpose(1, 2).flatten(0, 1)
+
+    def maps(self, q: Tensor, k: Tensor, *, scale: float, causal: bool, window: int | None) -> Tensor:
+        """The attention probabilities, [B, H, S, S], zero where there is no token."""
+        queries, keys = self._heads(q, k)
+        scores = queries @ keys.transpose(2, 3)
+        scores = (scores if scores.dtype == torch.float64 else scores.float()) * scale
+        seen = self._seen(causal, window)
+        if causal and seen is None:
+            seen = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
+        if seen is not None:
+            scores = scores.masked_fill(~seen, -math.inf)
+        probabilities = scores.softmax(-1).to(q.dtype)
+        real = self.real
+        return probabilities if real is None else probabilities.masked_fill(~real[:, None, :, None], 0)
+
+    def _heads(self, *xs: Tensor) -> list[Tensor]:
+        """[T, heads, D] each -> [B, H, S, D], a key/value head once for each query head that shares it."""
+        heads, found = int(xs[0].shape[1]), []
+        for x in xs:
+            rows, group = self.rows(x).transpose(1, 2), heads // int(x.shape[1])
+            if group > 1:
+                rows = rows[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2)
+            found.append(rows)
+        return found
+
+    def _seen(self, causal: bool, window: int | None) -> Tensor | None:
+        """Which key each query sees, bool [B or 1, 1, S or 1, S]; None: all, or all up to itself.
+
+        Each query sees something, those at padding too: a softmax over nothing is not a number.
+        """
+        if (causal, window) in self._masks:
+            return self._masks[causal, window]
+        return self._mask(causal, window)
+
+    def _mask(self, causal: bool, window: int | None) -> Tensor | None:
+        real, column = self.real, torch.arange(self.columns, device=self.starts.device)
+        if window is None and (real is None or not causal):
+            return None if real is None else (real | ~real.any(1, keepdim=True))[:, None, None]
+        seen = column[:, None] - column >= 0 if causal else None
+        if window is not None:  # counts tokens, not the padding between them
+            place = column[None] if real is None else real.long().cumsum(1)
+            near = (place[:, :, None] - place[:, None]).abs() < window
+            seen = near if seen is None else seen & near
+        assert seen is not None
+        if real is not None:
+            seen = (seen & real[:, None]) | ~real[:, :, None]
+        return seen.view(-1, 1, self.columns, self.columns)
