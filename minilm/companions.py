@@ -19,18 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .graphs import in_graph
-from .weights import (
-    CONFIG_KEY,
-    RECORD,
-    OutputMatrix,
-    config_tensor,
-    foreign,
-    fuse_modules,
-    resized,
-    stored_tensors,
-    tied_names,
-    unfuse_modules,
-)
+from .weights import CONFIG_KEY, UNFUSED, config_tensor, resized, stored_tensors
 
 if TYPE_CHECKING:
     from .config import ModelConfig
@@ -88,19 +77,23 @@ class Companion(nn.Module):
         place (`minilm.weights.unfused`): for libraries that look for modules by name. PEFT has it done by
         itself. Parameters are new ones, so an optimizer is made afterwards; the native passes rest until
         `fuse`. Raises ValueError for a quantised model. Returns the model."""
+        from .weights import unfuse_modules
+
         unfuse_modules(self)
         return self
 
     def fuse(self) -> Any:
         """The way back of `unfuse`; the parameters are new ones again. Raises ValueError where an adapter is
         in the model. Returns the model."""
+        from .weights import fuse_modules
+
         fuse_modules(self)
         return self
 
     @property
     def is_unfused(self) -> bool:
         """Whether the modules have the checkpoint's names now."""
-        return RECORD in self.__dict__
+        return UNFUSED in self.__dict__
 
     @property
     def peft_config(self) -> Any:
@@ -123,12 +116,17 @@ class Companion(nn.Module):
     def peft_config(self) -> None:
         if self.__dict__.pop("_peft_config", None) is None:
             raise AttributeError("peft_config")
-        if self.is_unfused and foreign(self) is None:
-            self.fuse()
+        if self.is_unfused:
+            from .weights import foreign
+
+            if foreign(self) is None:
+                self.fuse()
 
     @property
     def _tied_weights_keys(self) -> dict[str, str] | None:
         """For PEFT, which asks what is one tensor with the token table."""
+        from .weights import tied_names
+
         return tied_names(self)
 
     @property
@@ -155,7 +153,11 @@ class Companion(nn.Module):
         """As in PyTorch. The output matrix of an unfused model is a linear layer for who asks for it by
         name."""
         found = super().get_submodule(target)
-        return found.as_linear() if isinstance(found, OutputMatrix) else found
+        if self.is_unfused:
+            from .weights import OutputMatrix
+
+            return found.as_linear() if isinstance(found, OutputMatrix) else found
+        return found
 
     def train(self, mode: bool = True) -> Any:
         """As in PyTorch."""

@@ -1,5 +1,8 @@
 """Loading and saving weights: declarative rules map a checkpoint's tensor names to the model's and back."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from .fresh import initialise, resized
 from .loading import (
     LoadReport,
@@ -9,8 +12,8 @@ from .loading import (
     stored_tensors,
     weight_map,
 )
+from .plan import UNFUSED
 from .quantized import KEEP
-from .relays import OutputMatrix
 from .rules import Rule, affine, copy, fuse, ignore, tied, transpose
 from .stored import (
     CONFIG_KEY,
@@ -22,13 +25,16 @@ from .stored import (
     stored_format,
     stored_untied,
 )
-from .unfused import RECORD, foreign, fuse_modules, tied_names, unfuse_modules
+
+if TYPE_CHECKING:
+    from .relays import OutputMatrix
+    from .unfused import foreign, fuse_modules, tied_names, unfuse_modules
 
 __all__ = [
     "CONFIG_KEY",
     "CONFIG_RULE",
     "KEEP",
-    "RECORD",
+    "UNFUSED",
     "LoadReport",
     "MapEntry",
     "OutputMatrix",
@@ -56,3 +62,12 @@ __all__ = [
     "unfuse_modules",
     "weight_map",
 ]
+
+_LATE = ("OutputMatrix", "foreign", "fuse_modules", "tied_names", "unfuse_modules")
+
+
+def __getattr__(name: str) -> Any:
+    """The names of `unfused` are imported when they are used: few models are ever unfused."""
+    if name in _LATE:
+        return getattr(import_module(".unfused", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

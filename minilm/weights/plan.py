@@ -17,6 +17,8 @@ from ..files import Checkpoint, WeightError
 from .rules import Rule
 
 Shape = tuple[int, ...]
+UNFUSED = "_unfused"
+"""Key in the `__dict__` of a model that is unfused (`minilm.weights.unfused`)."""
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _AGAIN = "ignore_mismatched_sizes=True"
 _SHOWN = 4  # maximum number of problems in one error message

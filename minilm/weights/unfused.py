@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .. import ops
-from .plan import fused_sizes
+from .plan import UNFUSED, fused_sizes
 from .relays import (
     OWN,
     BaseNode,
@@ -42,8 +42,6 @@ from .relays import (
 )
 from .rules import Rule
 
-RECORD = "_unfused"
-"""Key in a model's `__dict__` of what `fuse_modules` needs."""
 PARTS = ("body", "pooler", "head")
 
 
@@ -72,7 +70,7 @@ def unfuse_modules(model: Any) -> None:
     """Give the modules of `model` the checkpoint's names, in place. Its parameters are new ones afterwards:
     an optimizer is made after this. Nothing happens to a model that is unfused; a quantised one is a
     ValueError."""
-    if RECORD in model.__dict__:
+    if UNFUSED in model.__dict__:
         return
     if any(hasattr(module, "quantized") for module in model.modules()):
         raise ValueError(
@@ -128,7 +126,7 @@ class _Unfusing:
             model.__dict__["head"] = self._head(head)
         if pooler is not None and self.prefix:
             model.__dict__["pooler"] = Relay(model, first)
-        model.__dict__[RECORD] = self.record
+        model.__dict__[UNFUSED] = self.record
         changed(model)
         model.train(model.training)
 
@@ -222,7 +220,7 @@ def _norm(module: Any) -> nn.Module:
 def tied_names(model: Any) -> dict[str, str] | None:
     """transformers' `_tied_weights_keys`: the output matrix's name -> that of the token table, where an
     unfused model has one tensor for both."""
-    record: Record | None = model.__dict__.get(RECORD)
+    record: Record | None = model.__dict__.get(UNFUSED)
     if record is None or record.output is None or not model.spec.tie_word_embeddings:
         return None
     table = next(seat.paths[0] for seat in record.seats if seat.name == "tokens")
@@ -239,7 +237,7 @@ def changed(model: Any) -> None:
 def foreign(model: Any) -> str | None:
     """What in the tree of an unfused model is not a layer of its own: the name of an adapter's, of a copy
     that is trained, or of a layer with hooks; None if there is nothing."""
-    record: Record = model.__dict__[RECORD]
+    record: Record = model.__dict__[UNFUSED]
     paths = [path for seat in record.seats for path in seat.paths]
     paths += [] if record.output is None else [record.output]
     known = set()
@@ -260,7 +258,7 @@ def _is_plain(place: nn.Module) -> bool:
 def fuse_modules(model: Any) -> None:
     """The way back, in place: the native passes compute again. Parameters are new ones again. Nothing happens
     to a model that is fused; one with adapters in it is a ValueError."""
-    record: Record | None = model.__dict__.get(RECORD)
+    record: Record | None = model.__dict__.get(UNFUSED)
     if record is None:
         return
     name = foreign(model)
@@ -286,7 +284,7 @@ def fuse_modules(model: Any) -> None:
     del body._modules["tree"]
     for part in record.parts:
         model.__dict__.pop(part, None)
-    del model.__dict__[RECORD]
+    del model.__dict__[UNFUSED]
     model._modules.clear()
     model._modules.update(record.parts)
     model.train(model.training)

@@ -15,7 +15,7 @@ from pairs import class_of, heads_of, randomise
 from torch import Tensor, nn
 
 import minilm
-from minilm.weights import unfused
+from minilm.weights import UNFUSED
 
 SIZES = {"vocab_size": 61, "num_hidden_layers": 2, "intermediate_size": 40, "max_position_embeddings": 64}
 ENCODER = {**SIZES, "hidden_size": 24, "num_attention_heads": 3, "pad_token_id": 0}
@@ -244,7 +244,7 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="resize_token_embeddings goes before get_peft_model"):
         ours.resize_token_embeddings(70)
     ours.fuse().resize_token_embeddings(70)
-    assert unfused.RECORD not in ours.__dict__
+    assert UNFUSED not in ours.__dict__
 
 
 def test_a_quantised_model_is_refused(tmp_path: Path) -> None:
