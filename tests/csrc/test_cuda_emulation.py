@@ -20,6 +20,7 @@ from minilm.ops import dispatch, reference
 from minilm.ops.backends import cuda
 from minilm.ops.quantized import dequantise, quantise
 
+pytestmark = pytest.mark.slow  # it compiles the kernels
 CPU = "cpu"
 kept = settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 

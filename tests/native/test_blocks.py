@@ -152,7 +152,7 @@ def test_a_context_of_several_stretches_is_close() -> None:
     assert_close(model, actual, lengths)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama"])
+@pytest.mark.parametrize("family", [pytest.param("gpt2", marks=pytest.mark.slow), "llama"])
 def test_a_step_of_a_large_batch_is_close(family: str) -> None:
     """More rows than 48 a thread are cut into blocks, and each of them is a sequence."""
     model = model_of(family)

@@ -74,6 +74,7 @@ def with_single_digits() -> Any:
     return theirs
 
 
+@pytest.mark.slow
 @examples(150)
 @given(folders.texts())
 def test_smollm(text: str) -> None:

@@ -276,7 +276,9 @@ def test_opcheck(splits: int, cache_dtype: torch.dtype | None) -> None:
 def test_what_the_kernels_refuse() -> None:
     traits = ops.PagedTraits("cpu", torch.float32, torch.float32, 64, 4, 32, window=False, single_query=True)
     refused = {
-        "no cache of torch.float64": traits._replace(cache_dtype=torch.float64),
+        "take caches of 32 and 16 bits and int8, not torch.float64": traits._replace(
+            cache_dtype=torch.float64
+        ),
         "not torch.float64": traits._replace(dtype=torch.float64),
         "heads of 257": traits._replace(head_dim=257),
         "not on meta": traits._replace(device="meta"),

@@ -67,7 +67,9 @@ def test_a_training_step(family: str) -> None:
         assert_as_good_as_eager(found, eager[name], exact[name], floor=floor, what=name)
 
 
-@pytest.mark.parametrize("family", [*DECODERS])
+@pytest.mark.parametrize(
+    "family", [pytest.param(f, marks=() if f == "llama" else pytest.mark.slow) for f in DECODERS]
+)
 def test_a_prompt_and_three_steps_with_the_cache(family: str) -> None:
     """Logits of each step against those of the whole text in float64."""
     model = model_of(small(family), 0)

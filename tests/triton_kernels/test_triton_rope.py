@@ -53,6 +53,7 @@ def turned(
     return [*(o.detach() for o in outs), *grads]
 
 
+@pytest.mark.slow
 @examples(25)
 @given(
     tokens=TOKENS,
@@ -86,6 +87,7 @@ def empty_cache(pages: int, page_size: int, heads: int, size: int, dtype: torch.
     return stores + ([torch.full(shape[:3], 7.0) for _ in range(2)] if dtype == torch.int8 else [])
 
 
+@pytest.mark.slow
 @examples(25)
 @given(
     tokens=TOKENS,
@@ -260,6 +262,7 @@ def test_models_write_the_same_text(family: str, options: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.slow
 def test_a_model_on_an_int8_cache_is_near(backend: str) -> None:
     model = model_of(small("llama", num_attention_heads=4, num_key_value_heads=2, head_dim=16), 0)
     ids = torch.randint(3, 41, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -296,9 +299,9 @@ def test_heads_of_a_program() -> None:
 def test_int8_pages_want_scales() -> None:
     k, pages = torch.ones(1, 1, 4), torch.zeros(1, 2, 1, 4, dtype=torch.int8)
     slots, scales = torch.tensor([0]), torch.zeros(1, 2, 1)
-    with pytest.raises(ValueError, match=r"append_kv: int8 pages come with k_scales .* come with None"):
+    with pytest.raises(ValueError, match=r"append_kv: int8 pages need k_scales .* and k_scales is None"):
         ops.append_kv(k, k, pages, pages, slots)
-    with pytest.raises(ValueError, match=r"pages of torch.float32 come with torch.float32 \[1, 2, 1\]"):
+    with pytest.raises(ValueError, match=r"pages are torch.float32, and k_scales is torch.float32 \[1, 2, 1\]"):
         ops.append_kv(k, k, pages.float(), pages.float(), slots, scales, scales)
     for wrong in (scales.double(), torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)[:, :, :1]):
         with pytest.raises(ValueError, match=r"v_scales must be float32 \[1, 2, 1\].*, and is torch.float"):
