@@ -12,6 +12,7 @@ There is one class for all families. The checkpoint's files determine the pipeli
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
@@ -328,6 +329,14 @@ class Tokenizer(TextEncoder):
         self.init_kwargs.update(flags)
 
     # -- the object
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """The object's class; to transformers' Trainer its own class of tokenizers, for it decides by
+        isinstance whether rows are padded, and special tokens compared with the model's."""
+        if sys._getframe(1).f_globals.get("__name__") == "transformers.trainer":
+            return sys.modules["transformers"].PreTrainedTokenizerBase
+        return type(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
