@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..companions import upload
 from ..files import TOKENIZER_FILES, has_file, resolve
 from . import chat_template as chat
 from .encode import UNLIMITED, TextEncoder
@@ -296,6 +297,10 @@ class Tokenizer(TextEncoder):
         """Write tokenizer.json, tokenizer_config.json and the chat template into a folder, which transformers
         and minilm load. Returns the files. Each is written completely or not at all."""
         return save(self, Path(save_directory))
+
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, **options: Any) -> Any:
+        """Save to a folder and upload it with huggingface_hub, as `push_to_hub` of models does."""
+        return upload(self, repo_id, private, options)
 
     # -- the post-processor
 
