@@ -99,6 +99,8 @@ __all__ = ["__version__", *_MODULE_OF]
 def __getattr__(name: str) -> Any:
     if name in _MODULE_OF:
         value = getattr(import_module(f".{_MODULE_OF[name]}", __name__), name)
+    elif name in ("util", "prompting"):  # as modules, without an import of their own
+        value = import_module(f".{name}", __name__)
     elif name[
         :1
     ].isupper():  # BertModel, GPT2LMHeadModel, LlamaConfig, ...: transformers' class names, by table

@@ -11,7 +11,7 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -198,6 +198,8 @@ class Companion(nn.Module):
         found = super().state_dict(*arguments, **options)
         if _asking() == "transformers.trainer":
             found[CONFIG_KEY] = config_tensor(self.config_to_save().to_json_string())
+            for name in self._tied_weights_keys or ():  # the same tensor, which safetensors writes once
+                del found[name]
         return found
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *arguments: Any) -> None:
@@ -332,6 +334,23 @@ class Companion(nn.Module):
     def tie_weights(self, **_: Any) -> None:
         """Does nothing: in minilm a tied matrix is the token table itself."""
 
+    def compute_transition_scores(
+        self,
+        sequences: Tensor,
+        scores: Sequence[Tensor],
+        beam_indices: Tensor | None = None,
+        normalize_logits: bool = False,
+    ) -> Tensor:
+        """The score of each generated token: `sequences` int64 [B, S] and `scores`, one [B, V] a step, of
+        ``generate(..., return_dict_in_generate=True, output_scores=True)`` -> [B, steps]; log probabilities
+        with `normalize_logits`. Raises ValueError for `beam_indices`: there is no beam search."""
+        if beam_indices is not None:
+            raise ValueError("compute_transition_scores got beam_indices, and minilm has no beam search")
+        steps = torch.stack(tuple(scores), 1)
+        steps = steps.log_softmax(-1) if normalize_logits else steps
+        drawn = sequences[:, sequences.shape[1] - steps.shape[1] :]
+        return steps.gather(2, drawn[..., None]).squeeze(2)
+
     @property
     def loss_type(self) -> str | None:
         """For transformers' Trainer, which uses it to count the labels of a batch (shifted for causal
@@ -370,13 +389,18 @@ class Companion(nn.Module):
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, **options: Any) -> Any:
         """Save to a folder and upload it with huggingface_hub, which has the credentials; options are those
         of `HfApi.upload_folder` (commit_message, revision, create_pr, token). Returns its result."""
-        from huggingface_hub import HfApi
+        return upload(self, repo_id, private, options)
 
-        api = HfApi(token=options.pop("token", None))
-        with tempfile.TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
-            url = api.create_repo(repo_id, private=private, exist_ok=True)
-            return api.upload_folder(repo_id=url.repo_id, folder_path=folder, **options)
+
+def upload(saved: Any, repo_id: str, private: bool | None, options: dict[str, Any]) -> Any:
+    """Save what has `save_pretrained` to a folder, and upload it; see `Companion.push_to_hub`."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(token=options.pop("token", None))
+    with tempfile.TemporaryDirectory() as folder:
+        saved.save_pretrained(folder)
+        url = api.create_repo(repo_id, private=private, exist_ok=True)
+        return api.upload_folder(repo_id=url.repo_id, folder_path=folder, **options)
 
 
 def _asking() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +20,6 @@ from .layers import Embedding, Linear
 from .outputs import CausalLMOutput, ModelOutput
 from .pretrained import PreTrainedModel
 from .quantized import QuantizedEmbedding
-
-if TYPE_CHECKING:
-    from ..generation import GenerationConfig
 
 
 class CausalLMHead(nn.Module):
@@ -48,9 +45,11 @@ class AutoModelForCausalLM(PreTrainedModel):
     output_class: ClassVar[type[ModelOutput]] = CausalLMOutput
 
     def __init__(self, config: PretrainedConfig) -> None:
+        from ..generation import GenerationConfig
+
         super().__init__(config)
         self.head = CausalLMHead(self)
-        self.generation_config: GenerationConfig | None = None
+        self.generation_config = GenerationConfig.from_model_config(config)
         self.initialise()
 
     def answer(

@@ -266,7 +266,8 @@ class Checkpointed(Companion):
         with torch.device("meta"):
             model = cls(config)
         model.to(as_dtype(dtype) or torch.get_default_dtype())
-        model.to_empty(device=torch.device(device or "cpu"))
+        here = torch.nn.LayerNorm(1).weight.device  # also meta, within init_empty_weights of accelerate
+        model.to_empty(device=torch.device(device or here))
         model.initialise()
         return model
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,10 @@ class ModelOutput(OrderedDict[str, Any]):
         taken_apart(cls)
 
     def __post_init__(self) -> None:
+        first = getattr(self, fields(self)[0].name)  # type: ignore[arg-type]
+        if isinstance(first, dict | Iterator):  # as accelerate makes one anew: fields by name
+            type(self).__init__(self, **dict(first))
+            return
         for f in fields(self):  # type: ignore[arg-type]
             value = getattr(self, f.name)
             if value is not None:

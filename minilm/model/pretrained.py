@@ -96,19 +96,13 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         `num_items_in_batch`: the loss is the sum over labels divided by this number instead of their mean,
         for gradient accumulation.
         """
-        options = {
-            "use_cache": (
-                self.config.use_cache and not self.is_gradient_checkpointing
-                if use_cache is None
-                else use_cache
-            ),
-            "output_attentions": (
-                self.config.output_attentions if output_attentions is None else output_attentions
-            ),
-            "output_hidden_states": (
-                self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
-            ),
+        defaults = {
+            "use_cache": self.config.use_cache and not self.is_gradient_checkpointing,
+            "output_attentions": self.config.output_attentions,
+            "output_hidden_states": self.config.output_hidden_states,
         }
+        given = (use_cache, output_attentions, output_hidden_states)
+        options = {k: d if g is None else g for (k, d), g in zip(defaults.items(), given, strict=True)}
         past = past_key_values
         with past.restored() if isinstance(past, KVCache) else nullcontext():
             batch = self.pack(

@@ -354,9 +354,19 @@ def _name(value: Any, short: Mapping[Any, str], allowed: Sequence[str], what: st
     raise TokenizerError(f"{what}={value!r}: expected True, False, {', '.join(map(repr, allowed))}")
 
 
+def _as_list(texts: Any) -> Any:
+    """A column of texts (of datasets, pandas or NumPy) as a list; anything else as it is."""
+    if isinstance(texts, (str, bytes, list, tuple)):
+        return texts
+    if callable(getattr(texts, "tolist", None)):
+        return texts.tolist()
+    return list(texts) if isinstance(texts, Sequence) else texts
+
+
 def _inputs(text: Any, pair: Any, split: bool) -> tuple[bool, list[Any]]:
     """Whether there are several texts, and each in the backend's form: a text, or a tuple of two."""
     words = (list, tuple)
+    text, pair = _as_list(text), _as_list(pair)
     batched = isinstance(text, words) and (not split or bool(text and isinstance(text[0], words)))
 
     def check(item: Any, where: str) -> Any:

@@ -12,12 +12,14 @@ There is one class for all families. The checkpoint's files determine the pipeli
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..companions import upload
 from ..files import TOKENIZER_FILES, has_file, resolve
 from . import chat_template as chat
 from .encode import UNLIMITED, TextEncoder
@@ -296,6 +298,10 @@ class Tokenizer(TextEncoder):
         and minilm load. Returns the files. Each is written completely or not at all."""
         return save(self, Path(save_directory))
 
+    def push_to_hub(self, repo_id: str, *, private: bool | None = None, **options: Any) -> Any:
+        """Save to a folder and upload it with huggingface_hub, as `push_to_hub` of models does."""
+        return upload(self, repo_id, private, options)
+
     # -- the post-processor
 
     @property
@@ -328,6 +334,14 @@ class Tokenizer(TextEncoder):
         self.init_kwargs.update(flags)
 
     # -- the object
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """The object's class; to transformers' Trainer its own class of tokenizers, for it decides by
+        isinstance whether rows are padded, and special tokens compared with the model's."""
+        if sys._getframe(1).f_globals.get("__name__") == "transformers.trainer":
+            return sys.modules["transformers"].PreTrainedTokenizerBase
+        return type(self)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
