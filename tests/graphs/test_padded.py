@@ -145,7 +145,7 @@ def test_an_exported_model_has_no_cache(family: str) -> None:
     with graph(), torch.no_grad():
         assert isinstance(model(ids), tuple)
         for options in ({"use_cache": True}, {"past_key_values": cache}):
-            with pytest.raises(ValueError, match="a model is exported without a KV cache: leave out"):
+            with pytest.raises(ValueError, match="an exported model has no KV cache: leave out"):
                 model(ids, **options)
 
 

@@ -391,7 +391,7 @@ def test_the_folder_of_an_adapter_is_no_model(tmp_path: Path) -> None:
     lora("bert", "sequence-classification", folder).save_pretrained(tmp_path / "adapter")
     with pytest.raises(minilm.ConfigError, match=r"holds an adapter of PEFT and no model.*peft\.PeftModel"):
         minilm.AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="is not a layer of the model's own, but a Linear of peft"):
+    with pytest.raises(ValueError, match="is a Linear of peft"):
         lora("bert", "sequence-classification", folder).base_model.model.save_pretrained(tmp_path / "no")
     auto = peft.AutoPeftModel
     found = auto.from_pretrained(tmp_path / "adapter", import_allowlist=["minilm"])

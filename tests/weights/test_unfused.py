@@ -179,9 +179,9 @@ def test_what_is_put_in_the_place_of_a_layer_counts(family: str, head: Any, plac
         for a, b in zip(ours(IDS).to_tuple(), theirs(IDS).to_tuple()[:2], strict=False):
             if isinstance(a, Tensor):
                 assert_close(a, b, atol=5e-4)
-    with pytest.raises(ValueError, match=f"{place} is not a layer of the model's own, but a Doubled"):
+    with pytest.raises(ValueError, match=f"{place} is a Doubled of"):
         ours.fuse()
-    with pytest.raises(ValueError, match="but a Doubled"):
+    with pytest.raises(ValueError, match="is a Doubled"):
         ours.save_pretrained("nowhere")
     assert ours.is_unfused
 
