@@ -228,7 +228,7 @@ def test_communities_refuse() -> None:
         community_detection(drawn(1, 4), threshold=float("nan"))
     holed = drawn(1, 12)
     holed[5, 0] = np.nan
-    with pytest.raises(ValueError, match="embedding 5 holds values that are no finite numbers"):
+    with pytest.raises(ValueError, match="embedding 5 holds values that are not finite numbers"):
         community_detection(holed)
     assert community_detection(drawn(1, 4), 0.0) == []  # fewer rows than a community has
 
