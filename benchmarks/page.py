@@ -1,5 +1,5 @@
-"""One HTML page from a folder of results: the machine, bars of every engine, what was lost, and every figure
-below. Self-contained: no script, nothing is loaded."""
+"""One HTML page from a folder of results: the machine, bars of all engines, lost comparisons, and all
+figures. Self-contained: no scripts, nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ TERMS = (
 )
 Cells = list[dict[str, Any]]
 SHOWN = 8
-"""Losses that are shown unfolded."""
+"""Number of losses that are shown unfolded."""
 
 
 def e(text: object) -> str:
@@ -45,7 +45,7 @@ def e(text: object) -> str:
 
 
 def picture(figure: Any, name: str) -> str:
-    """A figure as an inline image, which on a narrow screen scrolls in a box of its own."""
+    """A figure as an inline image, which scrolls separately on a narrow screen."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -81,7 +81,7 @@ def facts(results: Results) -> str:
 
 
 def lost(results: Results) -> str:
-    """What was won and what was not, in figures; then what was lost, the worst first."""
+    """The numbers of comparisons won and lost; then the lost ones, the worst first."""
     found = list(standing.comparisons(results))
     parts = []
     if found:
@@ -131,7 +131,8 @@ def _loss_table(entries: list[standing.Comparison]) -> str:
 
 # Bars
 def bars(cells: Cells) -> str:
-    """One workload: every engine as a bar, by the bits of its weights; what was not timed, by name."""
+    """One workload: one bar per engine, grouped by the bits of the weights; the names of engines that were
+    not timed."""
     timed = [c for c in cells if times(c)]
     unit = "s" if cells[0]["unit"] == "s" else f"{cells[0]['unit']}/s"
     most = max((_extent(c)[2] for c in timed), default=1.0)
@@ -154,7 +155,7 @@ def bars(cells: Cells) -> str:
 
 
 def _extent(cell: dict[str, Any]) -> tuple[float, float, float]:
-    """Median, low and high of what the bar shows."""
+    """Median, low and high of the figure in the bar."""
     taken = times(cell)
     assert taken is not None
     if cell["unit"] == "s":
@@ -182,7 +183,7 @@ def _bar(cell: dict[str, Any], cells: Cells, most: float) -> str:
 
 
 def workloads(results: Results) -> str:
-    """The bars of every model, those with the most threads open."""
+    """The bars of all models; those with the most threads are unfolded."""
     found: dict[tuple[Any, ...], list[Cells]] = {}
     for place, cells in rows(results.cells).items():
         if place[0] == "end to end" and not standing.SWEEP.search(place[1]):
@@ -225,7 +226,7 @@ def table(cells: Cells) -> str:
 
 
 def limits_table(results: Results) -> str:
-    """What the machine can do: each limit by the number of threads."""
+    """The limits of the machine by the number of threads."""
     parts = []
     for limits in results.limits:
         names = list(dict.fromkeys(key.split("@")[0] for key in limits.table))
@@ -246,7 +247,7 @@ def limits_table(results: Results) -> str:
 
 
 def _details(results: Results) -> Iterator[str]:
-    """Every table, folded by level and model."""
+    """All tables, folded by level and model."""
     found: dict[tuple[str, str], list[str]] = {}
     for place, cells in rows(results.cells).items():
         one = f"<h4>{e(report.headline(place, cells))}</h4>{table(cells)}"
@@ -281,7 +282,7 @@ def section(name: str, results: Results, identifier: str) -> str:
 
 
 def _contents(results: Results) -> str:
-    """What a run measured, in a line."""
+    """The content of a run in one line."""
     timed = sum(times(cell) is not None for cell in results.cells)
     models = list(dict.fromkeys(cell["model"] for cell in results.cells if cell.get("model")))
     levels = list(dict.fromkeys(cell["level"] for cell in results.cells))
@@ -294,7 +295,7 @@ def _settings(results: Results) -> str:
 
 
 def build(folder: Path) -> str:
-    """The page of all results in `folder` and below, the newest run first. Raises ResultError when there is
+    """The page of all results in `folder` and below, the newest run first. Raises ResultError if there is
     none."""
     runs, refused = [], []
     for file in sorted(folder.rglob("*.json")):

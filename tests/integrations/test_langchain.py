@@ -202,7 +202,9 @@ def test_copies_and_pickles(folder: Path) -> None:
     again = pickle.loads(pickle.dumps(chat))
     assert type(again) is langchain.ChatMinilm
     assert again.invoke(TURNS).content == expected
-    with pytest.raises(TypeError, match="a loaded LLM cannot be pickled: create MinilmLLM with the model's name"):
+    with pytest.raises(
+        TypeError, match="a loaded LLM cannot be pickled: create MinilmLLM with the model's name"
+    ):
         pickle.dumps(langchain.MinilmLLM(model=chat._llm))
 
 
@@ -279,7 +281,9 @@ def test_embeddings_by_name() -> None:
     np.testing.assert_allclose(again.embed_query("a plant"), expected, atol=1e-6)
     with pytest.raises(ValueError, match="model and model_name are the same argument"):
         langchain.MinilmEmbeddings()
-    with pytest.raises(ValueError, match="output_value is not supported, since embeddings are returned as lists"):
+    with pytest.raises(
+        ValueError, match="output_value is not supported, since embeddings are returned as lists"
+    ):
         langchain.MinilmEmbeddings(embeddings.model, encode_kwargs={"output_value": None})
 
 

@@ -130,7 +130,9 @@ def test_copies_pickles_and_dicts(folder: Path) -> None:
     for again in (pickle.loads(pickle.dumps(model)), llama_index.MinilmLLM.from_dict(model.to_dict())):
         assert type(again) is llama_index.MinilmLLM
         assert again.complete(PROMPT).text == expected
-    with pytest.raises(TypeError, match="a loaded LLM cannot be pickled: create MinilmLLM with the model's name"):
+    with pytest.raises(
+        TypeError, match="a loaded LLM cannot be pickled: create MinilmLLM with the model's name"
+    ):
         pickle.dumps(llama_index.MinilmLLM(model=model._llm))
 
 

@@ -313,7 +313,7 @@ def test_prompt_tuning(tmp_path: Path) -> None:
     base = class_of(minilm, "llama", "causal-lm").from_pretrained(folder)
     ours = peft.PeftModel.from_pretrained(base, tmp_path / "prompt").eval()
     near(first(ours), first(theirs.eval()))
-    with pytest.raises(ValueError, match="no step prepare_inputs_for_generation"):
+    with pytest.raises(ValueError, match="does not call prepare_inputs_for_generation"):
         ours.generate(input_ids=IDS, max_new_tokens=3)
     assert base.generate(IDS, max_new_tokens=3).shape == (3, 10)
 

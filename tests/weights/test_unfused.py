@@ -222,7 +222,7 @@ def test_the_base_model_and_the_tables_are_found() -> None:
     assert ours.get_input_embeddings() is ours.bert.embeddings.word_embeddings
     _, decoder = pair("llama", "causal-lm")
     assert decoder.unfuse().get_output_embeddings() is decoder.lm_head
-    with pytest.raises(RuntimeError, match="not a layer: call the model"):
+    with pytest.raises(RuntimeError, match="cannot be called: call the model"):
         ours.bert.encoder(IDS)
 
 
@@ -241,7 +241,7 @@ def test_numbers_of_parameters(family: str, head: Any) -> None:
 def test_refusals() -> None:
     _, ours = pair("bert", "sequence-classification")
     ours.unfuse()
-    with pytest.raises(ValueError, match="resize_token_embeddings goes before get_peft_model"):
+    with pytest.raises(ValueError, match="call resize_token_embeddings before get_peft_model"):
         ours.resize_token_embeddings(70)
     ours.fuse().resize_token_embeddings(70)
     assert UNFUSED not in ours.__dict__

@@ -125,7 +125,7 @@ HALVES = st.none() | st.sampled_from([-3.0, -0.5, 0.0, 0.5, 2.0, 5.0])
     batch=st.integers(1, 6),
     seed=st.integers(0, 9),
 )
-@pytest.mark.filterwarnings("ignore:cross_encoder scores for:UserWarning")
+@pytest.mark.filterwarnings("ignore:cross_encoder is not used:UserWarning")
 @pytest.mark.filterwarnings("ignore:include_positives gives a ranking:UserWarning")
 def test_negatives_are_those_of_the_rule(
     pairs: list[tuple[int, int]],
@@ -233,14 +233,14 @@ def test_what_changes_nothing_is_said() -> None:
     model, cross = Model(3), Cross()
     expected = mine_hard_negatives(ROWS, model, verbose=False)  # type: ignore[arg-type]
     for options, message in (
-        ({"cross_encoder": cross}, "cross_encoder scores for max_score, min_score and the margins"),
+        ({"cross_encoder": cross}, "cross_encoder is not used: it only scores for max_score"),
         ({"use_faiss": True}, "have no effect: the search is exact and runs in this process"),
         ({"use_multi_process": ["cpu"]}, "have no effect: the search is exact and runs in this process"),
     ):
         with pytest.warns(UserWarning, match=message):
             found = mine_hard_negatives(ROWS, model, verbose=False, **options)  # type: ignore[arg-type]
         assert found == expected
-    with pytest.warns(UserWarning, match="whose format is n-tuple and not labeled-list"):
+    with pytest.warns(UserWarning, match="whose format is n-tuple, not labeled-list"):
         mine_hard_negatives(ROWS, model, include_positives=True, output_format="labeled-list", verbose=False)  # type: ignore[arg-type]
 
 
@@ -303,7 +303,7 @@ def test_older_names() -> None:
             "cache_folder is not supported, since minilm does not store embeddings in files",
         ),
         (ROWS, {"top_k": 3}, "mine_hard_negatives has no argument top_k"),
-        ([{"a": "q1", "negative": "d1"}], {}, "the dataset's column 'negative' would be lost"),
+        ([{"a": "q1", "negative": "d1"}], {}, "the dataset has a column 'negative', which a new column"),
     ],
 )
 def test_refuses(dataset: Any, options: dict[str, Any], message: str) -> None:

@@ -132,7 +132,7 @@ def test_texts_are_embedded_as_asked() -> None:
         "truncate_dim": 2,
         "convert_to_tensor": True,
     }
-    with pytest.raises(TypeError, match="a list of texts, and sentences is a single text"):
+    with pytest.raises(TypeError, match="sentences must be a list of texts, and is a single text"):
         paraphrase_mining(model, "a text")
 
 
@@ -145,7 +145,7 @@ def test_mining_refuses() -> None:
         return torch.where((a[:, :1] == 5) & (b[:, 0] == 6), torch.nan, dot_score(a, b))
 
     numbered = np.stack([np.arange(9), np.ones(9)], 1).astype(np.float32)
-    with pytest.raises(ValueError, match="the score of query 5 and row 6 of the corpus is no number"):
+    with pytest.raises(ValueError, match="the score of query 5 and row 6 of the corpus is NaN"):
         paraphrase_mining_embeddings(numbered, 4, 3, score_function=score)
 
 
