@@ -20,12 +20,15 @@ from .standing import GROUPS, SWEEP, against, counterpart, grouped, heading, mai
 Cells = list[dict[str, Any]]
 
 LEGEND = (
-    "Rows of minilm: what was measured. Other rows: how many times faster minilm is, with weights of the "
-    "same format, as a median of interleaved rounds; in bold where it is slower. In brackets: the middle "
-    "60 % of the rounds, where they differ by more than 30 %. *Even*, *unclear*: the rounds disagree on who "
-    "is faster, a little or a lot.\n"
+    "Rows of minilm: measurements. Other rows: how many times faster minilm is with weights of the same "
+    "format, as the median of interleaved rounds; in bold if it is slower. In brackets: the range of the "
+    "middle 60 % of the rounds, if they differ by more than 30 %. *Even*, *unclear*: the rounds disagree "
+    "about which is faster, by a little or a lot.\n"
 )
-BESIDE = "Each figure is minilm's; beside it the fastest other engine with weights of as many bits.\n"
+BESIDE = (
+    "Each figure is minilm's, followed by the comparison with the fastest other engine whose weights "
+    "have as many bits.\n"
+)
 
 
 def overview(results: Results, models: Sequence[str] = (), threads: int | None = None) -> str:

@@ -15,24 +15,27 @@ from .results import ResultError, Results, rows, times
 
 CSS = Path(__file__).with_name("page.css")
 
-METHOD = """Engines of one table ran in turn, A B C A B C …, each in a process of its own (ops and layers:
-in one process); figures are medians, with the range that holds the middle 60 % of the repeats. A ratio is
-the median of the ratios round by round, with its range where that is wide.
+METHOD = """Engines of one table ran in turn, A B C A B C …, each in a separate process (ops and layers:
+in one process); figures are medians, with the range of the middle 60 % of the repetitions. A ratio is
+the median of the ratios of all rounds, with its range if that is wide.
 An engine whose output was wrong was not timed. The limits were measured in the same run."""
 
 TERMS = (
     ("like with like", "an engine is compared with minilm's variant whose weights have the same format"),
-    ("1.25x faster", "the other engine takes 1.25 times as long; 1.25x slower: minilm does"),
-    ("(1.1 to 1.9)", "the middle 60 % of the ratios, where they differ by more than 30 % of their median"),
+    (
+        "1.25x faster",
+        "the other engine takes 1.25 times as long; 1.25x slower: minilm takes 1.25 times as long",
+    ),
+    ("(1.1 to 1.9)", "the middle 60 % of the ratios, if they differ by more than 30 % of their median"),
     ("even", "the middle 60 % of the ratios lie on both sides of 1, close together"),
-    ("unclear", "they lie on both sides of 1, far apart; or there were fewer than three repeats"),
-    ("of limit", "the least time that the measured bandwidth and arithmetic allow, over the time taken"),
+    ("unclear", "they lie on both sides of 1, far apart; or there were fewer than three repetitions"),
+    ("of limit", "the minimum time by the measured bandwidth and arithmetic, divided by the measured time"),
     ("bound by", "the limit that takes longest: reading memory, copying, or arithmetic (fma, int8, gemm)"),
     ("read, copy", "bandwidth of plain loops over memory, in GB/s"),
     ("fma, int8", "peaks of multiply-adds in float32 and of 8-bit dot products, two operations each"),
     ("gemm", "the best matrix product of PyTorch's library"),
     ("prefill, decode", "reading a prompt; writing new tokens, one step at a time"),
-    ("minilm reference", "minilm on plain PyTorch: what its fast paths are worth"),
+    ("minilm reference", "minilm on plain PyTorch, to show the gain of its fast paths"),
 )
 Cells = list[dict[str, Any]]
 SHOWN = 8
