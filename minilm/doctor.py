@@ -31,8 +31,8 @@ PACKAGES: dict[str, str] = {
     "rich": "",
     "tqdm": "",
     "triton": "Triton kernels",
-    "transformers": "the reference of the tests",
-    "sentence-transformers": "the reference of the tests",
+    "transformers": "comparison in the tests",
+    "sentence-transformers": "comparison in the tests",
     "hypothesis": "the tests",
     "pytest": "the tests",
 }

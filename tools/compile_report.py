@@ -232,9 +232,9 @@ def markdown(rows: Sequence[Row], cases: Sequence[Any], versions: str) -> str:
         "# Triton kernels, compiled",
         "",
         f"Made by `make compile-report` with {versions}. Every kernel at the configurations in use, compiled "
-        "for each chip without a GPU; nothing here has been run. A cell is registers per thread · KB of shared "
-        "memory · tensor-core instructions in the code · share of the bytes that are loaded 16 at a time; "
-        "tiles and warps are the heuristics' choice for the chip.",
+        "for each chip without a GPU; nothing here has been run. A cell is registers per thread · KB of "
+        "shared memory · tensor-core instructions in the code · share of the bytes that are loaded 16 at "
+        "a time; tiles and warps are the heuristics' choice for the chip.",
         "",
         "Shared memory that a program may use: 163 KB on sm_80, 99 KB on sm_86, 227 KB on sm_90 and sm_100.",
     ]

@@ -42,7 +42,10 @@ def bench(
     level: Annotated[
         str,
         typer.Option(
-            metavar="LEVELS", help=f"Levels to run, separated by commas: {', '.join(LEVELS)}, or all."
+            metavar="LEVELS",
+            help=f"Levels to run, separated by commas: {', '.join(LEVELS)}, or all (op: "
+            "single ops; layer: one block of a model; e2e: whole models; sweep: "
+            "several lengths and batch sizes).",
         ),
     ] = "op,layer,e2e",
     model: Annotated[

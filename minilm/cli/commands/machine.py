@@ -131,7 +131,7 @@ def _reasons(op: str, refused: dict[str, str]) -> str:
     backends: dict[str, list[str]] = {}
     for backend, reason in refused.items():
         if "order of preference" not in reason:
-            short = reason.replace(f"there is no {backend} implementation of {op}", "not written")
+            short = reason.replace(f"there is no {backend} implementation of {op}", "not implemented")
             backends.setdefault(short, []).append(backend)
     return "\n".join(f"{', '.join(names)}: {reason}" for reason, names in backends.items()) or "-"
 
