@@ -1,5 +1,5 @@
-"""The programs in examples/ run, with small random models here and with the real ones in the slow tests, and
-are listed."""
+"""The programs in examples/ run, with small random models and (slow tests) with the pretrained ones, and are
+listed in its README."""
 
 from __future__ import annotations
 

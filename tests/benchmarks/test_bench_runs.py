@@ -1,5 +1,5 @@
-"""The bench at work, in toy sizes: wrong kernels are caught, peers say why they are skipped, the page
-stands alone."""
+"""Runs of the bench in toy sizes: wrong kernels are detected, skipped peers have reasons, the page is
+self-contained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`generate` and `chat`: what is written is what the library writes; a conversation can be stopped."""
+"""`generate` and `chat`: the output equals that of the library; a conversation can be stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the command shows on a terminal of 60 columns: no line is longer, no name cut, no paragraph ragged."""
+"""Output on a terminal of 60 columns: no line is longer, no name is cut, paragraphs are wrapped evenly."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""transformers' own models on minilm's attention: the same logits, tokens and gradients as on their eager
-one."""
+"""transformers' models with minilm's attention: the same logits, tokens and gradients as with eager
+attention."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""minilm's models as LangChain asks for them, against the same models asked directly."""
+"""minilm's models used through LangChain, compared with direct calls of the same models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""minilm's models as LlamaIndex asks for them, against the same models asked directly."""
+"""minilm's models used through LlamaIndex, compared with direct calls of the same models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PEFT's adapters in a model of minilm: what it finds, computes, writes and reads is as there."""
+"""PEFT's adapters in a model of minilm: modules, results and files are the same as with transformers."""
 
 from __future__ import annotations
 

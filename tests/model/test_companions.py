@@ -1,5 +1,5 @@
-"""What other libraries ask of a model: class names, state dicts under transformers' names, options of saving,
-gradient checkpointing, losses of accumulated batches."""
+"""Methods that other libraries call on a model: class names, state dicts under transformers' names, options
+of saving, gradient checkpointing, losses of accumulated batches."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Prompts against transformers' models, run one text at a time by the formula of each method."""
+"""Prompting methods compared with transformers' models, which are run one text at a time by the formula of
+each method."""
 
 from __future__ import annotations
 

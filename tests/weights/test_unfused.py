@@ -1,5 +1,5 @@
-"""An unfused model has the modules of transformers' model by name, and computes the same; fused again it is
-what it was."""
+"""An unfused model has modules with transformers' names and computes the same; fused again, it equals the
+original."""
 
 from __future__ import annotations
 

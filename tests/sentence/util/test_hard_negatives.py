@@ -1,4 +1,4 @@
-"""Hard negatives against the rule that the docstring states, and against sentence-transformers' own."""
+"""Hard negatives compared with the rule in the docstring and with sentence-transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Mining against brute force (where scores are equal) and against sentence-transformers (where none are)."""
+"""Mining compared with brute force (for equal scores) and with sentence-transformers (without equal
+scores)."""
 
 from __future__ import annotations
 
