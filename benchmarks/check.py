@@ -1,11 +1,11 @@
-"""An implementation is right before it is timed.
+"""Checks of results, made before anything is timed.
 
-Against the specification in float64 on the same values: err(implementation) <= 2 x err(eager PyTorch in the
-same dtype) + a floor of 8 units in the last place of the largest value. NaN and infinity never pass. Two
-draws of inputs are looked at, so that a result left over in memory from the first cannot pass for the
-second.
+Results are compared with the specification in float64 on the same values: err(implementation) <= 2 x
+err(eager PyTorch in the same dtype) + a floor of 8 units in the last place of the largest value. NaN and
+infinity never pass. Two random inputs are used, so that a result left in memory from the first does not pass
+as that of the second.
 
-Engines that run a whole model have no common dtype; they are held against the float32 model: embeddings by
+Engines that run whole models have different dtypes. They are compared with the float32 model: embeddings by
 the cosine, decoders by the first tokens of greedy decoding (`cosines`, `equal_tokens`)."""
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from minilm.ops.quantized import QuantizedWeight
 FACTOR = 2.0
 ULPS = 8.0
 DEVIATIONS = 8.0
-"""Of the rounding of activations to 8 bits, that an output may be off by. Rounding errors are even between
--1/2 and 1/2 of a step and independent, so more than k deviations have a chance below 2 exp(-k^2 / 2): at 8,
-5e-7 for all of 25 million outputs together."""
+"""Allowed error of an output, in standard deviations of the error from rounding activations to 8 bits.
+Rounding errors are uniform between -1/2 and 1/2 of a step and independent, so the probability of more than k
+deviations is below 2 exp(-k^2 / 2): at 8, 5e-7 for all of 25 million outputs together."""
 SPREAD = 1.25
-"""Times their deviation, that all outputs may be off by in the root mean square. Few, large errors are caught
-by the first bound, and errors everywhere, such as those of one bit less, by this one."""
+"""Allowed root mean square error of all outputs, in the same standard deviations. `DEVIATIONS` catches few,
+large errors; this bound catches errors everywhere, such as those of one bit less."""
 
 LEAST_COSINE = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.99, "int8": 0.95, "q4": 0.9}
-"""The worst embedding may be that far from the float32 one; an engine below is reported as wrong."""
+"""Minimum cosine between an embedding and the float32 one; an engine below it is reported as wrong."""
 LEAST_TOKENS = {"fp32": 16, "fp16": 12, "bf16": 8, "int8": 8, "q4": 4}
-"""So many first greedy tokens must be the same as in float32 (after a prompt whose continuation is plain, see
-`end_to_end.check_prompt`)."""
+"""Number of first greedy tokens that must equal those in float32 (after a prompt with an obvious
+continuation, see `end_to_end.check_prompt`)."""
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the check found: errors as the largest difference over the largest value."""
+    """The result of a check: errors as the largest difference over the largest value."""
 
     ok: bool
     error: float
@@ -76,7 +76,7 @@ def error(result: Sequence[Tensor], truth: Sequence[Tensor]) -> float:
 
 def to_float64(values: Any) -> Any:
     """The same arguments with every floating-point tensor in float64 on the CPU (integers and quantised
-    weights as they are: what these stand for is exact in float64)."""
+    weights unchanged: their values are exact in float64)."""
     if isinstance(values, Tensor):
         moved = values.detach().cpu()
         return moved.double() if values.is_floating_point() else moved
@@ -98,7 +98,7 @@ def clone(values: Any) -> Any:
 
 @dataclass(frozen=True)
 class Truth:
-    """One draw of arguments, the result in float64, and the error of eager PyTorch."""
+    """One random input, its result in float64, and the error of eager PyTorch."""
 
     values: Any
     exact: list[Tensor]
@@ -106,8 +106,8 @@ class Truth:
 
 
 def truths(eager: Callable[[Any], Any], truth: Callable[[Any], Any], draws: Sequence[Any]) -> list[Truth]:
-    """What to judge by on each of `draws`; `eager` is plain PyTorch, `truth` the specification (it is given
-    the float64 arguments)."""
+    """The references for each of `draws`; `eager` is plain PyTorch, `truth` the specification (called with
+    float64 arguments)."""
     found = []
     with torch.no_grad():
         for values in draws:
@@ -124,7 +124,7 @@ def compare(
 
 
 def judge(call: Callable[[Any], Any], against: Sequence[Truth]) -> Verdict:
-    """Is `call` right on each draw?"""
+    """Whether `call` is correct for each input."""
     worst, allowed = 0.0, 0.0
     with torch.no_grad():
         for draw in against:
@@ -143,11 +143,11 @@ def judge(call: Callable[[Any], Any], against: Sequence[Truth]) -> Verdict:
 def judge_rounded(
     call: Callable[[Any], Any], against: Sequence[Truth], deviation: Callable[[Any], Tensor]
 ) -> Verdict:
-    """Is `call` right, which rounds its activations to 8 bits on the way?
+    """Whether `call`, which rounds its activations to 8 bits, is correct.
 
     `deviation` gives, from the float64 arguments, the standard deviation of each output that this rounding
-    causes. An output may be off by `DEVIATIONS` of it, all of them in the root mean square by `SPREAD` times
-    it, and by what `judge` allows anyway."""
+    causes. An output may differ by `DEVIATIONS` of them, all outputs in the root mean square by `SPREAD` of
+    them, in addition to what `judge` allows."""
     worst, typical, ok = 0.0, 0.0, True
     with torch.no_grad():
         for draw in against:
@@ -175,13 +175,13 @@ def cosines(found: Tensor, truth: Tensor, precision: str) -> Verdict:
             False, 2.0, 1 - least, f"shape {list(found.shape)} or NaN, expected {list(truth.shape)}"
         )
     worst = float(torch.cosine_similarity(found.double(), truth.double(), dim=1).min())
-    return Verdict(worst >= least, 1 - worst, 1 - least, f"worst cosine {worst:.5f}, least allowed {least}")
+    return Verdict(worst >= least, 1 - worst, 1 - least, f"worst cosine {worst:.5f}, minimum {least}")
 
 
 def equal_tokens(found: Sequence[int], truth: Sequence[int], precision: str) -> Verdict:
-    """How many first tokens of greedy decoding are the same."""
+    """The number of first greedy tokens that are equal."""
     same = next((i for i, (a, b) in enumerate(zip(found, truth, strict=False)) if a != b), None)
     same = min(len(found), len(truth)) if same is None else same
     least = min(LEAST_TOKENS[precision], len(truth))
-    detail = f"first {same} of {len(truth)} greedy tokens equal, least allowed {least}"
+    detail = f"first {same} of {len(truth)} greedy tokens equal, minimum {least}"
     return Verdict(same >= least, float(len(truth) - same), float(len(truth) - least), detail)

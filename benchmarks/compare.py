@@ -1,4 +1,4 @@
-"""``minilm bench --compare A.json B.json``: what has changed beyond the noise."""
+"""``minilm bench --compare A.json B.json``: what changed by more than the noise."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`changes`, how many measurements were alike, and what makes the two runs hard to compare."""
+    """`changes`, the number of measurements that did not change, and reasons why the two runs are hard to
+    compare."""
 
     changes: list[Change]
     alike: int
@@ -38,7 +39,7 @@ class Comparison:
 
     @property
     def worse(self) -> list[Change]:
-        """Ours that became slower or wrong."""
+        """Results of minilm that became slower or wrong."""
         return [c for c in self.changes if c.ours and c.kind in ("slower", "broken")]
 
 
@@ -90,7 +91,8 @@ def _cautions(before: Results, after: Results) -> list[str]:
             change = moved(other.repeats, limit.repeats) if other else None
             if change is not None:
                 found.append(
-                    f"the machine itself moved: {name} on {limits.device} is {change:.2f}x what it was"
+                    f"the machine's speed changed: {name} on {limits.device} is {change:.2f}x the earlier "
+                    "value"
                 )
     a, b = before.machine.get("versions", {}), after.machine.get("versions", {})
     found += [f"{k} {a.get(k)} and {b.get(k)}" for k in sorted({*a, *b}) if a.get(k) != b.get(k)]

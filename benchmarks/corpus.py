@@ -1,12 +1,12 @@
-"""Texts that are real, without a download: what every Python ships with.
+"""A corpus of real texts without a download: documentation that every Python includes.
 
 Sources, all under the standard library's folder: the language reference that `help()` shows
-(pydoc_data/topics.py) and the docstrings of the library's modules, read by `ast` and never imported. They
-are cleaned to plain prose, cut into titles, sentences and paragraphs, and ordered by the SHA-256 of each
-text, so that the choice depends on nothing but the texts. The mix of lengths is that of a search index: 40
-% short (3 to 12 words: questions, titles), 45 % sentences (13 to 40), 15 % paragraphs (41 to 250).
+(pydoc_data/topics.py) and the docstrings of the library's modules, read by `ast` and never imported. They are
+cleaned to plain prose, cut into titles, sentences and paragraphs, and ordered by the SHA-256 of each text, so
+that the choice depends only on the texts. The mix of lengths is that of a search index: 40 % short (3 to 12
+words: questions, titles), 45 % sentences (13 to 40), 15 % paragraphs (41 to 250).
 
-The same Python gives the same corpus, on any machine; another Python brings other texts, so results note
+The same Python gives the same corpus, on any machine; another Python has other texts, so results record
 `fingerprint`."""
 
 from __future__ import annotations
@@ -81,8 +81,8 @@ def texts() -> tuple[str, ...]:
 
 
 def sentences(count: int = 2000) -> list[str]:
-    """`count` texts with the mix of lengths above, in an order that knows nothing of the lengths. Raises
-    ValueError when this Python does not hold enough."""
+    """`count` texts with the mix of lengths above, in an order independent of the lengths. Raises ValueError
+    if this Python does not have enough."""
     if machine.tiny():
         count = min(count, 24)
     chosen: list[str] = []
@@ -91,7 +91,7 @@ def sentences(count: int = 2000) -> list[str]:
         wanted = count - len(chosen) if index == len(MIX) - 1 else round(count * share)
         if len(fitting) < wanted:
             raise ValueError(
-                f"this Python holds {len(fitting)} texts of {low} to {high} words, and {wanted} are wanted"
+                f"this Python has {len(fitting)} texts of {low} to {high} words, and {wanted} are needed"
             )
         chosen += fitting[:wanted]
     return sorted(chosen, key=lambda t: hashlib.sha256(b"order" + t.encode()).digest())
@@ -103,12 +103,12 @@ def prose() -> str:
 
 
 def fingerprint(lines: Sequence[str]) -> str:
-    """SHA-256 of the texts, short: which corpus a result was taken on."""
+    """A short SHA-256 of the texts: identifies the corpus of a result."""
     return hashlib.sha256("\0".join(lines).encode()).hexdigest()[:16]
 
 
 def statistics(lines: Sequence[str], lengths: Sequence[int]) -> dict[str, float | int | str]:
-    """What to say about a corpus: texts, tokens (as counted by the model's tokenizer), and the length mix."""
+    """Properties of a corpus: texts, tokens (as counted by the model's tokenizer), and the length mix."""
     ordered = sorted(lengths)
     at = {f"tokens_p{p}": ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in (10, 50, 90, 100)}
     return {"texts": len(lines), "tokens": sum(lengths), "fingerprint": fingerprint(lines), **at}

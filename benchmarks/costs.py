@@ -1,13 +1,13 @@
-"""Bytes and operations of each op, by formula: what any implementation must move and compute at the least.
+"""Bytes and operations of each op by formula: the minimum that any implementation must move and compute.
 
-Alphabet of `minilm.config`: T tokens, S context, H query heads, Hkv key/value heads, D head size, C
+Letters as in `minilm.config`: T tokens, S context, H query heads, Hkv key/value heads, D head size, C
 channels, F inner channels, V vocabulary; b, wb, cb = bytes of an element of the data, the weights and the
 cache.
 
 Bytes: every input is read once and every output written once, whatever the caches do. Operations: a
 multiplication and an addition count one each, so a multiply-add is two; an exponential, a square root or an
-activation counts as one. What an implementation does beyond this (padding, a second pass, a copy) lowers
-its share of the limit, as it should."""
+activation counts as one. What an implementation does beyond this (padding, a second pass, a copy) lowers its
+share of the limit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Cost:
-    """The least that must be read, written (bytes) and computed (operations; of these, `exponentials`)."""
+    """The minimum that must be read and written (bytes) and computed (operations; `exponentials` are among
+    them)."""
 
     read: float = 0.0
     written: float = 0.0
@@ -92,7 +93,7 @@ def attention(
     contexts: Sequence[int] | None = None,
     b: int = 4,
 ) -> Cost:
-    """q, k, v read once, the result written once; 4 D operations a head and visible pair (q k^T and p v),
+    """q, k, v read once, the result written once; 4 D operations per head and visible pair (q k^T and p v),
     and one exponential."""
     contexts = lengths if contexts is None else contexts
     pairs = sum(visible_pairs(n, s, causal, window) for n, s in zip(lengths, contexts, strict=True))
@@ -111,7 +112,7 @@ def paged_attention(
     b: int = 4,
     cb: int = 4,
 ) -> Cost:
-    """`attention` (causal) over a cache in pages: keys and values in the cache's dtype, and 4 bytes a page
+    """`attention` (causal) over a cache in pages: keys and values in the cache's dtype, and 4 bytes per page
     of the table. With a window only the keys inside it are read."""
     seen = [s if window is None else min(s, n + window - 1) for n, s in zip(lengths, contexts, strict=True)]
     work = attention(lengths, H, Hkv, D, True, window, contexts, b)
@@ -121,25 +122,25 @@ def paged_attention(
 
 
 def rope(T: int, H: int, Hkv: int, D: int, b: int = 4) -> Cost:
-    """q and k read and written, cos and sin read in float32; 3 operations an element."""
+    """q and k read and written, cos and sin read in float32; 3 operations per element."""
     elements = T * (H + Hkv) * D
     return Cost(elements * b + T * D * 4, elements * b, 3 * elements)
 
 
 def append_kv(T: int, Hkv: int, D: int, b: int = 4, cb: int = 4) -> Cost:
-    """k and v read, written into the cache; 8 bytes a token say where."""
+    """k and v read, written into the cache; 8 bytes per token for the positions."""
     return Cost(2 * T * Hkv * D * b + 8 * T, 2 * T * Hkv * D * cb)
 
 
 def rope_append(T: int, H: int, Hkv: int, D: int, b: int = 4, cb: int = 4) -> Cost:
-    """`rope`; v is read as well, and the turned k and v are written into the cache."""
+    """`rope`; v is read as well, and the rotated k and v are written into the cache."""
     return rope(T, H, Hkv, D, b) + Cost(T * Hkv * D * b + 8 * T, 2 * T * Hkv * D * cb)
 
 
 def linear(T: int, I: int, O: int, b: int = 4, wb: float = 4, bias: bool = True, act: bool = False) -> Cost:  # noqa: E741
-    """x [T, I], weight [O, I] and bias [O] read, y [T, O] written; 2 T I O operations, and one an output
-    for each of bias and activation. `wb` may be a fraction: 4-bit blocks of 32 with two fp16 scales are
-    20/32 byte."""
+    """x [T, I], weight [O, I] and bias [O] read, y [T, O] written; 2 T I O operations, and one per output for
+    each of bias and activation. `wb` may be a fraction: 4-bit blocks of 32 with two fp16 scales are 20/32
+    byte."""
     read = T * I * b + O * I * wb + (O * b if bias else 0)
     return Cost(read, T * O * b, 2 * T * I * O + (bias + act) * T * O)
 
@@ -163,7 +164,7 @@ def quantized_linear(
     bias: bool = True,
     act: bool = False,
 ) -> Cost:
-    """`linear` with the weight read as it is stored. Unpacking it is no operation of the product."""
+    """`linear` with the weight read as it is stored. Unpacking it is not counted as an operation."""
     return linear(T, I, O, b, weight_bytes(format, I, O) / (I * O), bias, act)
 
 
@@ -178,9 +179,9 @@ def cross_entropy(T: int, V: int, b: int = 4) -> Cost:
 
 
 def linear_cross_entropy(T: int, C: int, V: int, b: int = 4, wb: int = 4, backward: bool = False) -> Cost:
-    """hidden [T, C], weight [V, C] and labels read; the logits go through no memory. A product of 2 T V C
-    operations and 3 a logit; with the gradients, which are written, three products and 5 a logit (the
-    softmax is scaled, and one is taken off)."""
+    """hidden [T, C], weight [V, C] and labels read; the logits are not stored. A product of 2 T V C
+    operations and 3 operations per logit; with the gradients, which are written, three products and 5
+    operations per logit (the softmax is scaled, and 1 is subtracted)."""
     read, gradients = T * C * b + V * C * wb + 8 * T, T * C * b + V * C * wb
     if not backward:
         return Cost(read, 4, 2 * T * V * C + 3 * T * V, T * V)
@@ -216,7 +217,7 @@ FORMULAS: dict[str, Callable[..., Cost]] = {
 
 @dataclass(frozen=True)
 class Call:
-    """One kind of call in a forward pass, and how often it is made."""
+    """One kind of call in a forward pass, and its number."""
 
     op: str
     dims: dict[str, Any]
@@ -225,7 +226,7 @@ class Call:
 
     @property
     def cost(self) -> Cost:
-        """Of one call."""
+        """The cost of one call."""
         return FORMULAS[self.op](**self.dims)
 
 
@@ -242,7 +243,7 @@ def forward(
 ) -> list[Call]:
     """The calls of one forward pass of the model that `spec` (a `minilm.config.ModelConfig`) describes.
 
-    `lengths`: new tokens of each sequence. `contexts`: the same with their past, for a decoder that
+    `lengths`: new tokens of each sequence. `contexts`: lengths including the past, for a decoder that
     continues. `cached`: keys and values are stored. `logits`: rows that go through the output projection.
     """
     T, C, L = sum(lengths), spec.hidden_size, spec.num_layers
@@ -298,12 +299,11 @@ def forward(
 
 
 def total(calls: Sequence[Call]) -> Cost:
-    """The cost of a whole pass when nothing but weights, ids, logits and the cache has to go through memory
-    and each step is as long as its operations: bytes of the parts that no cache could hold, operations of
-    all.
+    """The cost of a whole pass if only weights, ids, logits and the KV cache go through memory: their bytes,
+    and the operations of all ops.
 
-    The activations between two ops of one pass are left out of the bytes: an engine may keep them in the
-    cache or in registers. So this is a true lower limit, and the sum over the calls is not."""
+    The activations between two ops are not counted in the bytes, since an engine may keep them in the
+    processor's caches or in registers. So this is a lower limit, while the sum over the calls is not."""
     result = Cost()
     for call in calls:
         cost = call.cost

@@ -1,8 +1,8 @@
-"""The course of a run: what is done, what is left, how long that takes, and what the time does not allow.
+"""The progress of a run: steps done and left, the remaining time, and the steps that a time limit excludes.
 
-A run announces its steps with the seconds that each takes on a quiet machine. From those that are done
-follows how slow this machine is for steps of that kind, and from that the time left. With a limit, a step
-that would not end in time is left out, and named in the results."""
+A run announces its steps with the seconds that each takes on an idle machine. Finished steps show by what
+factor this machine is slower for steps of that kind, which gives the remaining time. If there is a limit, a
+step that would not end in time is left out, and named in the results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Step:
-    """One step that was announced. `kind`: steps whose guesses are wrong by the same factor."""
+    """One announced step. `kind`: steps whose estimates are wrong by the same factor."""
 
     kind: str
     name: str
@@ -23,7 +23,7 @@ class Step:
 
 @dataclass
 class State:
-    """What is shown to a person."""
+    """The state that is shown to the user."""
 
     name: str
     done: int
@@ -35,11 +35,11 @@ class State:
 
 @dataclass
 class Course:
-    """A run with or without a limit of time. `show` is told each change."""
+    """A run with or without a time limit. `show` is called with each change."""
 
     limit: float = math.inf
     reserve: float = 0.0
-    """Seconds of the limit that are kept for the end of the run."""
+    """Seconds of the limit that are reserved for the end of the run."""
     show: Callable[[State], None] = lambda state: None
     clock: Callable[[], float] = time.monotonic
     left_out: list[str] = field(default_factory=list)
@@ -58,8 +58,8 @@ class Course:
         self._steps += len(steps)
 
     def within(self, share: float, end: float | None = None) -> float:
-        """What follows may use this share of the time that is left of the limit, or until `end`; returns
-        when that is over, by the clock."""
+        """Let the next steps use this share of the remaining time, or until `end`; returns the clock time
+        when it ends."""
         now = self.clock()
         whole = (self._began + self.limit - self.reserve if end is None else end) - now
         self._end = now + share * max(0.0, whole)
@@ -71,18 +71,18 @@ class Course:
         return self.limit < math.inf
 
     def remaining(self) -> float:
-        """Seconds until the end of the part under way; infinite without a limit."""
+        """Seconds until the end of the current part; infinite without a limit."""
         return self._end - self.clock()
 
     def pace(self, kind: str) -> float:
-        """How many times its guess a step of this kind takes here; of a kind that was not met, as the
-        others."""
+        """The ratio of measured to estimated time for steps of this kind; for a kind without finished steps,
+        that of the others."""
         known = sorted(self._paces.values())
         return self._paces.get(kind, known[len(known) // 2] if known else 1.0)
 
     def begin(self, kind: str, name: str, guess: float, *, needed: bool = False, told: str = "") -> bool:
-        """Begin a step; False where the limit does not allow it (never for one that is `needed`), which is
-        noted in `left_out` under its name, or as `told`."""
+        """Begin a step; returns False if the limit does not allow it (never for one that is `needed`), and
+        adds its name, or `told`, to `left_out`."""
         self._forget(name)
         step = Step(kind, name, guess)
         if not needed and guess * self.pace(kind) > self.remaining():
@@ -94,7 +94,7 @@ class Course:
         return True
 
     def end(self) -> None:
-        """The step that was begun is over."""
+        """End the current step."""
         if self._now is None:
             return
         step, began = self._now
@@ -105,23 +105,23 @@ class Course:
         self._now = None
 
     def drop(self, name: str) -> None:
-        """An announced step is not needed."""
+        """Remove an announced step that is not needed."""
         if self._forget(name):
             self._steps -= 1
 
     def drop_all(self, prefix: str) -> None:
-        """No announced step whose name begins so is needed."""
+        """Remove all announced steps whose name begins with this."""
         for name in [step.name for step in self._planned if step.name.startswith(prefix)]:
             self.drop(name)
 
     def leave_out(self, name: str, step: str) -> None:
-        """`step`, which was announced, is not done for want of time; people are told `name`."""
+        """Leave out an announced step for lack of time; `name` is shown to the user."""
         self._forget(step)
         self._done += 1
         self.left_out.append(name)
 
     def state(self) -> State:
-        """Where the run is."""
+        """The state of the run."""
         name, under_way = "", 0.0
         if self._now is not None:
             step, began = self._now

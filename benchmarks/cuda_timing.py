@@ -1,11 +1,11 @@
 """Times and limits on a GPU.
 
-Two times of each call, kept apart. *Launch-inclusive*: the wall clock around calls as a program makes them,
-Python, dispatch and launches included, up to the synchronisation after the last. *Device*: the calls are
-captured in a CUDA graph that walks over inputs of more than twice the L2 cache, and events around replays
-of the graph give the time that the device needs; what cannot be captured is timed by events around the
-plain calls, and the result says so. Compiling and tuning happen in the warm-up, on a stream of its own, as
-capturing wants it. Clocks are noted and never set."""
+Two times are measured for each call. *Launch-inclusive*: wall-clock time of calls as a program makes them,
+with Python, dispatch and launches, up to the synchronisation after the last call. *Device*: the calls are
+captured in a CUDA graph over inputs of more than twice the L2 cache, and events around replays of the graph
+give the device's time. Calls that cannot be captured are timed by events around plain calls, and the result
+says so. Compiling and tuning happen in the warm-up, on a separate stream, as capturing requires. Clocks are
+recorded, never set."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .limits import Limits
 from .peers import OpPeer
 
 GRAPH_CALLS = 64
-"""Calls in one graph, at the most."""
+"""Maximum number of calls in one graph."""
 
 
 class GpuSamples(harness.Samples):
@@ -37,7 +37,7 @@ def block_of(
     inputs: Sequence[Any],
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> harness.Block:
-    """The launch-inclusive block: n calls and the wait for the last, by the wall clock."""
+    """The launch-inclusive block: wall-clock time of n calls and the synchronisation after them."""
     plain = harness.block_of(call, inputs, context)
 
     def block(calls: int) -> float:
@@ -55,7 +55,7 @@ def device_block(
     inputs: Sequence[Any],
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> tuple[harness.Block, str]:
-    """The device's time, and how it is taken ("graph", or "events: why there is no graph")."""
+    """The device's time, and how it was measured ("graph", or "events: why there is no graph")."""
     sets = list(inputs[:GRAPH_CALLS])
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -107,7 +107,7 @@ def _event_block(
 def time_on_gpu(
     peers: dict[str, OpPeer], inputs: Sequence[Any], settings: harness.Settings
 ) -> dict[str, harness.Samples]:
-    """All peers in turn, both times of each in the same rounds."""
+    """Time all peers in turn, with both times of each in the same rounds."""
     blocks: dict[str, harness.Block] = {}
     how: dict[str, str] = {}
     for name, peer in peers.items():

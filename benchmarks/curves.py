@@ -1,6 +1,6 @@
-"""Pictures of lines: latency over the length, throughput over the batch, scaling over threads.
+"""Line charts: latency by length, throughput by batch size, scaling by threads.
 
-A panel for the bits of the weights, like with like; each line has its engine's name at its end."""
+One panel per number of bits of the weights; each line has its engine's name at its end."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Line:
 
 @dataclass
 class Picture:
-    """What one picture shows."""
+    """The content of one picture."""
 
     name: str
     title: str
@@ -38,12 +38,12 @@ class Picture:
 
 
 def all_pictures(results: Results) -> list[Picture]:
-    """Every picture of lines that the results have points for."""
+    """All line charts that the results have data for."""
     return [*_sweeps(results, "length"), *_sweeps(results, "batch"), *_scaling(results)]
 
 
 def _sweeps(results: Results, axis: str) -> list[Picture]:
-    """One picture for each model, device, number of threads and (over the batch) length."""
+    """One picture per model, device, number of threads and (by batch size) length."""
     found: dict[tuple[str, str, int, int], dict[str, Line]] = {}
     for cell in results.cells:
         taken, matched = times(cell), SWEEP.search(cell["workload"])
@@ -80,7 +80,8 @@ def _sweeps(results: Results, axis: str) -> list[Picture]:
 
 
 def _scaling(results: Results) -> list[Picture]:
-    """Rate with n threads over the rate with one, for each engine (geometric mean over its workloads)."""
+    """Rate with n threads divided by the rate with one, for each engine (geometric mean over its
+    workloads)."""
     lines: dict[str, Line] = {}
     rates: dict[str, dict[float, list[float]]] = {}
     one: dict[tuple[str, str], float] = {}

@@ -1,5 +1,5 @@
-"""What all pictures share: one family of colours an engine, marks that differ, labels that do not overlap.
-Needs matplotlib."""
+"""Shared by all pictures: one family of colours per engine, distinct marks, labels that do not overlap. Needs
+matplotlib."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FAMILIES = {
 """First word of an engine's name -> the colour of its family."""
 OTHER = "#7d8790"
 PALER = {"fp16": 0.3, "bf16": 0.3, "int8": 0.3, "q4": 0.45}
-"""Precision -> how much white the family's colour gets."""
+"""Precision -> the share of white that is mixed into the family's colour."""
 MARKS = {
     "minilm": "o",
     "minilm reference": "P",
@@ -62,12 +62,12 @@ SHADES = {
     "llama.cpp q8_0": 0.4,
     "llama.cpp q4_1": 0.6,
 }
-"""Engines whose colour would be that of a sibling in the same picture."""
+"""Engines that would otherwise have the colour of a related engine in the same picture."""
 SPARE = ("h", "p", "*", "d", "8", "H", "v", "<", ">", "X")
 
 
 def colour(cell: dict[str, Any]) -> str:
-    """Of an engine's variant: its family's, paler with fewer bits a weight."""
+    """The colour of an engine's variant: that of its family, paler for fewer bits per weight."""
     peer = cell["peer"]
     if _reference(cell):
         return REFERENCE
@@ -76,7 +76,7 @@ def colour(cell: dict[str, Any]) -> str:
 
 
 def dark(cell: dict[str, Any]) -> str:
-    """For an engine's name: its family's colour at full strength."""
+    """The colour of an engine's name: that of its family, unmixed."""
     return colour(
         {**cell, "precision": "fp32", "peer": cell["peer"] if _reference(cell) else cell["peer"].split()[0]}
     )
@@ -93,7 +93,7 @@ def paler(base: str, share: float) -> str:
 
 
 def marks(names: Sequence[str]) -> dict[str, str]:
-    """A mark for each engine of one picture, no two the same while there are marks left."""
+    """A mark for each engine of one picture, all different as long as there are enough marks."""
     found: dict[str, str] = {}
     for name in names:
         wish = MARKS.get(name)
@@ -132,7 +132,7 @@ def _bottom(block: Sequence[float], gap: float, low: float, high: float) -> floa
 
 @dataclass
 class End:
-    """A line's end, in data coordinates, and what is written there."""
+    """The end of a line, in data coordinates, and its label."""
 
     x: float
     y: float
@@ -226,7 +226,7 @@ def label_points(
             cost = covered + (dx * dx + dy * dy) ** 0.5 / scale
             if best is None or cost < best[0]:
                 best = (cost, dx, dy)
-        if best is None:  # no room at all: a name less is better than two on top of each other
+        if best is None:  # no room: leave out a name rather than overlap two
             text.remove()
             continue
         _, dx, dy = best
@@ -236,7 +236,7 @@ def label_points(
 
 
 def _places(scale: float) -> Iterator[tuple[float, float]]:
-    """Offsets to try, the nearest first."""
+    """Offsets to try, nearest first."""
     for radius in (9, 14, 20, 27, 35, 44, 54, 66, 80, 96):
         for across in (0, 1, -1, 0.5, -0.5, 0.2, -0.2):
             for up in (1, -1, 0.5, -0.5, 0):
@@ -253,7 +253,7 @@ def _meet(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
 
 
 def log_numbers(axis: Any) -> None:
-    """Plain numbers at 1, 2 and 5 of each power of ten, and no others."""
+    """Show plain numbers at 1, 2 and 5 times each power of ten only."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

@@ -1,9 +1,9 @@
-"""The end-to-end level: whole models, each engine in its own process, in turn.
+"""The end-to-end level: whole models, with each engine in a separate process, in turn.
 
 Encoders: batches of token ids (1 x 16, 1 x 512, 32 x 128) and a corpus of 2,000 texts with tokenisation.
 Decoders: time to the first token after 512, steps after 32 and after 1,024 tokens, eight sequences at once.
-All: cold start (process start to the first result) and the peak of memory on the way. What counts is real
-tokens, never padding."""
+All: cold start (from process start to the first result) and its peak memory. Only real tokens are counted,
+not padding."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from .peers.base import Assets
 from .workers import Worker, WorkerError
 
 TRUTH = "transformers eager"
-"""What the outputs of all engines are compared with (float32)."""
+"""The engine that the outputs of all others are compared with (float32)."""
 
 
 LAST = (TRUTH, "minilm reference")
-"""Loaded after the others: where memory is short, it is for what people would rather use."""
+"""Engines that are loaded last: if memory is short, the more widely used ones get it."""
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,17 @@ class Workload:
     kind: str
     """ids, texts, prefill, decode, cold."""
     unit: str
-    """What is counted a second: sentences or tokens; "s" for a cold start."""
+    """The unit of the rate per second: sentences or tokens; "s" for a cold start."""
     request: dict[str, Any]
     units: float
-    """How many of them one call makes."""
+    """The number of units per call."""
     calls: tuple[costs.Call, ...] = ()
     """The op calls of one model pass, for the limits (float32); of one step for decoding."""
     passes: int = 1
-    """Model passes a call makes: steps, when decoding."""
+    """Model passes per call: for decoding, steps."""
 
     def cost(self, bytes_a_weight: float) -> costs.Cost:
-        """Of one call, with weights of that size."""
+        """The cost of one call with weights of that size."""
         adjusted = [
             replace(c, dims={**c.dims, "wb": bytes_a_weight}) if c.op == "linear" else c for c in self.calls
         ]
@@ -59,8 +59,8 @@ class Workload:
 
 
 def encoder_workloads(model: str, assets: Assets | None, *, with_corpus: bool) -> list[Workload]:
-    """Fixed shapes and, where the tokenizer is the model's own, the corpus. Without `assets`: of the same
-    names, and about as large."""
+    """Fixed shapes and, if the model has its real tokenizer, the corpus. Without `assets`: the same names and
+    similar sizes."""
     spec = shapes.spec(model)
     found = []
     for regime in shapes.regimes(model):
@@ -92,8 +92,8 @@ def token_counts(assets: Assets, texts: Sequence[str]) -> list[int]:
 
 
 def decoder_workloads(model: str, assets: Assets | None) -> list[Workload]:
-    """Prefill, steps after a short and a long prompt, eight sequences at once. Without `assets`: of the same
-    names and sizes, with prompts of no meaning."""
+    """Prefill, steps after a short and a long prompt, eight sequences at once. Without `assets`: the same
+    names and sizes, with meaningless prompts."""
     spec = shapes.spec(model)
     folder = None if assets is None else assets.folder
     new = 4 if machine.tiny() else 32
@@ -144,7 +144,7 @@ def sweep_workloads(model: str) -> list[Workload]:
 
 
 def engines_for(model: str, device: str, wanted: Callable[[str], bool]) -> list[tuple[str, str | None]]:
-    """(engine, None or why it is left out) for every engine that runs models of this kind."""
+    """(engine, None or the reason why it is left out) for each engine that runs models of this kind."""
     encoder = model in shapes.ENCODERS
     found: list[tuple[str, str | None]] = []
     for name in peers.ENGINES:
@@ -159,8 +159,8 @@ def engines_for(model: str, device: str, wanted: Callable[[str], bool]) -> list[
 
 
 def check_prompt(model: str, folder: Any) -> list[int]:
-    """A text that is told twice and begun a third time: what follows is plain to any precision, so that an
-    engine is not called wrong for a coin that fell on the other side."""
+    """A text twice, followed by the beginning of a third copy. The continuation is obvious in any precision,
+    so that no engine is reported as wrong because of two almost equally probable tokens."""
     ids = models.prompt_ids(24 if machine.tiny() else 48, shapes.spec(model).vocab_size, folder)
     return [*ids, *ids, *ids[:8]]
 
@@ -170,7 +170,7 @@ CHECK_TEXTS = 40
 
 
 def output(worker: Worker, model: str, assets: Assets) -> Any:
-    """What an engine answers to the check's question."""
+    """An engine's result for the check."""
     if model in shapes.ENCODERS:
         texts = corpus.sentences(CHECK_TEXTS)
         if not machine.tiny():
@@ -180,7 +180,7 @@ def output(worker: Worker, model: str, assets: Assets) -> Any:
 
 
 def judge(found: Any, truth: Any, precision: str) -> check.Verdict:
-    """Embeddings by cosine, tokens by equality."""
+    """Compare embeddings by the cosine, tokens by equality."""
     if isinstance(truth, torch.Tensor):
         return check.cosines(found, truth, precision)
     return check.equal_tokens(found, truth, precision)
@@ -188,7 +188,7 @@ def judge(found: Any, truth: Any, precision: str) -> check.Verdict:
 
 @dataclass
 class Options:
-    """What the run of this level is told."""
+    """The options of a run of this level."""
 
     settings: harness.Settings
     threads: int
@@ -201,13 +201,13 @@ class Options:
     course: Course = field(default_factory=Course)
 
     def status(self, error: WorkerError) -> str:
-        """What is said of an engine that gave this error: where the time is limited, being slow is no
+        """The status and reason for an engine with this error: if the time is limited, slowness is not a
         failure."""
         skipped = error.kind == "unavailable" or (error.kind == "slow" and self.course.limited)
         return "skipped" if skipped else "failed"
 
     def worker(self, name: str) -> Worker:
-        """An engine's process; it is given up when the time of the run is over."""
+        """An engine's process, with a timeout at the end of the run."""
         timeout = max(20.0, min(900.0, self.course.remaining()))
         return Worker(name, self.threads, timeout)
 
@@ -215,7 +215,7 @@ class Options:
 def run_model(
     model: str, workloads: Sequence[Workload], limits: Limits, options: Options, *, cold: bool = True
 ) -> Iterator[dict[str, Any]]:
-    """All engines on all workloads of one model; yields one cell for each pair."""
+    """Run all engines on all workloads of one model; yields one cell per pair."""
     course = options.course
     workloads = [w for w in workloads if options.chosen(f"{w.model} {w.name}")]
     candidates = engines_for(model, options.device, options.wanted)
@@ -234,13 +234,13 @@ def run_model(
 
 
 LOAD_SECONDS = 6.0
-"""What it takes to start, load and check an engine on a quiet machine."""
+"""Seconds to start, load and check an engine on an idle machine."""
 QUICK = ("minilm", "onnxruntime", "minilm int8", "sentence-transformers", "minilm q8_0")
-"""The engines that come first where the time is limited."""
+"""The engines that run first if the time is limited."""
 
 
 def workload_guess(workload: Workload, engines: int, settings: harness.Settings) -> float:
-    """Seconds for all engines on a workload on a quiet machine."""
+    """Seconds for all engines on a workload on an idle machine."""
     cost = workload.cost(4.0)
     call = 3 * max(cost.operations / 1e11, cost.bytes / 2e10)
     rounds = min(
@@ -255,10 +255,10 @@ def cold_guess(engines: int, options: Options) -> float:
 
 
 def steps(model: str, workloads: Sequence[Workload], options: Options, *, cold: bool) -> list[Step]:
-    """What `run_model` will do, for the course."""
+    """Announce the steps of `run_model`."""
     found = [n for n, reason in engines_for(model, options.device, options.wanted) if reason is None]
-    planned = [Step("engine", f"{model}: {TRUTH} gives what is right", LOAD_SECONDS)]
-    planned += [Step("engine", f"{model}: {name} is loaded and checked", LOAD_SECONDS) for name in found]
+    planned = [Step("engine", f"{model}: reference results by {TRUTH}", LOAD_SECONDS)]
+    planned += [Step("engine", f"{model}: loading and checking {name}", LOAD_SECONDS) for name in found]
     for workload in workloads:
         if options.chosen(f"{model} {workload.name}"):
             guess = workload_guess(workload, len(found), options.settings)
@@ -281,8 +281,8 @@ def _start(
     verdicts: dict[str, check.Verdict] = {}
     refused: dict[str, tuple[str, str]] = {}
     course, at_start = options.course, options.course.remaining()
-    late = ("skipped", "left out for want of time")
-    truth_step = f"{model}: {TRUTH} gives what is right"
+    late = ("skipped", "left out for lack of time")
+    truth_step = f"{model}: reference results by {TRUTH}"
     if not course.begin("engine", truth_step, LOAD_SECONDS, told=f"{model}: everything"):
         course.drop_all(f"{model}: ")
         return {}, {}, {name: late for name, _ in candidates}
@@ -291,12 +291,12 @@ def _start(
             reference = stays.enter_context(options.worker(TRUTH))
             reference.load(assets, options.device)
             truth = output(reference, model, assets)
-            if course.limited and options.wanted(TRUTH):  # one process less to start
+            if course.limited and options.wanted(TRUTH):  # saves starting another process
                 ready[TRUTH] = reference
                 verdicts[TRUTH] = judge(truth, truth, precision_of(TRUTH, options.device)[0])
                 reference.pause()
                 stack.push(stays.pop_all())
-                course.drop(f"{model}: {TRUTH} is loaded and checked")
+                course.drop(f"{model}: loading and checking {TRUTH}")
     except WorkerError as error:
         if options.status(error) == "failed":
             raise
@@ -306,7 +306,7 @@ def _start(
     finally:
         course.end()
     for name, reason in sorted(candidates, key=_order(course.limited)):
-        step = f"{model}: {name} is loaded and checked"
+        step = f"{model}: loading and checking {name}"
         if name in ready:
             continue
         if reason is not None:
@@ -314,7 +314,7 @@ def _start(
             course.drop(step)
             continue
         if course.limited and len(ready) > 1 and course.remaining() < 0.5 * at_start:
-            refused[name] = late  # the rest of the time is for measuring
+            refused[name] = late  # keep the rest of the time for measuring
             course.leave_out(f"{model}: {name}", step)
             continue
         if (short := _too_large(name, assets, options.device)) is not None:
@@ -342,13 +342,14 @@ def _start(
 
 
 def _order(limited: bool) -> Callable[[tuple[str, str | None]], tuple[int, bool, bool]]:
-    """In which order engines are started: where the time is limited, those first that most people use."""
+    """The order in which engines are started: if the time is limited, the most widely used ones first."""
     first = {name: at for at, name in enumerate(QUICK)} if limited else {}
     return lambda found: (first.get(found[0], len(QUICK)), found[0] in LAST, found[0] == LAST[-1])
 
 
 def _too_large(name: str, assets: Assets, device: str) -> str | None:
-    """Why an engine does not fit beside those that are loaded; None when it does, or nobody can tell."""
+    """Why an engine does not fit into memory with those that are loaded; None if it does, or this is
+    unknown."""
     found = doctor.memory()
     known = [found[name] for name in ("available_bytes", "limit_bytes")]
     free = min((size for size in known if size is not None), default=None)
@@ -359,11 +360,13 @@ def _too_large(name: str, assets: Assets, device: str) -> str | None:
     needed = weights / 4 * kind.bytes_a_weight * kind.copies
     if needed <= free:
         return None
-    return f"needs about {needed / 1e9:.1f} GB of memory beside the others; {free / 1e9:.1f} GB are free"
+    return (
+        f"needs about {needed / 1e9:.1f} GB of memory in addition to the others; {free / 1e9:.1f} GB are free"
+    )
 
 
 def precision_of(name: str, device: str) -> tuple[str, float]:
-    """Precision and bytes of an engine's weights: what is float32 on a CPU runs in float16 on a GPU."""
+    """Precision and bytes of an engine's weights: float32 on a CPU becomes float16 on a GPU."""
     kind = peers.engine_class(name)
     return (
         ("fp16", 2.0)
@@ -411,7 +414,7 @@ def _run(
             cells[name] |= {"status": "skipped", "reason": worker.note}
             continue
         try:
-            # What cannot run says so here, and what compiles does so here.
+            # Engines that compile do it here, and engines that cannot run fail here.
             trial = {**request, "texts": request["texts"][:64]} if "texts" in request else request
             worker.ask("block", workload=trial, calls=1)
         except WorkerError as error:
@@ -467,7 +470,8 @@ def _block(worker: Worker, request: dict[str, Any]) -> harness.Block:
 def _cold_starts(
     model: str, assets: Assets, names: Sequence[str], options: Options
 ) -> Iterator[dict[str, Any]]:
-    """Process start to the first result, in turn; and the most memory the process held until then."""
+    """Time from process start to the first result, for the engines in turn, and the peak memory until
+    then."""
     workload = Workload(model, "cold start", "cold", "s", {}, 1)
     cells = {
         name: _cell(workload, name, options) | {"status": "ok", "samples": [], "calls": 1} for name in names

@@ -1,9 +1,8 @@
-"""``make gpu-check``: everything that only a GPU can tell, in one command of less than ten minutes.
+"""``make gpu-check``: all checks that need a GPU, in one command of less than ten minutes.
 
-Made for a machine that has nothing but the working tree and stock PyTorch, Triton and transformers: nothing
-is downloaded and nothing installed. The package is laid out by links in a folder of its own, where the
-extension is built too. Steps, each with a limit of time of its own, each reported whether it passed,
-failed, or could not run and why:
+It needs only the working tree, PyTorch, Triton and transformers; nothing is downloaded or installed. The
+package is laid out with links in a temporary folder, in which the extension is built. Each step has a time
+limit, and is reported as passed, failed, or not run, with the reason:
 
     extension   compiled from csrc/
     tests       those marked gpu
@@ -12,9 +11,9 @@ failed, or could not run and why:
     ops         the op level in 16 bits
     models      layers and whole models with the peers that are on the machine
 
-Everything goes into one folder ($OUT, or ./gpu-check-out): report.json, results of the bench, pictures (few
-files, since what brings them back may count them). Without a GPU the same steps run on the CPU in toy sizes
-when MINILM_BENCH_TINY=1, with Triton's interpreter standing in, which proves the command and nothing else.
+The output is one folder ($OUT, or ./gpu-check-out) with few files: report.json, results of the bench,
+pictures. Without a GPU, MINILM_BENCH_TINY=1 runs the same steps on the CPU in toy sizes with Triton's
+interpreter, which tests only the command itself.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ BUDGET = 570.0
 
 @dataclass
 class Step:
-    """What became of a step. `status`: passed, failed, skipped, out of time."""
+    """The result of a step. `status`: passed, failed, skipped, out of time."""
 
     name: str
     status: str
@@ -85,11 +84,11 @@ class Check:
     def run(
         self, name: str, command: list[str], limit: float, *, nothing: dict[int, str] | None = None
     ) -> None:
-        """One command as one step. `nothing`: exit statuses that mean there was nothing to do, and their
-        words."""
+        """Run one command as a step. `nothing`: exit statuses that mean there was nothing to do -> the
+        reason."""
         left = self.end - time.monotonic()
         if left < 10:
-            self.steps.append(Step(name, "out of time", 0.0, "the budget was spent before this step"))
+            self.steps.append(Step(name, "out of time", 0.0, "the time was used up before this step"))
             return
         print(f"== {name}", flush=True)
         begin = time.monotonic()
@@ -153,14 +152,15 @@ class Check:
         return self._report()
 
     def _tests(self) -> list[str]:
-        """All tests; where hypothesis is missing, the files about a GPU that do without it."""
+        """All tests; if hypothesis is not installed, the files about a GPU that do not need it."""
         if importlib.util.find_spec("hypothesis") is not None:
             return [str(ROOT / "tests")]
         files = sorted((ROOT / "tests").rglob("test_*gpu*.py"))
         return ["--noconftest", *(str(file) for file in files if "hypothesis" not in file.read_text())]
 
     def _extension(self, python: str) -> None:
-        """Build in a folder of its own; minilm works without it, so a failure is reported and not the end."""
+        """Build the extension; minilm works without it, so a failure is reported and the other steps go
+        on."""
         build = self.site / "build"
         command = [
             python,
@@ -178,7 +178,8 @@ class Check:
             shutil.copy(made, self.site / "minilm" / made.name)
 
     def _tuning(self, python: str) -> None:
-        """The kernels that matter most to MiniLM; without a GPU, in toy sizes, only what would be tried."""
+        """Tune the kernels that matter most to MiniLM; without a GPU, in toy sizes, only list the
+        candidates."""
         tune = [python, "-m", "minilm", "tune", "--model", "MiniLM-L6", "--dtype", "float16"]
         if self.gpu:
             table = str(self.out / "tuned.json")
@@ -192,7 +193,7 @@ class Check:
     def _benches(self, python: str) -> None:
         device = "cuda" if self.gpu else "cpu"
         if not self.gpu and not self.tiny:
-            self.skip("ops", "there is no CUDA device (MINILM_BENCH_TINY=1 tries the command on the CPU)")
+            self.skip("ops", "there is no CUDA device (MINILM_BENCH_TINY=1 tests the command on the CPU)")
             self.skip("models", "there is no CUDA device")
             return
         script = str(Path(__file__).with_name("gpu_run.py"))

@@ -1,7 +1,7 @@
 """One step of `gpu_check`: run levels of the bench and leave JSON and pictures.
 
-gpu_run.py DEVICE LEVELS MODELS TARGET SECONDS. Results are written after every workload, so that a step
-whose time runs out leaves what it has."""
+gpu_run.py DEVICE LEVELS MODELS TARGET SECONDS. Results are written after each workload, so that a step that
+is stopped leaves its results so far."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 def main(arguments: list[str]) -> int:
-    """Returns 1 when something of minilm's was wrong."""
+    """Returns 1 if a result of minilm was wrong."""
     device, levels, models, target, seconds = arguments
     from minilm.benchmarks import machine, plots, report
     from minilm.benchmarks.course import Course

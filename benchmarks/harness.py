@@ -1,10 +1,9 @@
-"""How a time is taken.
+"""How times are measured.
 
-Engines that are compared run in turn, A B C A B C ..., each turn a block of calls long enough to be timed,
-so that a machine that slows down slows all of them. The order is turned by one place each round. Inputs are
-fresh random data and rotate over more than twice the last cache, so that nothing is found there that would
-not be there in a real run. Compiling, tuning and warming up happen before. The garbage collector is off
-while the clock runs.
+Engines run in turn, A B C A B C ..., each with a block of calls long enough to be timed, so that a slowdown
+of the machine affects all of them. The order is rotated by one in each round. Inputs are random data that
+rotate over more than twice the size of the last-level cache, so that they are not found in the cache.
+Compilation, tuning and warm-up happen before. The garbage collector is off during timing.
 
 A *block* is a function that makes n calls and returns the seconds they took: in this process (`block_of`),
 in another (`workers`), or on a GPU (`cuda_timing`)."""
@@ -26,14 +25,14 @@ from . import machine
 Block = Callable[[int], float]
 
 FEWEST = 3
-"""Rounds that even the longest workload gets: fewer tell nothing of the spread."""
+"""Minimum number of rounds, also for the longest workload: fewer do not show the spread."""
 PATIENCE = 4
-"""Times the budget, after which the fewest rounds are enough."""
+"""Multiple of the budget after which the minimum of rounds is enough."""
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How long and how often. A round gives one repeat of each engine."""
+    """Durations and counts. A round gives one repetition of each engine."""
 
     rounds: int = 15
     block_seconds: float = 0.02
@@ -51,7 +50,7 @@ class Settings:
 
 @dataclass
 class Samples:
-    """Seconds a call, one for each round; `calls` were timed as one block."""
+    """Seconds per call, one value per round; `calls` were timed as one block."""
 
     seconds: list[float]
     calls: int
@@ -77,7 +76,7 @@ def copies_needed(one: int, cache: int | None = None, most: int = 512) -> int:
 
 
 def rotated(make: Callable[[torch.Generator], Any], seed: int = 0, cache: int | None = None) -> list[Any]:
-    """As many independently drawn input sets as rotation takes; `make` draws one."""
+    """Independent random input sets, as many as rotation needs; `make` returns one."""
     generator = torch.Generator().manual_seed(seed)
     first = make(generator)
     return [first, *(make(generator) for _ in range(copies_needed(nbytes(first), cache) - 1))]
@@ -140,9 +139,9 @@ def measure(
 
 
 def _calls_for(block: Block, settings: Settings, clock: Callable[[], float]) -> int:
-    """Warm up, and find how many calls make a block of the length asked for."""
+    """Warm up, and find the number of calls in a block of the wanted duration."""
     began, calls = clock(), 1
-    seconds = block(1)  # whatever is done once is done here
+    seconds = block(1)  # one-time work happens here
     if seconds < settings.budget_seconds / 20:
         seconds = block(1)
     while seconds < settings.block_seconds:
@@ -160,12 +159,12 @@ def time_calls(
     inputs: Mapping[str, Sequence[Any]],
     settings: Settings | None = None,
 ) -> dict[str, Samples]:
-    """Plain functions against each other, each on its own rotated inputs."""
+    """Compare plain functions, each on its own rotated inputs."""
     blocks = {name: block_of(call, inputs[name]) for name, call in calls.items()}
     return measure(blocks, settings or Settings.default())
 
 
 def geometric_mean(values: Iterable[float]) -> float:
-    """The mean that treats a half and a double alike."""
+    """The geometric mean."""
     logs = [math.log(v) for v in values]
     return math.exp(sum(logs) / len(logs)) if logs else math.nan

@@ -1,8 +1,9 @@
-"""Large tensors whose values nobody reads: nothing is drawn or computed for them.
+"""Large tensors without values, for dry runs.
 
-A dry run asks which sizes a launcher meets, and never runs a kernel. Inside `hollow()` operations on large
-tensors give uninitialised ones of the right shape, dtype and strides, whose memory is never touched, or ones
-where the result is small. Small tensors, which hold lengths and places, are as ever."""
+A dry run only finds the sizes with which launchers are called, and never runs a kernel. Inside `hollow()`,
+operations on large tensors return uninitialised tensors of the right shape, dtype and strides, whose memory
+is never touched, or ones if the result is small. Small tensors, which hold lengths and positions, are
+computed normally."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 LARGE = 1 << 14
-"""Elements from which a tensor is hollow."""
+"""Tensors of at least this many elements have no values."""
 
 
 class _Hollow(TorchDispatchMode):
@@ -24,7 +25,7 @@ class _Hollow(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # Ops of minilm's own are the launchers that are asked.
+        # minilm's ops are the launchers in question.
         if func.namespace != "aten" or func.is_view or not _large(args, kwargs):
             return func(*args, **kwargs)
         if func._schema.is_mutable:
@@ -41,7 +42,7 @@ class _Hollow(TorchDispatchMode):
 
 
 def _large(args: Any, kwargs: Any) -> bool:
-    """Whether an operand or, for what makes tensors of nothing, the result is large."""
+    """Whether an operand is large or, for functions that create tensors, the result."""
     leaves, _ = tree_flatten((args, kwargs))
     if any(isinstance(leaf, torch.Tensor) and leaf.numel() >= LARGE for leaf in leaves):
         return True

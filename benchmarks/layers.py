@@ -1,4 +1,5 @@
-"""The layer level: one block of each model, ours beside transformers' layer with the same random weights."""
+"""The layer level: one block of each model, compared with transformers' layer with the same random
+weights."""
 
 from __future__ import annotations
 
@@ -48,7 +49,7 @@ def build(model: str) -> tuple[Any, dict[str, Any]]:
 
 
 def our_layer(model: Any, regime: Regime) -> Call:
-    """x [T, C] -> what the block adds up to, [T, C]; packed."""
+    """x [T, C] -> the output of the block, [T, C]; packed."""
     spec, device = model.spec, model.device
     batch, length = len(regime.lengths), regime.lengths[0]
     packed = pack(batch, length, None, device)
@@ -68,7 +69,7 @@ def our_layer(model: Any, regime: Regime) -> Call:
 
 
 def their_layer(model: Any, regime: Regime, kind: str) -> Call:
-    """transformers' layer on [B, S, C], under our shape."""
+    """transformers' layer on [B, S, C], with minilm's packed shape outside."""
     batch, length = len(regime.lengths), regime.lengths[0]
     family = model.config.model_type
     options: dict[str, Any] = {}
@@ -104,7 +105,7 @@ def run_model(
     measure: Callable[..., dict[str, harness.Samples]] = harness.measure,
     block_of: Callable[..., harness.Block] = harness.block_of,
 ) -> Iterator[dict[str, Any]]:
-    """One cell for each of ours and theirs in each regime without a past."""
+    """One cell for each implementation in each regime without a past."""
     regimes = [r for r in shapes.regimes(model) if not r.decoding and chosen(f"layer of {model} {r.name}")]
     if not regimes:
         return

@@ -1,15 +1,14 @@
-"""What the machine can do at the most, measured in the same run as everything that is held against it.
+"""The limits of the machine, measured in the same run as the results that are compared with them.
 
 On a CPU: read and copy bandwidth and the peaks of fp32 multiply-adds and of 8-bit dot products, for each
 number of threads, by the plain loops of limits.cpp, which the system's C++ compiler builds for this very
-processor (kept in a cache folder under a hash of source, compiler and processor). Without a compiler NumPy
-and PyTorch stand in, and the result says so. Beside them, the best matrix product that PyTorch's library
-reaches: a limit that somebody has reached.
+processor (kept in a cache folder under a hash of source, compiler and processor). Without a compiler, NumPy
+and PyTorch are used instead, and the result says so. In addition, the fastest matrix product of PyTorch's
+library: a limit that is reached in practice.
 
-The clock is read by a chain of dependent additions, one a clock; peak / (clock x threads) must then come
-out near the operations a clock of the processor's design, which is the independent check of the peak. The
-bandwidths are held against NumPy's own loops. Each run does both (`CpuProbe.doubts`) and notes what does not
-agree."""
+Two checks run each time (`CpuProbe.doubts`), and disagreements are recorded. The clock frequency is measured
+by a chain of dependent additions, one per cycle; peak / (clock x threads) must then be near the processor's
+operations per cycle. The bandwidths are compared with those of NumPy's loops."""
 
 from __future__ import annotations
 
@@ -36,7 +35,7 @@ FLAGS = ["-std=c++17", "-O3", "-march=native", "-fPIC", "-shared", "-pthread"]
 
 
 def cache_folder() -> Path:
-    """Where compiled loops, converted models and the like are kept between runs (MINILM_BENCH_CACHE)."""
+    """The folder for compiled loops and converted models between runs (MINILM_BENCH_CACHE)."""
     chosen = os.environ.get("MINILM_BENCH_CACHE")
     base = Path(chosen) if chosen else Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")) / "minilm-bench"
     folder = base.expanduser()
@@ -45,7 +44,7 @@ def cache_folder() -> Path:
 
 
 def compiled_loops() -> tuple[ctypes.CDLL | None, str]:
-    """The loops of limits.cpp, or None and why they cannot be had."""
+    """The loops of limits.cpp, or None and the reason why they are missing."""
     compiler = next(
         (c for c in (os.environ.get("CXX"), "g++", "clang++", "c++") if c and shutil.which(c)), None
     )
@@ -82,14 +81,14 @@ def compiled_loops() -> tuple[ctypes.CDLL | None, str]:
 
 @dataclass
 class Limit:
-    """One limit: every repeat in its unit a second (bytes or operations)."""
+    """One limit: each repetition in its unit per second (bytes or operations)."""
 
     repeats: list[float] = field(default_factory=list)
     how: str = ""
 
     @property
     def value(self) -> float:
-        """The median, which is taken under the same conditions as the medians that are held against it."""
+        """The median, like the medians that are compared with it."""
         return summary(self.repeats).median if self.repeats else 0.0
 
 
@@ -103,12 +102,12 @@ class Limits:
     table: dict[str, Limit] = field(default_factory=dict)
 
     def add(self, name: str, threads: int | None, value: float, how: str = "") -> None:
-        """Note one repeat."""
+        """Add one repetition."""
         limit = self.table.setdefault(name if threads is None else f"{name}@{threads}", Limit(how=how))
         limit.repeats.append(value)
 
     def get(self, name: str, threads: int | None = None) -> float:
-        """The limit with that many threads (or the nearest that was measured), 0.0 when there is none."""
+        """The limit with that many threads (or the nearest measured number), 0.0 if there is none."""
         exact = self.table.get(name if threads is None else f"{name}@{threads}")
         if exact is None and threads is not None:
             measured = sorted(int(k.split("@")[1]) for k in self.table if k.startswith(f"{name}@"))
@@ -117,7 +116,7 @@ class Limits:
         return exact.value if exact is not None else 0.0
 
     def bandwidth(self, cost: Cost, threads: int | None) -> tuple[float, str]:
-        """The bandwidth that fits the mix of reading and writing: pure reading has its own limit."""
+        """The bandwidth for a mix of reading and writing; pure reading has a separate limit."""
         name = "read" if cost.written < 0.1 * cost.bytes else "copy"
         return self.get(name, threads), f"{name} bandwidth"
 
@@ -129,7 +128,7 @@ class Limits:
         return max(found, default=(0.0, "none"))
 
     def floor(self, cost: Cost, dtype: str, threads: int | None) -> tuple[float, str]:
-        """The least time for `cost` in seconds, and the name of the limit that binds."""
+        """The minimum time for `cost` in seconds, and the name of the binding limit."""
         bandwidth, memory = self.bandwidth(cost, threads)
         peak, arithmetic = self.peak(dtype, threads)
         times = []
@@ -140,7 +139,7 @@ class Limits:
         return max(times, default=(0.0, "not measured"))
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, every repeat included."""
+        """For JSON, with all repetitions."""
         table = {
             name: {"median": limit.value, "repeats": limit.repeats, "how": limit.how}
             for name, limit in self.table.items()
@@ -155,8 +154,8 @@ class Limits:
 
 
 class CpuProbe:
-    """Measures a CPU's limits, one round at a time, so that rounds can be taken before, between and after
-    the rest."""
+    """Measures a CPU's limits, one round at a time, so that rounds can run before, between and after the
+    levels."""
 
     def __init__(self, threads: Sequence[int]) -> None:
         small = machine.tiny()
@@ -185,8 +184,8 @@ class CpuProbe:
         return self.limits
 
     def doubts(self) -> list[str]:
-        """What independent loops say against the limits so far, a sentence each; none in toy sizes, or where
-        other loops were the limits. Takes about a second."""
+        """Disagreements between the limits so far and independent loops, one sentence each; none in toy
+        sizes, or if the loops of limits.cpp were not used. Takes about a second."""
         if self.loops is None or machine.tiny():
             return []
         x, y = self.x.numpy(), self.y.numpy()
@@ -242,9 +241,9 @@ class CpuProbe:
 
 
 def contradictions(limits: Limits, others: dict[str, float], lanes: int) -> list[str]:
-    """Where the best of the limits for one thread are not what `others` (bytes a second by "read" and "copy")
-    and a processor of `lanes` floats make likely. The ranges are wide, since other programs may run: they
-    tell a loop that was optimised away, a wrong unit, or a vector width that was not used."""
+    """Check the best limits for one thread against `others` (bytes per second by "read" and "copy") and a
+    processor with vectors of `lanes` floats. The ranges are wide, since other programs may run: they reveal a
+    loop that was optimised away, a wrong unit, or an unused vector width."""
     best = {name: max(limit.repeats) for name, limit in limits.table.items() if limit.repeats}
     clock, found = best.get("clock@1", 0.0), []
     measured = [

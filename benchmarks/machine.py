@@ -1,4 +1,4 @@
-"""What a result must say of the machine and the programs it was taken with."""
+"""Describes the machine and the programs of a result."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PACKAGES = (
 
 
 def tiny() -> bool:
-    """Whether MINILM_BENCH_TINY asks for sizes that only prove that everything runs."""
+    """Whether MINILM_BENCH_TINY requests toy sizes, which only test that everything runs."""
     return os.environ.get("MINILM_BENCH_TINY", "") not in ("", "0")
 
 
@@ -50,13 +50,13 @@ def _read(path: str) -> str:
 
 
 def cpu_name() -> str:
-    """The processor's name as the system tells it."""
+    """The processor's name from the operating system."""
     found = re.search(r"^(?:model name|Model)\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
     return found.group(1).strip() if found else platform.processor() or platform.machine()
 
 
 def last_cache_bytes() -> int:
-    """Size of the largest data cache of the first core; 32 MiB where the system does not tell."""
+    """Size of the largest data cache of the first core; 32 MiB if unknown."""
     sizes = []
     for folder in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         text = _read(str(folder / "size")).strip()
@@ -67,7 +67,7 @@ def last_cache_bytes() -> int:
 
 
 def clocks_mhz() -> list[float]:
-    """The clock of each core as the kernel shows it, MHz; empty where it does not."""
+    """The clock of each core in MHz from the kernel; empty if unknown."""
     return [float(v) for v in re.findall(r"^cpu MHz\s*:\s*([\d.]+)", _read("/proc/cpuinfo"), re.MULTILINE)]
 
 
@@ -78,8 +78,7 @@ def _jiffies() -> dict[str, int]:
 
 
 def _tree() -> dict[int, float]:
-    """Process id -> seconds of processor time, of this process and all below it, those that have ended
-    included."""
+    """Process id -> seconds of processor time, of this process and its descendants, including ended ones."""
     times = os.times()
     found = {os.getpid(): times.user + times.system + times.children_user + times.children_system}
     parents: dict[int, tuple[int, float]] = {}
@@ -98,13 +97,13 @@ def _tree() -> dict[int, float]:
 
 class Load:
     """How busy the machine was between construction and `stop`: load average, clocks, the share of processor
-    time that the host gave to others (steal), and the share that other programs here took."""
+    time that the host gave to others (steal), and the share used by other programs."""
 
     def __init__(self) -> None:
         self._before, self._own = _jiffies(), sum(_tree().values())
 
     def stop(self) -> dict[str, Any]:
-        """What to note beside a measurement."""
+        """The figures to record with a measurement."""
         after, own = _jiffies(), sum(_tree().values()) - self._own
         spent = {k: after.get(k, 0) - v for k, v in self._before.items()}
         whole = sum(spent.values()) or 1
@@ -120,15 +119,15 @@ class Load:
 
 
 def busy_share(seconds: float = 0.5) -> float:
-    """Share of all processors' time that is used while this process sleeps, 0..1: whether the machine is
-    quiet."""
+    """Share of all processors' time that is used while this process sleeps, 0..1: shows whether the machine
+    is idle."""
     load = Load()
     time.sleep(seconds)
     return round(1.0 - float(load.stop()["idle_share"]), 3)
 
 
 def git(*arguments: str) -> str:
-    """The answer of git about the working tree that this package runs from; "" when there is none."""
+    """The output of git in the working tree of this package; "" if there is none."""
     folder = Path(__file__).resolve().parent
     try:
         answer = subprocess.run(

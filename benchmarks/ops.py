@@ -1,8 +1,8 @@
-"""The op level: every op of `minilm.ops`, every implementation that supports it, beside the peers, at
+"""The op level: each op of `minilm.ops` in each implementation that supports it, compared with the peers, at
 shapes of real models.
 
-Ours are called as the models call them, through the public function under ``with backend(name)``: the
-checks and the choice are part of the time."""
+minilm's implementations are called through the public function under ``with backend(name)``, as models do:
+checks and dispatch are part of the time."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def _ends(lengths: Sequence[int]) -> Tensor:
 
 
 def make_inputs(case: Case, dtype: torch.dtype, device: str) -> Callable[[torch.Generator], Args]:
-    """A function that draws one set of the op's tensor arguments: normal data, random weights and biases,
-    true lengths, pages in random order."""
+    """A function that returns one random set of the op's tensor arguments: normal data, random weights and
+    biases, true lengths, pages in random order."""
     dims, op = case.call.dims, case.op
 
     def normal(generator: torch.Generator, *shape: int, std: float = 1.0) -> Tensor:
@@ -179,7 +179,7 @@ def reference_call(case: Case, function: Callable[..., Any] | None = None) -> Ca
 
 
 def with_written(case: Case, call: Callable[[Args], Any]) -> Callable[[Args], Any]:
-    """Ops that write into the cache are judged by the pages too."""
+    """For ops that write into the cache, the pages are checked too."""
     if case.op == "append_kv":
         return lambda v: (call(v), v[2], v[3])
     if case.op == "rope_append":
@@ -188,7 +188,7 @@ def with_written(case: Case, call: Callable[[Args], Any]) -> Callable[[Args], An
 
 
 def our_peers(case: Case, device: str, dtype: torch.dtype) -> list[OpPeer | Skipped]:
-    """Our implementations of the op, as peers named after their backend."""
+    """minilm's implementations of the op, as peers named after their backend."""
     found: list[OpPeer | Skipped] = []
     probe = as_kept(case, make_inputs(case, dtype, device)(torch.Generator().manual_seed(0)))
     call = our_call(case)
@@ -198,7 +198,7 @@ def our_peers(case: Case, device: str, dtype: torch.dtype) -> list[OpPeer | Skip
         if implementation is None:
             continue
         if backend == "triton" and device == "cpu" and not machine.tiny():
-            found.append(Skipped(name, "on a CPU Triton is an interpreter, not a speed"))
+            found.append(Skipped(name, "on a CPU, Triton only runs in an interpreter"))
             continue
         try:
             with ops.backend(backend), torch.no_grad():
@@ -213,14 +213,14 @@ def our_peers(case: Case, device: str, dtype: torch.dtype) -> list[OpPeer | Skip
 
 
 def as_kept(case: Case, values: Args) -> Args:
-    """The weight of a linear layer as the parameter that it is in a model."""
+    """The weight of a linear layer as a parameter, as in a model."""
     if case.op != "linear":
         return values
     return (values[0], nn.Parameter(values[1], requires_grad=False), *values[2:])
 
 
 def packed(case: Case, values: Args) -> Args:
-    """`as_kept`, with the weight packed, which the first call does."""
+    """`as_kept`, after the first call, which packs the weight."""
     values = as_kept(case, values)
     if case.op in ("linear", "quantized_linear"):
         with ops.backend("native"), torch.no_grad():
@@ -229,13 +229,13 @@ def packed(case: Case, values: Args) -> Args:
 
 
 def truths(case: Case, draws: Sequence[Args]) -> list[check.Truth]:
-    """What the specification gives for each draw of inputs."""
+    """The results of the specification for each random input."""
     exact = with_written(case, reference_call(case))
     return check.truths(exact, exact, draws)
 
 
 def judge(peer: OpPeer, case: Case, against: Sequence[check.Truth]) -> check.Verdict:
-    """Is the peer right at this shape?"""
+    """Whether the peer is correct at this shape."""
 
     def call(values: Args) -> Any:
         with peer.context():
@@ -245,15 +245,15 @@ def judge(peer: OpPeer, case: Case, against: Sequence[check.Truth]) -> check.Ver
 
 
 STEEPEST = 1.13
-"""No activation function of a model here has a larger derivative: that of gelu."""
+"""The largest derivative of all activation functions: that of gelu."""
 
 
 def rounding(values: Args) -> Tensor:
-    """Standard deviation [T, O] of each output of a quantised layer when x is rounded to 8 bits: by groups of
-    32 where the weight is in groups, else by rows.
+    """Standard deviation [T, O] of each output of a quantised layer when x is rounded to 8 bits: in groups of
+    32 if the weight is in groups, else in rows.
 
-    An element is off by something even between -1/2 and 1/2 of the step, largest / 127, so by a deviation of
-    step / sqrt(12), and the product adds up the squares: sum over groups of step^2 / 12 sum of w^2."""
+    The rounding error of an element is uniform between -1/2 and 1/2 of the step (largest / 127), so its
+    deviation is step / sqrt(12). Squares add up in the product: sum over groups of step^2 / 12 sum of w^2."""
     x, weight, _ = values
     size = GROUP if FORMATS[weight.format].grouped else weight.columns
     step = x.view(len(x), -1, size).abs().amax(2) / 127  # [T, G]
@@ -272,9 +272,9 @@ def run_case(
     extra: Sequence[OpPeer] = (),
     timer: Callable[..., dict[str, harness.Samples]] | None = None,
 ) -> list[dict[str, Any]]:
-    """Judge, then time, all implementations and peers of one case; one cell each, the skipped and wrong
-    ones too."""
-    torch.compiler.reset()  # graphs of earlier shapes are not needed any more
+    """Check, then time, all implementations and peers of one case; one cell each, also for skipped and wrong
+    ones."""
+    torch.compiler.reset()  # graphs of earlier shapes are no longer needed
     every = [*our_peers(case, device, dtype), *op_peers(case, device, dtype), *extra]
     every = [peer for peer in every if wanted(peer.name)]
     make = make_inputs(case, dtype, device)
@@ -289,7 +289,7 @@ def run_case(
             continue
         try:
             verdict = judge(peer, case, against)
-        except Exception as error:  # a peer that breaks is a finding about the peer, and is shown as one
+        except Exception as error:  # an error of a peer is a result too, and is shown
             cell |= {
                 "status": "failed",
                 "reason": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}",
@@ -310,7 +310,7 @@ def run_case(
 
 
 def cache_bytes(device: str) -> int | None:
-    """The cache to rotate beyond: the GPU's L2, or None for the CPU's last."""
+    """The cache that rotation must exceed: the GPU's L2, or None for the CPU's last-level cache."""
     if device != "cuda":
         return None
     return int(getattr(torch.cuda.get_device_properties(0), "L2_cache_size", 0) or 64 << 20)

@@ -1,5 +1,5 @@
-"""One HTML page from a folder of results: the machine, bars of every engine, what was lost, and every figure
-below. Self-contained: no script, nothing is loaded."""
+"""One HTML page from a folder of results: the machine, bars of all engines, lost comparisons, and all
+figures. Self-contained: no scripts, nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -15,28 +15,31 @@ from .results import ResultError, Results, rows, times
 
 CSS = Path(__file__).with_name("page.css")
 
-METHOD = """Engines of one table ran in turn, A B C A B C …, each in a process of its own (ops and layers:
-in one process); figures are medians, with the range that holds the middle 60 % of the repeats. A ratio is
-the median of the ratios round by round, with its range where that is wide.
+METHOD = """Engines of one table ran in turn, A B C A B C …, each in a separate process (ops and layers:
+in one process); figures are medians, with the range of the middle 60 % of the repetitions. A ratio is
+the median of the ratios of all rounds, with its range if that is wide.
 An engine whose output was wrong was not timed. The limits were measured in the same run."""
 
 TERMS = (
     ("like with like", "an engine is compared with minilm's variant whose weights have the same format"),
-    ("1.25x faster", "the other engine takes 1.25 times as long; 1.25x slower: minilm does"),
-    ("(1.1 to 1.9)", "the middle 60 % of the ratios, where they differ by more than 30 % of their median"),
+    (
+        "1.25x faster",
+        "the other engine takes 1.25 times as long; 1.25x slower: minilm takes 1.25 times as long",
+    ),
+    ("(1.1 to 1.9)", "the middle 60 % of the ratios, if they differ by more than 30 % of their median"),
     ("even", "the middle 60 % of the ratios lie on both sides of 1, close together"),
-    ("unclear", "they lie on both sides of 1, far apart; or there were fewer than three repeats"),
-    ("of limit", "the least time that the measured bandwidth and arithmetic allow, over the time taken"),
+    ("unclear", "they lie on both sides of 1, far apart; or there were fewer than three repetitions"),
+    ("of limit", "the minimum time by the measured bandwidth and arithmetic, divided by the measured time"),
     ("bound by", "the limit that takes longest: reading memory, copying, or arithmetic (fma, int8, gemm)"),
     ("read, copy", "bandwidth of plain loops over memory, in GB/s"),
     ("fma, int8", "peaks of multiply-adds in float32 and of 8-bit dot products, two operations each"),
     ("gemm", "the best matrix product of PyTorch's library"),
     ("prefill, decode", "reading a prompt; writing new tokens, one step at a time"),
-    ("minilm reference", "minilm on plain PyTorch: what its fast paths are worth"),
+    ("minilm reference", "minilm on plain PyTorch, to show the gain of its fast paths"),
 )
 Cells = list[dict[str, Any]]
 SHOWN = 8
-"""Losses that are shown unfolded."""
+"""Number of losses that are shown unfolded."""
 
 
 def e(text: object) -> str:
@@ -45,7 +48,7 @@ def e(text: object) -> str:
 
 
 def picture(figure: Any, name: str) -> str:
-    """A figure as an inline image, which on a narrow screen scrolls in a box of its own."""
+    """A figure as an inline image, which scrolls separately on a narrow screen."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
     data = base64.b64encode(buffer.getvalue()).decode()
@@ -81,7 +84,7 @@ def facts(results: Results) -> str:
 
 
 def lost(results: Results) -> str:
-    """What was won and what was not, in figures; then what was lost, the worst first."""
+    """The numbers of comparisons won and lost; then the lost ones, the worst first."""
     found = list(standing.comparisons(results))
     parts = []
     if found:
@@ -131,7 +134,8 @@ def _loss_table(entries: list[standing.Comparison]) -> str:
 
 # Bars
 def bars(cells: Cells) -> str:
-    """One workload: every engine as a bar, by the bits of its weights; what was not timed, by name."""
+    """One workload: one bar per engine, grouped by the bits of the weights; the names of engines that were
+    not timed."""
     timed = [c for c in cells if times(c)]
     unit = "s" if cells[0]["unit"] == "s" else f"{cells[0]['unit']}/s"
     most = max((_extent(c)[2] for c in timed), default=1.0)
@@ -154,7 +158,7 @@ def bars(cells: Cells) -> str:
 
 
 def _extent(cell: dict[str, Any]) -> tuple[float, float, float]:
-    """Median, low and high of what the bar shows."""
+    """Median, low and high of the figure in the bar."""
     taken = times(cell)
     assert taken is not None
     if cell["unit"] == "s":
@@ -182,7 +186,7 @@ def _bar(cell: dict[str, Any], cells: Cells, most: float) -> str:
 
 
 def workloads(results: Results) -> str:
-    """The bars of every model, those with the most threads open."""
+    """The bars of all models; those with the most threads are unfolded."""
     found: dict[tuple[Any, ...], list[Cells]] = {}
     for place, cells in rows(results.cells).items():
         if place[0] == "end to end" and not standing.SWEEP.search(place[1]):
@@ -225,7 +229,7 @@ def table(cells: Cells) -> str:
 
 
 def limits_table(results: Results) -> str:
-    """What the machine can do: each limit by the number of threads."""
+    """The limits of the machine by the number of threads."""
     parts = []
     for limits in results.limits:
         names = list(dict.fromkeys(key.split("@")[0] for key in limits.table))
@@ -246,7 +250,7 @@ def limits_table(results: Results) -> str:
 
 
 def _details(results: Results) -> Iterator[str]:
-    """Every table, folded by level and model."""
+    """All tables, folded by level and model."""
     found: dict[tuple[str, str], list[str]] = {}
     for place, cells in rows(results.cells).items():
         one = f"<h4>{e(report.headline(place, cells))}</h4>{table(cells)}"
@@ -281,7 +285,7 @@ def section(name: str, results: Results, identifier: str) -> str:
 
 
 def _contents(results: Results) -> str:
-    """What a run measured, in a line."""
+    """The content of a run in one line."""
     timed = sum(times(cell) is not None for cell in results.cells)
     models = list(dict.fromkeys(cell["model"] for cell in results.cells if cell.get("model")))
     levels = list(dict.fromkeys(cell["level"] for cell in results.cells))
@@ -294,7 +298,7 @@ def _settings(results: Results) -> str:
 
 
 def build(folder: Path) -> str:
-    """The page of all results in `folder` and below, the newest run first. Raises ResultError when there is
+    """The page of all results in `folder` and below, the newest run first. Raises ResultError if there is
     none."""
     runs, refused = [], []
     for file in sorted(folder.rglob("*.json")):

@@ -1,4 +1,4 @@
-"""Pictures of results: roofline, bars against the peers, and the lines of `curves`. Needs matplotlib."""
+"""Pictures of results: roofline, bars of all engines, and the line charts of `curves`. Needs matplotlib."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def _rate(cell: dict[str, Any]) -> tuple[float, float, float]:
 
 
 def bars(results: Results, place: tuple[Any, ...], axes: Any) -> bool:
-    """One workload: all engines by the bits of their weights, in each group the fastest on top, with the
-    20-80 % range, and beside each how many times faster minilm is."""
+    """One workload: all engines grouped by the bits of their weights, the fastest of each group first, with
+    the 20-80 % range, and how many times faster minilm is."""
     cells = rows(results.cells)[place]
     timed = [c for c in cells if times(c)]
     if not timed:
@@ -66,8 +66,8 @@ def _extent(cell: dict[str, Any], cold: bool) -> tuple[float, float, float]:
 
 
 def pictures(results: Results, bars_too: bool = True) -> dict[str, Any]:
-    """All pictures that the results have data for: name -> matplotlib figure. `bars_too`: also those that the
-    page draws itself."""
+    """All pictures that the results have data for: name -> matplotlib figure. `bars_too`: also the bars,
+    which the page draws itself."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,4 +1,4 @@
-"""Results as tables, for a terminal (rich) and for the HTML page: the same cells, the same words."""
+"""Results as tables with the same cells and words, for a terminal (rich) and for the HTML page."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Line:
     share: str
     ratio: str
     outcome: str
-    """won, lost, even, unclear (see `stats.Ratio`); "" where nothing is compared."""
+    """won, lost, even, unclear (see `stats.Ratio`); "" if nothing is compared."""
     remark: str
     status: str
 
@@ -38,7 +38,7 @@ def seconds(value: float) -> str:
 
 
 def count(value: float) -> str:
-    """A rate in three digits."""
+    """A rate with three digits."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
@@ -94,7 +94,7 @@ def why_not(cell: dict[str, Any]) -> str:
 
 
 BUSY = 0.1
-"""Share of the processors that others may use before it is said."""
+"""Share of the processors that other programs may use before it is reported."""
 
 HEADINGS = (
     "engine",
@@ -109,7 +109,7 @@ HEADINGS = (
 
 
 def headline(place: tuple[Any, ...], cells: list[dict[str, Any]]) -> str:
-    """The row's title: workload, threads, and what limits it."""
+    """The row's title: workload, threads, and the binding limit."""
     _, workload, dtype, device, threads = place
     where = f"{threads} thread{'s' * (threads != 1)}" if device == "cpu" else device
     timed = [c for c in cells if c.get("binding")]
@@ -118,12 +118,12 @@ def headline(place: tuple[Any, ...], cells: list[dict[str, Any]]) -> str:
 
 
 WIDE = 130
-"""Columns of a terminal from which a table has every column."""
+"""Minimum width of a terminal for tables with all columns."""
 
 
 def print_tables(results: Results, console: Any = None) -> None:
-    """All rows on a terminal. A narrow one gets the columns that people need, and below each table why
-    engines were not timed."""
+    """Print all rows on a terminal. A narrow terminal gets the most important columns, and below each table
+    the reasons why engines were not timed."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -173,7 +173,7 @@ def _reasons(found: list[Line]) -> dict[str, list[str]]:
 
 
 def left_out(names: list[str]) -> str:
-    """What there was no time for, in few words."""
+    """A short summary of what there was no time for."""
     ops = [name for name in names if " [" in name]
     grouped: dict[str, list[str]] = {}
     for name in names:
@@ -184,7 +184,7 @@ def left_out(names: list[str]) -> str:
     if ops:
         kinds = list(dict.fromkeys(name.partition(" [")[0] for name in ops))
         rest.insert(0, f"{len(ops)} shape{'s' * (len(ops) != 1)} of ops ({', '.join(kinds)})")
-    return f"Left out for want of time: {'; '.join(rest)}."
+    return f"Left out for lack of time: {'; '.join(rest)}."
 
 
 def summary_lines(results: Results, limits: bool = True) -> list[str]:
@@ -200,7 +200,7 @@ def summary_lines(results: Results, limits: bool = True) -> list[str]:
         f"commit {machine.get('commit')}{dirty}; "
         + ", ".join(f"{k} {v}" for k, v in machine["versions"].items())
     )
-    found += [f"A limit is in doubt: {doubt}." for doubt in results.settings.get("doubts", ())]
+    found += [f"A limit is doubtful: {doubt}." for doubt in results.settings.get("doubts", ())]
     found += busy(results)
     if names := results.settings.get("left_out"):
         found.append(left_out(names))
@@ -211,26 +211,26 @@ def summary_lines(results: Results, limits: bool = True) -> list[str]:
 
 
 def busy(results: Results) -> list[str]:
-    """That the machine was not quiet, in a sentence each; none where it was."""
+    """Sentences about other load on the machine; none if it was idle."""
     found = []
     if (share := results.settings.get("busy_share", 0)) > BUSY:
-        found.append(f"The machine was not quiet at the start: {share:.0%} of it was in use.")
+        found.append(f"The machine was not idle at the start: {share:.0%} of its processors were in use.")
     loads = [cell["load"] for cell in results.cells if cell.get("load")]
     taken = sorted(load["others_share"] for load in loads if load.get("others_share") is not None)
     if taken and taken[-1] > BUSY:
         middle = taken[len(taken) // 2]
         found.append(
-            f"Other programs took {middle:.0%} of the processors while this was measured, and up to "
-            f"{taken[-1]:.0%}: figures are too low, and spread."
+            f"Other programs used {middle:.0%} of the processors during the measurements, and up to "
+            f"{taken[-1]:.0%}: the speeds are too low and vary."
         )
     stolen = sorted(load["steal_share"] for load in loads if load.get("steal_share") is not None)
     if stolen and stolen[-1] > BUSY:
-        found.append(f"The host gave up to {stolen[-1]:.0%} of the processors to other machines.")
+        found.append(f"The host gave up to {stolen[-1]:.0%} of the processors to other virtual machines.")
     return found
 
 
 def limit_words(name: str, limit: Limit) -> str:
-    """A limit with its unit, and whether its repeats spread too widely to be relied on."""
+    """A limit with its unit, and whether it varies too widely to be reliable."""
     unit = {"read": "GB/s", "copy": "GB/s", "clock": "GHz"}.get(name.split("@")[0].split()[0], "Gop/s")
-    wide = " (spread wide)" if len(limit.repeats) >= 3 and too_wide(summary(limit.repeats)) else ""
+    wide = " (varies widely)" if len(limit.repeats) >= 3 and too_wide(summary(limit.repeats)) else ""
     return f"{limit.value / 1e9:.3g} {unit}{wide}"

@@ -1,4 +1,4 @@
-"""The JSON that a run leaves: one file, one schema, every repeat kept."""
+"""The JSON file of a run: one schema, with all repetitions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCHEMA = 1
 
 
 class ResultError(ValueError):
-    """A file is not a result of this bench, or of another schema; the message says which."""
+    """Raised if a file is not a result of this bench, or has another schema."""
 
 
 @dataclass
@@ -56,7 +56,7 @@ class Results:
 
     @classmethod
     def read(cls, path: Path) -> Results:
-        """Raises ResultError for a file that is not one of ours."""
+        """Raises ResultError for a file that is not a result of this bench."""
         try:
             data = json.loads(Path(path).read_text())
         except OSError as error:
@@ -77,7 +77,7 @@ def _now() -> str:
 
 
 def _rounded(value: Any) -> Any:
-    """Floats to six significant digits: timers know no more, and files stay small."""
+    """Round floats to six significant digits: timers are not more precise, and files stay small."""
     if isinstance(value, float):
         return float(f"{value:.6g}")
     if isinstance(value, dict):
@@ -86,22 +86,23 @@ def _rounded(value: Any) -> Any:
 
 
 def key(cell: dict[str, Any]) -> tuple[Any, ...]:
-    """What makes two cells of two runs the same measurement."""
+    """The key by which cells of two runs are the same measurement."""
     return (cell["level"], cell["workload"], cell["peer"], cell["dtype"], cell["device"], cell["threads"])
 
 
 def place(cell: dict[str, Any]) -> tuple[Any, ...]:
-    """What the cells of one row of a table share: they were measured in the same rounds."""
+    """The key that the cells of one row of a table share: they were measured in the same rounds."""
     return (cell["level"], cell["workload"], cell["dtype"], cell["device"], cell["threads"])
 
 
 def times(cell: dict[str, Any]) -> Summary | None:
-    """Seconds a call, or None when the cell was not timed."""
+    """Seconds per call, or None if the cell was not timed."""
     return summary(cell["samples"]) if cell.get("status") == "ok" and cell.get("samples") else None
 
 
 def share(cell: dict[str, Any]) -> float | None:
-    """The limit's time over the time taken, 0..1 (above 1 when the limit was measured in a slower moment)."""
+    """The time allowed by the limit divided by the measured time, 0..1 (above 1 if the machine was slower
+    when the limit was measured)."""
     taken = times(cell)
     floor = cell.get("floor_seconds")
     return floor / taken.median if taken and floor else None

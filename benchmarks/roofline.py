@@ -1,4 +1,4 @@
-"""The picture of the roofline: how near each op comes to what the machine can do."""
+"""The roofline plot: how close each op comes to the limits of the machine."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ KINDS = (
     ("attention", "attention", "#d06a00", "o"),
     ("", "rope, gated, cache", "#7a5c00", "v"),
 )
-"""Part of an op's name, how the roofline calls such ops, their colour and their mark. The first that fits
-counts."""
+"""(part of an op's name, label of such ops, colour, mark); the first match is used."""
 
 
 def roofline(results: Results, axes: Any) -> bool:
-    """Each op at its intensity (operations a byte, by formula) under the measured roofs: the fastest of
-    minilm's implementations filled, the reference hollow. Each op is named once, at its highest point."""
+    """Each op at its arithmetic intensity (operations per byte, by formula) under the measured limits: the
+    fastest of minilm's implementations filled, the reference hollow. Each op is named once, at its highest
+    point."""
     cells = [
         c for c in results.cells if c["level"] == "op" and times(c) and c.get("operations") and c["ours"]
     ]
@@ -64,13 +64,13 @@ def roofline(results: Results, axes: Any) -> bool:
             axes.plot(x, y, mark, color=shade, markersize=5.5)
         if op not in named or y > named[op].y:
             named[op] = End(x, y, op.replace("_", " "), shade)
-    axes.set(xscale="log", yscale="log", xlabel="operations a byte (by formula)")
-    axes.set_ylabel("Gop/s: thousand million operations a second")
+    axes.set(xscale="log", yscale="log", xlabel="operations per byte (by formula)")
+    axes.set_ylabel("Gop/s: thousand million operations per second")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:,g}")
     where = f"{threads} thread{'s' * (threads != 1)}" if device == "cpu" else device
     axes.set_title(
-        f"How near each op comes to what the machine can do ({where})",
+        f"How close each op comes to the limits of the machine ({where})",
         loc="left",
         fontsize=11,
         fontweight="bold",
@@ -82,7 +82,7 @@ def roofline(results: Results, axes: Any) -> bool:
 
 
 def _along(axes: Any) -> list[tuple[float, float]]:
-    """Points on the lines of the roofs, that names should not cover either."""
+    """Points on the lines of the limits, which names should not cover."""
     found = []
     for line in axes.get_lines():
         (x, y) = line.get_data()

@@ -1,4 +1,4 @@
-"""One run: limits, then the levels that were asked for, then the limits once more, into one `Results`."""
+"""One run: the limits, the requested levels, and the limits again, in one `Results`."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ LEVELS = ("op", "layer", "e2e", "sweep")
 
 @dataclass
 class Plan:
-    """What a run is asked for."""
+    """The options of a run."""
 
     levels: Sequence[str] = ("op", "layer", "e2e")
     models: Sequence[str] = tuple(shapes.HF_CONFIGS)
     only: str = ""
-    """A regular expression: only workloads whose name it is found in."""
+    """A regular expression: only workloads whose name matches."""
     peers: str = ""
-    """A regular expression: only engines whose name it is found in (ours included)."""
+    """A regular expression: only engines whose name matches (also minilm's)."""
     threads: Sequence[int] = field(default_factory=lambda: (usable_cores(),))
     device: str = "cpu"
     dtype: str = "float32"
@@ -38,16 +38,16 @@ class Plan:
     say: Callable[[str], None] = lambda text: None
     limit_rounds: int = 5
     cold: bool = True
-    """Whether whole models are started cold as well."""
+    """Whether cold starts of whole models are measured too."""
     course: Course = field(default_factory=Course)
-    """Where the run is, what it shows of that, and how long it may take."""
+    """Progress and time limit of the run."""
 
     def chosen(self, name: str) -> bool:
-        """Is this workload asked for?"""
+        """Whether this workload is requested."""
         return not self.only or re.search(self.only, name) is not None
 
     def wanted(self, name: str) -> bool:
-        """Is this engine asked for?"""
+        """Whether this engine is requested."""
         return not self.peers or re.search(self.peers, name) is not None
 
 
@@ -57,8 +57,8 @@ def usable_cores() -> int:
 
 
 def run(plan: Plan, on_cell: Callable[[Results], None] = lambda results: None) -> Results:
-    """Measure. `on_cell` is called after each workload with what there is so far, so that a run that is cut
-    off leaves its results."""
+    """Measure. `on_cell` is called after each workload with the results so far, so that an interrupted run
+    leaves them."""
     settings = asdict(plan.settings) | {
         "levels": list(plan.levels),
         "models": list(plan.models),
@@ -76,7 +76,7 @@ def run(plan: Plan, on_cell: Callable[[Results], None] = lambda results: None) -
     course.plan(_steps(plan, rounds, threads))
     if settings["busy_share"] > BUSY:
         plan.say(
-            f"other programs use {settings['busy_share']:.0%} of the processors: figures will be too low, "
+            f"other programs use {settings['busy_share']:.0%} of the processors: speeds will be too low, "
             "and spread"
         )
     course.begin("limits", FIRST, rounds * ROUND_SECONDS, needed=True)
@@ -85,18 +85,18 @@ def run(plan: Plan, on_cell: Callable[[Results], None] = lambda results: None) -
     for _ in range(rounds):
         began_round = time.monotonic()
         probe.round()
-        if course.limited and course.remaining() < 0.9 * course.limit:  # a slow machine; one is enough
+        if course.limited and course.remaining() < 0.9 * course.limit:  # a slow machine: one round is enough
             break
     round_seconds = time.monotonic() - began_round
     if plan.device == "cpu":
         results.settings["doubts"] = probe.doubts()
         for doubt in results.settings["doubts"]:
-            plan.say(f"a limit is in doubt: {doubt}")
+            plan.say(f"a limit is doubtful: {doubt}")
     course.end()
     last = max(1, min(rounds, int(0.05 * course.limit / round_seconds))) if course.limited else rounds
     course.reserve = last * round_seconds
     levels = list(plan.levels)
-    if course.limited:  # first what takes its time, and what people ask for
+    if course.limited:  # end to end first: it takes longest and matters most
         levels.sort(key=lambda level: -LEVEL_WEIGHTS[level])
     weights = [LEVEL_WEIGHTS[level] for level in levels] * len(threads)
     for count in threads:
@@ -108,7 +108,7 @@ def run(plan: Plan, on_cell: Callable[[Results], None] = lambda results: None) -
                     results.cells.append(cell)
                     on_cell(results)
                 if not course.limited:
-                    probe.round()  # between the levels too: machines drift
+                    probe.round()  # also between the levels, since machines' speeds drift
     course.begin("limits", LAST, last * ROUND_SECONDS, needed=True)
     for _ in range(last):
         probe.round()
@@ -119,14 +119,14 @@ def run(plan: Plan, on_cell: Callable[[Results], None] = lambda results: None) -
     return results
 
 
-FIRST, LAST = "limits of the machine", "limits of the machine, once more"
+FIRST, LAST = "limits of the machine", "limits of the machine, again"
 ROUND_SECONDS = FILES_SECONDS = 2.0
 LEVEL_WEIGHTS = {"op": 1.0, "layer": 0.6, "e2e": 2.4, "sweep": 1.0}
-"""How the time is shared out where it is limited."""
+"""How limited time is divided among the levels."""
 
 
 def _steps(plan: Plan, rounds: int, threads: Sequence[int]) -> list[Step]:
-    """What is going to be done."""
+    """Announce the steps of the run."""
     found = [Step("limits", name, rounds * ROUND_SECONDS) for name in (FIRST, LAST)]
     for count in threads:
         for level in plan.levels:
@@ -143,13 +143,13 @@ def _steps(plan: Plan, rounds: int, threads: Sequence[int]) -> list[Step]:
                 for model in plan.models:
                     named = _workloads(level, model, None)
                     if named:
-                        found.append(Step("files", f"{model}: its files are made ready", FILES_SECONDS))
+                        found.append(Step("files", f"{model}: preparing its files", FILES_SECONDS))
                         found += end_to_end.steps(model, named, options, cold=_cold(level, model, plan))
     return found
 
 
 def _op_cases(plan: Plan) -> list[shapes.Case]:
-    """The cases that were asked for; where the time is limited, one of each op first, and the small ones."""
+    """The requested cases; if the time is limited, first one of each op, small ones first."""
     dtype = getattr(torch, plan.dtype)
     cases = [case for case in shapes.op_cases(plan.models, dtype.itemsize) if plan.chosen(case.name)]
     if not plan.course.limited:
@@ -166,7 +166,7 @@ def _op_cases(plan: Plan) -> list[shapes.Case]:
 
 
 def _op_guess(case: shapes.Case, plan: Plan) -> float:
-    """Seconds: the check in float64, the inputs, and the rounds."""
+    """Estimated seconds of the check in float64, the inputs, and the rounds."""
     cost = case.call.cost
     return 0.5 + cost.operations / 2e9 + plan.settings.budget_seconds
 
@@ -191,7 +191,7 @@ def _probe(plan: Plan) -> Any:
 
 
 def _limits_again(results: Results, limits: Limits) -> None:
-    """Hold every cell against the limits of the whole run, not of its beginning."""
+    """Compare all cells with the limits of the whole run, not those of its beginning."""
     from .costs import Cost
 
     for cell in results.cells:
@@ -218,7 +218,7 @@ def _cells(level: str, plan: Plan, limits: Limits, threads: int, end: float) -> 
             course.end()
     else:
         for at, model in enumerate(plan.models):
-            course.within(min(1.0, 1.5 / (len(plan.models) - at)), end)  # the first must not come short
+            course.within(min(1.0, 1.5 / (len(plan.models) - at)), end)  # the first level needs enough time
             yield from _whole_model(level, model, limits, _options(plan, threads), plan)
 
 
@@ -238,7 +238,7 @@ def _timing(plan: Plan) -> dict[str, Any]:
 def _whole_model(level: str, model: str, limits: Limits, options: end_to_end.Options, plan: Plan) -> Any:
     if not _workloads(level, model, None):
         return
-    files = f"{model}: its files are made ready"
+    files = f"{model}: preparing its files"
     if not plan.course.begin("files", files, FILES_SECONDS, told=f"{model}: everything"):
         plan.course.drop_all(f"{model}: ")
         return
@@ -250,7 +250,8 @@ def _whole_model(level: str, model: str, limits: Limits, options: end_to_end.Opt
 
 
 def _workloads(level: str, model: str, assets: Any) -> list[end_to_end.Workload]:
-    """What is done with a model; without `assets` only for the course: of the right name and size."""
+    """The workloads of a model; without `assets`, only with the right names and sizes, for announcing
+    them."""
     if level == "sweep":
         return end_to_end.sweep_workloads(model) if model in shapes.ENCODERS else []
     if model in shapes.ENCODERS:
@@ -303,8 +304,8 @@ def _op_cells(plan: Plan, limits: Limits, threads: int) -> Any:
 
 
 def _numbers(case: shapes.Case, plan: Plan) -> tuple[str, str]:
-    """Precision of the weights, and the numbers whose peak is the limit: on a CPU quantised weights may be
-    multiplied as the codes they are."""
+    """Precision of the weights, and the dtype whose peak is the limit: on a CPU, quantised weights may be
+    multiplied as integers."""
     plain = "fp16" if getattr(torch, plan.dtype).itemsize == 2 else "fp32"
     if case.op != "quantized_linear":
         return plain, plan.dtype

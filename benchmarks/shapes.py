@@ -1,7 +1,7 @@
-"""Shapes of real models, and the op calls that they make: what the op level measures.
+"""Shapes of real models, and the op calls that they make, for the op level.
 
-Random weights do not change what is moved or computed, so BERT-base, GPT-2 and Llama-1B are their
-configurations alone."""
+Random weights do not change the work, so only the configurations of BERT-base, GPT-2 and Llama-1B are
+needed."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ HF_CONFIGS: dict[str, dict[str, Any]] = {
 ENCODERS = ("MiniLM-L6", "BERT-base")
 
 QUANTIZED = {"MiniLM-L6": ("int8", "q8_0"), "SmolLM2-135M": ("q8_0", "q4_0", "q4_1")}
-"""The formats in which `quantized_linear` is measured: those in which people have these models."""
+"""The formats in which `quantized_linear` is measured: those that are common for each model."""
 TRAINED = ("SmolLM2-135M",)
 """Models whose loss over the vocabulary is measured from the hidden states on. Logits of a larger vocabulary
 and their gradients in float64, which the check needs, are too much for a CPU."""
@@ -121,7 +121,7 @@ def spec(model: str, layers: int | None = None) -> Any:
 
 @dataclass(frozen=True)
 class Regime:
-    """What a pass is about: lengths of the new tokens, and of the contexts they continue."""
+    """The lengths of a pass: new tokens, and contexts that they continue."""
 
     name: str
     lengths: tuple[int, ...]
@@ -134,12 +134,12 @@ class Regime:
 
     @property
     def decoding(self) -> bool:
-        """Whether there is a past."""
+        """Whether the sequences continue a past."""
         return self.contexts is not None
 
 
 def regimes(model: str) -> list[Regime]:
-    """The situations in which a model is used; toy sizes under MINILM_BENCH_TINY."""
+    """The typical uses of a model; toy sizes under MINILM_BENCH_TINY."""
     small = machine.tiny()
     if model in ENCODERS:
         return [
@@ -175,7 +175,7 @@ class Case:
 
     @property
     def label(self) -> str:
-        """Shape in words, for tables."""
+        """The shape as text, for tables."""
         dims = self.call.dims
         if self.op in ("linear", "quantized_linear"):
             format = f", {dims['format']}" if "format" in dims else ""
@@ -203,7 +203,7 @@ class Case:
 
 
 def op_cases(models: Sequence[str] = tuple(HF_CONFIGS), itemsize: int = 4) -> list[Case]:
-    """Every op of the interface at the shapes of `models`, each shape of a model once."""
+    """All ops at the shapes of `models`, each shape of a model once."""
     cases: list[Case] = []
     for model in models:
         config, seen = spec(model), set()

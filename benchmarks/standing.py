@@ -1,7 +1,8 @@
-"""Like with like: which of minilm's variants an engine is compared with, and what was won, lost or even.
+"""Comparisons: which of minilm's variants an engine is compared with, and which comparisons were won, lost or
+even.
 
 Engines are grouped by the bits of their weights. An engine is compared with minilm's variant of its own
-format (llama.cpp q8_0 with minilm q8_0), else with the fastest of its group, else, where minilm has none of
+format (llama.cpp q8_0 with minilm q8_0), else with the fastest of its group, else, if minilm has none with
 that many bits, with the one in full precision."""
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ GROUPS = {
     "int8": "8-bit weights",
     "q4": "4-bit weights",
 }
-"""Precision of a cell -> the group it stands in. The order is that of tables."""
+"""Precision of a cell -> its group. The order is that of tables."""
 FORMATS = ("int8", "q8_0", "q4_0", "q4_1")
-"""Last words of engines' names that name a format."""
+"""Last words of engine names that are formats."""
 OUTCOMES = ("won", "lost", "even", "unclear")
 SWEEP = re.compile(r"sweep \d+ x \d+$")
 
 
 def group(cell: Cell) -> str:
-    """The group that a cell stands in."""
+    """The group of a cell."""
     precision: str = cell["precision"]
     return GROUPS.get(precision, precision)
 
 
 def grouped(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
-    """Cells by group, in the order of `GROUPS`; in each the timed ones first, the fastest first."""
+    """Cells by group, in the order of `GROUPS`; in each, timed ones first, the fastest first."""
     found: dict[str, list[Cell]] = {name: [] for name in GROUPS.values()}
     for cell in sorted(cells, key=_order):
         found.setdefault(group(cell), []).append(cell)
@@ -45,10 +46,10 @@ def grouped(cells: Sequence[Cell]) -> dict[str, list[Cell]]:
 
 
 def heading(name: str, cells: Sequence[Cell]) -> str:
-    """A group's name, and what it is compared with where minilm has nothing in it."""
+    """A group's name, and what it is compared with if minilm has no engine in it."""
     if any(c["ours"] and group(c) == name for c in cells) or not any(c["ours"] for c in cells):
         return name
-    return f"{name}, beside minilm's 32"
+    return f"{name}, compared with minilm's 32"
 
 
 def _order(cell: Cell) -> tuple[bool, float]:
@@ -57,8 +58,8 @@ def _order(cell: Cell) -> tuple[bool, float]:
 
 
 def main(cells: Sequence[Cell]) -> Cell | None:
-    """The fastest of ours in full precision (or of all ours); the specification only where there is no
-    other."""
+    """The fastest of minilm's engines in full precision (or of all of them); the specification only if there
+    is no other."""
     mine = sorted((c for c in cells if c["ours"] and times(c)), key=_order)
     exact = [c for c in mine if c["precision"] == "fp32"] or mine
     fast = [c for c in exact if "reference" not in c["peer"]] or exact
@@ -66,7 +67,8 @@ def main(cells: Sequence[Cell]) -> Cell | None:
 
 
 def counterpart(cell: Cell, cells: Sequence[Cell]) -> Cell | None:
-    """Ours that `cell` is compared with; itself for ours that others are compared with."""
+    """minilm's engine that `cell` is compared with; for an engine of minilm that others are compared with,
+    itself."""
     ours = [c for c in cells if c["ours"] and times(c)]
     format = cell["peer"].split()[-1]
     if format in FORMATS:
@@ -77,7 +79,8 @@ def counterpart(cell: Cell, cells: Sequence[Cell]) -> Cell | None:
 
 
 def against(cell: Cell, cells: Sequence[Cell], max_spread: float = MAX_SPREAD) -> Ratio | None:
-    """How many times faster its counterpart is; None without one, for itself, and for what was not timed."""
+    """How many times faster its counterpart is; None without a counterpart, for itself, and if it was not
+    timed."""
     ours = counterpart(cell, cells)
     if ours is None or ours is cell or times(cell) is None:
         return None
@@ -100,8 +103,8 @@ class Comparison:
 
 
 def comparisons(results: Results, levels: Sequence[str] = ("end to end",)) -> Iterator[Comparison]:
-    """All of a run, those of the curves left out. At the level of ops the specification counts as an engine:
-    it is eager PyTorch."""
+    """All comparisons of a run, without those of the curves. At the op level, the specification (eager
+    PyTorch) counts as another engine."""
     for place, cells in rows(results.cells).items():
         if place[0] not in levels or SWEEP.search(place[1]):
             continue
@@ -113,7 +116,7 @@ def comparisons(results: Results, levels: Sequence[str] = ("end to end",)) -> It
 
 
 def explanation(workload: str) -> str:
-    """What a workload of the end-to-end level is, for readers who do not know its name."""
+    """Explanations of the names of end-to-end workloads."""
     for pattern, words in (
         (r"(\d+) x (\d+)$", "{0} sentence(s) of {1} tokens at once"),
         (r"(\d+) mixed sentences", "{0} texts of 3 to 250 words, tokenisation included"),

@@ -1,5 +1,5 @@
-"""What repeats say: median, 20/80 percentiles, whether two engines can be told apart, whether a result has
-moved."""
+"""Statistics of repetitions: median, 20/80 percentiles, whether two engines differ, whether a result has
+changed."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 MAX_SPREAD = 0.30
 """A figure whose 20-80 % range is wider than this share of its median is shown with that range."""
 FEWEST = 3
-"""Repeats; fewer say nothing of the spread."""
+"""Minimum number of repetitions: fewer do not show the spread."""
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The value below which `share` (0..1) of `values` lie, interpolated linearly. Raises ValueError when
-    there are none."""
+    """The value below which `share` (0..1) of `values` lie, interpolated linearly. Raises ValueError if there
+    are none."""
     if not values:
         raise ValueError("no repeats, so no percentile")
     ordered = sorted(values)
@@ -46,16 +46,16 @@ def summary(values: Sequence[float]) -> Summary:
 
 @dataclass(frozen=True)
 class Ratio:
-    """How many times faster the first is than the second: `value`. `reason` says why that is not a plain
-    figure: a range that is too wide, or too few repeats; None where there is nothing against it."""
+    """`value`: how many times faster the first is than the second. `reason`: why that is uncertain (a range
+    that is too wide, too few repetitions), or None."""
 
     value: Summary
     reason: str | None = None
 
     @property
     def outcome(self) -> str:
-        """won or lost where the middle 60 % of the ratios are on one side of 1, however wide their range.
-        Where they are on both sides: even, or unclear for a wide range. Too few repeats are unclear."""
+        """won or lost if the middle 60 % of the ratios are on one side of 1, however wide their range. If
+        they are on both sides: even, or unclear for a wide range. Also unclear for too few repetitions."""
         if self.value.repeats < FEWEST:
             return "unclear"
         if self.value.p80 < 1:
@@ -65,7 +65,7 @@ class Ratio:
         return "unclear" if self.reason else "even"
 
     def __str__(self) -> str:
-        """1.30x faster; 4.35x slower; with its range where that is wide: 4.86x faster (4.11 to 5.73); even;
+        """1.30x faster; 4.35x slower; with its range if that is wide: 4.86x faster (4.11 to 5.73); even;
         unclear. A figure is never below 1."""
         outcome = self.outcome
         if outcome in ("even", "unclear"):
@@ -81,15 +81,15 @@ class Ratio:
 
 
 def figure(value: float) -> str:
-    """A ratio in three digits: 1.30, 12.4, 130."""
+    """A ratio with three digits: 1.30, 12.4, 130."""
     return f"{value:.2f}" if value < 9.995 else f"{value:.1f}" if value < 99.95 else f"{value:,.0f}"
 
 
 def ratio(ours: Sequence[float], other: Sequence[float], max_spread: float = MAX_SPREAD) -> Ratio:
-    """other / ours, repeat by repeat: both were taken in the same rounds, so what slowed the machine for a
-    while slowed both.
+    """other / ours, round by round: both were measured in the same rounds, so a slowdown of the machine
+    affected both.
 
-    Without the same number of repeats the medians are compared, with the corner cases of both ranges as the
+    If the numbers of repetitions differ, the medians are compared, with the extremes of both ranges as the
     spread."""
     if len(ours) == len(other):
         value = summary([b / a for a, b in zip(ours, other, strict=True)])
@@ -100,8 +100,8 @@ def ratio(ours: Sequence[float], other: Sequence[float], max_spread: float = MAX
 
 
 def too_wide(value: Summary, max_spread: float = MAX_SPREAD) -> str | None:
-    """None, or the words that stand in place of a figure: the range of the middle 60 % of the repeats is
-    too wide."""
+    """None, or the reason why no figure is shown: the range of the middle 60 % of the repetitions is too
+    wide."""
     if value.repeats < FEWEST:
         return f"too few repeats ({value.repeats})"
     if value.spread > max_spread:
@@ -110,10 +110,10 @@ def too_wide(value: Summary, max_spread: float = MAX_SPREAD) -> str | None:
 
 
 def moved(before: Sequence[float], after: Sequence[float], least: float = 0.05) -> float | None:
-    """after / before of the medians when that is beyond the noise, otherwise None.
+    """after / before of the medians if the difference is beyond the noise, otherwise None.
 
-    Beyond the noise: the 20-80 % ranges of the two runs do not touch, and the medians differ by more than
-    `least`."""
+    Beyond the noise means: the 20-80 % ranges of the two runs do not overlap, and the medians differ by more
+    than `least`."""
     a, b = summary(before), summary(after)
     apart = a.p80 < b.p20 or b.p80 < a.p20
     change = b.median / a.median

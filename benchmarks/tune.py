@@ -1,10 +1,10 @@
-"""What `minilm tune` does: candidates for the heuristics' block sizes, right before they are timed.
+"""The work of `minilm tune`: candidates for the heuristics' block sizes, checked and then timed.
 
-An op is called once at a shape of a model, forward and, where models train through it, backward, and the
-questions that its launchers ask the heuristics are noted. For each question that is new, the candidates
-(`minilm.kernels.candidates`) are forced upon the op one after the other: judged against float64 by the rule
-of `check`, then timed. The best few are timed again in turns with the heuristic's own answer, and one that is
-faster by more than the noise becomes an entry of the table (`minilm.kernels.tuned`)."""
+An op is called once at a shape of a model, forward and, if models train with it, backward, and the calls that
+its launchers make to the heuristics are recorded. For each new call, the op runs with one candidate
+(`minilm.kernels.candidates`) after the other: the result is checked against float64 by the rule of `check`,
+then timed. The best few are timed again in turn with the heuristic's choice, and one that is faster by more
+than the noise becomes an entry of the table (`minilm.kernels.tuned`)."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ TRAINED = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "attentio
 """Ops whose backward is timed too."""
 FINALISTS = 3
 FASTER = 0.97
-"""An entry takes at most this share of the heuristic's time: less of a gain is noise."""
+"""An entry takes at most this fraction of the heuristic's time; a smaller gain is noise."""
 
 Timer = Callable[[Callable[[Args], Any], Sequence[Args]], float]
-"""Seconds of one call, from the call and inputs to take in turns."""
+"""A function that times a call on inputs in turn, in seconds per call."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def problems(models: Sequence[str], dtype: torch.dtype) -> Iterator[Problem]:
 
 
 def questions(problem: Problem, dtype: torch.dtype, device: str, kernels: Sequence[str]) -> list[Any]:
-    """What the heuristics named in `kernels` are asked when the op runs, each once (`tuned.Asked`)."""
+    """The calls to the heuristics named in `kernels` while the op runs, each once (`tuned.Asked`)."""
     from minilm.kernels import tuned
 
     values = make_inputs(problem.case, dtype, device)(torch.Generator().manual_seed(0))
@@ -91,17 +91,18 @@ def gpu_timer(call: Callable[[Args], Any], inputs: Sequence[Args]) -> float:
 
 @dataclass
 class Tuner:
-    """Measures; `say` is told each line of progress."""
+    """Measures; `say` is called with each line of progress."""
 
     dtype: torch.dtype
     device: str
     timer: Timer = gpu_timer
     most: int = 24
-    """Candidates a question."""
+    """Candidates per call of a heuristic."""
     say: Callable[[str], None] = print
 
     def answer(self, problem: Problem, asked: Any) -> dict[str, Any] | None:
-        """The entry for one question, or None where nothing right is faster than the heuristic's answer."""
+        """The entry for one call of a heuristic, or None if no correct candidate is faster than its
+        choice."""
         from minilm.kernels.candidates import candidates
 
         blocks = candidates(asked.kernel, asked.sizes, asked.answer, asked.device)[: self.most]
@@ -154,11 +155,11 @@ class Tuner:
         return tuned.forced(kernel, block._asdict())
 
     def _wrong(self, problem: Problem, kernel: str, block: Any, truths: Sequence[check.Truth]) -> str | None:
-        """Why a block is out: its result is wrong, or it does not run at all."""
+        """Why a candidate is excluded: its result is wrong, or it does not run."""
         try:
             with self._forced(kernel, block):
                 verdict = check.judge(with_written(problem.case, problem.ours), truths)
-        except Exception as error:  # too large for the chip, or not to be compiled: the next, please
+        except Exception as error:  # too large for the chip, or does not compile
             return f"does not run ({type(error).__name__})"
         return None if verdict.ok else f"is wrong ({verdict.detail})"
 
@@ -171,7 +172,7 @@ def tune(
     models: Sequence[str], kernels: Sequence[str], tuner: Tuner, keep: Callable[[dict[str, Any]], None],
     seconds: float = float("inf"),
 ) -> int:  # fmt: skip
-    """Answer every question once; `keep` is given each entry as it is found. Returns how many were asked;
+    """Tune each call of a heuristic once; `keep` is called with each entry. Returns the number of calls;
     stops after `seconds`."""
     end, seen = time.monotonic() + seconds, set()
     for problem in problems(models, tuner.dtype):
@@ -196,7 +197,7 @@ def tune(
 
 
 def asks(case: Case) -> bool:
-    """Whether a launcher asks the heuristics anything: a matrix product by itself is the library's."""
+    """Whether a launcher calls a heuristic: a plain matrix product uses the library."""
     return case.op != "linear" or bool(case.call.dims["act"])
 
 
@@ -207,9 +208,9 @@ def listing(
     device: Any,
     see: Callable[[str], None] = lambda name: None,
 ) -> Iterator[Any]:
-    """The questions that `tune` would answer on `device` (a `minilm.kernels.devices.Device`), which need not
-    be here, as they are found: the launchers are called on the CPU with tensors that nobody fills, and what
-    they launch is noted and dropped. `see` is told each problem."""
+    """The calls of heuristics that `tune` would measure on `device` (a `minilm.kernels.devices.Device`),
+    which may be absent. The launchers are called on the CPU with tensors without values, and their launches
+    are recorded and discarded. `see` is called with each problem."""
     from minilm.kernels.compile_cases import recording
 
     seen: set[Any] = set()
@@ -227,7 +228,7 @@ def listing(
 
 
 def add_entry(path: Path, entry: dict[str, Any]) -> None:
-    """Put an entry into the table `path`, in place of one for the same device, kernel and shape."""
+    """Write an entry into the table `path`, replacing one for the same device, kernel and shape."""
     from minilm.kernels import tuned
 
     def key(e: dict[str, Any]) -> tuple[Any, ...]:

@@ -1,9 +1,9 @@
-"""``minilm bench --explain MODEL``: where a forward pass goes, op by op.
+"""``minilm bench --explain MODEL``: the time of a forward pass, op by op.
 
-Every call of an op is watched at the one place where the implementation is chosen: its shapes give bytes
-and operations by the same formulas as everywhere (`costs`), the decision gives which implementation ran and
-why the others did not, and the clock gives the time. Watching costs some microseconds a call, so the pass
-is also timed whole and unwatched; what the ops do not account for is shown as a line of its own."""
+Each call of an op is recorded where its implementation is chosen: the bytes and operations from its shapes
+(`costs`), the implementation that ran and why the others did not, and the time. Recording costs some
+microseconds per call, so the whole pass is also timed without it; the time outside the ops is shown as a
+separate line."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .stats import summary
 
 
 def cost_of_call(op: str, args: tuple[Any, ...]) -> tuple[Cost, str]:
-    """Bytes and operations of a call of an implementation of `op`, and its shape in words."""
+    """Bytes and operations of a call of an implementation of `op`, and its shape as text."""
     x = args[0]
     size = x.element_size()
     channels, rows = x.shape[-1], x.numel() // max(x.shape[-1], 1)
@@ -96,7 +96,7 @@ class Step:
     cost: Cost
     calls: int = 0
     seconds: list[float] = field(default_factory=list)
-    """Of all calls of one pass together, one entry a pass."""
+    """Seconds of all calls of one pass together, one entry per pass."""
 
 
 class Watch:
@@ -108,13 +108,13 @@ class Watch:
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """One pass. Ops call `dispatch.select`, which is stood in for here; nothing else is touched."""
+        """One pass. Replaces `dispatch.select`, which ops call, and nothing else."""
         genuine = dispatch.select
         spent: dict[tuple[str, str, str], list[float]] = {}
 
         def select(op: str, traits: Any) -> Callable[..., Any]:
             call = genuine(op, traits)
-            if isinstance(traits, ops.WholeTraits):  # the ops inside it are what is looked at
+            if isinstance(traits, ops.WholeTraits):  # record the ops inside it instead
                 return call
 
             def watched(*args: Any, **options: Any) -> Any:
@@ -142,7 +142,7 @@ class Watch:
             self.steps[key].seconds.append(sum(values))
 
     def time(self, run: Callable[[], Any]) -> float:
-        """Seconds of a pass that is not watched."""
+        """Seconds of a pass without recording."""
         begin = time.perf_counter()
         run()
         self._wait()
@@ -162,8 +162,8 @@ class Watch:
 
 @dataclass
 class Waterfall:
-    """What was seen of one situation: the steps, the whole pass unwatched, the pass as models run it where
-    that is another way (all blocks in one call), and the limits."""
+    """The result for one situation: the steps, the time of the whole pass without recording, the time as
+    models run it if that differs (all blocks in one call), and the limits."""
 
     title: str
     steps: list[Step]
@@ -174,7 +174,7 @@ class Waterfall:
     dtype: str
 
     def floor(self, step: Step) -> tuple[float, str]:
-        """What the limit allows for all calls of a step."""
+        """The minimum time for all calls of a step by the limits."""
         threads = self.threads if self.limits.device == "cpu" else None
         seconds, name = self.limits.floor(step.cost, self.dtype, threads)
         return seconds * step.calls, name
@@ -227,7 +227,7 @@ def passes(name: str) -> tuple[Any, list[tuple[str, Callable[[], Any]]]]:
 
 
 def measure(name: str, threads: int, device: str = "cpu", repeats: int = 0) -> list[Waterfall]:
-    """Watch every situation of a model."""
+    """Record all situations of a model."""
     repeats = repeats or (2 if machine.tiny() else 9)
     torch.set_num_threads(threads)
     if device == "cuda":
@@ -247,7 +247,7 @@ def measure(name: str, threads: int, device: str = "cpu", repeats: int = 0) -> l
             whole: list[float] = []
             fused: list[float] = []
             run()
-            for _ in range(repeats):  # in turn: watched, op by op, as models run
+            for _ in range(repeats):  # in turn: recorded, op by op, as models run
                 with dispatch.backend(blocks="reference", embed="reference"):
                     with watch.watching():
                         run()
@@ -276,7 +276,8 @@ def show(name: str, threads: int, device: str, console: Any) -> None:
 
 
 def _table(waterfall: Waterfall, width: int) -> Any:
-    """Every column from 130 columns on; else the name with shape and backend below it, and the times."""
+    """All columns if the terminal has 130 or more; else the name with shape and backend below it, and the
+    times."""
     from rich.table import Table
     from rich.text import Text
 
@@ -316,8 +317,8 @@ def _table(waterfall: Waterfall, width: int) -> Any:
             *(report.seconds(allowed), f"{allowed / spent:.0%}", bound),
         ))  # fmt: skip
     rest = whole.median - seen
-    words = "between the ops: embeddings, Python, the cache's book-keeping"
-    shown = report.seconds(rest) if rest > 0 else "hidden by the cost of watching"
+    words = "outside the ops: embeddings, Python, management of the cache"
+    shown = report.seconds(rest) if rest > 0 else "not measurable: less than the cost of recording"
     rows.append(("rest", words, "", "", "", "", shown, f"{max(rest, 0) / whole.median:.0%}", "", "", ""))
     narrow = width < report.WIDE
     kept = (0, 6, 7, 9) if narrow else range(11)
@@ -330,7 +331,7 @@ def _table(waterfall: Waterfall, width: int) -> Any:
         )
     for row in rows:
         values = list(row)
-        if narrow:  # what it is of stands below its name
+        if narrow:  # shape and backend are below the name
             values[0] = "\n  ".join(filter(None, (row[0], row[1], row[2] and f"{row[2]}, {row[3]} calls")))
         table.add_row(*(Text(values[at]) for at in kept))
     return table

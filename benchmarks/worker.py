@@ -1,9 +1,9 @@
-"""One engine in a process of its own: ``python -m minilm.benchmarks.worker ENGINE``. Talks JSON, a line
-each way.
+"""One engine in a separate process: ``python -m minilm.benchmarks.worker ENGINE``. Requests and answers are
+JSON, one per line.
 
 Requests: {"do": "load" | "prepare" | "embed" | "tokens" | "block" | "peak", ...}; answers {"ok": ...} or
-{"error": ..., "kind": ...}. What libraries print goes to standard error. Nothing heavy is imported here:
-with ``--cold`` the process loads, runs once and leaves, and its whole life is what is timed."""
+{"error": ..., "kind": ...}. The output of libraries goes to standard error. No heavy package is imported
+here: with ``--cold``, the process loads, runs once and exits, and its whole duration is timed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def end_with_parent() -> None:
-    """Have the system end this process with the one that began it: a stopped process would not notice."""
+    """Let the system end this process when its parent ends; a stopped process would not notice that."""
     if sys.platform == "linux":
         import ctypes
 
@@ -61,7 +61,7 @@ def main(arguments: list[str]) -> None:
 
 
 def handle(engine: Any, request: dict[str, Any]) -> Any:
-    """Do what a request asks of a loaded engine."""
+    """Carry out a request with a loaded engine."""
     do = request["do"]
     if do == "embed":
         found = (
@@ -78,8 +78,7 @@ def handle(engine: Any, request: dict[str, Any]) -> Any:
 
 
 def peak_bytes() -> int:
-    """The most memory that this process has held. Not getrusage's figure, which a child inherits from its
-    parent."""
+    """Peak memory of this process. Not from getrusage, whose value a child inherits from its parent."""
     try:
         status = Path("/proc/self/status").read_text()
         return 1024 * int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
@@ -90,7 +89,7 @@ def peak_bytes() -> int:
 
 
 def block(engine: Any, workload: dict[str, Any], calls: int) -> float:
-    """Seconds that `calls` calls of the workload take; the batches given are rotated."""
+    """Seconds for `calls` calls of the workload; the batches are rotated."""
     kind = workload["kind"]
     if kind == "prefill":
         return sum(

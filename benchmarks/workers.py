@@ -1,7 +1,6 @@
-"""The parent's side of `worker`: starts engines, asks them in turn, and holds still all that are not asked.
+"""The parent's side of `worker`: starts engines, calls them in turn, and stops all others meanwhile.
 
-A worker that is not at its turn is stopped (SIGSTOP), so that no spinning thread pool of one engine slows
-another."""
+A worker whose turn it is not is stopped (SIGSTOP), so that no engine's spinning thread pool slows another."""
 
 from __future__ import annotations
 
@@ -22,8 +21,8 @@ from .peers.base import Assets
 
 
 class WorkerError(RuntimeError):
-    """An engine's process failed or answered with an error; `kind` is "unavailable", "failed",
-    or "slow" where it did not answer in time."""
+    """An engine's process failed or answered with an error; `kind` is "unavailable", "failed", or "slow" if
+    it did not answer in time."""
 
     def __init__(self, message: str, kind: str = "failed") -> None:
         super().__init__(message)
@@ -31,7 +30,7 @@ class WorkerError(RuntimeError):
 
 
 def environment(threads: int) -> dict[str, str]:
-    """The child's environment: the number of threads for every library, no network, no chatter."""
+    """The child's environment: the number of threads for all libraries, no network, no log messages."""
     count = str(threads)
     fixed = {
         "OMP_NUM_THREADS": count,
@@ -91,18 +90,18 @@ class Worker:
         return answer["ok"]
 
     def load(self, assets: Assets, device: str = "cpu", *, prepare: bool = False) -> float:
-        """Load the model (or only convert it); returns the seconds that took."""
+        """Load the model (or only convert it); returns the seconds it took."""
         files = {k: str(v) if isinstance(v, Path) else v for k, v in vars(assets).items()}
         what = "prepare" if prepare else "load"
         return float(self.ask(what, assets=files, threads=self.threads, device=device))
 
     def pause(self) -> None:
-        """Hold the process still."""
+        """Stop the process."""
         if self._process.poll() is None:
             os.kill(self._process.pid, signal.SIGSTOP)
 
     def proceed(self) -> None:
-        """Let it run again."""
+        """Continue the process."""
         if self._process.poll() is None:
             os.kill(self._process.pid, signal.SIGCONT)
 
@@ -110,7 +109,9 @@ class Worker:
         code = self._process.wait()
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").strip().splitlines()
-        reason = next((line.strip() for line in reversed(lines) if line.strip()), "nothing on standard error")
+        reason = next(
+            (line.strip() for line in reversed(lines) if line.strip()), "no output on standard error"
+        )
         name = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
         return f"the process ended with {name}: {reason[:300]}"
 
@@ -118,7 +119,7 @@ class Worker:
         """End the process."""
         self.proceed()
         if self._process.stdin is not None:
-            with suppress(BrokenPipeError):  # it is gone already
+            with suppress(BrokenPipeError):  # it has already ended
                 self._process.stdin.close()
         try:
             self._process.wait(5)

@@ -1,4 +1,4 @@
-"""Look inside: which tokens each token of a sentence attends to, in one head of one layer. Takes 3 seconds.
+"""Print the attention map of one head: which tokens each token of a sentence attends to. Takes 3 seconds.
 
 python examples/attention_map.py "The cat sat, because it was tired." --layer 2 --head 5 --picture map.png
 """
@@ -25,7 +25,7 @@ with torch.no_grad():
 tokens = tokenizer.convert_ids_to_tokens(batch["input_ids"][0])
 width = max(map(len, tokens))
 
-print(f"Layer {arguments.layer}, head {arguments.head}: rows attend to columns, darker is more\n")
+print(f"Layer {arguments.layer}, head {arguments.head}: rows attend to columns; darker means more\n")
 for token, row in zip(tokens, seen, strict=True):
     shades = "".join(" ░▒▓█"[min(4, int(5 * p / row.max()))] * 2 for p in row)
     best = row.argmax()
@@ -39,4 +39,4 @@ if arguments.picture:
     pyplot.yticks(range(len(tokens)), tokens)
     pyplot.tight_layout()
     pyplot.savefig(arguments.picture)
-    print(f"\n{arguments.picture} is written")
+    print(f"\nwritten to {arguments.picture}")

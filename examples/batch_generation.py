@@ -1,4 +1,5 @@
-"""Write many texts at once: the same prompts one by one, and together. Takes 15 seconds."""
+"""Generate several texts as one batch, and compare the speed with generating them one by one. Takes 15
+seconds."""
 
 import argparse
 import time
@@ -15,7 +16,7 @@ arguments = parser.parse_args()
 llm = LLM(arguments.model)
 prompts = [f"The {thing} is" for thing in THINGS]
 params = SamplingParams(temperature=0, max_tokens=arguments.max_tokens, ignore_eos=True)
-llm.generate(prompts[:1], params, use_tqdm=False)  # weights are packed once
+llm.generate(prompts[:1], params, use_tqdm=False)  # warm-up: packs the weights
 
 start = time.perf_counter()
 single = [llm.generate(prompt, params, use_tqdm=False)[0] for prompt in prompts]

@@ -1,4 +1,4 @@
-"""An answer as it is written, piece by piece, and what it cost. Takes 6 seconds.
+"""Print an answer while it is generated, with the numbers of tokens and the speed. Takes 6 seconds.
 
 python examples/chat_stream.py "Why is the sky blue?"
 """

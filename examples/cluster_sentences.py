@@ -1,4 +1,4 @@
-"""Find the groups in a heap of sentences, without saying how many there are. Takes 3 seconds.
+"""Find groups of similar sentences, without knowing their number. Takes 3 seconds.
 
 python examples/cluster_sentences.py sentences.txt --threshold 0.4
 """
@@ -22,10 +22,10 @@ The reset link for my password does not work.
 Do you have an office in Lisbon?"""
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("file", nargs="?", help="a sentence a line; without it, questions to a shop")
+parser.add_argument("file", nargs="?", help="a file with one sentence per line; default: questions to a shop")
 parser.add_argument("--model", default="all-MiniLM-L6-v2")
 parser.add_argument(
-    "--threshold", type=float, default=0.4, help="the least cosine with the centre of a group"
+    "--threshold", type=float, default=0.4, help="minimum cosine similarity to the centre of a group"
 )
 arguments = parser.parse_args()
 

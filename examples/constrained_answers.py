@@ -1,6 +1,6 @@
-"""Make a small model answer in a form: one of some words, or up to a text that ends it. Takes 6 seconds.
+"""Constrain the answers of a small model: to one of several words, or up to a stop text. Takes 6 seconds.
 
-A function says at each step which tokens may come next: those with which one of the words goes on.
+At each step, a function returns the tokens that may come next: those that continue one of the words.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Fine-tune a classifier with transformers' Trainer, and load what it saved. Takes 20 seconds.
+"""Fine-tune a classifier with transformers' Trainer, save it, and load it. Takes 20 seconds.
 
 Needs transformers and accelerate (pip install transformers accelerate).
 """

@@ -1,4 +1,5 @@
-"""Weights in fewer bits: how much smaller, and how far from the original a model becomes. Takes 8 seconds."""
+"""Quantise weights to 8 and 4 bits, and compare size, speed and embeddings with the original model. Takes 8
+seconds."""
 
 import argparse
 import time
@@ -19,14 +20,14 @@ name = parser.parse_args().model
 
 
 def size(model: SentenceEncoder) -> float:
-    """MB of all that the weights are kept in."""
+    """Size of the weights in MB."""
     tensors = [*model.parameters(), *model.buffers()]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
 
 
 original = SentenceEncoder(name, device="cpu")
 expected = original.encode(TEXTS)
-print(f"{'weights':<8} {'MB':>6} {'least cosine with the original':>32} {'texts/s':>8}")
+print(f"{'weights':<8} {'MB':>6} {'lowest cosine to the original':>32} {'texts/s':>8}")
 for weights in (None, "int8", "q8_0", "q4_1", "q4_0"):
     model = original if weights is None else SentenceEncoder(name, device="cpu", weights=weights)
     found = model.encode(TEXTS)

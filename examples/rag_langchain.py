@@ -1,4 +1,4 @@
-"""Answer a question from documents under LangChain: store, search, answer. Takes 10 seconds.
+"""Answer a question from documents with LangChain (retrieval-augmented generation). Takes 10 seconds.
 
 Needs langchain-core (pip install langchain-core).
 """

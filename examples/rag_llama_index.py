@@ -1,4 +1,4 @@
-"""Answer a question from documents under LlamaIndex: an index, and an engine that is asked. Takes 15 seconds.
+"""Answer a question from documents with LlamaIndex (retrieval-augmented generation). Takes 15 seconds.
 
 Needs llama-index-core (pip install llama-index-core).
 """

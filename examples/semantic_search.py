@@ -1,4 +1,4 @@
-"""Search a text by meaning: the paragraphs of a file that answer a question best. Takes 3 seconds.
+"""Search a text by meaning: the paragraphs of a file that best match a question. Takes 3 seconds.
 
 python examples/semantic_search.py README.md "Which models can it load?"
 """

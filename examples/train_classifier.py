@@ -1,4 +1,4 @@
-"""Train an encoder with a new head, which tells praise from complaint, in a loop of one's own.
+"""Train a classifier of praise and complaints: an encoder with a new head, in a plain PyTorch loop.
 
 Takes 15 seconds.
 """
@@ -45,6 +45,6 @@ model.eval()
 with torch.no_grad():
     batch = tokenizer(UNSEEN, padding=True, return_tensors="pt")
     praise = model(**batch).logits.softmax(-1)[:, 1]
-print("\nTexts that it has not seen:")
+print("\nTexts that were not in the training data:")
 for text, probability in zip(UNSEEN, praise.tolist(), strict=True):
     print(f"{probability:.2f}  {'praise   ' if probability > 0.5 else 'complaint'}  {text}")

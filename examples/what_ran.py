@@ -1,4 +1,5 @@
-"""Which implementation of each operation ran, and what the choice changes. Takes 8 seconds."""
+"""Show which implementation of each operation ran, and how the choice changes speed and result. Takes 8
+seconds."""
 
 import argparse
 import time
@@ -11,7 +12,7 @@ parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("model", nargs="?", default="all-MiniLM-L6-v2")
 encoder = minilm.SentenceEncoder(parser.parse_args().model, device="cpu")
 
-with minilm.backend("reference"):  # plain PyTorch, as the formulas say
+with minilm.backend("reference"):  # the formulas in plain PyTorch
     expected = encoder.encode(TEXTS)
 for name in ("auto", "native", "torch", "reference"):
     minilm.explain(reset=True)
@@ -31,4 +32,4 @@ for name in ("auto", "native", "torch", "reference"):
 
 minilm.explain(reset=True)
 encoder.encode(TEXTS[:1])
-print(f"\nOf one text, with reasons:\n{minilm.explain()}")
+print(f"\nFor one text, with reasons:\n{minilm.explain()}")

@@ -55,8 +55,8 @@ class Companion(nn.Module):
     _keys_to_ignore_on_save: ClassVar[None] = None
 
     def __call__(self, *arguments: Any, **options: Any) -> Any:
-        """As in PyTorch. transformers' feature-extraction pipeline, which takes the first of what it gets by
-        position, gets a tuple."""
+        """As in PyTorch, with one exception: transformers' feature-extraction pipeline gets a tuple, since it
+        takes the first item of a result by position."""
         result = super().__call__(*arguments, **options)
         if torch.compiler.is_compiling() or _asking() != "transformers.pipelines.feature_extraction":
             return result
@@ -64,27 +64,28 @@ class Companion(nn.Module):
 
     @property
     def base_model_prefix(self) -> str:
-        """What a model with a head calls its base model: "bert"."""
+        """The name of the base model within a model with a head: "bert"."""
         return self.family.prefixes[0].rstrip(".")
 
     def _prepare_generation_config(self, generation_config: Any = None, **options: Any) -> tuple[Any, Any]:
-        """For transformers' pipelines: a configuration with what of the options it has, and the others."""
+        """For transformers' pipelines: a generation configuration with those of the options that it has, and
+        the remaining options."""
         config = copy.deepcopy(self.generation_config if generation_config is None else generation_config)
         return config, config.update(**options)
 
     def unfuse(self) -> Any:
-        """Give the modules the checkpoint's names, and query, key, value, gate and up a linear layer each, in
-        place (`minilm.weights.unfused`): for libraries that look for modules by name. PEFT has it done by
-        itself. Parameters are new ones, so an optimizer is made afterwards; the native passes rest until
-        `fuse`. Raises ValueError for a quantised model. Returns the model."""
+        """Give the modules the checkpoint's names, with separate linear layers for query, key, value, gate
+        and up, in place (`minilm.weights.unfused`). Libraries that look for modules by name need this; PEFT
+        calls it by itself. Parameters are new objects, so create the optimizer afterwards. The native passes
+        do not run until `fuse` is called. Raises ValueError for a quantised model. Returns the model."""
         from .weights import unfuse_modules
 
         unfuse_modules(self)
         return self
 
     def fuse(self) -> Any:
-        """The way back of `unfuse`; the parameters are new ones again. Raises ValueError where an adapter is
-        in the model. Returns the model."""
+        """Reverse `unfuse`; parameters are new objects again. Raises ValueError if the model contains an
+        adapter. Returns the model."""
         from .weights import fuse_modules
 
         fuse_modules(self)
@@ -92,15 +93,15 @@ class Companion(nn.Module):
 
     @property
     def is_unfused(self) -> bool:
-        """Whether the modules have the checkpoint's names now."""
+        """Whether the modules have the checkpoint's names at present."""
         return UNFUSED in self.__dict__
 
     @property
     def peft_config(self) -> Any:
-        """PEFT's adapters in the model; without any, an AttributeError.
+        """The configurations of PEFT's adapters in the model; raises AttributeError if there are none.
 
-        A tuner of PEFT asks its model for this before it looks for modules, and so the model is unfused when
-        it is PEFT that asks. It deletes it when it has taken its modules out, and the model is fused again.
+        PEFT's tuners read this attribute before they look for modules, so a read by PEFT unfuses the model.
+        They delete it after they have removed their modules, which fuses the model again.
         """
         if "_peft_config" in self.__dict__:
             return self.__dict__["_peft_config"]
@@ -124,15 +125,15 @@ class Companion(nn.Module):
 
     @property
     def _tied_weights_keys(self) -> dict[str, str] | None:
-        """For PEFT, which asks what is one tensor with the token table."""
+        """For PEFT: the names of the tensors that are tied to the token table."""
         from .weights import tied_names
 
         return tied_names(self)
 
     @property
     def prepare_inputs_for_generation(self) -> Any:
-        """For PEFT, which asks a decoder for it: `generate` here has no such step, so that setting another
-        one, as prompt tuning does, is a ValueError."""
+        """For PEFT, which reads and may replace this method of a decoder (prompt tuning does). minilm's
+        `generate` does not call it, so replacing it raises ValueError."""
         if not self.can_generate():
             raise AttributeError("prepare_inputs_for_generation")
         return self._inputs_for_generation
@@ -141,8 +142,8 @@ class Companion(nn.Module):
     def prepare_inputs_for_generation(self, value: Any) -> None:
         if value != self._inputs_for_generation:
             raise ValueError(
-                "generate of minilm has no step prepare_inputs_for_generation, by which prompts and prefixes "
-                "of PEFT come in: generate with transformers' model, which loads the same folder"
+                "minilm's generate does not call prepare_inputs_for_generation, which PEFT's prompt and "
+                "prefix tuning need: generate with the model of transformers, which loads the same folder"
             )
 
     def _inputs_for_generation(self, input_ids: Tensor, **options: Any) -> dict[str, Any]:
@@ -150,8 +151,7 @@ class Companion(nn.Module):
         return {"input_ids": input_ids, **options}
 
     def get_submodule(self, target: str) -> nn.Module:
-        """As in PyTorch. The output matrix of an unfused model is a linear layer for who asks for it by
-        name."""
+        """As in PyTorch. The output matrix of an unfused model is returned as a linear layer."""
         found = super().get_submodule(target)
         if self.is_unfused:
             from .weights import OutputMatrix
@@ -169,13 +169,13 @@ class Companion(nn.Module):
         return self
 
     def as_fused(self) -> Any:
-        """The model itself, or if it is unfused a fused copy. Raises ValueError where an adapter is in it."""
+        """The model itself, or a fused copy if it is unfused. Raises ValueError if it contains an adapter."""
         return copy.deepcopy(self).fuse() if self.is_unfused else self
 
     def checkpoint_state_dict(self) -> dict[str, Tensor]:
-        """The parameters under transformers' names, for ``theirs.load_state_dict``: views, so writing to them
-        writes to the model (of an unfused model, they are copies). (`state_dict` has the names of the modules
-        here.)"""
+        """The parameters under transformers' names, for ``theirs.load_state_dict``. They are views, so
+        writing to them writes to the model (copies, if the model is unfused). `state_dict` has the names of
+        minilm's modules."""
         if self.is_unfused:
             fused: dict[str, Tensor] = self.as_fused().checkpoint_state_dict()
             return fused
@@ -184,7 +184,7 @@ class Companion(nn.Module):
         return {name: tensor.detach() for name, tensor in tensors.items()}
 
     def config_to_save(self) -> PretrainedConfig:
-        """The configuration as config.json has it beside the weights."""
+        """The configuration as it is saved in config.json."""
         options = self.config.to_dict()
         options.pop("quantization_config", None)
         config = type(self.config).from_dict(options)
@@ -193,8 +193,8 @@ class Companion(nn.Module):
         return config
 
     def state_dict(self, *arguments: Any, **options: Any) -> Any:
-        """As in PyTorch. In the file that transformers' Trainer writes of it, with no config.json beside it,
-        the configuration is a tensor of bytes, `minilm.config`, and ``from_pretrained`` finds it there."""
+        """As in PyTorch. transformers' Trainer saves a state dict without a config.json: when it calls this,
+        the configuration is added as a tensor of bytes, `minilm.config`, which ``from_pretrained`` reads."""
         found = super().state_dict(*arguments, **options)
         if _asking() == "transformers.trainer":
             found[CONFIG_KEY] = config_tensor(self.config_to_save().to_json_string())
@@ -210,7 +210,7 @@ class Companion(nn.Module):
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
         """As in PyTorch; also accepts a state dict of transformers' model, which is copied into the
-        parameters (`assign` is refused for it). An unfused model takes its own names."""
+        parameters (`assign` is refused for it). An unfused model expects the names of its own state dict."""
         if (
             self.is_unfused
             or not state_dict
@@ -290,7 +290,7 @@ class Companion(nn.Module):
         """
         if self.is_unfused:
             raise ValueError(
-                "the model is unfused, as PEFT wants it: resize_token_embeddings goes before get_peft_model"
+                "the model is unfused, as PEFT needs it: call resize_token_embeddings before get_peft_model"
             )
         table: Any = self.body.embeddings.tokens
         output: Any = getattr(getattr(self, "head", None), "decoder", None)
@@ -325,10 +325,10 @@ class Companion(nn.Module):
         return found if isinstance(found, nn.Module) else None
 
     def __prepare_scriptable__(self) -> Any:
-        """What torch.jit.script asks first."""
+        """Called by torch.jit.script before anything else; raises RuntimeError."""
         raise RuntimeError(
-            "torch.jit.script cannot read a model of minilm, whose code is more than TorchScript knows: use "
-            "torch.jit.trace(model, example) or torch.export.export(model, example)"
+            "torch.jit.script cannot compile a model of minilm, whose code uses Python that TorchScript "
+            "does not support: use torch.jit.trace(model, example) or torch.export.export(model, example)"
         )
 
     def tie_weights(self, **_: Any) -> None:
@@ -404,7 +404,7 @@ def upload(saved: Any, repo_id: str, private: bool | None, options: dict[str, An
 
 
 def _asking() -> str:
-    """The module that called the method which calls this."""
+    """The name of the module that called the method which calls this."""
     return str(sys._getframe(2).f_globals.get("__name__", ""))
 
 
@@ -436,6 +436,6 @@ def refuse_transforms() -> None:
     transform = torch._C._functorch.peek_interpreter_stack()
     if transform is not None and transform.key() == torch._C._functorch.TransformType.Vmap:
         raise RuntimeError(
-            "torch.vmap cannot run a minilm model, which reads the values of the ids: pass the whole batch, "
-            "[batch, tokens], to the model itself, and run several models one after the other"
+            "torch.vmap cannot run a minilm model, which reads the values of the ids: pass the whole "
+            "batch, [batch, tokens], to the model, and run several models one after the other"
         )

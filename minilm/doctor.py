@@ -2,9 +2,8 @@
 
     report = examine(); report["torch"]["version"]; print(json.dumps(report))
 
-Everything is found out without running an op: the dispatch table is asked what it would choose for a
-typical call of each op (`minilm.ops.dispatch.decide`), and it answers with its reasons. Without PyTorch the
-rest still works.
+No op is run: `minilm.ops.dispatch.decide` returns, for a typical call of each op, what the dispatch table
+would choose and why. Without PyTorch, the other parts of the report still work.
 """
 
 from __future__ import annotations
@@ -32,12 +31,12 @@ PACKAGES: dict[str, str] = {
     "rich": "",
     "tqdm": "",
     "triton": "Triton kernels",
-    "transformers": "the reference of the tests",
-    "sentence-transformers": "the reference of the tests",
+    "transformers": "comparison in the tests",
+    "sentence-transformers": "comparison in the tests",
     "hypothesis": "the tests",
     "pytest": "the tests",
 }
-"""Distribution -> what it is for, where minilm runs without it; "" where it does not."""
+"""Distribution -> what it is used for, if minilm runs without it; "" for required ones."""
 
 VARIABLES = (
     "MINILM_BACKEND",
@@ -55,21 +54,21 @@ FEATURES = (
     *("avx512_vnni", "avx512_bf16", "avx512_fp16", "avx_vnni", "amx_tile", "amx_bf16", "amx_int8"),
     *("neon", "asimd", "asimdhp", "asimddp", "bf16", "i8mm", "sve", "sve2"),
 )
-"""Instruction sets that matter here, of those that Linux lists."""
+"""The relevant instruction sets among those that Linux lists."""
 
 ISAS: dict[str, tuple[str, ...]] = {
     "x86_64": ("generic", "avx2", "avx512", "avx512_vnni", "avx512_bf16"),
     "aarch64": ("generic", "neon_dotprod"),
 }
-"""Machine -> the instruction sets that the extension's CPU kernels are compiled for."""
+"""Architecture -> the instruction sets that the CPU kernels of the extension are compiled for."""
 
 EMULATED = ("aarch64",)
-"""Machines whose kernels the project's own tests run in an emulator only."""
+"""Architectures whose kernels the project tests only in an emulator."""
 
 
 def examine() -> dict[str, Any]:
-    """The whole report, as JSON can hold it. `problems` names what keeps minilm from working; `notes` what
-    it lacks."""
+    """The whole report, in types that JSON supports. `problems`: what keeps minilm from working; `notes`:
+    optional things that are missing."""
     report: dict[str, Any] = {
         "minilm": {"version": __version__, "folder": str(Path(__file__).parent)},
         "python": {
@@ -97,10 +96,10 @@ def examine() -> dict[str, Any]:
 
 
 def _torch_part(report: dict[str, Any]) -> dict[str, Any]:
-    """Of PyTorch and what rests on it: the GPUs, the extension, the ops."""
+    """The part of the report that needs PyTorch: GPUs, extension, ops."""
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: one of its libraries does not load
+    except (ImportError, OSError) as error:  # OSError: a library that it needs does not load
         report["problems"].append(f"PyTorch does not load: {' '.join(str(error).split())}")
         return {
             "torch": None,
@@ -120,7 +119,8 @@ def _torch_part(report: dict[str, Any]) -> dict[str, Any]:
         if extension["not_run"]:
             sets = ", ".join(extension["not_run"])
             report["notes"].append(
-                f"this processor cannot run the kernels for {sets}: no test here has run them"
+                f"this processor cannot run the kernels for {sets}, so tests on this machine do not cover "
+                "them"
             )
         if extension["built"] and platform.machine() in EMULATED:
             report["notes"].append("the native kernels for this architecture were tested in an emulator only")
@@ -160,7 +160,7 @@ def _model(name: str) -> dict[str, str | None]:
 
 
 def _cpu() -> dict[str, Any]:
-    """Name, cores and instruction sets; of the latter what Linux tells, else nothing."""
+    """Name, cores and instruction sets (the latter only on Linux)."""
     name, flags = platform.processor() or platform.machine(), set[str]()
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines():
@@ -181,7 +181,7 @@ def _cpu() -> dict[str, Any]:
 
 
 def memory() -> dict[str, int | None]:
-    """Bytes of memory, of which a container may have less (cgroup)."""
+    """Bytes of memory, and the limit of a container (cgroup)."""
     found: dict[str, int | None] = {"total_bytes": None, "available_bytes": None, "limit_bytes": None}
     try:
         for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
@@ -198,7 +198,7 @@ def memory() -> dict[str, int | None]:
 
 
 def _gpus(torch: Any) -> tuple[list[dict[str, Any]], str | None]:
-    """The GPUs that PyTorch sees, or why it sees none."""
+    """The GPUs that PyTorch finds, or why it finds none."""
     if not torch.cuda.is_available():
         if torch.version.cuda is None and torch.version.hip is None:
             return [], "no GPU: this PyTorch is built for the CPU"
@@ -221,7 +221,7 @@ def _gpus(torch: Any) -> tuple[list[dict[str, Any]], str | None]:
 
 
 def _extension() -> tuple[dict[str, Any], str | None]:
-    """The native extension, and what is wrong with it if that is an error (an impossible MINILM_CPU_ISA)."""
+    """The native extension, and an error if there is one (an impossible MINILM_CPU_ISA)."""
     try:
         from .ops.backends import native
     except RuntimeError as error:
@@ -237,13 +237,13 @@ def _extension() -> tuple[dict[str, Any], str | None]:
 
 
 def _not_run(runnable: list[str]) -> list[str]:
-    """The instruction sets that were compiled in, if anything was, and that this machine cannot run."""
+    """The instruction sets that were compiled in and that this machine cannot run."""
     compiled = ISAS.get(platform.machine(), ()) if runnable else ()
     return [isa for isa in compiled if isa not in runnable]
 
 
 def _ops(devices: list[str]) -> tuple[list[dict[str, Any]], str | None]:
-    """For each device, dtype and op: the backend that will run, and why the others will not."""
+    """For each device, dtype and op: the backend that will run, and why not the others."""
     from . import model  # noqa: F401 (its modules are the reference of whole ops)
     from .ops import BackendError, dispatch
 
@@ -270,10 +270,10 @@ def _dtypes() -> tuple[Any, ...]:
 
 
 def typical_call(op: str, device: str, dtype: Any) -> Any:
-    """The traits of a usual call of `op` in inference: 64 channels a head, 4 query heads a key/value head,
-    no window.
+    """The traits of a typical call of `op` in inference: 64 channels per head, 4 query heads per key/value
+    head, no window.
 
-    Raises ValueError for an op that this table does not know.
+    Raises ValueError for an op without an entry in this function.
     """
     from . import ops
     from .cache import KVCache
@@ -308,4 +308,4 @@ def typical_call(op: str, device: str, dtype: Any) -> Any:
         return ops.PoolTraits(device, dtype)
     if kind is ops.QuantizedTraits:
         return ops.QuantizedTraits(device, dtype, "q8_0", None, few_rows=True, grad=False)
-    raise ValueError(f"minilm.doctor does not know what a typical call of the op {op!r} is")
+    raise ValueError(f"minilm.doctor has no typical call of the op {op!r}")

@@ -6,13 +6,13 @@ from __future__ import annotations
 _SEQUENCE = "encoder-decoders (T5, BART, Marian) are not supported: use transformers for them"
 _IMAGES = "minilm reads text only: use transformers for images and sound"
 _QUANTISED = (
-    "from_pretrained(name, weights='int8'), 'q8_0' or 'q4_0' quantises as it loads, and `minilm quantize` "
-    "writes such a folder"
+    "from_pretrained(name, weights='int8'), 'q8_0' or 'q4_0' quantises while loading; `minilm quantize` "
+    "saves a quantised folder"
 )
 _TRAINING = (
-    "transformers.Trainer trains a minilm model (minilm.integrations.transformers.Trainer writes checkpoints "
-    "that transformers loads too), and so does a loop of one's own: "
-    "model(**batch, labels=...).loss.backward()"
+    "transformers.Trainer trains a minilm model (minilm.integrations.transformers.Trainer writes "
+    "checkpoints that transformers loads too), and so does your own loop: model(**batch, "
+    "labels=...).loss.backward()"
 )
 
 CLASSES = {
@@ -34,25 +34,25 @@ CLASSES = {
     "AutoModelForMultipleChoice": "AutoModelForSequenceClassification scores each choice as a pair",
     "DynamicCache": "model.new_cache(rows) makes the KV cache, and forward(use_cache=True) returns one",
     "StaticCache": "model.new_cache(rows) makes the KV cache, and forward(use_cache=True) returns one",
-    "LogitsProcessorList": "generate takes a list of functions, or transformers' own list",
-    "StoppingCriteriaList": "generate takes a list of functions, or transformers' own list",
-    "get_peft_model": "peft.get_peft_model(model, config) takes a model of minilm",
-    "PeftModel": "peft.PeftModel.from_pretrained(model, name) takes a model of minilm",
-    "DataCollatorWithPadding": "transformers' collators take a tokenizer of minilm; tokenizer.pad is one",
-    "DataCollatorForLanguageModeling": "transformers' collators take a tokenizer of minilm",
-    "DataCollatorForTokenClassification": "transformers' collators take a tokenizer of minilm",
+    "LogitsProcessorList": "generate accepts a list of functions, or transformers' list class",
+    "StoppingCriteriaList": "generate accepts a list of functions, or transformers' list class",
+    "get_peft_model": "peft.get_peft_model(model, config) accepts a model of minilm",
+    "PeftModel": "peft.PeftModel.from_pretrained(model, name) accepts a model of minilm",
+    "DataCollatorWithPadding": "transformers' collators accept a tokenizer of minilm; tokenizer.pad is one",
+    "DataCollatorForLanguageModeling": "transformers' collators accept a tokenizer of minilm",
+    "DataCollatorForTokenClassification": "transformers' collators accept a tokenizer of minilm",
     "set_seed": "torch.manual_seed(seed), or seed= in generate and SamplingParams",
     "models": "from sentence_transformers import models, or SentenceEncoder(name), which reads modules.json",
 }
 """Class or function -> what to use instead."""
 
 OPTIONS = {
-    "load_in_8bit": "weights='int8' (or 'q8_0') quantises as it loads",
-    "load_in_4bit": "weights='q4_0' (or 'q4_1') quantises as it loads",
-    "quantization_config": "weights='int8', 'q8_0' or 'q4_0' quantises as it loads",
-    "max_memory": "device= names the one device that a model is on",
-    "offload_folder": "device= names the one device that a model is on",
-    "tp_plan": "device= names the one device that a model is on",
+    "load_in_8bit": "weights='int8' (or 'q8_0') quantises while loading",
+    "load_in_4bit": "weights='q4_0' (or 'q4_1') quantises while loading",
+    "quantization_config": "weights='int8', 'q8_0' or 'q4_0' quantises while loading",
+    "max_memory": "device= names the device of the whole model",
+    "offload_folder": "device= names the device of the whole model",
+    "tp_plan": "device= names the device of the whole model",
     "state_dict": "from_config(config), then load_state_dict(state_dict)",
     "from_tf": "only safetensors and GGUF files are read",
     "from_flax": "only safetensors and GGUF files are read",
@@ -62,5 +62,6 @@ OPTIONS = {
 
 
 def instead(table: dict[str, str], names: list[str]) -> str:
-    """ "; load_in_8bit: weights='int8' ..." for the names that are in the table."""
+    """The part of an error message "; load_in_8bit: weights='int8' ..." for those of the names that are in
+    the table."""
     return "".join(f"; {name}: {table[name]}" for name in names if name in table)

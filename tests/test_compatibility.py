@@ -1,4 +1,4 @@
-"""docs/compatibility.md says what the code says."""
+"""docs/compatibility.md agrees with the code."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""The programs in examples/ run, with small random models here and with the real ones in the slow tests, and
-are listed."""
+"""The programs in examples/ run, with small random models and (slow tests) with the pretrained ones, and are
+listed in its README."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ SHOWN: dict[str, tuple[str, ...]] = {
     "what_ran": (
         r"auto +\d+ texts/s, at most \d\.\de-0[5-9] from",
         r"reference +\d+ texts/s, at most 0\.0e\+00 from",
-        r"Of one text, with reasons:\n(.*\n)*pool: ",
+        r"For one text, with reasons:\n(.*\n)*pool: ",
     ),
 }
 """What the real models must make of them."""

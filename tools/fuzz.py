@@ -1,19 +1,19 @@
-"""Damages small model files at random and loads them: what must not happen is a crash, a hang, a blow-up of
-memory, an error of a kind that nobody expects, or a damaged model that loads as if nothing were.
+"""Damages small model files at random and loads them. There must be no crash, no hang, no excessive memory,
+no unexpected kind of error, and no damaged model that loads without an error.
 
     python tools/fuzz.py --seconds 120            all kinds, as CI does
-    python tools/fuzz.py --cases 10000 --seed 7   so many cases, other ones
-    python tools/fuzz.py --repeat gguf:0:1234     one case again, in this process, with its traceback
+    python tools/fuzz.py --cases 10000 --seed 7   this many cases, with another seed
+    python tools/fuzz.py --repeat gguf:0:1234     repeat one case in this process, with traceback
 
-Each case is made from its kind, the seed and its number alone. Cases run in a child process, many in one;
-when a case kills it, the next child goes on. Files of a case that failed are kept (`--keep`), and its command
-is printed. Exit status 1 if any did.
+A case depends only on its kind, the seed and its number. Cases run in a child process, many in one; if a case
+kills it, another child continues. The files of a failed case are kept (`--keep`), and the command to repeat
+it is printed. The exit status is 1 if a case failed.
 
-Weights whose own bytes were flipped are loaded, but not judged by their values: neither safetensors nor GGUF
-has checksums, so no reader can know. Damage to anything else (headers, tables, lengths, files that were cut,
-spliced or exchanged) must give an error, or exactly the tensors of the sound file. Excused is what leaves a
-file that is sound in itself: a type exchanged for another of the same size (F16 and BF16), tensors of equal
-shape whose names or places are exchanged, and a head that is missing, which is announced.
+If bytes of weights were changed, the model is loaded, but its values are not checked: safetensors and GGUF
+have no checksums, so a reader cannot notice. Other damage (headers, tables, lengths, files that were cut,
+spliced or exchanged) must give an error, or exactly the tensors of the undamaged file. Exceptions are changes
+that leave a valid file: a type exchanged for another of the same size (F16 and BF16), exchanged names or
+offsets of tensors of equal shape, and a missing head, which gives a warning.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from minilm.files import open_checkpoint
 from minilm.sentence import SentenceEncoder
 
 SECONDS_A_CASE = 20.0
-MEMORY = 1 << 30  # bytes of address space beyond what a fresh child has
-GROWTH = 300 << 20  # bytes by which one case may raise the peak of the resident memory
-RENEWED = 300  # cases that a child does at most
+MEMORY = 1 << 30  # limit of bytes of address space, in addition to a new child's
+GROWTH = 300 << 20  # limit of bytes by which one case may raise the peak resident memory
+RENEWED = 300  # maximum number of cases per child
 EXPECTED = (ValueError, OSError)  # of all of minilm's errors
 
 Files = dict[str, bytes]
@@ -64,7 +64,7 @@ TEMPLATE = (
 )
 
 
-# -- sound files
+# -- undamaged files
 
 
 def read(folder: Path) -> Files:
@@ -168,7 +168,7 @@ def write_gguf(path: Path) -> None:
 
 
 def sound_files(top: Path) -> dict[str, Files]:
-    """Each kind of case, and the files that it damages."""
+    """The kinds of cases, and the files that each damages."""
     llama = random_model("llama", minilm.AutoModelForCausalLM, num_key_value_heads=2)
     llama.save_pretrained(top / "safetensors")
     llama.save_pretrained(top / "sharded", max_shard_size="16KB")
@@ -246,7 +246,7 @@ DTYPES = (
 
 
 class Damage:
-    """Random changes of a set of files; `values` tells whether they may have changed bytes of weights."""
+    """Random changes of a set of files; `values`: whether they may have changed bytes of weights."""
 
     def __init__(self, rng: random.Random, files: Files, heads: dict[str, int], kind: str) -> None:
         self.rng, self.heads, self.kind = rng, heads, kind
@@ -293,7 +293,7 @@ class Damage:
         return data[: self.rng.choice((self._place(name, data), len(data) - self.rng.randrange(1, 70)))]
 
     def splice(self, name: str, data: bytearray) -> bytearray:
-        """A piece taken out, doubled, or overwritten by another."""
+        """Remove, duplicate or overwrite a piece."""
         start, target = self._place(name, data), self._place(name, data)
         piece = data[start : start + self.rng.choice((1, 4, 8, 32, 200))]
         how = self.rng.randrange(3)
@@ -307,7 +307,7 @@ class Damage:
         return data
 
     def number(self, name: str, data: bytearray) -> bytearray:
-        """A length, count, type or offset: another number over 4 or 8 bytes."""
+        """Write another number over 4 or 8 bytes: a length, count, type or offset."""
         size, place = self.rng.choice(((4, "<I"), (8, "<Q")))
         at = self._place(name, data)
         if at + size <= len(data):
@@ -322,7 +322,7 @@ class Damage:
         return bytearray(b"\n".join(lines))
 
     def _text(self, name: str, data: bytearray) -> tuple[str, Callable[[str], bytearray]]:
-        """The JSON of a file, and what makes the file of a changed one."""
+        """The JSON of a file, and a function that builds the file from changed JSON."""
         if not name.endswith(".safetensors"):
             return data.decode("utf-8", "replace"), lambda text: bytearray(text.encode("utf-8", "replace"))
         head = min(self.heads[name], len(data))
@@ -349,7 +349,7 @@ class Damage:
         return make(text[: found.start(1)] + value + text[found.end(1) :])
 
     def json_key(self, name: str, data: bytearray) -> bytearray:
-        """A key renamed to another, or lost."""
+        """Rename or delete a key."""
         text, make = self._text(name, data)
         keys = list(re.finditer(r'"([^"]*)"(?=\s*:)', text))
         if not keys:
@@ -366,12 +366,12 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     with torch.no_grad():
         model(torch.tensor([[1, 4, 7]]))
     if model.load_report.initialised:
-        raise ValueError("newly initialised: announced, and so as good as an error")
+        raise ValueError("newly initialised: announced by a warning, which counts as an error")
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
 def use(kind: str, folder: Path) -> dict[str, torch.Tensor]:
-    """Loads a case and does a little with it; the tensors where they are to be compared."""
+    """Load a case and use it briefly; returns the tensors if they are to be compared."""
     if kind in ("safetensors", "sharded", "quantised", "config"):
         return tensors_of(folder)
     if kind == "gguf":
@@ -389,8 +389,8 @@ def use(kind: str, folder: Path) -> dict[str, torch.Tensor]:
 
 
 def excused(sound: dict[str, torch.Tensor], found: dict[str, torch.Tensor], story: list[str]) -> bool:
-    """Whether the difference is one that leaves a sound file: the same numbers at exchanged places, or bytes
-    taken for another type of the same size."""
+    """Whether the changed file is still valid: the same numbers at exchanged places, or bytes read as another
+    type of the same size."""
 
     def bag(tensors: dict[str, torch.Tensor]) -> Counter[tuple[Any, ...]]:
         return Counter((tuple(t.shape), t.double().sum().item()) for t in tensors.values())
@@ -399,7 +399,7 @@ def excused(sound: dict[str, torch.Tensor], found: dict[str, torch.Tensor], stor
 
 
 def judge(kind: str, damage: Damage, folder: Path, sound: dict[str, torch.Tensor]) -> str:
-    """ "" if the case is as it should be, else what is wrong."""
+    """ "" if the case behaved correctly, else the problem."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     write(folder, damage.files)
     verdict = ""
@@ -411,7 +411,7 @@ def judge(kind: str, damage: Damage, folder: Path, sound: dict[str, torch.Tensor
             verdict = f"an error of {len(text)} characters: {text[:200]!r}"
     except MemoryError:
         verdict = "ran out of memory"
-    except BaseException as error:  # any other kind is what is looked for
+    except BaseException as error:  # any other kind of error is a finding
         verdict = f"{type(error).__name__}: {error}"
     else:
         same = found.keys() == sound.keys() and all(
@@ -419,13 +419,13 @@ def judge(kind: str, damage: Damage, folder: Path, sound: dict[str, torch.Tensor
         )
         compared = kind in ("safetensors", "sharded", "quantised", "gguf") and not damage.values
         if compared and not same and not excused(sound, found, damage.story):
-            verdict = "loads, with other values than the sound file has"
+            verdict = "loads, with values that differ from the undamaged file"
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     return verdict or (f"memory grew by {grown >> 20} MB" if grown > GROWTH else "")
 
 
 class Fuzzer:
-    """The sound files, and what they load as."""
+    """The undamaged files, and their tensors."""
 
     def __init__(self, top: Path) -> None:
         self.folder = top / "case"
@@ -447,7 +447,7 @@ class Fuzzer:
 
 
 class Child:
-    """A process that does cases until it is killed, or one kills it."""
+    """A process that runs cases until it is ended, or a case kills it."""
 
     def __init__(self, fuzzer: Fuzzer) -> None:
         orders, self.send = os.pipe()
@@ -461,7 +461,7 @@ class Child:
         os.close(answers)
 
     def run(self, kind: str, seed: int, number: int) -> tuple[str, bool]:
-        """What is wrong with a case, and whether the child lives."""
+        """The problem of a case, and whether the child is still running."""
         os.write(self.send, json.dumps([kind, seed, number]).encode() + b"\n")
         answer = b""
         until = time.monotonic() + SECONDS_A_CASE
@@ -508,12 +508,12 @@ def _serve(fuzzer: Fuzzer, orders: int, answers: int) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--seconds", type=float, default=None, help="stop after so long")
-    parser.add_argument("--cases", type=int, default=None, help="stop after so many (default 2000)")
+    parser.add_argument("--seconds", type=float, default=None, help="stop after this many seconds")
+    parser.add_argument("--cases", type=int, default=None, help="stop after this many cases (default 2000)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--kinds", default=",".join(TARGETS), help="some of " + ", ".join(TARGETS))
     parser.add_argument("--keep", type=Path, default=Path(tempfile.gettempdir()) / "minilm-fuzz")
-    parser.add_argument("--repeat", metavar="KIND:SEED:NUMBER", help="one case, in this process")
+    parser.add_argument("--repeat", metavar="KIND:SEED:NUMBER", help="run one case in this process")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
@@ -555,7 +555,7 @@ def campaign(fuzzer: Fuzzer, kinds: list[str], options: argparse.Namespace) -> i
         if lives and (verdict or sum(done.values()) % RENEWED == 0):
             child.end()
             child = Child(fuzzer)
-            if verdict:  # which counts if a fresh process says so too
+            if verdict:  # counts only if it happens in a new process too
                 verdict, lives = child.run(kind, options.seed, number)
         if verdict:
             found += 1

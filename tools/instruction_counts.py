@@ -1,14 +1,13 @@
 """Counts the instructions of the CPU kernels at fixed sizes, and compares them with the committed figures.
 
-    python tools/instruction_counts.py            compare; exit status 1 if a kernel needs more than the
-    tolerance allows python tools/instruction_counts.py --update   write the figures anew (after a change
-    that is meant)
+    python tools/instruction_counts.py            compare; exit status 1 if a kernel needs more than allowed
+    python tools/instruction_counts.py --update   write new figures, after an intended change
 
-Times on shared machines are not stable, instruction counts are: a kernel that loses its vectorisation, or
-gains a pass, shows here at once. The kernels of csrc/cpu/ are compiled as setup.py compiles them, linked to
-instruction_counts.cpp without torch, and run under ``valgrind --tool=callgrind`` for the instruction sets
-that valgrind knows. The figures hold for one compiler; with another major version there is nothing to
-compare, and that is said."""
+Times on shared machines are not stable, but instruction counts are: they reveal a kernel that is no longer
+vectorised, or has an additional pass. The kernels of csrc/cpu/ are compiled as setup.py compiles them, linked
+to instruction_counts.cpp without torch, and run under ``valgrind --tool=callgrind`` for the instruction sets
+that valgrind knows. The figures hold for one compiler; with another major version nothing is compared, and a
+message says so."""
 
 from __future__ import annotations
 
@@ -28,17 +27,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 FIGURES = ROOT / "benchmarks" / "instruction_counts.json"
 TOLERANCE = 0.03
-"""A kernel may need so much more than its figure: what another libc or linker brings. Needing less is
-reported too."""
+"""Allowed increase over the committed figure, for another libc or linker. Decreases are reported too."""
 UNKNOWN_TO_VALGRIND = ("avx512", "avx512_vnni", "avx512_bf16")
 
 
 class CannotCount(RuntimeError):
-    """Something is missing on this machine; the message says what."""
+    """Raised if something is missing on this machine; the message says what."""
 
 
 def setup_module() -> Any:
-    """setup.py as a module, for the compiler's flags: one place says how kernels are compiled."""
+    """setup.py as a module, for the compiler's flags."""
     spec = importlib.util.spec_from_file_location("minilm_setup", ROOT / "setup.py")
     assert spec is not None
     assert spec.loader is not None
@@ -114,7 +112,7 @@ def _total(file: Path) -> int:
 def compare(
     found: dict[str, dict[str, int]], figures: dict[str, Any], name: str
 ) -> tuple[list[str], list[str]]:
-    """(kernels that need more than they may, other remarks) against the figures for compiler `name`."""
+    """(kernels that need more than allowed, other remarks), compared with the figures for compiler `name`."""
     known = figures.get(name)
     if known is None:
         return [], [f"no figures for {name}, only for {', '.join(figures) or 'none'}: nothing to compare"]
@@ -141,7 +139,7 @@ def compare(
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--update", action="store_true", help="write the figures anew")
+    parser.add_argument("--update", action="store_true", help="write new figures")
     options = parser.parse_args()
     try:
         found, (_, name) = count(), compiler()
@@ -151,7 +149,7 @@ def main() -> int:
     for isa, counts in found.items():
         for case, value in counts.items():
             rows, channels = map(int, re.findall(r"\d+", case)[-2:])
-            print(f"{isa:8} {case:36} {value:>10,} instructions, {value / rows / channels:6.2f} an element")
+            print(f"{isa:8} {case:36} {value:>10,} instructions, {value / rows / channels:6.2f} per element")
     figures = json.loads(FIGURES.read_text()) if FIGURES.is_file() else {}
     if options.update:
         figures[name] = found

@@ -1,9 +1,9 @@
-"""``make kernel-table``: what stands behind each Triton kernel, as benchmarks/results/kernels.md.
+"""``make kernel-table``: the tests of each Triton kernel, as benchmarks/results/kernels.md.
 
-Runs the kernels' tests in Triton's interpreter, in this process, and notes for each kernel its test files,
-the tests that passed, the examples that hypothesis drew, and the largest error against float64 beside that
-of eager PyTorch on the same data (what `tests/close.py` judged). Exit status 1 if a test failed, or if there
-is a kernel that the table does not know.
+Runs the kernels' tests in Triton's interpreter, in this process, and records for each kernel its test files,
+the number of passed tests and of hypothesis examples, and the largest error against float64 next to that of
+eager PyTorch on the same data (from `tests/close.py`). The exit status is 1 if a test failed, or a kernel is
+missing in the table.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Recorder:
         self._counted: set[int] = set()
 
     def judged(self, dtype: str, error: float, eager: float) -> None:
-        """Told by `close.assert_as_good_as_eager`."""
+        """Called by `close.assert_as_good_as_eager`."""
         ours, theirs = self.errors[self.file, dtype]
         self.errors[self.file, dtype] = max(ours, error), max(theirs, eager)
 

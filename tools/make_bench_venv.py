@@ -1,8 +1,8 @@
 """Creates the bench's environment on top of another: make_bench_venv.py BASE FOLDER CONSTRAINTS.
 
-What is installed in BASE is seen from FOLDER, and what is installed in FOLDER is not seen from BASE. Every
-package of CONSTRAINTS is installed by itself, so that one that has no build for this platform leaves the
-others alone; it is named. llama-cpp-python is compiled for this very processor."""
+FOLDER sees the packages of BASE, but not the other way round. Each package of CONSTRAINTS is installed
+separately: one without a build for this platform is reported and does not affect the others. llama-cpp-python
+is compiled for this processor."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def main(base: Path, folder: Path, constraints: Path) -> None:
-    """Make the environment, or bring it up to date."""
+    """Create the environment, or update it."""
     subprocess.check_call([sys.executable, str(Path(__file__).with_name("make_venv.py")), str(folder)])
     packages = Path(sysconfig.get_path("purelib", vars={"base": str(base.resolve())}))
     inside = Path(sysconfig.get_path("purelib", vars={"base": str(folder.resolve())}))

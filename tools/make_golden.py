@@ -1,4 +1,5 @@
-"""Recorded answers of the reference implementations for the two small real models: for tests and the demo.
+"""Records outputs of the reference implementations for the two small pretrained models, for tests and the
+demo.
 
     make test && .venv/bin/python tools/make_golden.py
 
@@ -36,7 +37,7 @@ NEW_TOKENS = 64
 
 
 def write(model: str, libraries: list[str], cases: list[dict[str, Any]]) -> None:
-    """One file: how it was made, and the cases."""
+    """Write one file: how it was made, and the cases."""
     versions = {name: version(name) for name in (*libraries, "torch")}
     data = {
         "made_by": "tools/make_golden.py",
@@ -64,7 +65,7 @@ def embeddings() -> None:
 
 
 def greedy_tokens() -> None:
-    """SmolLM2-135M-Instruct by transformers' Llama in float32, from what its own reader dequantises."""
+    """SmolLM2-135M-Instruct by transformers' Llama in float32, dequantised by transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
@@ -80,13 +81,15 @@ def greedy_tokens() -> None:
     if result.unexpected_keys or set(result.missing_keys) - {"lm_head.weight"}:
         raise SystemExit(f"the checkpoint does not fit: {result}")
     model.tie_weights()
-    model.generation_config.eos_token_id = None  # an answer may end; the numbers go on
+    model.generation_config.eos_token_id = None  # a chat answer may end early; the continued numbers do not
     tokenizer = AutoTokenizer.from_pretrained(DEFAULT_DECODER)
     chat = tokenizer.apply_chat_template(QUESTION, tokenize=False, add_generation_prompt=True)
     cases = []
     for prompt in [*PROMPTS, chat]:
         ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        mask = torch.ones_like(ids)  # or generate would hide the padding token, which ends turns of the chat
+        mask = torch.ones_like(
+            ids
+        )  # otherwise generate masks the padding token, which also ends turns of the chat
         out = model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=NEW_TOKENS)
         tokens = out[0, ids.shape[1] :].tolist()
         cases.append({"prompt": prompt, "prompt_token_ids": ids[0].tolist(), "token_ids": tokens})

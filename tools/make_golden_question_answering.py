@@ -1,5 +1,4 @@
-"""Answers of transformers' question-answering pipeline, which version 5 no longer has, as files for the
-tests.
+"""Records outputs of transformers' question-answering pipeline, which version 5 no longer has, for the tests.
 
     pip install --target OLD --no-deps transformers==4.57.6 "huggingface_hub<1" "tokenizers<0.23"
     PYTHONPATH=OLD python tools/make_golden_question_answering.py
@@ -48,7 +47,7 @@ OPTIONS: list[dict[str, Any]] = [
 
 
 def rounded(value: Any) -> Any:
-    """Scores with as many digits as they mean."""
+    """Round scores to their significant digits."""
     if isinstance(value, list):
         return [rounded(item) for item in value]
     return {**value, "score": round(float(value["score"]), 7)}

@@ -1,8 +1,7 @@
-"""Creates a virtual environment with pip in it, or says in one line what is missing: make_venv.py FOLDER.
+"""Creates a virtual environment with pip, or prints in one line what is missing: make_venv.py FOLDER.
 
-Runs on whatever `python3` is, with nothing installed. An environment that works is left as it is. Where
-Python comes without ensurepip (Debian splits it off), the pip of the interpreter installs one into the
-environment.
+Runs with any `python3`, without installed packages. A working environment is not changed. If Python has no
+ensurepip (a separate package on Debian), the interpreter's pip installs pip into the environment.
 """
 
 import os
@@ -31,7 +30,7 @@ def main(folder):
     python = os.path.join(folder, "bin", "python")
     if has_pip(python):
         return
-    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run has left
+    shutil.rmtree(folder, ignore_errors=True)  # left by an interrupted run
     try:
         import venv
     except ImportError:

@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def setup_module() -> Any:
-    """setup.py as a module, for the compiler's flags: one place says how kernels are compiled."""
+    """setup.py as a module, for the compiler's flags."""
     spec = importlib.util.spec_from_file_location("minilm_setup", ROOT / "setup.py")
     assert spec is not None
     assert spec.loader is not None
@@ -26,7 +26,7 @@ def setup_module() -> Any:
 def build(
     folder: Path, compiler: str, machine: str, flags: list[str], only: tuple[str, ...] | None = None
 ) -> Path:
-    """The driver with the instruction sets of `machine` (as platform.machine() calls it), in `folder`.
+    """The driver with the instruction sets of `machine` (a name as in platform.machine()), in `folder`.
 
     `flags` come after those of setup.py; `only` names instruction sets, otherwise all are taken. Raises
     RuntimeError with the compiler's message.

@@ -1,10 +1,10 @@
-"""Checks the CPU kernels for ARM on another machine: compiles them and the driver of csrc/tests for aarch64,
-and runs that under an emulator.
+"""Checks the CPU kernels for ARM on other machines: compiles them and the driver of csrc/tests for aarch64,
+and runs the driver in an emulator.
 
     python tools/neon_check.py
 
-Needs Debian's g++-aarch64-linux-gnu and qemu-user, or whatever MINILM_NEON_CXX and MINILM_NEON_RUN name. The
-exit status is that of the driver, 1 if a result is wrong; 2 if something is missing.
+Needs Debian's g++-aarch64-linux-gnu and qemu-user, or the commands in MINILM_NEON_CXX and MINILM_NEON_RUN.
+The exit status is that of the driver, 1 if a result is wrong; 2 if something is missing.
 """
 
 from __future__ import annotations

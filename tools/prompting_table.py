@@ -1,12 +1,14 @@
-"""How well each way to prompt a small model tells good reviews from bad: benchmarks/results/prompting.md.
+"""Accuracy of prompting methods with small models, at telling good reviews from bad:
+benchmarks/results/prompting.md.
 
     python tools/prompting_table.py               1,000 sentences, some minutes on two cores
     python tools/prompting_table.py --sentences 200 --output -
 
 The sentences are those of movie reviews in the source package of vaderSentiment 3.3.2 (Hutto and Gilbert
-2014), each with the mean of some twenty people's ratings from -4 to 4; the package is fetched with pip. Those
-rated nearer to 0 than 0.5 are left out. As many good as bad ones are drawn, and of the rest the examples of
-few-shot prompts: no sentence is in both. Nothing is trained, and no prompt was chosen by its result.
+2014), each with the mean of some twenty people's ratings from -4 to 4; the package is fetched with pip.
+Sentences rated between -0.5 and 0.5 are left out. Equal numbers of good and bad sentences are sampled; the
+examples of few-shot prompts are sampled from the others. Nothing is trained, and no prompt was chosen by its
+result.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ POOL = 400
 
 
 def sentences() -> list[tuple[str, str]]:
-    """(text, label) of all sentences that people rated clearly."""
+    """(text, label) of all clearly rated sentences."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary", ":all:"]
         subprocess.run([*command, "--dest", folder, PACKAGE], check=True)
@@ -66,7 +68,8 @@ def _member(archive: bytes, name: str) -> bytes:
 
 
 def drawn(all_: list[tuple[str, str]], count: int) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
-    """Sentences to judge, and those to take examples from; both have as many of each label, in any order."""
+    """Sentences to classify, and sentences for examples; in each, both labels are equally frequent, in random
+    order."""
     shuffled = random.Random(0).sample(all_, len(all_))
     of = {label: [pair for pair in shuffled if pair[1] == label] for label in LABELS}
     judged = [pair for label in LABELS for pair in of[label][: count // 2]]
@@ -77,7 +80,7 @@ def drawn(all_: list[tuple[str, str]], count: int) -> tuple[list[tuple[str, str]
 def methods(
     decoder: str, encoder: SentenceEncoder, pool: list[tuple[str, str]]
 ) -> dict[str, Callable[[list[str]], list[str]]]:
-    """What the table compares."""
+    """The methods in the table."""
     examples = [(text, " " + label) for text, label in pool]
     first = LabelScorer(decoder, PROMPT, LABELS)
     model, tokenizer = first.model, first.tokenizer
@@ -146,7 +149,7 @@ def table(decoder: str, encoder_name: str, count: int) -> str:
 
 
 def wilson(right: int, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Bounds of a share (Wilson 1927)."""
+    """Confidence interval of a proportion (Wilson 1927)."""
     share, spread = right / count, z * z / count
     middle = (share + spread / 2) / (1 + spread)
     half = z / (1 + spread) * math.sqrt(share * (1 - share) / count + spread / (4 * count))

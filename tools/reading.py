@@ -1,10 +1,10 @@
-"""How much a person reads: the files of the Transformer in reading order, and those of the Triton kernels.
+"""Counts the lines to read: the files of the Transformer in reading order, and those of the Triton kernels.
 
     python tools/reading.py
 
-The Transformer: the configuration, the ops with their formulas and the choice between implementations (not
-the implementations, `ops/backends/`), the model, and what a family is, with BERT and Llama as the two
-examples. Exit status 1 if either is longer than it should be.
+The Transformer: the configuration, the ops with their formulas and the dispatch table (without
+`ops/backends/`), the model, and the contract of a family, with BERT and Llama as examples. The exit status is
+1 if a part is longer than its limit.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TRANSFORMER = (
 )
 KERNELS = ("kernels/*.py",)
 MOST = {"the Transformer": (TRANSFORMER, 5000), "the Triton kernels": (KERNELS, 4000)}
-"""What is read -> its files, and the most lines."""
+"""Part -> its files, and the maximum number of lines."""
 
 
 def lines_of(patterns: Iterable[str]) -> dict[str, int]:

@@ -3,12 +3,12 @@ with ThreadSanitizer.
 
     python tools/sanitize.py [arguments of pytest]
 
-First the driver of csrc/tests, with one to four threads, by either: what ThreadSanitizer sees is what the
-kernels and cpu/team.h do, as PyTorch's thread pool is not built for it. Then tests/ops/test_native*.py and
-tests/native/test_steps.py on a package that is built with the sanitizers into build/sanitize, apart from what
-is installed. All with the instruction sets up to AVX2: with AVX-512 a compiler works for many minutes on
-attention's checks, and the sources are the same.
-Whatever a sanitizer finds ends the run with an error.
+First it runs the driver of csrc/tests with one to four threads, with each sanitizer. ThreadSanitizer is only
+used here, with the kernels and cpu/team.h, since PyTorch's thread pool does not support it. Then it runs
+tests/ops/test_native*.py and tests/native/test_steps.py on a package that is built with the sanitizers into
+build/sanitize, separate from the installed one. Instruction sets are limited to AVX2, since compiling
+attention's checks for AVX-512 takes many minutes, and the sources are the same. Any finding of a sanitizer
+ends the run with an error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ OPTIONS |= {"TSAN_OPTIONS": "halt_on_error=1"}
 
 
 def run_driver(compiler: str, flags: list[str], name: str) -> str:
-    """Compile and run it; returns the best of the instruction sets."""
+    """Compile and run the driver; returns the best of its instruction sets."""
     folder = FOLDER / name
     folder.mkdir(parents=True, exist_ok=True)
     driver = native_driver.build(folder, compiler, platform.machine(), flags, ISAS)
@@ -58,7 +58,7 @@ def build_package(compiler: str, isa: str) -> Path:
 
 
 def preloaded(compiler: str) -> dict[str, str]:
-    """The environment in which a Python that was not built with a sanitizer loads such an extension."""
+    """The environment variables with which an ordinary Python loads an extension with sanitizers."""
     libraries = []
     for name in ("libasan.so", "libstdc++.so.6"):  # the latter: asan looks for __cxa_throw when it starts
         command = [*shlex.split(compiler), f"-print-file-name={name}"]
@@ -76,7 +76,8 @@ def main() -> int:
     folder = ROOT / "tests"
     files = [*sorted((folder / "ops").glob("test_native*.py")), folder / "native" / "test_steps.py"]
     tests = [str(file) for file in files]
-    # The driver saw to the other instruction sets; what starts compilers would sanitize these.
+    # The driver covers the other instruction sets. Compilers must not run with the sanitizers, so tests
+    # that start one are excluded.
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     command += ["-k", "not instruction_set and not driver and not compile", *tests, *sys.argv[1:]]
     origin = (

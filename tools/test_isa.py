@@ -1,9 +1,9 @@
-"""Runs the tests of numbers as other processors would: test_isa.py [arguments of pytest]
+"""Runs the numerical tests as on other processors: test_isa.py [arguments of pytest]
 
 PyTorch, its matrix products (MKL, oneDNN), NumPy's (OpenBLAS, in Triton's interpreter) and minilm's kernels
-each choose code for the processor that they find, and sum in another order on each. Here they are told to
-take it for an older one. A test that passes on one processor only does not hold what it says. Few examples
-are drawn (HYPOTHESIS_PROFILE=ci: as many as usual).
+each choose code for the processor, and sum in different orders on different ones. Here they are set to the
+instruction sets of older processors, since a test must pass on all of them. Fewer random examples than usual
+are used (HYPOTHESIS_PROFILE=ci: the usual number).
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def main() -> int:
     command = [sys.executable, "-m", "pytest", "--quiet", "--numprocesses", "auto", "--dist", "worksteal"]
     for name, variables in PROCESSORS.items():
         if native.unavailable is None and variables["MINILM_CPU_ISA"] not in native.cpu_isas():
-            print(f"left out, since this machine cannot do it: a processor {name}")
+            print(f"left out, since this machine does not support it: a processor {name}")
             continue
         print(f"as on a processor {name}: {' '.join(f'{k}={v}' for k, v in variables.items())}", flush=True)
         environment = {"HYPOTHESIS_PROFILE": "few"} | os.environ | variables

@@ -1,9 +1,9 @@
 """The command `minilm`.
 
-Nothing heavy is imported before a command needs it: `minilm --help` does not load torch.
+Heavy packages are imported only by the commands that need them: `minilm --help` does not load torch.
 
-Reading order: `app` (the commands, and what becomes of an error), `options` (groups of options that
-commands share), `texts` (what goes in), `results` (what comes out), then what is in `commands`.
+Reading order: `app` (the commands and error handling), `options` (groups of options that commands share),
+`texts` (input), `results` (output), then the files in `commands`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""The application: its commands, and one place where every error becomes one line and an exit status.
+"""The application: its commands, and the one place where errors become a line on standard error and an exit
+status.
 
-Exit status: 0 done, 2 an error that the message explains (a wrong option, a missing file, a checkpoint that
-does not fit), 1 a fault of minilm itself, 130 Ctrl-C, 141 the reader of the output has gone (`| head`).
+Exit status: 0 success; 2 an error that the message explains (a wrong option, a missing file, a checkpoint
+that does not fit); 1 a bug in minilm; 130 Ctrl-C; 141 the output pipe was closed (`| head`).
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from .options import bare
 
 
 class Group(typer.core.TyperGroup):
-    """The top level. In place of typer's own boxes and tracebacks, errors are reported by `errors.report`."""
+    """The top-level group. Errors are reported by `errors.report`, not by typer's boxes and tracebacks."""
 
     def main(
         self,
@@ -29,7 +30,7 @@ class Group(typer.core.TyperGroup):
         windows_expand_args: bool = True,
         **extra: Any,
     ) -> Any:
-        """Run, and (unless the caller wants the exceptions) end the process with the exit status."""
+        """Run, and end the process with the exit status, unless the caller wants the exceptions."""
         run = partial(super().main, args, prog_name, complete_var, False, windows_expand_args)
         if not standalone_mode:
             return run(**extra)
@@ -43,12 +44,11 @@ class Group(typer.core.TyperGroup):
         raise SystemExit(status)
 
     def get_help_option(self, ctx: Any) -> Any:
-        """As of the base class, without a type."""
+        """As in the base class; only untyped."""
         return bare(super().get_help_option(ctx))
 
     def invoke(self, ctx: Any) -> Any:
-        """Run the command that was asked for. What is printed is flushed here, so that a closed pipe shows
-        here."""
+        """Run the command. Output is flushed here, so that a closed pipe raises its error here."""
         try:
             result = super().invoke(ctx)
             typer.get_text_stream("stdout").flush()
@@ -61,7 +61,8 @@ class Group(typer.core.TyperGroup):
 app = typer.Typer(
     cls=Group,
     name="minilm",
-    help="Transformers to read, to use and to measure: embeddings, text, and what is inside a model.",
+    help="Transformer models on the command line: embeddings, text generation, and inspection of "
+    "checkpoints.",
     epilog="Start with:  minilm doctor",
     invoke_without_command=True,
     add_completion=False,

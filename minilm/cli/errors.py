@@ -1,4 +1,4 @@
-"""Errors and warnings as people want to read them: one line on standard error, and a traceback on request."""
+"""Errors and warnings as one line on standard error, with a traceback on request."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from typing import Any
 import typer
 
 CLICK_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
-"""Usage errors. Newer releases of typer carry their own copy of click, older ones import it."""
+"""Usage errors. Newer releases of typer include a copy of click, older ones import it."""
 
 
 @dataclass
 class State:
-    """What the whole run of a command knows."""
+    """Settings for the whole run of a command."""
 
     debug: bool = False
 
 
 class CommandError(ValueError):
-    """Something that a command was asked for and cannot do; the message says what to do instead."""
+    """A request that a command cannot carry out; the message says what to do instead."""
 
 
 def report(error: Exception, *, debug: bool) -> int:
-    """Print `error` on standard error, in one line unless `debug`; returns the exit status."""
+    """Print `error` on standard error, as one line unless `debug` is set; returns the exit status."""
     if debug:
         traceback.print_exception(error)
     if isinstance(error, CLICK_ERROR):
@@ -41,7 +41,7 @@ def report(error: Exception, *, debug: bool) -> int:
     if _expected(error):
         _say("error", _message(error))
         return 2
-    hint = "" if debug else " (a fault of minilm: run it again with --debug for the traceback)"
+    hint = "" if debug else " (a bug in minilm: run again with --debug for the traceback)"
     _say("error", f"unexpected {type(error).__name__}: {_message(error)}{hint}")
     return 1
 
@@ -53,7 +53,8 @@ def _usage(error: Any) -> str:
 
 
 def _expected(error: Exception) -> bool:
-    """Whether the message is for the user: bad input, missing files, a backend that cannot run, no memory."""
+    """Whether the message is for the user: bad input, missing files, a backend that cannot run, too little
+    memory."""
     if isinstance(error, (ValueError, OSError, MemoryError)):
         return True
     dispatch = sys.modules.get("minilm.ops.dispatch")
@@ -61,7 +62,7 @@ def _expected(error: Exception) -> bool:
         return True
     torch = sys.modules.get("torch")
     out_of_memory = getattr(torch, "OutOfMemoryError", ())
-    # PyTorch's allocator for the CPU raises a plain RuntimeError.
+    # PyTorch's CPU allocator raises a plain RuntimeError.
     return isinstance(error, out_of_memory) or (
         isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
     )
@@ -83,11 +84,11 @@ def warn(message: str) -> None:
 
 
 before_a_line: list[Callable[[], None]] = []
-"""What is called before a line is written to standard error: a sign of life on the same line goes away."""
+"""Called before a line is written to standard error, to clear a progress line."""
 
 
 def note(message: str) -> None:
-    """Tell what was done, to somebody who is watching: nothing when standard error is not a terminal."""
+    """Report what was done, if standard error is a terminal."""
     if sys.stderr is not None and sys.stderr.isatty():
         for erase in before_a_line:
             erase()
@@ -108,7 +109,7 @@ class _LogLines(logging.Handler):
 
 @contextmanager
 def tidy_messages() -> Iterator[None]:
-    """Warnings and log messages come out as one line each, like errors."""
+    """Print warnings and log messages as one line each, like errors."""
     log, handler = logging.getLogger("minilm"), _LogLines(logging.WARNING)
     log.addHandler(handler)
     propagate, log.propagate = log.propagate, False
@@ -122,10 +123,10 @@ def tidy_messages() -> Iterator[None]:
 
 
 def closed_pipe() -> None:
-    """Point standard output to nowhere, so that what Python flushes at its end does not complain again."""
+    """Redirect standard output to the null device, so that Python's flush at exit does not fail again."""
     try:
         descriptor = sys.stdout.fileno()
-    except (OSError, ValueError):  # a test's stream in memory
+    except (OSError, ValueError):  # an in-memory stream, in tests
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, descriptor)

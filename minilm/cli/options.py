@@ -1,8 +1,8 @@
-"""Options that several commands share, as dataclasses: a command takes `run: Runtime` in place of five
-arguments.
+"""Options that several commands share, as dataclasses: a command has one parameter `run: Runtime` for all of
+them.
 
-`command` registers a function as a command of an app; parameters whose type is a dataclass are unfolded
-into that dataclass's fields, each an option or argument of its own.
+`command` registers a function as a command of an app. A parameter whose type is a dataclass becomes one
+option or argument for each field.
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ MODEL_HELP = "A folder, a GGUF file, or a name on the Hugging Face hub."
 
 
 NARROW = 80
-"""Columns below which a command's help has no table: each option has a line, and its help lines below."""
+"""On terminals narrower than this, help has no table: each option has a line, with its help indented
+below."""
 
 
 class Command(typer.core.TyperCommand):
-    """A command whose `--help` shows no types of Python, and cuts no name on a narrow terminal."""
+    """A command whose `--help` shows no Python types, and does not cut names on a narrow terminal."""
 
     def get_help_option(self, ctx: Any) -> Any:
-        """As of the base class."""
+        """As in the base class."""
         return bare(super().get_help_option(ctx))
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        """As of the base class where there is room for a table."""
+        """As in the base class, if the terminal is wide enough for a table."""
         width = shutil.get_terminal_size().columns
         if width >= NARROW:
             for parameter in self.params:
@@ -50,7 +51,7 @@ class Command(typer.core.TyperCommand):
 
 
 def _narrow_help(command: Command, ctx: Any, width: int) -> Iterator[str]:
-    """The help in lines of at most `width` characters, as far as names are not longer."""
+    """The help in lines of at most `width` characters, except for longer names."""
     wrap = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
     yield from wrap.wrap(f"Usage: {ctx.command_path} {' '.join(command.collect_usage_pieces(ctx))}")
     for paragraph in (command.help or "").split("\n\n"):
@@ -74,7 +75,7 @@ def _narrow_help(command: Command, ctx: Any, width: int) -> Iterator[str]:
 
 
 def _limits(parameter: Any) -> str:
-    """The least value and the default, where there are any to show."""
+    """The minimum and the default, if there are any to show."""
     least, default = getattr(parameter, "min", None), parameter.default
     found = [] if least is None else [f"at least {least:g}"]
     told = isinstance(default, (str, int, float)) and default is not False and default != ""
@@ -91,15 +92,15 @@ def bare(option: Any) -> Any:
 
 
 def paragraphs(text: str | None) -> str:
-    """A docstring with one line for each paragraph: the terminal says where lines end."""
+    """A docstring with one line per paragraph, since the terminal breaks the lines."""
     return "\n\n".join(" ".join(part.split()) for part in inspect.cleandoc(text or "").split("\n\n"))
 
 
 def command(
     app: typer.Typer, name: str, *, panel: str, examples: str
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Register a function as the command `name`. Its docstring is the help, `examples` (one a line) end
-    it."""
+    """Register a function as the command `name`. Its docstring is the help; `examples` (one per line) are
+    shown below it."""
     epilog = "Examples:\n\n" + "\n\n".join(line.strip() for line in examples.strip().splitlines())
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
@@ -158,9 +159,7 @@ Decoder = Encoder
 ENCODER, DECODER = DEFAULT_ENCODER, DEFAULT_DECODER
 DType = Annotated[
     str | None,
-    typer.Option(
-        "--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; if not given, the checkpoint's."
-    ),
+    typer.Option("--dtype", metavar="DTYPE", help="float32, bfloat16 or float16; default: the checkpoint's."),
 ]
 
 
@@ -170,34 +169,34 @@ class Runtime:
 
     device: Annotated[
         str | None,
-        typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:1; if not given, a GPU if there is one."),
+        typer.Option(metavar="DEVICE", help="cpu, cuda or cuda:1; default: a GPU if there is one."),
     ] = None
     dtype: DType = None
     weights: Annotated[
         str | None,
         typer.Option(
             metavar="FORMAT",
-            help="Quantise the weights: int8, q8_0 (q8), q4_0 or q4_1 (q4); gguf takes those of a GGUF file "
-            "as they are.",
+            help="Quantise the weights: int8, q8_0 (q8), q4_0 or q4_1 (q4); gguf keeps the formats of a "
+            "GGUF file.",
         ),
     ] = None
     backend: Annotated[
         str | None,
         typer.Option(
             metavar="NAMES",
-            help="native, triton, torch or reference, or several, best first: only these may run. "
-            "If not given, each op chooses.",
+            help="native, triton, torch or reference, or several, preferred first: only these may run. "
+            "Default: chosen for each op.",
         ),
     ] = None
     explain: Annotated[
-        bool, typer.Option("--explain", help="Tell on standard error which implementation of each op ran.")
+        bool, typer.Option("--explain", help="Print on standard error which implementation of each op ran.")
     ] = False
 
     @contextmanager
     def running(self, model: str) -> Iterator[torch.device]:
-        """Tell a watcher that `model` is being loaded, check the options, choose the backend for what runs
-        inside, give the device. Imports torch."""
-        note(f"loading {model} ...")  # before PyTorch, which takes seconds itself
+        """Report that `model` is being loaded, check the options, set the backend for the block, and yield
+        the device. Imports torch."""
+        note(f"loading {model} ...")  # before importing PyTorch, which takes seconds
         import torch
 
         from ..model import as_device, as_dtype
@@ -206,7 +205,7 @@ class Runtime:
         as_dtype(self.dtype)
         try:
             device = as_device(self.device or ("cuda" if torch.cuda.is_available() else "cpu"), None)
-        except RuntimeError as error:  # torch.device of a word that it does not know
+        except RuntimeError as error:  # raised by torch.device for an unknown name
             raise ValueError(f"--device {self.device}: {str(error).splitlines()[0]}") from error
         explain(reset=True)
         names = [name.strip() for name in (self.backend or "auto").split(",")]

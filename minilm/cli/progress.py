@@ -1,7 +1,8 @@
-"""Signs of life of a command that takes long, on standard error.
+"""Progress messages of long commands, on standard error.
 
-On a terminal one line is written over and over, each half second; elsewhere a plain line every few seconds,
-so that a log of it can be read. The line is written by a thread, since a step may take minutes."""
+On a terminal, one line is rewritten every half second. Otherwise a plain line is written every few seconds,
+so that a log file stays readable. A thread writes the line, since one step may take minutes.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +18,13 @@ from typing import TextIO
 from .errors import before_a_line
 
 EVERY = {True: 0.5, False: 5.0}
-"""Seconds between two lines: on a terminal, and elsewhere."""
+"""Seconds between two lines: on a terminal, and otherwise."""
 
 
 class Progress:
-    """``with Progress(words): ...`` writes what `words()` gives, at once and then every now and then.
+    """``with Progress(words): ...`` writes the text that `words()` returns, at once and then regularly.
 
-    On a terminal the line is erased at the end, so that what the command has to tell stands alone.
+    On a terminal the line is erased at the end, so only the results of the command remain.
     """
 
     def __init__(
@@ -62,12 +63,12 @@ class Progress:
         before_a_line.remove(self.erase)
 
     def erase(self) -> None:
-        """Clear the line; it comes back with the next sign."""
+        """Erase the line until the next update."""
         with self._lock:
             self._erase()
 
     def say(self, text: str) -> None:
-        """A line that stays."""
+        """Print a permanent line."""
         with self._lock:
             self._erase()
             if self._stream is not None:
@@ -97,8 +98,7 @@ class Progress:
 
 
 def waiting(what: str) -> Progress:
-    """A sign of life of which nothing is known but the time: "reading the model ... 12 s". Only on a
-    terminal."""
+    """Progress of a step whose length is unknown: "reading the model ... 12 s". Only on a terminal."""
     began = time.monotonic()
 
     def words() -> str:
@@ -110,8 +110,8 @@ def waiting(what: str) -> Progress:
 
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int], None]]:
-    """Tell a watcher how many of what are done: "2,048 texts, 31 s". Only where standard error is a terminal
-    and standard output is not, which would show the results themselves."""
+    """Report how many items are done: "2,048 texts, 31 s". Only if standard error is a terminal and standard
+    output is not (there the results themselves appear)."""
     began, total = time.monotonic(), 0
 
     def words() -> str:
@@ -127,7 +127,7 @@ def counting(what: str) -> Iterator[Callable[[int], None]]:
 
 
 def duration(seconds: float) -> str:
-    """8 s, 1:05 min, 2:10:00 h."""
+    """A duration in seconds as text: 8 s, 1:05 min, 2:10:00 h."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"

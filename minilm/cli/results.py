@@ -1,4 +1,4 @@
-"""What comes out of a command: a table for people, JSON lines for programs, .npy for arrays."""
+"""The output of a command: a table for people, JSON lines for programs, .npy for arrays."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ Table = Callable[[list[Record]], "RenderableType"]
 
 @dataclass
 class Output:
-    """Where results go."""
+    """Destination and format of results."""
 
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", "-o", metavar="FILE", help="Write to FILE: .jsonl, or .npy where there are arrays."
+            "--output", "-o", metavar="FILE", help="Write to FILE: .jsonl, or .npy if the results are arrays."
         ),
     ] = None
     json: Annotated[
-        bool, typer.Option("--json", help="JSON lines, as always when the output is not a terminal.")
+        bool, typer.Option("--json", help="Print JSON lines (the default if the output is not a terminal).")
     ] = False
 
     @property
@@ -43,11 +43,11 @@ class Output:
         return self.output is None and not self.json and sys.stdout.isatty()
 
     def check(self, array: str | None = None) -> None:
-        """Raise CommandError, before any work is done, if FILE cannot be what was asked for."""
+        """Raise CommandError, before any work is done, if results cannot be written to FILE."""
         if self.output is None:
             return
         if self.output.suffix == ".npy" and array is None:
-            raise CommandError(f"--output {self.output}: this command has no arrays for .npy, write .jsonl")
+            raise CommandError(f"--output {self.output}: this command has no arrays for .npy: use .jsonl")
         if self.output.suffix not in (".npy", ".jsonl"):
             raise CommandError(
                 f"--output {self.output}: expected a name that ends in .jsonl{' or .npy' if array else ''}"
@@ -56,13 +56,14 @@ class Output:
         if not folder.is_dir():
             raise CommandError(f"--output {self.output}: the folder {folder} does not exist")
         if self.output.is_dir():
-            raise CommandError(f"--output {self.output}: this is a folder")
+            raise CommandError(f"--output {self.output}: expected a file, and this is a folder")
 
     @contextmanager
     def writer(self, table: Table, array: str | None = None) -> Iterator[Callable[[Record], None]]:
-        """A function that takes results one at a time. `array` names the field whose rows make the .npy file.
+        """Yield a function that accepts results one at a time. `array` names the field whose rows make the
+        .npy file.
 
-        A file gets its name when it is complete: an error or Ctrl-C leaves what was there before.
+        A file appears only when it is complete: after an error or Ctrl-C, an existing file is unchanged.
         """
         self.check(array)
         if self.output is not None:
@@ -96,7 +97,8 @@ def _line(stream: TextIO, record: Record) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Arrays and numbers of numpy and torch as JSON. Of float32 the shortest digits that say which it is."""
+    """Arrays and numbers of numpy and torch as JSON. float32 values have the shortest digits that identify
+    them."""
     import numpy as np
 
     array = np.asarray(value)
@@ -119,8 +121,7 @@ def _array(path: Path, field: str) -> Iterator[Callable[[Record], None]]:
 
 @contextmanager
 def _complete_file(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path`, which takes its place when all has gone well, and goes away
-    otherwise."""
+    """A temporary file beside `path`; it replaces `path` on success, and is deleted otherwise."""
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     os.close(handle)
     temporary = Path(name)
@@ -128,14 +129,14 @@ def _complete_file(path: Path) -> Iterator[Path]:
         yield temporary
         umask = os.umask(0)
         os.umask(umask)
-        temporary.chmod(0o666 & ~umask)  # mkstemp's own is for the owner alone
+        temporary.chmod(0o666 & ~umask)  # mkstemp makes files that only the owner can read
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 def size(count: int) -> str:
-    """A number of bytes for people: 90.9 MB (decimal, as file managers and transformers count)."""
+    """A number of bytes as text: 90.9 MB (decimal, as in file managers and transformers)."""
     number = float(count)
     for unit in ("B", "kB", "MB", "GB"):
         if abs(number) < 999.5:
@@ -145,7 +146,7 @@ def size(count: int) -> str:
 
 
 def quantity(count: int) -> str:
-    """A number for people: 22.7 M."""
+    """A number as text: 22.7 M."""
     number = float(count)
     for unit in ("", " k", " M", " G"):
         if abs(number) < 999.5:

@@ -1,4 +1,4 @@
-"""What goes into a command: texts from arguments, standard input, text files and JSON lines."""
+"""The input of a command: texts from arguments, standard input, text files and JSON lines."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ JSON_LINES = (".jsonl", ".ndjson")
 
 @dataclass(frozen=True)
 class Item:
-    """One text. `record` is the JSON object that it came in, whose other fields go out with the result."""
+    """One text. `record` is the JSON object that contained it, whose other fields are copied to the
+    result."""
 
     text: str
     record: dict[str, Any] = field(default_factory=dict)
@@ -31,26 +32,27 @@ FileOption = Annotated[
         "--file",
         "-f",
         metavar="FILE",
-        help="Read texts from FILE: one a line, or JSON lines (.jsonl). Repeatable.",
+        help="Read texts from FILE: one per line, or JSON lines (.jsonl). Repeatable.",
     ),
 ]
 FieldOption = Annotated[
-    str | None, typer.Option(metavar="NAME", help="The input is JSON lines; the text is in this field.")
+    str | None, typer.Option(metavar="NAME", help="Read JSON lines, with the text in this field.")
 ]
 
 
 @dataclass
 class Texts:
-    """Texts of a command: its arguments, else its files, else standard input (also as `-`)."""
+    """Texts of a command: its arguments, otherwise its files, otherwise standard input (also as `-`)."""
 
     texts: Annotated[
-        list[str] | None, typer.Argument(metavar="TEXT", help="Texts; - or nothing reads standard input.")
+        list[str] | None,
+        typer.Argument(metavar="TEXT", help="Texts. Without any, or with -, standard input is read."),
     ] = None
     file: FileOption = None
     field: FieldOption = None
 
     def read(self) -> Iterator[Item]:
-        """The texts in order. Raises CommandError when there is none."""
+        """The texts in order. Raises CommandError if there are none."""
         return read_items(self.texts or [], self.file or [], self.field)
 
 
@@ -62,10 +64,11 @@ def read_items(
     whole: bool = False,
     default_field: str = "text",
 ) -> Iterator[Item]:
-    """All texts, as they come. `whole`: a text file or standard input is one text, and not one a line.
+    """All texts, one at a time. With `whole`, a text file or standard input is one text, rather than one per
+    line.
 
-    Raises CommandError when there is nothing to read, OSError when a file cannot be opened, both at once;
-    what is wrong in a file shows when it is read.
+    Raises, at once, CommandError if there is nothing to read and OSError if a file cannot be opened; errors
+    inside a file are raised when it is read.
     """
     sources: list[str | Path] = [*(Path("-") if text == "-" else text for text in texts), *files]
     if not sources:
@@ -74,7 +77,7 @@ def read_items(
         sources = [Path("-")]
     for source in sources:
         if isinstance(source, Path) and str(source) != "-":
-            source.open("rb").close()  # an error before anything else is done
+            source.open("rb").close()  # raises an error before any work is done
     return _items(sources, field, whole, default_field)
 
 
@@ -152,7 +155,7 @@ def _json_items(lines: Iterable[tuple[int, str]], name: str, field: str) -> Iter
 
 
 def chunks(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
-    """The items in lists of at most `size`, so that a long file is worked on as it is read."""
+    """The items in lists of at most `size`, so that a long file is processed while it is read."""
     chunk: list[Item] = []
     for item in items:
         chunk.append(item)

@@ -1,4 +1,4 @@
-"""How a model's `forward` is entered while a graph is made of it."""
+"""What happens when a model's `forward` is called while a graph is made."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ import torch.utils._pytree as pytree
 
 
 def in_graph() -> bool:
-    """Whether a graph is being made, so that no value of a tensor can be looked at."""
+    """Whether a graph is being made: the values of tensors are then unknown."""
     return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """A ``with`` block without the warnings of torch.jit.trace: checks of sizes, which it warns of, hold for
-    one batch as for any other."""
+def no_tracer_warnings() -> Iterator[None]:
+    """A ``with`` block without the warnings of torch.jit.trace about Python values: the sizes that minilm
+    checks are wrong or right for all batches alike."""
     if torch.compiler.is_compiling() or not torch._C._is_tracing():
         yield
         return
@@ -31,11 +31,11 @@ def quiet() -> Iterator[None]:
 
 
 def graphed(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """`forward`, which may be called while a graph is made.
+    """Wrap `forward` so that it can be called while a graph is made.
 
-    Within torch.compile a call with past_key_values runs as if nothing was compiled. An exported model has no
-    cache: ValueError for use_cache=True and past_key_values; while torch.jit.trace is at work the result is a
-    tuple, unless return_dict=True.
+    torch.compile does not compile a call with past_key_values: it runs normally. An exported model has no
+    cache: use_cache=True and past_key_values raise ValueError. Under torch.jit.trace the result is a tuple,
+    unless return_dict=True.
     """
 
     names = [p.name for p in inspect.signature(forward).parameters.values() if p.kind != p.VAR_KEYWORD][1:]
@@ -47,27 +47,27 @@ def graphed(forward: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             if options.get("past_key_values") is None:
                 return forward(self, *arguments, **options)
-            from .outside import outside
+            from .outside import uncompiled
 
-            return outside(forward, self, *arguments, **options)
+            return uncompiled(forward, self, *arguments, **options)
         if not torch.compiler.is_compiling():  # torch.onnx passes keyword arguments by position
             options = {**dict(zip(names, arguments, strict=False)), **options}
             arguments = ()
             options["return_dict"] = bool(options.get("return_dict"))
         if self.spec.causal and (options.get("past_key_values") is not None or options.get("use_cache")):
             raise ValueError(
-                "a model is exported without a KV cache: leave out past_key_values and use_cache=True"
+                "an exported model has no KV cache: leave out past_key_values and use_cache=True"
             )
         options["use_cache"] = False
-        with quiet():
+        with no_tracer_warnings():
             return forward(self, *arguments, **options)
 
     return run
 
 
-def taken_apart(cls: type[Any]) -> None:
-    """Let torch.export take results of this class, dicts by the names of their fields, apart and make them
-    again."""
+def register_output(cls: type[Any]) -> None:
+    """Register a class of results, dicts by the names of their fields, with torch.export, which flattens and
+    rebuilds them."""
     pytree.register_pytree_node(
         cls,
         lambda output: (list(output.values()), list(output)),

@@ -13,7 +13,7 @@ from ..config import ModelConfig
 
 
 class LateCache(KVCache):
-    """A cache that is filled when it is first looked at: after the graph that gave its keys and values."""
+    """A cache that is filled at its first use, after the graph has returned the keys and values."""
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype, padded: Any) -> None:
         self._given = (config, dtype, padded.batch, padded.columns, padded.real, padded.kept)
@@ -31,7 +31,7 @@ def _fill(
     cache: KVCache, config: ModelConfig, dtype: torch.dtype, batch: int, columns: int, real: Tensor | None,
     kept: list[tuple[Tensor, Tensor]],
 ) -> None:  # fmt: skip
-    """What a forward pass outside of a graph would have put into it."""
+    """Fill the cache as a forward pass without a graph would."""
     device = kept[0][0].device if kept else torch.device("cpu") if real is None else real.device
     KVCache.__init__(cache, config, rows=batch, dtype=dtype, device=device)
     lengths, places = [columns] * batch, None

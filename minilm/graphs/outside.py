@@ -1,5 +1,8 @@
-"""What torch.compile leaves alone. A file of its own, imported while a graph is made: the decorator brings in
-torch._dynamo, which nobody else should wait for."""
+"""Calls that torch.compile does not compile.
+
+This is a separate file, imported only while a graph is made, because the decorator imports torch._dynamo,
+which takes time.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,6 @@ import torch
 
 
 @torch.compiler.disable(reason="past_key_values: a call that continues a KV cache is not compiled")  # type: ignore[no-untyped-call, untyped-decorator]
-def outside(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """The call, as if nothing was compiled."""
+def uncompiled(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
+    """Run the call uncompiled."""
     return function(*arguments, **options)

@@ -1,4 +1,4 @@
-"""`Padded`: a batch all of whose places go through the layers, those at padding too."""
+"""`Padded`: a batch whose padding goes through the layers too, for graphs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Padded:
-    """What the layers ask of a batch (see `minilm.model.batch.Packed`), all of whose places are tokens."""
+    """The interface of `minilm.model.batch.Packed` for the layers, with all B * S positions as tokens."""
 
     indices = None
     padded_left = False
@@ -21,9 +21,9 @@ class Padded:
     ) -> None:
         self.batch, self.columns = batch, columns
         self.real = real
-        """bool [B, S]; None when all are real."""
+        """bool [B, S]; None if there is no padding."""
         self.kept: list[tuple[Tensor, Tensor]] | None = [] if keeps else None
-        """Where asked for: keys and values of each layer, [T, Hkv, D]."""
+        """If requested: keys and values of each layer, [T, Hkv, D]."""
         self._masks: dict[tuple[bool, int | None], Tensor | None] = {}
         column = torch.arange(columns, device=device).expand(batch, columns)
         if real is None:
@@ -35,23 +35,23 @@ class Padded:
 
     @property
     def max_seqlen(self) -> int:
-        """Columns of the batch, which no sequence is longer than."""
+        """The number of columns, an upper bound of the length of each sequence."""
         return self.columns
 
     def look_ahead(self, causal: bool, windows: Iterable[int | None]) -> None:
-        """Make the masks of these windows once, for all layers: before them, since torch.compile does not let
-        checkpointed layers keep anything."""
+        """Make the masks for these windows once, for all layers. This happens before the layers, since
+        torch.compile does not let checkpointed layers store anything."""
         for window in windows:
             if (causal, window) not in self._masks:
                 self._masks[causal, window] = self._mask(causal, window)
 
     # Layout
     def pack(self, x: Tensor) -> Tensor:
-        """[B, S, ...] -> [T, ...], zeros where there is no token."""
+        """[B, S, ...] -> [T, ...], with zeros at padding."""
         return self._fill(x, 0).flatten(0, 1)
 
     def pad(self, x: Tensor, value: float = 0) -> Tensor:
-        """[T, ...] -> [B, S, ...], `value` where there is no token."""
+        """[T, ...] -> [B, S, ...], with `value` at padding."""
         return self._fill(self.rows(x), value)
 
     def rows(self, x: Tensor) -> Tensor:
@@ -64,22 +64,22 @@ class Padded:
         return x.masked_fill(~self.real.view(*self.real.shape, *[1] * (x.dim() - 2)), value)
 
     def tokens_at(self) -> Tensor:
-        """Where there is a token, bool [B, S]."""
+        """True at tokens, False at padding; bool [B, S]."""
         return (
             torch.ones_like(self.rows(self.positions), dtype=torch.bool) if self.real is None else self.real
         )
 
     def first(self) -> Tensor:
-        """Place of the first token of each sequence, int64 [B]."""
+        """Index in T of the first token of each sequence, int64 [B]."""
         return self._places(self.starts[:, 0])
 
     def last(self) -> Tensor:
-        """Place of the last token of each sequence, int64 [B]."""
+        """Index in T of the last token of each sequence, int64 [B]."""
         return self.last_where(None)
 
     def last_where(self, there: Tensor | None) -> Tensor:
-        """Place of the last token of each sequence that is `there`, bool [B, S]; its first token, if none
-        is."""
+        """Index in T of the last token of each sequence that `there`, bool [B, S], selects; its first token,
+        if none is selected."""
         column = torch.arange(self.columns, device=self.starts.device)
         for which in (there, self.real):
             if which is not None:
@@ -91,7 +91,7 @@ class Padded:
         return torch.arange(self.batch, device=columns.device) * self.columns + columns
 
     def last_columns(self, count: int) -> tuple[Padded, Tensor]:
-        """The part of the batch in its last `count` columns, and its places here."""
+        """The last `count` columns as a batch, and the indices of their positions in this one's T."""
         places = torch.arange(self.batch * self.columns, device=self.starts.device)
         places = places.view(self.batch, self.columns)[:, -count:]
         real = None if self.real is None else self.real[:, -count:]
@@ -99,27 +99,28 @@ class Padded:
 
     # Positions and labels
     def counted(self, there: Tensor) -> Tensor:
-        """For each token that is `there`, bool [B, S], how many of its sequence are before it; -1 for others.
-        int64 [T]."""
+        """For each token that `there`, bool [B, S], selects: the number of selected tokens before it in its
+        sequence; -1 for the other tokens. int64 [T]."""
         counts = there.long().cumsum(1)
-        if self.real is not None:  # what stands under the padding before a row is not counted
+        if self.real is not None:  # do not count padding on the left
             counts = counts - (counts - there.long()).gather(1, self.starts)
         return self._fill(counts * there - 1, 0).flatten()
 
     def context(self, positions: Tensor) -> Tensor:
-        """The length of each token's sequence, int64 [T], by its `positions` [T]."""
+        """The length of each token's sequence, int64 [T], from its `positions` [T]."""
         longest = self._fill(self.rows(positions), 0).amax(1, keepdim=True)
         return (longest + 1).expand(self.batch, self.columns).flatten()
 
     def targets(self, labels: Tensor, shift: bool) -> Tensor:
-        """Padded labels int64 [B, S] -> [T], -100 at padding; `shift`: of the next token each."""
+        """Padded labels int64 [B, S] -> [T], -100 at padding. With `shift`, each token gets the label of the
+        next one."""
         labels = self._fill(labels, -100)
         if not shift:
             return labels.flatten()
         labels = F.pad(labels, (0, 1), value=-100)
         column = torch.arange(self.columns, device=labels.device)
         following = (column + 1).expand(self.batch, self.columns)
-        if self.real is not None:  # the next column with a token, beyond padding between tokens
+        if self.real is not None:  # the next token may come after padding
             here = torch.where(self.real, column, self.columns).flip(1).cummin(1).values.flip(1)
             following = F.pad(here[:, 1:], (0, 1), value=0)
             following = torch.where(column == self.columns - 1, self.columns, following)
@@ -137,7 +138,7 @@ class Padded:
         window: int | None,
         dropout_p: float,
     ) -> Tensor:
-        """As `minilm.ops.attention` within each row: q [T, H, D], k, v [T, Hkv, D] -> [T, H, D]."""
+        """`minilm.ops.attention` within each row: q [T, H, D], k, v [T, Hkv, D] -> [T, H, D]."""
         if self.kept is not None:
             self.kept.append((k, v))
         queries, keys, values = self._heads(q, k, v)
@@ -148,7 +149,7 @@ class Padded:
         return out.transpose(1, 2).flatten(0, 1)
 
     def maps(self, q: Tensor, k: Tensor, *, scale: float, causal: bool, window: int | None) -> Tensor:
-        """The attention probabilities, [B, H, S, S], zero where there is no token."""
+        """The attention probabilities, [B, H, S, S], zero in the rows of padding."""
         queries, keys = self._heads(q, k)
         scores = queries @ keys.transpose(2, 3)
         scores = (scores if scores.dtype == torch.float64 else scores.float()) * scale
@@ -162,7 +163,8 @@ class Padded:
         return probabilities if real is None else probabilities.masked_fill(~real[:, None, :, None], 0)
 
     def _heads(self, *xs: Tensor) -> list[Tensor]:
-        """[T, heads, D] each -> [B, H, S, D], a key/value head once for each query head that shares it."""
+        """[T, heads, D] -> [B, H, S, D] for each argument; key/value heads are repeated for the query heads
+        that share them."""
         heads, found = int(xs[0].shape[1]), []
         for x in xs:
             rows, group = self.rows(x).transpose(1, 2), heads // int(x.shape[1])
@@ -172,9 +174,10 @@ class Padded:
         return found
 
     def _seen(self, causal: bool, window: int | None) -> Tensor | None:
-        """Which key each query sees, bool [B or 1, 1, S or 1, S]; None: all, or all up to itself.
+        """Which keys each query attends to, bool [B or 1, 1, S or 1, S]. None: all, or with `causal` all up
+        to itself.
 
-        Each query sees something, those at padding too: a softmax over nothing is not a number.
+        Every query attends to some key, also at padding, since the softmax over no keys is NaN.
         """
         if (causal, window) in self._masks:
             return self._masks[causal, window]
@@ -185,7 +188,7 @@ class Padded:
         if window is None and (real is None or not causal):
             return None if real is None else (real | ~real.any(1, keepdim=True))[:, None, None]
         seen = column[:, None] - column >= 0 if causal else None
-        if window is not None:  # counts tokens, not the padding between them
+        if window is not None:  # distances count tokens, not padding
             place = column[None] if real is None else real.long().cumsum(1)
             near = (place[:, :, None] - place[:, None]).abs() < window
             seen = near if seen is None else seen & near

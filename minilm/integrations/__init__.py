@@ -1,1 +1,2 @@
-"""minilm's kernels inside other libraries; nothing of minilm imports this folder."""
+"""Adapters for other libraries (transformers, LangChain, LlamaIndex); the rest of minilm does not import
+them."""

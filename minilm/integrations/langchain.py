@@ -1,4 +1,4 @@
-"""minilm's models under LangChain (langchain-core 1.0 or later).
+"""minilm's models for LangChain (langchain-core 1.0 or later).
 
     from minilm.integrations.langchain import ChatMinilm, MinilmEmbeddings
 
@@ -6,10 +6,10 @@
     chat.invoke("Why is the sky blue?").content
     MinilmEmbeddings("all-MiniLM-L6-v2").embed_query("a text")
 
-`ChatMinilm` answers messages, `MinilmLLM` continues texts; `MinilmEmbeddings`, `MinilmReranker` and
-`MinilmCrossEncoder` are in `minilm.integrations.langchain_search`, and handed on here. LangChain is imported
-when one of them is first asked for. Calls from several threads, as LangChain's `batch` and its asynchronous
-methods make them, are answered together.
+`ChatMinilm` answers messages, `MinilmLLM` continues texts. `MinilmEmbeddings`, `MinilmReranker` and
+`MinilmCrossEncoder` are defined in `minilm.integrations.langchain_search` and can be imported from here too.
+LangChain is imported when one of these classes is first used. Concurrent calls from several threads, which
+LangChain's `batch` and asynchronous methods make, are run as one batch.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def __getattr__(name: str) -> Any:
 
 @cache
 def classes() -> dict[str, Any]:
-    """The classes by name, made when they are first asked for."""
+    """The classes by name, created at first use, since LangChain is imported for it."""
     from langchain_core.language_models import BaseChatModel, BaseLLM
     from langchain_core.messages import AIMessage, AIMessageChunk, convert_to_openai_messages
     from langchain_core.outputs import (
@@ -50,18 +50,18 @@ def classes() -> dict[str, Any]:
     from pydantic import BaseModel, ConfigDict, Field, PrivateAttr
 
     class Asked(BaseModel):  # type: ignore[misc]
-        """The options of both classes."""
+        """Options of both classes."""
 
         model_config = ConfigDict(extra="forbid", protected_namespaces=(), arbitrary_types_allowed=True)
 
         model: Any = Field(repr=False)
         """A name, a folder, a GGUF file, or a loaded `minilm.LLM`."""
         model_kwargs: dict[str, Any] = Field(default_factory=dict)
-        """Options of `minilm.LLM`, for a model that is given by its name: weights, device, dtype, ..."""
+        """Options of `minilm.LLM`, if the model is given by name: weights, device, dtype, ..."""
         max_tokens: int | None = MOST_TOKENS
-        """None: as many as fit."""
+        """None: up to the model's window."""
         temperature: float | None = None
-        """None, here and below: as the checkpoint recommends."""
+        """None, also below: as the checkpoint recommends."""
         top_p: float | None = None
         top_k: int | None = None
         min_p: float | None = None
@@ -70,7 +70,7 @@ def classes() -> dict[str, Any]:
         repetition_penalty: float | None = None
         seed: int | None = None
         stop: str | list[str] | None = None
-        """For calls that say none."""
+        """Used by calls that give no `stop`."""
         _llm: Any = PrivateAttr(default=None)
 
         def model_post_init(self, context: Any) -> None:
@@ -80,7 +80,7 @@ def classes() -> dict[str, Any]:
         def __getstate__(self) -> dict[Any, Any]:
             if isinstance(self.model, LLM):
                 raise TypeError(
-                    f"a loaded LLM cannot be pickled: make {type(self).__name__} by the name of the model"
+                    f"a loaded LLM cannot be pickled: create {type(self).__name__} with the model's name"
                 )
             state = super().__getstate__()
             return {**state, "__pydantic_private__": {**state["__pydantic_private__"], "_llm": None}}
@@ -93,7 +93,7 @@ def classes() -> dict[str, Any]:
             return self.model_copy()  # the model is shared
 
         def get_token_ids(self, text: str) -> list[int]:
-            """The model's own tokens of a text, without special ones."""
+            """The ids of a text in the model's vocabulary, without special tokens."""
             ids: list[int] = self._llm.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
             return ids
 
@@ -112,10 +112,9 @@ def classes() -> dict[str, Any]:
         return found
 
     class ChatMinilm(Asked, BaseChatModel):  # type: ignore[misc]
-        """A chat model: messages to a message. Options of a call (`bind`, `invoke`) are those of
-        `SamplingParams`, and `tools`, `chat_template_kwargs` and their like for the chat template. Messages
-        say how many tokens were read and written (`usage_metadata`), and why the text ended.
-        """
+        """A chat model: answers a list of messages with a message. Options of a call (`bind`, `invoke`) are
+        those of `SamplingParams`, and those of the chat template (`tools`, `chat_template_kwargs`, ...). An
+        answer has the numbers of tokens (`usage_metadata`), and the reason why the text ended."""
 
         __qualname__ = "ChatMinilm"
         model_config = ConfigDict(extra="forbid", protected_namespaces=())
@@ -131,7 +130,7 @@ def classes() -> dict[str, Any]:
             [answer] = self._llm.chat(plain(messages), params, use_tqdm=False, **template)
             found = []
             for number, text in enumerate(answer.outputs):
-                # Of several texts the first has read the prompt.
+                # If there are several texts, count the prompt for the first only.
                 usage = _usage(0 if number else len(answer.prompt_token_ids), len(text.token_ids))
                 message = AIMessage(text.text, usage_metadata=usage, response_metadata=self._metadata(text))
                 found.append(ChatGeneration(message=message))
@@ -148,7 +147,7 @@ def classes() -> dict[str, Any]:
                     if run_manager is not None:
                         run_manager.on_llm_new_token(piece, chunk=chunk)
                     yield chunk
-            finally:  # the program may have stopped reading
+            finally:  # the caller may have stopped reading
                 stream.close()
             [text] = stream.output.outputs
             usage = _usage(len(stream.output.prompt_token_ids), len(text.token_ids))
@@ -159,7 +158,7 @@ def classes() -> dict[str, Any]:
             return {"model_name": name_of(self.model, self._llm), "finish_reason": text.finish_reason}
 
     class MinilmLLM(Asked, BaseLLM):  # type: ignore[misc]
-        """A language model: texts to what follows them. `batch` writes all texts together."""
+        """A language model: continues texts. `batch` generates all texts as one batch."""
 
         __qualname__ = "MinilmLLM"
         model_config = ConfigDict(extra="forbid", protected_namespaces=())

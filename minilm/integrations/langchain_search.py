@@ -1,4 +1,4 @@
-"""minilm's sentence models under LangChain: embeddings, and what ranks documents again; see
+"""minilm's sentence models for LangChain: embeddings, and rerankers of documents; see
 `minilm.integrations.langchain`."""
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from .asking import loaded
 
 @cache
 def classes() -> dict[str, Any]:
-    """The classes by name, made when they are first asked for."""
+    """The classes by name, created at first use, since LangChain is imported for it."""
     from langchain_core.cross_encoders import BaseCrossEncoder
     from langchain_core.documents import Document
     from langchain_core.documents.compressor import BaseDocumentCompressor
@@ -21,14 +21,15 @@ def classes() -> dict[str, Any]:
     from pydantic import ConfigDict, Field, PrivateAttr
 
     class MinilmEmbeddings(Embeddings):  # type: ignore[misc]
-        """Embeddings by a SentenceEncoder, with its prompts for queries and for documents.
+        """Embeddings from a SentenceEncoder, with its prompts for queries and for documents.
 
         Args:
-            model: a name, a folder, or a loaded SentenceEncoder. `model_name` is another name of it.
-            model_kwargs: options of SentenceEncoder, for a model given by its name: device, weights, ...
+            model: a name, a folder, or a loaded SentenceEncoder. `model_name` is another name of this
+                argument.
+            model_kwargs: options of SentenceEncoder, if the model is given by name: device, weights, ...
             encode_kwargs: options of `encode` for documents, and for queries if query_encode_kwargs is None:
                 batch_size, normalize_embeddings, prompt, truncate_dim, ...
-            show_progress: a bar over the batches.
+            show_progress: show a progress bar over the batches.
         """
 
         __module__ = "minilm.integrations.langchain"
@@ -45,7 +46,7 @@ def classes() -> dict[str, Any]:
             show_progress: bool = False,
         ) -> None:
             if (model is None) == (model_name is None):
-                raise ValueError("give the model as model or as model_name, once")
+                raise ValueError("model and model_name are the same argument: give one of them")
             self.model = loaded(
                 SentenceEncoder, model if model_name is None else model_name, model_kwargs or {}
             )
@@ -57,23 +58,26 @@ def classes() -> dict[str, Any]:
                 "convert_to_tensor",
                 "output_value",
             }:
-                raise ValueError(f"{name} is not for embeddings in lists: leave it out")
+                raise ValueError(
+                    f"{name} is not supported, since embeddings are returned as lists: leave it out"
+                )
             self.show_progress = show_progress
 
         def embed_documents(self, texts: list[str]) -> list[list[float]]:
-            """One vector for each text."""
+            """One vector per text."""
             options = {"show_progress_bar": self.show_progress, **self.encode_kwargs}
             found: list[list[float]] = self.model.encode_document(list(texts), **options).tolist()
             return found
 
         def embed_query(self, text: str) -> list[float]:
-            """The vector of one query."""
+            """The vector of a query."""
             options = {"show_progress_bar": self.show_progress, **self.query_encode_kwargs}
             found: list[float] = self.model.encode_query(text, **options).tolist()
             return found
 
     class MinilmCrossEncoder(BaseCrossEncoder):  # type: ignore[misc]
-        """Scores of pairs by a CrossEncoder: a name, a folder or a loaded one. `options` of CrossEncoder."""
+        """Scores of pairs from a CrossEncoder: a name, a folder or a loaded one. `options`: those of
+        CrossEncoder."""
 
         __module__ = "minilm.integrations.langchain"
         __qualname__ = "MinilmCrossEncoder"
@@ -82,12 +86,13 @@ def classes() -> dict[str, Any]:
             self.model = loaded(CrossEncoder, model, options)
 
         def score(self, text_pairs: list[tuple[str, str]]) -> list[float]:
-            """One score for each pair."""
+            """One score per pair."""
             found: list[float] = self.model.predict(list(text_pairs), show_progress_bar=False).tolist()
             return found
 
     class MinilmReranker(BaseDocumentCompressor):  # type: ignore[misc]
-        """The `top_n` documents that answer the query best, by a CrossEncoder, best first; None: all.
+        """The `top_n` documents (None: all) that are most relevant to the query by a CrossEncoder, best
+        first.
 
         Each is a copy with its score in `metadata["relevance_score"]`.
         """
@@ -99,7 +104,7 @@ def classes() -> dict[str, Any]:
         model: Any = Field(repr=False)
         """A name, a folder, or a loaded CrossEncoder."""
         model_kwargs: dict[str, Any] = Field(default_factory=dict)
-        """Options of CrossEncoder, for a model that is given by its name."""
+        """Options of CrossEncoder, if the model is given by name."""
         top_n: int | None = Field(default=3, ge=1)
         batch_size: int = Field(default=32, ge=1)
         _encoder: Any = PrivateAttr(default=None)
@@ -110,7 +115,7 @@ def classes() -> dict[str, Any]:
         def compress_documents(
             self, documents: Sequence[Document], query: str, callbacks: Any = None
         ) -> Sequence[Document]:
-            """The best of the documents for this query."""
+            """The most relevant documents for this query."""
             texts = [document.page_content for document in documents]
             ranked = self._encoder.rank(
                 query, texts, self.top_n, batch_size=self.batch_size, show_progress_bar=False

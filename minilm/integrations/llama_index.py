@@ -1,13 +1,13 @@
-"""minilm's models under LlamaIndex (llama-index-core 0.14 or later).
+"""minilm's models for LlamaIndex (llama-index-core 0.14 or later).
 
     from minilm.integrations.llama_index import MinilmEmbedding, MinilmLLM
 
     Settings.embed_model = MinilmEmbedding(model="all-MiniLM-L6-v2")
     Settings.llm = MinilmLLM(model="SmolLM2-135M-Instruct", temperature=0)
 
-`MinilmLLM` completes texts and answers messages; `MinilmEmbedding` and `MinilmRerank` are in
-`minilm.integrations.llama_index_search`, and handed on here. LlamaIndex is imported when one of them is first
-asked for.
+`MinilmLLM` completes texts and answers messages. `MinilmEmbedding` and `MinilmRerank` are defined in
+`minilm.integrations.llama_index_search` and can be imported from here too. LlamaIndex is imported when one of
+these classes is first used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def __getattr__(name: str) -> Any:
 
 @cache
 def llm_class() -> Any:
-    """`MinilmLLM`, made when it is first asked for."""
+    """`MinilmLLM`, created at first use, since LlamaIndex is imported for it."""
     from llama_index.core.base.llms.types import (
         ChatMessage,
         ChatResponse,
@@ -49,11 +49,11 @@ def llm_class() -> Any:
     from pydantic import ConfigDict, Field, PrivateAttr, field_serializer
 
     class MinilmLLM(CustomLLM):  # type: ignore[misc]
-        """A decoder: texts go on (`complete`), messages are answered (`chat`), both also piece by piece.
+        """A decoder: continues texts (`complete`) and answers messages (`chat`), also as streams.
 
-        Options of a call are those of `SamplingParams`, and of the chat template (`tools`,
-        `chat_template_kwargs`, ...). Answers say in `additional_kwargs` how many tokens were read and
-        written, and in `raw` why the text ended.
+        Options of a call are those of `SamplingParams`, and those of the chat template (`tools`,
+        `chat_template_kwargs`, ...). In an answer, `additional_kwargs` has the numbers of tokens, and `raw`
+        the reason why the text ended.
         """
 
         __qualname__ = "MinilmLLM"
@@ -62,11 +62,11 @@ def llm_class() -> Any:
         model: Any = Field(repr=False)
         """A name, a folder, a GGUF file, or a loaded `minilm.LLM`."""
         model_kwargs: dict[str, Any] = Field(default_factory=dict)
-        """Options of `minilm.LLM`, for a model that is given by its name: weights, device, dtype, ..."""
+        """Options of `minilm.LLM`, if the model is given by name: weights, device, dtype, ..."""
         max_tokens: int | None = MOST_TOKENS
-        """None: as many as fit."""
+        """None: up to the model's window."""
         temperature: float | None = None
-        """None, here and below: as the checkpoint recommends."""
+        """None, also below: as the checkpoint recommends."""
         top_p: float | None = None
         top_k: int | None = None
         min_p: float | None = None
@@ -75,7 +75,7 @@ def llm_class() -> Any:
         repetition_penalty: float | None = None
         seed: int | None = None
         stop: str | list[str] | None = None
-        """For calls that say none."""
+        """Used by calls that give no `stop`."""
         _llm: Any = PrivateAttr(default=None)
 
         def model_post_init(self, context: Any) -> None:
@@ -84,7 +84,7 @@ def llm_class() -> Any:
 
         def __getstate__(self) -> dict[str, Any]:
             if isinstance(self.model, LLM):
-                raise TypeError("a loaded LLM cannot be pickled: make MinilmLLM by the name of the model")
+                raise TypeError("a loaded LLM cannot be pickled: create MinilmLLM with the model's name")
             return {name: getattr(self, name) for name in self.model_fields_set}
 
         def __setstate__(self, state: dict[str, Any]) -> None:
@@ -103,7 +103,8 @@ def llm_class() -> Any:
 
         @property
         def metadata(self) -> LLMMetadata:
-            """The window, the length of answers, whether there is a chat template, the name."""
+            """The window, the maximum length of answers, whether there is a chat template, the model's
+            name."""
             return LLMMetadata(
                 context_window=self._llm.max_model_len,
                 num_output=self.max_tokens or self._llm.max_model_len,
@@ -126,7 +127,7 @@ def llm_class() -> Any:
 
         @llm_completion_callback()  # type: ignore[untyped-decorator]
         def complete(self, prompt: str, formatted: bool = False, **options: Any) -> CompletionResponse:
-            """What follows the prompt."""
+            """Continue the prompt."""
             params, _ = self._how(options, chat=False)
             prompt = prompt if formatted else self.completion_to_prompt(prompt)
             [answer] = self._llm.generate([prompt], params, use_tqdm=False)
@@ -136,7 +137,7 @@ def llm_class() -> Any:
         def stream_complete(
             self, prompt: str, formatted: bool = False, **options: Any
         ) -> Iterator[CompletionResponse]:
-            """The same, piece by piece: the text so far, and what is new of it."""
+            """Continue the prompt, yielding the text so far and the new piece."""
             params, _ = self._how(options, chat=False)
             prompt = prompt if formatted else self.completion_to_prompt(prompt)
             return _pieces(
@@ -146,7 +147,7 @@ def llm_class() -> Any:
 
         @llm_chat_callback()  # type: ignore[untyped-decorator]
         def chat(self, messages: Sequence[ChatMessage], **options: Any) -> ChatResponse:
-            """The answer to a conversation."""
+            """Answer a conversation."""
             params, template = self._how(options, chat=True)
             [answer] = self._llm.chat(self._messages(messages), params, use_tqdm=False, **template)
             message = ChatMessage(role=MessageRole.ASSISTANT, content=answer.outputs[0].text)
@@ -154,7 +155,7 @@ def llm_class() -> Any:
 
         @llm_chat_callback()  # type: ignore[untyped-decorator]
         def stream_chat(self, messages: Sequence[ChatMessage], **options: Any) -> Iterator[ChatResponse]:
-            """The same, piece by piece: the message so far, and what is new of it."""
+            """Answer a conversation, yielding the message so far and the new piece."""
             params, template = self._how(options, chat=True)
             return _pieces(
                 self._llm.stream_chat(self._messages(messages), params, **template),
@@ -164,30 +165,30 @@ def llm_class() -> Any:
             )
 
         async def acomplete(self, prompt: str, formatted: bool = False, **options: Any) -> Any:
-            """`complete` in a thread, so that the program's loop goes on."""
+            """`complete` in a thread, without blocking the event loop."""
             return await asyncio.to_thread(self.complete, prompt, formatted=formatted, **options)
 
         async def achat(self, messages: Sequence[ChatMessage], **options: Any) -> Any:
-            """`chat` in a thread, so that the program's loop goes on."""
+            """`chat` in a thread, without blocking the event loop."""
             return await asyncio.to_thread(self.chat, messages, **options)
 
     return MinilmLLM
 
 
 def _said(answer: Any) -> dict[str, Any]:
-    """Why a text ended, and how many tokens there were."""
+    """The reason why a text ended, and the numbers of tokens."""
     read, written = len(answer.prompt_token_ids), len(answer.outputs[0].token_ids)
     counts = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}
     return {"raw": {"finish_reason": answer.outputs[0].finish_reason}, "additional_kwargs": counts}
 
 
 def _pieces(stream: Any, response: Callable[[str, str, dict[str, Any]], Any]) -> Iterator[Any]:
-    """A response for each piece; the last, without a new piece, says what the whole was."""
+    """One response per piece. The last has no new piece, but the whole text with its numbers of tokens."""
     text = ""
     try:
         for piece in stream:
             text += piece
             yield response(text, piece, {})
-    finally:  # the program may have stopped reading
+    finally:  # the caller may have stopped reading
         stream.close()
     yield response(text, "", _said(stream.output))

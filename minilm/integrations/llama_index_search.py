@@ -1,4 +1,4 @@
-"""minilm's sentence models under LlamaIndex: embeddings, and what ranks nodes again; see
+"""minilm's sentence models for LlamaIndex: embeddings, and a reranker of nodes; see
 `minilm.integrations.llama_index`."""
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from .asking import loaded
 
 @cache
 def classes() -> dict[str, Any]:
-    """The classes by name, made when they are first asked for."""
+    """The classes by name, created at first use, since LlamaIndex is imported for it."""
     from llama_index.core.base.embeddings.base import BaseEmbedding
     from llama_index.core.postprocessor.types import BaseNodePostprocessor
     from llama_index.core.schema import MetadataMode, NodeWithScore
     from pydantic import ConfigDict, Field, PrivateAttr, field_serializer
 
     class MinilmEmbedding(BaseEmbedding):  # type: ignore[misc]
-        """Embeddings by a SentenceEncoder, with its prompts for queries and for documents."""
+        """Embeddings from a SentenceEncoder, with its prompts for queries and for documents."""
 
         __module__ = "minilm.integrations.llama_index"
         __qualname__ = "MinilmEmbedding"
@@ -29,11 +29,11 @@ def classes() -> dict[str, Any]:
         model: Any = Field(repr=False)
         """A name, a folder, or a loaded SentenceEncoder."""
         model_kwargs: dict[str, Any] = Field(default_factory=dict)
-        """Options of SentenceEncoder, for a model that is given by its name: device, weights, ..."""
+        """Options of SentenceEncoder, if the model is given by name: device, weights, ..."""
         encode_kwargs: dict[str, Any] = Field(default_factory=dict)
         """Options of `encode`: batch_size, normalize_embeddings, truncate_dim, ..."""
         embed_batch_size: int = Field(default=256, gt=0)
-        """Texts that are handed over at a time."""
+        """Texts per call of the encoder."""
         _encoder: Any = PrivateAttr(default=None)
 
         def model_post_init(self, context: Any) -> None:
@@ -74,7 +74,8 @@ def classes() -> dict[str, Any]:
             return await asyncio.to_thread(self._get_text_embeddings, texts)
 
     class MinilmRerank(BaseNodePostprocessor):  # type: ignore[misc]
-        """The `top_n` nodes that answer the query best, by a CrossEncoder, best first, with its scores."""
+        """The `top_n` nodes that are most relevant to the query by a CrossEncoder, best first, with its
+        scores."""
 
         __module__ = "minilm.integrations.llama_index"
         __qualname__ = "MinilmRerank"
@@ -83,10 +84,10 @@ def classes() -> dict[str, Any]:
         model: Any = Field(repr=False)
         """A name, a folder, or a loaded CrossEncoder."""
         model_kwargs: dict[str, Any] = Field(default_factory=dict)
-        """Options of CrossEncoder, for a model that is given by its name."""
+        """Options of CrossEncoder, if the model is given by name."""
         top_n: int = Field(default=2, ge=1)
         keep_retrieval_score: bool = False
-        """Keep the score from before in the metadata of the node, as "retrieval_score"."""
+        """Keep the earlier score in the node's metadata, as "retrieval_score"."""
         _encoder: Any = PrivateAttr(default=None)
 
         def model_post_init(self, context: Any) -> None:
@@ -105,14 +106,14 @@ def classes() -> dict[str, Any]:
             self, nodes: list[NodeWithScore], query_bundle: Any = None
         ) -> list[NodeWithScore]:
             if query_bundle is None:
-                raise ValueError("nodes are ranked by a query, and none is given: query_str or query_bundle")
+                raise ValueError("there is no query to rank the nodes by: give query_str or query_bundle")
             texts = [node.node.get_content(metadata_mode=MetadataMode.EMBED) for node in nodes]
             ranked = self._encoder.rank(query_bundle.query_str, texts, self.top_n, show_progress_bar=False)
             found = []
             for hit in ranked:
                 before = nodes[hit["corpus_id"]]
                 node = before.node
-                if self.keep_retrieval_score:  # in a copy: the node is the index's own
+                if self.keep_retrieval_score:  # in a copy, since the index holds the node
                     more = {**node.metadata, "retrieval_score": before.score}
                     node = node.model_copy(update={"metadata": more})
                 found.append(NodeWithScore(node=node, score=hit["score"]))

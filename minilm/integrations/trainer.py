@@ -1,4 +1,4 @@
-"""transformers' Trainer, with checkpoints that load."""
+"""transformers' Trainer, saving checkpoints that transformers loads too."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from ..model import PreTrainedModel
 
 @cache
 def trainer_class() -> Any:
-    """`Trainer`, made when it is first asked for: transformers is imported for it."""
+    """The class `Trainer`, created at first use, since transformers is imported for it."""
     from transformers import Trainer as TheirTrainer
     from transformers.trainer import TRAINING_ARGS_NAME
 
     class Trainer(TheirTrainer):  # type: ignore[misc]
-        """Trains a model of minilm, and saves it as a folder that both libraries load by name.
+        """Trains a model of minilm, and saves it as a folder that minilm and transformers load.
 
-        transformers' own Trainer trains, evaluates and resumes a model of minilm as well, but knows only its
-        own classes' way to save: what it writes has no config.json, and the parameters' names are those of
-        minilm's modules. minilm's ``from_pretrained(folder)`` reads that, and transformers' does not.
+        The Trainer of transformers also trains, evaluates and resumes a model of minilm, but saves models of
+        other classes without a config.json and with the parameter names of the modules. minilm's
+        ``from_pretrained(folder)`` reads such a folder; that of transformers does not.
         """
 
         def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:

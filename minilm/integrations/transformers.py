@@ -1,22 +1,22 @@
-"""Models of transformers on minilm's attention.
+"""minilm's attention for models of transformers.
 
     from minilm.integrations import transformers as minilm_attention
 
     minilm_attention.register()
     model = transformers.AutoModel.from_pretrained(name, attn_implementation="minilm")
 
-`Trainer` here is transformers', for models of minilm (`minilm.integrations.trainer`).
+`Trainer` here is transformers' Trainer for models of minilm (`minilm.integrations.trainer`).
 
-transformers hands an attention function q, k and v as [B, H, S, D] and a mask, once a layer. The mask is
-made once a forward pass, by a function of ours too, which returns not a matrix [B, 1, Sq, Sk] but a `Mask`:
-which tokens are real, and what is seen. From it the tokens are packed, attended to by `minilm.ops.attend`
-(on a GPU the Triton kernels, chosen as everywhere: `minilm.backend`, `minilm.explain`), and laid out as they
-came.
+In each layer, transformers calls the attention function with q, k and v as [B, H, S, D] and a mask. The mask
+is made once per forward pass, by a function that is registered too. It returns not a matrix [B, 1, Sq, Sk]
+but a `Mask`: which tokens are real, and which keys a query attends to. With it, the tokens are packed,
+`minilm.ops.attention` is computed (on a GPU by the Triton kernels; see `minilm.backend`, `minilm.explain`),
+and the result is padded again.
 
-Padding on either side, causal, sliding windows, grouped heads, a cache (more keys than queries), packed rows
-(position ids that start again), T5's position bias, soft-cap, dropout and gradients work as with
-attn_implementation="eager", except that a query at padding gets zeros where nobody looks. What cannot be done
-is a ValueError that says so: masks of one's own, chunks, attention sinks, attention maps as output.
+Padding on either side, causal attention, sliding windows, grouped heads, a cache (more keys than queries),
+packed rows (position ids that restart), T5's position bias, soft-capping, dropout and gradients give the
+results of attn_implementation="eager", except that the output at padding is zero. Custom masks, chunked
+attention, attention sinks and attention maps as output are not supported and raise a ValueError.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def __getattr__(name: str) -> Any:
 
 
 def register(name: str = NAME) -> None:
-    """Make `attn_implementation=name` known to transformers (5 or later)."""
+    """Register `attn_implementation=name` with transformers (5 or later)."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(name, attention)
@@ -52,7 +52,7 @@ def register(name: str = NAME) -> None:
 
 @dataclass
 class Packing:
-    """Where the real tokens of a padded batch are."""
+    """The positions of the real tokens in a padded batch."""
 
     q_index: Tensor
     """int64 [Tq]: row * Sq + column."""
@@ -63,42 +63,42 @@ class Packing:
     max_q: int
     max_k: int
     aligned: bool
-    """Token i of a sequence stands in column i of its row, both for queries and for keys."""
+    """Whether token i of a sequence is in column i of its row, for queries and keys."""
 
 
 @dataclass
 class Mask:
-    """What transformers' mask functions make for this attention; shared by all layers of a forward pass."""
+    """The result of `mask`; all layers of a forward pass share it."""
 
     batch: int
     queries: int
     keys: int
     offset: int
-    """Column of the keys in which the first query stands."""
+    """The column, among the keys, of the first query."""
     causal: bool
     window: int | None
-    """As `minilm.ops.attend` counts it."""
+    """As in `minilm.ops.attention`."""
     real: Tensor | None
-    """bool [B, keys], or None if all are."""
+    """bool [B, keys]; None: all keys are real."""
     rows: Tensor | None = None
-    """Packed rows: the number of its sequence for each token, int64 [B, S]."""
+    """For packed rows: the number of the sequence of each token, int64 [B, S]."""
     device: torch.device | str = "cpu"
     ndim: int = 0
-    """Looked at by `generate`, which makes masks out of those that have two."""
+    """Read by `generate`, which would convert masks of two dimensions."""
 
     @cached_property
     def packing(self) -> Packing | None:
-        """How to pack, or None if there is nothing to leave out; looks at the mask once."""
+        """The indices for packing, or None if nothing is left out. Reads the mask's values once."""
         if self.rows is None and not self._hides_keys():
             return None
         seen = torch.ones(self.batch, self.keys, dtype=torch.bool, device=self.device)
         if self.real is not None:
             seen &= self.real
         asked = seen.any(1, keepdim=True).expand(self.batch, self.queries)
-        if self.causal or self.window is not None:  # queries are the tokens of some of the keys
-            seen[:, self.offset + self.queries :] = False  # of a static cache: not written yet
+        if self.causal or self.window is not None:  # self-attention: queries are a range of the keys
+            seen[:, self.offset + self.queries :] = False  # unwritten places of a static cache
             asked = seen[:, self.offset : self.offset + self.queries]
-        sequence = torch.arange(self.batch, device=self.device)[:, None]  # of each token
+        sequence = torch.arange(self.batch, device=self.device)[:, None]  # the sequence of each token
         if self.rows is not None:
             several = (sequence * (self.queries + 1) + self.rows).flatten()
             sequence = torch.unique_consecutive(several, return_inverse=True)[1].view_as(self.rows)
@@ -109,7 +109,9 @@ class Mask:
         starts = seen.int().argmax(1)
         holes = bool((seen.sum(1) != self.keys - seen.flip(1).int().argmax(1) - starts)[seen.any(1)].any())
         if holes and self.window is not None:
-            raise ValueError("attention 'minilm': a sliding window over a mask with padding between tokens")
+            raise ValueError(
+                "attention 'minilm' does not support a sliding window with padding between tokens"
+            )
         aligned = self.rows is None and not holes and not bool(starts.any())
         return Packing(q_index, k_index, cu_q, cu_k, max_q, max_k, aligned)
 
@@ -119,7 +121,8 @@ class Mask:
 
 
 def _boundaries(sequence: Tensor, count: int) -> tuple[Tensor, int]:
-    """cu_seqlens of tokens by the number of their sequence, which rises to `count`, and the longest."""
+    """cu_seqlens and the longest length, from the sequence number of each token (ascending, below
+    `count`)."""
     lengths = torch.bincount(sequence, minlength=count)
     ends = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     return ends, int(lengths.max()) if count else 0
@@ -136,8 +139,8 @@ def mask(
     device: torch.device | str = "cpu",
     **kwargs: Any,
 ) -> Mask:
-    """transformers' interface for masks: what `mask_function` shows of the keys that `attention_mask`
-    [B, columns] says are real. Raises ValueError for a function that is not known."""
+    """A mask function for transformers: combines `mask_function` with `attention_mask` [B, columns], which
+    marks the real tokens. Raises ValueError for an unknown function."""
     if isinstance(attention_mask, Mask):
         return attention_mask
     causal, window, rows = False, None, None
@@ -152,8 +155,8 @@ def mask(
             rows = values["packed_sequence_mask"]
         elif kind != "bidirectional_mask_function":
             raise ValueError(
-                f"attention 'minilm' knows causal and full attention, sliding windows and packed rows, not "
-                f"the mask {kind}: use another attn_implementation"
+                "attention 'minilm' supports causal and full attention, sliding windows and packed rows, "
+                f"not the mask {kind}: use another attn_implementation"
             )
     real = None
     if attention_mask is not None:
@@ -165,11 +168,13 @@ def mask(
 
 
 def _kinds(function: Any) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The mask functions that `function` is the intersection of: the name under which transformers has them,
-    and the variables they close over."""
+    """The mask functions whose intersection `function` is: their names in transformers, and the variables of
+    their closures."""
     outer, _, inner = getattr(function, "__qualname__", repr(function)).partition(".<locals>.")
     if getattr(function, "__module__", None) != "transformers.masking_utils":
-        raise ValueError(f"attention 'minilm' cannot tell what the mask {outer} shows")
+        raise ValueError(
+            f"attention 'minilm' does not support the custom mask {outer}: use another attn_implementation"
+        )
     cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
     values = {name: cell.cell_contents for name, cell in cells}
     if outer == "and_masks" and inner:
@@ -193,12 +198,12 @@ def attention(
     position_bias: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' interface for attention: query [B, H, Sq, D], key and value [B, Hkv, Sk, D] ->
-    ([B, Sq, H, D], no maps)."""
+    """An attention function for transformers: query [B, H, Sq, D], key and value [B, Hkv, Sk, D] -> ([B, Sq,
+    H, D], no maps)."""
     _refuse(attention_mask, kwargs)
     batch, _, queries, size = query.shape
     keys = key.shape[2]
-    if attention_mask is None:  # a model without masks says itself what it is
+    if attention_mask is None:  # models without masks have is_causal
         causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and queries > 1
         seen = Mask(batch, queries, keys, keys - queries, causal, sliding_window, None, None, query.device)
     else:
@@ -206,7 +211,7 @@ def attention(
         seen = attention_mask
         if (seen.queries, seen.keys) != (queries, keys):
             raise ValueError(
-                f"attention 'minilm': a mask of {seen.queries} queries and {seen.keys} keys came with "
+                f"attention 'minilm' got a mask for {seen.queries} queries and {seen.keys} keys with "
                 f"{queries} queries and {keys} keys"
             )
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))  # [B * S, H, D]
@@ -235,16 +240,19 @@ def attention(
 
 
 def _bias(bias: Tensor, packing: Packing | None) -> Tensor:
-    """[1, H, Sq, Sk] as [H, Sq, Sk], if positions in a row are positions in the sequence."""
+    """[1, H, Sq, Sk] -> [H, Sq, Sk]; valid if the positions in a row are those in the sequence."""
     if bias.shape[0] != 1:
-        raise ValueError(f"attention 'minilm': a position bias of its own for each row, {list(bias.shape)}")
+        raise ValueError(
+            "attention 'minilm' supports one position bias [1, heads, queries, keys] for all "
+            f"rows, and got {list(bias.shape)}"
+        )
     if packing is not None and not packing.aligned:
-        raise ValueError("attention 'minilm': a position bias needs rows that are padded on the right")
+        raise ValueError("attention 'minilm' supports a position bias only with padding on the right")
     return bias[0]
 
 
 def _refuse(attention_mask: Any, kwargs: dict[str, Any]) -> None:
-    """What would change the result and is not there."""
+    """Raise ValueError for arguments that would change the result and are not supported."""
     if attention_mask is not None and not isinstance(attention_mask, Mask):
         kind = (
             f"{attention_mask.dtype} {list(attention_mask.shape)}"
@@ -252,11 +260,11 @@ def _refuse(attention_mask: Any, kwargs: dict[str, Any]) -> None:
             else ""
         )
         raise ValueError(
-            f"attention 'minilm' takes the masks [batch, tokens] that models are called with, not one made "
-            f"by hand ({type(attention_mask).__name__} {kind})"
+            "attention 'minilm' supports masks [batch, tokens], as passed to the model, and got "
+            f"{type(attention_mask).__name__} {kind}"
         )
     if kwargs.get("output_attentions"):
-        raise ValueError("attention 'minilm' keeps no attention maps: use attn_implementation='eager'")
+        raise ValueError("attention 'minilm' does not return attention maps: use attn_implementation='eager'")
     for name in ("s_aux", "head_mask", "block_table", "cache"):
         if kwargs.get(name) is not None:
-            raise ValueError(f"attention 'minilm' has no {name}: use another attn_implementation")
+            raise ValueError(f"attention 'minilm' does not support {name}: use another attn_implementation")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
-from ..graphs import taken_apart
+from ..graphs import register_output
 
 if TYPE_CHECKING:
     from ..cache import KVCache
@@ -24,7 +24,7 @@ class ModelOutput(OrderedDict[str, Any]):
 
     def __init_subclass__(cls) -> None:
         """torch.export takes results apart."""
-        taken_apart(cls)
+        register_output(cls)
 
     def __post_init__(self) -> None:
         first = getattr(self, fields(self)[0].name)  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
-"""zero-shot-classification: labels that a model never saw, each put to it as a hypothesis about the text (Yin
-et al. 2019, arXiv:1909.00161). The model was trained to tell whether one text follows from another (NLI)."""
+"""zero-shot-classification: labels that the model was not trained for, each tested as a hypothesis about the
+text (Yin et al. 2019, arXiv:1909.00161). The model was trained on natural language inference (NLI): whether
+one text follows from another."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ from .base import Pipeline, Work
 
 @dataclass(frozen=True)
 class Options:
-    """`candidate_labels`: a list, or one text with commas between. `hypothesis_template`: has ``{}`` where
-    the label stands. `multi_label`: each label by itself, entailment against contradiction; else the labels
-    exclude each other. `entailment`: the name of the model's class for "follows"; if it is not said, the one
-    that begins with "entail"."""
+    """`candidate_labels`: a list, or one text with commas between the labels. `hypothesis_template`: has
+    ``{}`` at the label. `multi_label`: several labels may be true, so each is scored alone, entailment
+    against contradiction; otherwise exactly one of several is true, and their scores sum to 1. `entailment`:
+    the name of the model's class for "follows"; default: the one that begins with "entail"."""
 
     candidate_labels: str | Sequence[str] | None = None
     hypothesis_template: str = "This example is {}."
@@ -29,19 +30,19 @@ class Options:
 
     @property
     def labels(self) -> list[str]:
-        """The labels. Raises ValueError where there are none, or one twice."""
+        """The labels. Raises ValueError if there are none, or one occurs twice."""
         given = self.candidate_labels
         found = [label.strip() for label in given.split(",")] if isinstance(given, str) else list(given or [])
         found = [label for label in found if label or not isinstance(given, str)]
         if not found or not all(isinstance(label, str) and label for label in found):
-            raise ValueError(f"candidate_labels are one or more texts, and are {given!r:.80}")
+            raise ValueError(f"candidate_labels must be one or more texts, and are {given!r:.80}")
         if len(set(found)) < len(found):
             twice = next(label for label in found if found.count(label) > 1)
             raise ValueError(f"candidate_labels has {twice!r} twice")
         return found
 
     def hypotheses(self) -> list[str]:
-        """The hypothesis of each label. Raises ValueError for a template without a place for one."""
+        """The hypothesis of each label. Raises ValueError for a template without a place for the label."""
         template, labels = self.hypothesis_template, self.labels
         try:
             made = [template.format(label) for label in labels]
@@ -53,12 +54,12 @@ class Options:
 
 
 class ZeroShotClassificationPipeline(Pipeline[Options]):
-    """A text -> {"sequence", "labels", "scores"}, the likeliest label first.
+    """A text -> {"sequence", "labels", "scores"}, the most probable label first.
 
         classify = pipeline("zero-shot-classification", model="cross-encoder/nli-MiniLM2-L6-H768")
         classify("The striker scored twice.", ["sport", "politics"])
 
-    All labels of all texts go through the model in batches by length.
+    All labels of all texts go through the model in batches of similar length.
     """
 
     task = "zero-shot-classification"
@@ -70,13 +71,13 @@ class ZeroShotClassificationPipeline(Pipeline[Options]):
         """The result for one text, or the results for several; `candidate_labels` may be the second
         argument."""
         if len(labels) > 1 or (labels and "candidate_labels" in options):
-            raise TypeError(f"{self.task} takes texts and candidate_labels, and got more: {labels!r:.80}")
+            raise TypeError(f"{self.task} takes texts and candidate_labels, and got {labels!r:.80}")
         if labels:
             options["candidate_labels"] = labels[0]
         return super().__call__(inputs, batch_size=batch_size, **options)
 
     def prepare(self, item: Any, options: Options) -> Work:
-        """One window a label: the text, and the hypothesis."""
+        """One pair per label: the text and the hypothesis."""
         text = self.text(item)
         if not text.strip():
             raise ValueError(f"{self.task} needs a text, and got {item!r}")
@@ -89,7 +90,7 @@ class ZeroShotClassificationPipeline(Pipeline[Options]):
         return list(logits.float().cpu())
 
     def finish(self, work: Work, outputs: list[Any], options: Options) -> Any:
-        """The labels by their scores."""
+        """The labels, sorted by their scores."""
         logits, labels = torch.stack(outputs), options.labels
         entailment, contradiction = self._classes(options)
         if options.multi_label or len(labels) == 1:
@@ -105,8 +106,8 @@ class ZeroShotClassificationPipeline(Pipeline[Options]):
         }
 
     def _classes(self, options: Options) -> tuple[int, int]:
-        """The classes for "follows" and for "contradicts"; a model without the second has another that is
-        not the first."""
+        """The numbers of the classes for "follows" and "contradicts". If no class has such a name, the second
+        is class 0, or the last class if class 0 means "follows"."""
         names = {name.lower(): number for name, number in self.model.config.label2id.items()}
         wanted = options.entailment
         if wanted is None:
@@ -117,7 +118,8 @@ class ZeroShotClassificationPipeline(Pipeline[Options]):
             which = "none of them begins with 'entail'" if wanted is None else f"none is {wanted!r}"
             raise ValueError(
                 f"{self.task} needs a model trained on NLI: its classes are "
-                f"{', '.join(self.model.config.id2label.values())}, and {which}; entailment= names the class"
+                f"{', '.join(self.model.config.id2label.values())}, and {which}; name the class with "
+                "entailment="
             )
         against = [number for name, number in names.items() if name.startswith(("contra", "not"))]
         return found[0], against[0] if against else (len(names) - 1 if found[0] == 0 else 0)

@@ -1,6 +1,6 @@
 """Using a pre-trained model without training it: cloze, label scoring, few-shot prompts, pseudo-perplexity.
 
-Each file is one method of a page or two, with the paper that it is from.
+Each file is one method, and names its paper.
 """
 
 from .cloze import ClozeClassifier

@@ -5,14 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 NOTHING = ("N/A", "", "...")
-"""Items that say nothing: what a model answers to them is its habit."""
+"""Items without content: the model's answers to them show its bias."""
 
 
 def calibrated(scores: Tensor, of_nothing: Tensor) -> Tensor:
-    """Log probabilities of labels [items, labels], less what a model gives the labels where there is nothing
-    to judge, [`NOTHING`, labels]: there, all labels become equally likely.
+    """Log probabilities of labels [items, labels], divided (as probabilities) by those that the model gives
+    without content, [`NOTHING`, labels]. Calibrated, an item without content has equally likely labels.
 
-    Both are normalised over the labels first, and those of nothing are averaged as probabilities.
+    Both are first normalised over the labels; those of `NOTHING` are averaged as probabilities.
     """
     prior = of_nothing.softmax(-1).mean(0)
     return scores.log_softmax(-1) - prior.log()

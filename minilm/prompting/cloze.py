@@ -1,4 +1,4 @@
-"""Classification by a masked language model that was trained for nothing else (Schick & Schuetze 2021,
+"""Classification by a masked language model that was not trained for the task (Schick & Schuetze 2021,
 arXiv:2001.07676).
 
     classify = ClozeClassifier(
@@ -6,11 +6,11 @@ arXiv:2001.07676).
     )
     classify.predict(["A waste of time.", "I laughed all evening."])   # ["negative", "positive"]
 
-The template makes the task one that the model knows: which word stands at the mask? What the model gives to
-the words of a label is the label's score.
+The template turns the task into predicting a masked word, which the model was trained for. The score of a
+label is the probability of its words at the mask.
 
-A template may have several fields, and an item a text for each: "{text} {subject} is the {mask} of {object}."
-asks for a relation between two entities.
+A template may have several fields; an item is then a dict with a text for each: "{text} {subject} is the
+{mask} of {object}." asks for a relation between two entities.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from .templates import Item, Template, Words, shortened, words_of
 
 
 class ClozeClassifier:
-    """A masked language model that chooses among words.
+    """A masked language model that chooses among labels by their words.
 
     Args:
-        model: a folder, a name on the hub, or a loaded model (then with its `tokenizer`).
-        template: text with ``{mask}`` where the answer stands, and fields that an item fills.
-        words: label -> the word or words that stand for it, as they stand in the template. A word of several
-            tokens is scored with all of them masked, by the mean of their log probabilities. The probability
-            of a label is the mean of its words'.
-        calibrate: divide by what the model says of items that say nothing (`calibration`): a model likes some
-            words whatever the text is.
-        batch_size: the most prompts that go through the model at once; it does not change results.
+        model: a folder, a name on the hub, or a loaded model (which needs `tokenizer`).
+        template: text with ``{mask}`` at the answer, and fields that are filled from the item.
+        words: label -> the word or words for it, exactly as they would stand in the template. A word of
+            several tokens is scored with all of them masked, by the mean of their log probabilities. The
+            probability of a label is the mean of its words'.
+        calibrate: divide by the probabilities of items without content (`calibration`), since a model prefers
+            some words whatever the text is.
+        batch_size: prompts that go through the model at once; it does not change the results.
 
-    A text that is too long is cut at its end, never the template, with a warning.
+    If a prompt is too long, the end of the longest text in it is cut, never the template, with a warning.
     """
 
     def __init__(
@@ -59,9 +59,7 @@ class ClozeClassifier:
     ) -> None:
         self.template = Template(template)
         if not self.template.has_mask:
-            raise ValueError(
-                f"a template has {{mask}} where the answer stands, and {template!r:.80} has none"
-            )
+            raise ValueError(f"a template must have {{mask}} at the answer, and {template!r:.80} has none")
         self.words = words_of(words)
         self.labels = list(self.words)
         self.calibrate = calibrate
@@ -70,11 +68,11 @@ class ClozeClassifier:
         self._prior: Tensor | None = None
 
     def predict(self, items: Iterable[Item]) -> list[str]:
-        """The likeliest label of each item."""
+        """The most probable label of each item."""
         return [self.labels[best] for best in self.probabilities(items).argmax(-1).tolist()]
 
     def probabilities(self, items: Iterable[Item]) -> Tensor:
-        """Of each label, float32 [items, labels] in the order of `labels`; rows sum to 1."""
+        """The probability of each label, float32 [items, labels] in the order of `labels`; rows sum to 1."""
         scores = self.scores(items)
         if self.calibrate:
             if self._prior is None:
@@ -87,7 +85,7 @@ class ClozeClassifier:
         if isinstance(items, str):
             raise TypeError("expected several items, [text, ...], and got one text")
         cut = 0
-        prompts: list[list[list[Masked]]] = []  # of each item, each label, each word
+        prompts: list[list[list[Masked]]] = []  # [item][label][word]
         for item in items:
             found = [[self._masked(item, word) for word in said] for said in self.words.values()]
             cut += any(was_cut for said in found for _, was_cut in said)
@@ -103,8 +101,8 @@ class ClozeClassifier:
         return torch.tensor(rows, dtype=torch.float32).view(len(rows), len(self.labels))
 
     def _masked(self, item: Item, word: str) -> tuple[Masked, bool]:
-        """The prompt with `word` masked, and whether a text was cut for it. The tokens of a word are those
-        that it has in its place, with those of the space before it: a mask stands for both."""
+        """The prompt with `word` masked, and whether a text was cut. The word is tokenized in its place,
+        together with the space before it, and the masks replace those tokens."""
         fields = self.template.fields(item)
         longest, cut = window(self.model, self.tokenizer), False
         while True:
@@ -141,7 +139,7 @@ class ClozeClassifier:
 
 
 def _mean(words: list[list[float]]) -> float:
-    """Log probabilities of the tokens of each word of a label -> that of the label."""
+    """Log probabilities of the tokens of each word of a label -> the log probability of the label."""
     scores = [sum(tokens) / len(tokens) for tokens in words]
     most = max(scores)
     return most + math.log(sum(math.exp(score - most) for score in scores) / len(scores))

@@ -1,5 +1,5 @@
-"""Named entities by prompt: each span of a text is put into a sentence that says what it is (Cui et al. 2021,
-arXiv:2106.01760).
+"""Named entities by prompting: each span of a text is put into a sentence that says what it is (Cui et al.
+2021, arXiv:2106.01760).
 
     words = {"person": "person", "place": ["city", "country"], "none": "word"}
     find = PromptedEntities(ClozeClassifier("bert-base-cased", "{text} {span} is a {mask}.", words))
@@ -17,7 +17,7 @@ from .templates import Item
 
 
 class Classifier(Protocol):
-    """`ClozeClassifier` or `LabelScorer`, of a template with the fields text and span."""
+    """A `ClozeClassifier` or `LabelScorer` whose template has the fields text and span."""
 
     labels: list[str]
 
@@ -26,27 +26,28 @@ class Classifier(Protocol):
 
 
 class PromptedEntities:
-    """Entities of a text, as a classifier of spans sees them.
+    """Finds entities by classifying every span of a text.
 
     Args:
         classifier: its template has the fields ``{text}`` and ``{span}``.
-        none: the label of spans that are no entity.
-        max_words: the longest span, in words. A text of n words has up to n * max_words spans, and each is a
-            prompt.
+        none: the label of spans that are not entities.
+        max_words: the longest span, in words. A text of n words has up to n * max_words spans, each of which
+            is one prompt.
     """
 
     def __init__(self, classifier: Classifier, *, none: str = "none", max_words: int = 3) -> None:
         if none not in classifier.labels:
             raise ValueError(
-                f"none= is the label of what is no entity, one of {', '.join(classifier.labels)}"
+                "none= must be the label of spans that are not entities, one of "
+                f"{', '.join(classifier.labels)}"
             )
         if not isinstance(max_words, int) or max_words < 1:
             raise ValueError(f"max_words must be a positive integer, and is {max_words!r}")
         self.classifier, self.none, self.max_words = classifier, none, max_words
 
     def __call__(self, text: str) -> list[dict[str, Any]]:
-        """The entities in the order of the text, {"entity_group", "score", "word", "start", "end"}. Of spans
-        that overlap, the one with the highest score stays."""
+        """The entities in the order of the text, {"entity_group", "score", "word", "start", "end"}. Of
+        overlapping spans, the one with the highest score is kept."""
         words = [match.span() for match in re.finditer(r"\w+(?:['’-]\w+)*", text)]
         spans = [
             (words[i][0], words[j][1])

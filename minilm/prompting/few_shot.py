@@ -4,8 +4,8 @@
     template = FewShotTemplate("Review: {text}\nSentiment:", examples, k=4, encoder=encoder)
     LabelScorer(model, template, ["positive", "negative"])
 
-With an encoder, each item gets the examples that are nearest to it, the nearest last, where it counts most
-(Liu et al. 2022, arXiv:2101.06804); without one, all items get the first `k` in their order.
+With an encoder, each item gets the examples most similar to it, the most similar one last, next to the item
+(Liu et al. 2022, arXiv:2101.06804). Without one, all items get the first `k` examples in their order.
 """
 
 from __future__ import annotations
@@ -20,15 +20,16 @@ from .templates import Item, Template
 
 
 class FewShotTemplate:
-    """A template, and examples of it with their answers.
+    """A template preceded by examples with their answers.
 
     Args:
-        template: of one item, which the answer follows.
-        examples: items with their answers, as a model should give them: usually with a space before.
-        k: how many of them are in a prompt.
-        encoder: chooses the nearest `k` for each item, by the cosine of the filled templates.
-        instruction: what stands before the examples.
-        separator: what stands between them.
+        template: of one item; the answer follows its end.
+        examples: items with their answers, exactly as the model should write them, usually
+            with a space first.
+        k: number of examples per prompt.
+        encoder: chooses the `k` most similar examples for each item, by the cosine of the filled templates.
+        instruction: text before the examples.
+        separator: text between the examples.
     """
 
     def __init__(
@@ -43,7 +44,7 @@ class FewShotTemplate:
     ) -> None:
         self.template = Template(template)
         if self.template.has_mask:
-            raise ValueError("the answer follows the end of the prompt: a template without {mask}")
+            raise ValueError("the answer follows the end of the prompt, so the template must not have {mask}")
         if not isinstance(k, int) or not 0 <= k <= len(examples):
             raise ValueError(f"k must be from 0 to the number of examples, {len(examples)}, and is {k!r}")
         self.k, self.encoder, self.instruction, self.separator = k, encoder, instruction, separator
@@ -56,18 +57,18 @@ class FewShotTemplate:
         return self.template.fields(item)
 
     def render_one(self, item: Item) -> str:
-        """The template of one item, without examples."""
+        """The filled template of an item, without examples."""
         return self.template.fill(self.fields(item))[0]
 
     def render(self, item: Item) -> str:
-        """The whole prompt for an item, which its answer follows."""
+        """The whole prompt for an item; its answer follows the end."""
         text = self.render_one(item)
         chosen = [self.examples[i] for i in self.nearest(text)]
         parts = [example + answer for example, answer in chosen]
         return self.separator.join([*([self.instruction] if self.instruction else []), *parts, text])
 
     def nearest(self, text: str) -> list[int]:
-        """Which examples are in the prompt of a filled template, the nearest last."""
+        """Indices of the examples in the prompt of a filled template, the most similar last."""
         if not self.k:
             return []
         if self.encoder is None:
@@ -80,7 +81,8 @@ class FewShotTemplate:
         return best[::-1]
 
     def with_fewer(self) -> FewShotTemplate:
-        """The same with one example less: the farthest goes, or without an encoder the last."""
+        """The same with one example less: without the least similar one, or, without an encoder, the last
+        one."""
         fewer = object.__new__(FewShotTemplate)
         fewer.__dict__.update(self.__dict__, k=self.k - 1)
         return fewer

@@ -5,9 +5,9 @@
     )
     classify.predict(["A waste of time."])   # ["negative"]
 
-No text is generated: the model reads the prompt, and the probability of each label as its continuation is
-looked up (Brown et al. 2020, arXiv:2005.14165). The prompt is read once, and all labels of all prompts of a
-batch continue it in one more pass.
+No text is generated: the score of a label is its probability as the continuation of the prompt (Brown et al.
+2020, arXiv:2005.14165). Each prompt is read once; then one more pass scores all labels of all prompts of a
+batch.
 """
 
 from __future__ import annotations
@@ -31,40 +31,39 @@ from .templates import Item, Template, shortened
 Length = Literal["mean", "sum"]
 
 _ROWS = 256
-"""Positions whose logits are computed at a time."""
+"""Number of positions whose logits are computed at once."""
 _COPIED = 8192
-"""Tokens of prompts that are copied at a time, for labels of several tokens."""
+"""Number of prompt tokens that are copied at once, for labels of several tokens."""
 
 
 class _Prompt(NamedTuple):
-    """The tokens of a prompt, and those of each label behind it."""
+    """The tokens of a prompt, and those of each label after it."""
 
     ids: list[int]
     labels: list[list[int]]
 
     @property
     def size(self) -> int:
-        """Tokens of the prompt with its longest label."""
+        """Number of tokens of the prompt with its longest label."""
         return len(self.ids) + max(map(len, self.labels))
 
 
 class LabelScorer:
-    """A causal language model that chooses among continuations.
+    """A causal language model that chooses among labels as continuations of a prompt.
 
     Args:
-        model: a folder, a name on the hub, a GGUF file, or a loaded model (then with its `tokenizer`).
+        model: a folder, a name on the hub, a GGUF file, or a loaded model (which needs `tokenizer`).
         template: a prompt with fields, "Review: {text}\\nThe review is", or a `FewShotTemplate`. The label
-            follows its end.
-        labels: the labels, or label -> its text. A text that does not begin with a space gets one where the
-            prompt does not end with white space.
-        length: of a label of several tokens, the "sum" of their log probabilities is its own; the "mean" does
-            not favour short labels.
-        calibrate: divide by what the model says of items that say nothing (`calibration`).
-        chat: the prompt is what the user says, put into the model's chat template; the answer begins with
-            the label.
-        batch_size: the most prompts that are read at once; it does not change results.
+            follows the end.
+        labels: the labels, or label -> its text. A space is put before a text if neither the text begins nor
+            the prompt ends with white space.
+        length: how the log probabilities of the tokens of a label are combined: their "sum" is that of the
+            label; their "mean" does not favour short labels.
+        calibrate: divide by the probabilities of items without content (`calibration`).
+        chat: send the prompt as a user message, in the model's chat template; the label begins the answer.
+        batch_size: prompts that are read at once; it does not change the results.
 
-    A text that is too long is cut at its end, never the template, with a warning.
+    If a prompt is too long, the end of the longest text in it is cut, never the template, with a warning.
     """
 
     def __init__(
@@ -81,12 +80,12 @@ class LabelScorer:
     ) -> None:
         self.template = Template(template) if isinstance(template, str) else template
         if isinstance(self.template, Template) and self.template.has_mask:
-            raise ValueError("a label follows the end of the prompt: a template without {mask}")
+            raise ValueError("the label follows the end of the prompt, so the template must not have {mask}")
         if isinstance(labels, str) or len(labels) < 2:
-            raise ValueError(f"labels are two or more, and are {labels!r:.80}")
+            raise ValueError(f"labels must be two or more texts, and are {labels!r:.80}")
         texts = dict(labels) if isinstance(labels, Mapping) else {label: label for label in labels}
         if len(texts) < len(labels) or len(set(texts.values())) < len(texts) or not all(texts.values()):
-            raise ValueError(f"labels are different texts, none of them empty, and are {labels!r:.80}")
+            raise ValueError(f"labels must be different texts, none of them empty, and are {labels!r:.80}")
         if length not in ("mean", "sum"):
             raise ValueError(f'length must be "mean" or "sum", and is {length!r}')
         self.texts, self.labels = texts, list(texts)
@@ -102,11 +101,11 @@ class LabelScorer:
         self._prior: Tensor | None = None
 
     def predict(self, items: Iterable[Item]) -> list[str]:
-        """The likeliest label of each item."""
+        """The most probable label of each item."""
         return [self.labels[best] for best in self.probabilities(items).argmax(-1).tolist()]
 
     def probabilities(self, items: Iterable[Item]) -> Tensor:
-        """Of each label, float32 [items, labels] in the order of `labels`; rows sum to 1."""
+        """The probability of each label, float32 [items, labels] in the order of `labels`; rows sum to 1."""
         scores = self.scores(items)
         if self.calibrate:
             if self._prior is None:
@@ -115,7 +114,7 @@ class LabelScorer:
         return scores.softmax(-1)
 
     def scores(self, items: Iterable[Item]) -> Tensor:
-        """log P(label | prompt), of its tokens the mean or the sum, float32 [items, labels]."""
+        """log P(label | prompt), the sum or the mean over its tokens, float32 [items, labels]."""
         if isinstance(items, str):
             raise TypeError("expected several items, [text, ...], and got one text")
         prompts, cut = [], 0
@@ -158,8 +157,9 @@ class LabelScorer:
                 fields, cut = shortened(fields, prompt.size - longest, self._spans), True
 
     def _tokens(self, text: str) -> _Prompt:
-        """A prompt's tokens are those that it shares with itself and every label behind it: where a label
-        changes the last token of the prompt, that token is part of the label."""
+        """The tokens of the prompt and of the labels. The prompt ends where the texts with the different
+        labels begin to differ: if a label changes the last token of the prompt, that token counts as part of
+        the label."""
         between = "" if text[-1:].isspace() or self.chat else " "
         wholes = [text + (label if label[0].isspace() else between + label) for label in self.texts.values()]
         rows: list[list[int]] = self.tokenizer(
@@ -167,12 +167,12 @@ class LabelScorer:
         )["input_ids"]
         ends = self.tokenizer([""], add_special_tokens=not self.chat, verbose=False)["input_ids"][0]
         if rows[0] and ends and rows[0][-1] == ends[-1] == self.tokenizer.eos_token_id:
-            rows = [row[:-1] for row in rows]  # a tokenizer that ends texts by itself
+            rows = [row[:-1] for row in rows]  # tokenizers that append an end token
         shared = _shared(rows)
         if any(len(row) == shared for row in rows[1:]):
-            shared -= 1  # a label that merged into the last token of the prompt
+            shared -= 1  # the label merged with the last token of the prompt
         if shared < 1:
-            raise ValueError(f"the prompt {text!r:.60} is empty: a model needs a token to begin with")
+            raise ValueError(f"the prompt {text!r:.60} has no token: the model needs one to start from")
         return _Prompt(rows[0][:shared], [row[shared:] for row in rows[1:]])
 
     def _spans(self, text: str) -> list[tuple[int, int]]:
@@ -216,7 +216,7 @@ class LabelScorer:
         return sums
 
     def _read(self, texts: list[list[int]], starts: list[int], cache: KVCache, rows: list[int]) -> Tensor:
-        """Hidden states [T, C] of texts that continue rows of the cache at these positions."""
+        """Hidden states [T, C] of texts that continue these rows of the cache at these positions."""
         lengths, device = [len(text) for text in texts], self.model.device
         packed = Packed(
             len(texts),
@@ -235,7 +235,7 @@ class LabelScorer:
 
 
 def _shared(rows: list[list[int]]) -> int:
-    """How many tokens all rows begin with."""
+    """The number of tokens that all rows have in common at their start."""
     for place, tokens in enumerate(zip(*rows, strict=False)):
         if len(set(tokens)) > 1:
             return place
@@ -243,7 +243,7 @@ def _shared(rows: list[list[int]]) -> int:
 
 
 def _first_group(labels: list[tuple[int, int]], lengths: list[int]) -> list[tuple[int, int]]:
-    """As many labels, (prompt, label) each, as have room for a copy of their prompt."""
+    """Groups of labels, (prompt, label) each, small enough that the copies of their prompts fit."""
     room, group = _COPIED, list[tuple[int, int]]()
     for i, j in labels:
         room -= lengths[i]

@@ -1,4 +1,4 @@
-"""What a masked language model says of the tokens behind its masks."""
+"""The log probabilities of a masked language model at its masks."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ class Masked(NamedTuple):
     """A text with some tokens masked."""
 
     ids: tuple[int, ...]
-    """As the model reads them, special tokens and masks included."""
+    """With special tokens and masks."""
     types: tuple[int, ...] | None
     places: tuple[int, ...]
-    """Of the masks in `ids`."""
+    """The positions of the masks in `ids`."""
     answers: tuple[int, ...]
-    """The tokens that stood there."""
+    """The token at each mask whose probability is wanted."""
 
 
 def masked_model(
     model: AutoModelForMaskedLM | str | os.PathLike[str], tokenizer: Tokenizer | None
 ) -> tuple[AutoModelForMaskedLM, Tokenizer]:
-    """A model for inference and its tokenizer, loaded if `model` is a name. Raises ValueError for a loaded
-    model without a tokenizer, and for a tokenizer without a mask."""
+    """The model in inference mode and its tokenizer, loaded if `model` is a name. Raises ValueError for a
+    loaded model without a tokenizer, and for a tokenizer without a mask token."""
     if isinstance(model, AutoModelForMaskedLM):
         if tokenizer is None:
             raise ValueError("a loaded model needs its tokenizer=")
@@ -46,10 +46,10 @@ def masked_model(
 def log_probabilities(
     model: AutoModelForMaskedLM, prompts: Iterable[Masked], batch_size: int
 ) -> dict[Masked, list[float]]:
-    """log P(answer | the text with all its masks), of each mask of each prompt.
+    """log P(answer | the text with all its masks) for each mask of each prompt.
 
-    The body sees each masked text once, whatever answers are asked for, and the output matrix is applied at
-    the masks only.
+    The body reads each masked text once, for all its answers, and the output matrix is applied only at the
+    masks.
     """
     answers: dict[tuple[tuple[int, ...], tuple[int, ...] | None, tuple[int, ...]], list[Masked]] = {}
     for prompt in prompts:

@@ -1,5 +1,5 @@
-"""How likely a text is to a masked language model, and a sentence after another to a model that was trained
-to tell."""
+"""How probable a text is to a masked language model, and a sentence after another to a model with a
+next-sentence head."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def pseudo_log_likelihoods(
     tokenizer: Tokenizer | None = None,
     batch_size: int = 32,
 ) -> list[list[float]]:
-    """Of each token of each text, log P(token | all others): each is masked in turn (Salazar et al. 2020,
-    arXiv:1910.14659). Special tokens are not counted.
+    """log P(token | all other tokens) for each token of each text: each is masked in turn (Salazar et al.
+    2020, arXiv:1910.14659). Special tokens are not counted.
 
-    Raises ValueError for a text that is longer than the model's window.
+    Raises ValueError for a text longer than the model's window.
     """
     found, tokenizer = masked_model(model, tokenizer)
     check_batch_size(batch_size)
@@ -52,11 +52,11 @@ def pseudo_perplexity(
     batch_size: int = 32,
 ) -> float:
     """exp of the mean of -log P(token | all others of its text), over all tokens of all texts. Raises
-    ValueError where there are none."""
+    ValueError if there are none."""
     logs = pseudo_log_likelihoods(model, texts, tokenizer=tokenizer, batch_size=batch_size)
     count = sum(map(len, logs))
     if not count:
-        raise ValueError("pseudo-perplexity needs a token, and the texts have none")
+        raise ValueError("pseudo-perplexity needs at least one token, and the texts have none")
     return math.exp(-math.fsum(log for text in logs for log in text) / count)
 
 

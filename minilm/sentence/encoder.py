@@ -21,7 +21,7 @@ from torch.nn.functional import normalize
 
 from .._version import __version__
 from ..files import saving
-from ..graphs import quiet
+from ..graphs import no_tracer_warnings
 from .batching import Tokens, by_length, check_batch_size, chunks, in_order, progress_bar, run
 from .files import default_device, load
 from .modules import Features, Module, run_modules, write_json
@@ -206,7 +206,7 @@ class SentenceEncoder(nn.Module):
         `sentence_embedding` [B, D] added."""
         ids = input["input_ids"]
         model = self.transformer.model
-        with quiet():
+        with no_tracer_warnings():
             batch = model.pack(ids, input.get("attention_mask"), input.get("token_type_ids"))
             skip = int(input.get("prompt_length", 0))
             features = run_modules(self._modules_after(), Features(model.body(batch), batch.packed, skip))

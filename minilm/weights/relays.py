@@ -1,6 +1,6 @@
-"""What stands in an unfused model: the modules of its tree, and in its body the relays that look there.
+"""The parts of an unfused model: the modules of its tree, and the relays in its body, which call them.
 
-`minilm.weights.unfused` puts them together and takes them apart again.
+`minilm.weights.unfused` builds and removes them.
 """
 
 from __future__ import annotations
@@ -16,16 +16,17 @@ from ..differences import tell
 
 Path = tuple[str, ...]
 OWN: set[type] = set()
-"""The classes of linear layers and tables that models here are made of."""
+"""The classes of minilm's linear layers and tables, added by `minilm.weights.unfused`."""
 
 
 class Node(nn.Module):
-    """A place in the tree that has others below it."""
+    """A module of the tree that only contains others."""
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
-        """Only what is below it computes."""
+        """Raises RuntimeError: a node does not compute."""
         raise RuntimeError(
-            "this is a name in an unfused model, not a layer: call the model, or model.base_model"
+            "this module of an unfused model only contains others and cannot be called: call the model, or "
+            "model.base_model"
         )
 
 
@@ -37,12 +38,12 @@ class BaseNode(Node):
         self.__dict__["_model"] = model
 
     def forward(self, *arguments: Any, **options: Any) -> Any:
-        """As ``model.base_model``."""
+        """Calls ``model.base_model``."""
         return self.__dict__["_model"].base_model(*arguments, **options)
 
 
 class PoolerNode(Node):
-    """tanh(W x + b) of a sequence's first token (BERT); `dense` is below it."""
+    """BERT's pooler: tanh(W x + b) of the first token of each sequence. Its child `dense` has W and b."""
 
     def forward(self, hidden: Tensor, packed: Any) -> Tensor:
         """hidden [T, C] -> [B, C]."""
@@ -52,7 +53,7 @@ class PoolerNode(Node):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm by `minilm.ops`."""
+    """LayerNorm, computed by `minilm.ops`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C]."""
@@ -60,7 +61,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.Module):
-    """RMSNorm by `minilm.ops`."""
+    """RMSNorm, computed by `minilm.ops`."""
 
     weight: nn.Parameter
 
@@ -74,11 +75,11 @@ class RMSNorm(nn.Module):
 
 
 class OutputMatrix(nn.Module):
-    """What scores the vocabulary: `lm_head`. The table of tokens where the two are tied.
+    """The output matrix, `lm_head`. If it is tied, its weight is the token table.
 
-    No `nn.Linear`, so that PEFT's target_modules="all-linear" leaves it out, as it leaves that of a model of
-    transformers out. ``model.get_submodule`` gives a linear layer with its parameters, to be
-    put in its place.
+    It is not an `nn.Linear`, so PEFT's target_modules="all-linear" leaves it out, as it does in models of
+    transformers. ``model.get_submodule`` returns it as a linear layer with the same parameters, which PEFT
+    can wrap.
     """
 
     weight: nn.Parameter
@@ -93,14 +94,14 @@ class OutputMatrix(nn.Module):
         return ops.linear(x, self.weight, self._parameters.get("bias"))
 
     def as_linear(self) -> nn.Linear:
-        """The same as a linear layer."""
+        """A linear layer with the same parameters."""
         linear = linear_of(self.kind, self._parameters)
         linear.train(self.training)
         return linear
 
 
 def linear_of(kind: type[nn.Linear], parameters: dict[str, nn.Parameter | None]) -> nn.Linear:
-    """A linear layer with these very parameters."""
+    """A linear layer with these parameters (shared, not copied)."""
     weight, bias = parameters["weight"], parameters.get("bias")
     assert weight is not None
     made = kind(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
@@ -109,7 +110,7 @@ def linear_of(kind: type[nn.Linear], parameters: dict[str, nn.Parameter | None])
 
 
 def project(layer: Any, x: Tensor, activation: str | None = None) -> Tensor:
-    """activation(layer(x)), in one operation where the layer is one of ours."""
+    """activation(layer(x)), as one operation if the layer is one of minilm's."""
     y: Tensor
     if activation is None:
         y = layer(x)
@@ -121,7 +122,7 @@ def project(layer: Any, x: Tensor, activation: str | None = None) -> Tensor:
 
 
 def walk(root: nn.Module, path: Path) -> Any:
-    """The module at a path, through whatever was put around one on the way."""
+    """The module at a path, also if another module was wrapped around one along the path."""
     found: Any = root
     for name in path:
         inside = found._modules.get(name)
@@ -130,7 +131,7 @@ def walk(root: nn.Module, path: Path) -> Any:
 
 
 class Relay(nn.Module):
-    """Stands in the body for the module at one name of the tree."""
+    """Takes the place of a layer in the body, and calls the module that has its name in the tree."""
 
     def __init__(self, model: nn.Module, path: Path) -> None:
         super().__init__()
@@ -138,11 +139,11 @@ class Relay(nn.Module):
 
     @property
     def named(self) -> Any:
-        """What stands there now."""
+        """The module that has this name at present."""
         return walk(self.__dict__["_model"], self.__dict__["path"])
 
     def forward(self, *arguments: Any) -> Any:
-        """As the module there."""
+        """Call that module."""
         return self.named(*arguments)
 
     def __getattr__(self, name: str) -> Any:
@@ -155,7 +156,7 @@ class Relay(nn.Module):
 
 
 class LinearRelay(Relay):
-    """For a linear layer, with the activation that its caller asks for."""
+    """A relay for a linear layer, followed by the activation that the caller requests."""
 
     def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
         """x [..., in] -> [..., out]."""
@@ -163,14 +164,14 @@ class LinearRelay(Relay):
 
 
 class JoinedRelay(nn.Module):
-    """For one matrix of several: query, key and value; gate and up."""
+    """A relay for a fused matrix: query, key and value, or gate and up."""
 
     def __init__(self, model: nn.Module, paths: Sequence[Path]) -> None:
         super().__init__()
         self.__dict__.update(_model=model, paths=tuple(paths))
 
     def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
-        """x [..., in] -> [..., the sum of the parts]."""
+        """x [..., in] -> [..., out], the outputs of the parts one after the other."""
         model = self.__dict__["_model"]
         y = torch.cat([walk(model, path)(x) for path in self.__dict__["paths"]], -1)
         return y if activation is None else ops.ACTIVATIONS[activation](y)
@@ -180,7 +181,7 @@ class JoinedRelay(nn.Module):
 
 
 class NormRelay(Relay):
-    """For a norm, with the residual sum before it."""
+    """A relay for a norm, which also adds the residual."""
 
     def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(norm(x + delta), x + delta)."""
@@ -194,11 +195,11 @@ class NormRelay(Relay):
 
 
 class TableRelay(Relay):
-    """For the table of types, of which the first row is read where a call gives none."""
+    """A relay for the table of token types. Its first row is read if a call gives no types."""
 
     @property
     def weight(self) -> Tensor:
-        """The vectors, as the module there gives them."""
+        """The vectors, as that module computes them."""
         table = self.named
         plain = table.weight
         if type(table) in OWN:
@@ -208,7 +209,7 @@ class TableRelay(Relay):
 
 
 class MaskedLM(nn.Module):
-    """The head that guesses masked tokens, over relays: `AutoModelForMaskedLM`'s."""
+    """The masked LM head, with relays for its layers."""
 
     def __init__(self, head: Any, decoder: Relay) -> None:
         super().__init__()

@@ -1,5 +1,5 @@
-"""Properties of a checkpoint's weights: naming scheme, tied output matrix, quantisation format; and the
-configuration, if the weights carry it."""
+"""Properties of a checkpoint's weights: naming scheme, tied output matrix, quantisation format, and the
+configuration if the weights contain it."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from ..files import (
 from .rules import Rule, copy, ignore
 
 CONFIG_KEY = "minilm.config"
-"""The tensor that holds the text of config.json, where somebody else writes a model's state into a file of
-its own: transformers' Trainer."""
+"""The tensor that holds the text of config.json in files to which other libraries write a model's state dict
+(transformers' Trainer)."""
 CONFIG_RULE = ignore(CONFIG_KEY, "the configuration")
 
 
@@ -36,8 +36,8 @@ def config_tensor(text: str) -> torch.Tensor:
 
 
 def stored_config(folder: Path) -> dict[str, Any] | None:
-    """The options of the configuration that the weights in a folder carry; None if they carry none. Raises
-    ConfigError where it is damaged."""
+    """The options of the configuration that the weights in a folder contain; None if they contain none.
+    Raises ConfigError if it is damaged."""
     if not any(has_file(folder / name, error=ConfigError) for name in (SINGLE, INDEX)):
         return None
     with open_checkpoint(folder) as checkpoint:

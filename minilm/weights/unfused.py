@@ -1,14 +1,14 @@
-"""A model whose modules bear the checkpoint's names: `bert.encoder.layer.0.attention.self.query`.
+"""Models whose modules have the checkpoint's names, such as `bert.encoder.layer.0.attention.self.query`.
 
-A model here has one matrix for query, key and value, and one for gate and up. Libraries that look for modules
-by name (PEFT) find those of transformers in a model that is unfused: `unfuse_modules` makes a tree of modules
-by the family's rules, one linear layer, norm or table for each tensor of the checkpoint, and registers it in
-the place of the body and the head. These stay what computes, out of the registry, and each of their layers
-becomes a `Relay`, which looks in the tree for the module that stands at its name now. So what others put
-there counts: an adapter around `query`, a copy of `classifier` that is trained. The native passes see relays
-and leave the model to its modules.
+A model of minilm has one matrix for query, key and value, and one for gate and up. Libraries that look for
+modules by name (PEFT) need those of transformers. `unfuse_modules` builds them from the family's weight
+rules: a tree of modules with one linear layer, norm or table for each tensor of the checkpoint. It registers
+the tree instead of the body and the head. Body and head still compute, but are no longer registered, and each
+of their layers becomes a `Relay`, which calls the module that has its name in the tree at that moment. So the
+model uses whatever others put into the tree: an adapter around `query`, or a trained copy of `classifier`.
+The native passes do not support relays, so the modules run instead.
 
-`fuse_modules` is the way back, when nothing foreign is left in the tree.
+`fuse_modules` reverses this, once the tree holds nothing but the layers it was built with.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ PARTS = ("body", "pooler", "head")
 
 
 @dataclass
-class Seat:
-    """A layer of the body or the head whose work modules of the tree do."""
+class Replaced:
+    """A layer of the body or the head, and the modules of the tree that replace it."""
 
     parent: nn.Module
     name: str
@@ -58,18 +58,17 @@ class Seat:
 
 @dataclass
 class Record:
-    """What an unfused model was, and where its parts are."""
+    """What `fuse_modules` needs to restore the model."""
 
     parts: dict[str, nn.Module | None]
-    seats: list[Seat] = field(default_factory=list)
+    replaced: list[Replaced] = field(default_factory=list)
     output: Path | None = None
-    """Of the matrix that scores the vocabulary."""
+    """The path of the output matrix."""
 
 
 def unfuse_modules(model: Any) -> None:
-    """Give the modules of `model` the checkpoint's names, in place. Its parameters are new ones afterwards:
-    an optimizer is made after this. Nothing happens to a model that is unfused; a quantised one is a
-    ValueError."""
+    """Give the modules of `model` the checkpoint's names, in place. Its parameters are new objects, so create
+    the optimizer afterwards. Does nothing to an unfused model; raises ValueError for a quantised one."""
     if UNFUSED in model.__dict__:
         return
     if any(hasattr(module, "quantized") for module in model.modules()):
@@ -97,7 +96,7 @@ class _Unfusing:
         self.record = Record({name: model._modules[name] for name in PARTS if name in model._modules})
 
     def run(self) -> None:
-        """Make the tree, and exchange it for the parts."""
+        """Build the tree, and register it instead of the parts."""
         model, parts = self.model, self.record.parts
         body, pooler, head = (parts.get(name) for name in PARTS)
         owners = [
@@ -112,7 +111,7 @@ class _Unfusing:
                 self._put(first, PoolerNode())
             if name != "head.decoder":
                 parent, _, leaf = name.rpartition(".")
-                self._seat(model.get_submodule(parent), leaf, module, name)
+                self._replace(model.get_submodule(parent), leaf, module, name)
         if hasattr(head, "decoder"):
             self._output(head)
         tree = Node()
@@ -131,7 +130,7 @@ class _Unfusing:
         model.train(model.training)
 
     def _head(self, head: nn.Module) -> nn.Module:
-        """The head, over relays."""
+        """The head, with relays for its layers."""
         if self.record.output is None:
             return head
         relay = LinearRelay(self.model, self.record.output)
@@ -142,23 +141,24 @@ class _Unfusing:
         return head
 
     def _paths(self, target: str) -> tuple[tuple[Path, ...], Rule, str]:
-        """Where the parts of our parameter `target` are in the tree, and its kind (weight or bias)."""
+        """The paths in the tree of the parts of minilm's parameter `target`, and its kind (weight or
+        bias)."""
         for rule in self.rules:
             found = rule.match_target(target)
             if found is not None and rule.transform != "ignore":
                 prefix = self.prefix if rule.in_base else ""
                 names = [(prefix + source).split(".") for source in found[0]]
                 return tuple(tuple(name[:-1]) for name in names), rule, names[0][-1]
-        raise ValueError(f"no rule says what {target} is called in a checkpoint")
+        raise ValueError(f"no weight rule gives the name of {target} in a checkpoint")
 
     def _put(self, path: Path, module: nn.Module) -> None:
-        """Register a module at a path, with nodes on the way."""
+        """Register a module at a path, with `Node`s along the path."""
         at: nn.Module = self.top
         for name in path[:-1]:
             at = at._modules.setdefault(name, Node())  # type: ignore[assignment]
         at._modules[path[-1]] = module
 
-    def _seat(self, parent: nn.Module, name: str, module: Any, full: str) -> None:
+    def _replace(self, parent: nn.Module, name: str, module: Any, full: str) -> None:
         paths, rule, _ = self._paths(f"{full}.weight")
         relay: nn.Module
         if isinstance(module, nn.Linear):
@@ -175,7 +175,7 @@ class _Unfusing:
             self._put(paths[0], _norm(module))
             relay = NormRelay(self.model, paths[0])
         parent._modules[name] = relay
-        self.record.seats.append(Seat(parent, name, module, relay, paths))
+        self.record.replaced.append(Replaced(parent, name, module, relay, paths))
 
     def _split(self, module: nn.Linear, paths: tuple[Path, ...], rule: Rule, full: str) -> None:
         sizes = list(fused_sizes(rule, self.model, f"{full}.weight", module.weight.shape[0]))
@@ -206,7 +206,7 @@ class _Unfusing:
 
 
 def _norm(module: Any) -> nn.Module:
-    """The tree's norm with the parameters of one of ours."""
+    """The norm for the tree, with the parameters of one of minilm's."""
     made: nn.Module
     if module.rms:
         made = RMSNorm(module.eps)
@@ -218,27 +218,27 @@ def _norm(module: Any) -> nn.Module:
 
 
 def tied_names(model: Any) -> dict[str, str] | None:
-    """transformers' `_tied_weights_keys`: the output matrix's name -> that of the token table, where an
+    """transformers' `_tied_weights_keys`: the name of the output matrix -> that of the token table, if an
     unfused model has one tensor for both."""
     record: Record | None = model.__dict__.get(UNFUSED)
     if record is None or record.output is None or not model.spec.tie_word_embeddings:
         return None
-    table = next(seat.paths[0] for seat in record.seats if seat.name == "tokens")
+    table = next(old.paths[0] for old in record.replaced if old.name == "tokens")
     return {".".join((*record.output, "weight")): ".".join((*table, "weight"))}
 
 
 def changed(model: Any) -> None:
-    """Drop what was made of the weights of a model that was rebuilt."""
+    """Discard what was prepared from the weights, after a model has been rebuilt."""
     for module in (model, model.body):
         module.__dict__.pop(ops.MADE, None)
     model.weights_changed()
 
 
 def foreign(model: Any) -> str | None:
-    """What in the tree of an unfused model is not a layer of its own: the name of an adapter's, of a copy
-    that is trained, or of a layer with hooks; None if there is nothing."""
+    """The name of the first module in the tree of an unfused model that minilm did not put there: an adapter,
+    a trained copy, a layer with hooks. None if there is none."""
     record: Record = model.__dict__[UNFUSED]
-    paths = [path for seat in record.seats for path in seat.paths]
+    paths = [path for old in record.replaced for path in old.paths]
     paths += [] if record.output is None else [record.output]
     known = set()
     for path in paths:
@@ -256,8 +256,8 @@ def _is_plain(place: nn.Module) -> bool:
 
 
 def fuse_modules(model: Any) -> None:
-    """The way back, in place: the native passes compute again. Parameters are new ones again. Nothing happens
-    to a model that is fused; one with adapters in it is a ValueError."""
+    """Reverse `unfuse_modules`, in place; the native passes run again. Parameters are new objects again. Does
+    nothing to a fused model; raises ValueError for one that contains adapters."""
     record: Record | None = model.__dict__.get(UNFUSED)
     if record is None:
         return
@@ -265,9 +265,8 @@ def fuse_modules(model: Any) -> None:
     if name is not None:
         kind = type(walk(model, tuple(name.split("."))))
         raise ValueError(
-            f"{name} is not a layer of the model's own, but a {kind.__name__} of {kind.__module__} or with "
-            "hooks, and a fused model has no place for it: merge_and_unload() of the PEFT model merges "
-            "adapters, and its save_pretrained writes them"
+            f"{name} is a {kind.__name__} of {kind.__module__}, or has hooks: a fused model cannot contain "
+            "it. merge_and_unload() of the PEFT model merges adapters, its save_pretrained saves them"
         )
     head: Any = record.parts.get("head")
     tied = True
@@ -278,8 +277,8 @@ def fuse_modules(model: Any) -> None:
         head._modules["decoder"] = None if tied else linear_of(_kind(matrix), {"weight": weight})
         if "bias" in head._parameters:
             head._parameters["bias"] = matrix._parameters["bias"]
-    for seat in record.seats:
-        seat.parent._modules[seat.name] = _seated(seat, [walk(model, path) for path in seat.paths])
+    for old in record.replaced:
+        old.parent._modules[old.name] = _restored(old, [walk(model, path) for path in old.paths])
     body: Any = record.parts["body"]
     del body._modules["tree"]
     for part in record.parts:
@@ -299,17 +298,17 @@ def _kind(matrix: Any) -> type[nn.Linear]:
     return kind
 
 
-def _seated(seat: Seat, found: list[Any]) -> nn.Module:
-    """What takes its seat again: the layer of the tree, or one that is joined of several."""
+def _restored(old: Replaced, found: list[Any]) -> nn.Module:
+    """The layer of the fused model: the one in the tree, or several of them joined."""
     if type(found[0]) in (LayerNorm, RMSNorm):
-        for kind in seat.module._parameters:
-            seat.module._parameters[kind] = found[0]._parameters.get(kind)
-        return seat.module
+        for kind in old.module._parameters:
+            old.module._parameters[kind] = found[0]._parameters.get(kind)
+        return old.module
     if len(found) == 1:
         return found[0]  # type: ignore[no-any-return]
     for kind in ("weight", "bias"):
         pieces = [layer._parameters[kind] for layer in found]
         if pieces[0] is not None:
             joined = torch.cat([piece.detach() for piece in pieces])
-            seat.module._parameters[kind] = nn.Parameter(joined, any(p.requires_grad for p in pieces))
-    return seat.module
+            old.module._parameters[kind] = nn.Parameter(joined, any(p.requires_grad for p in pieces))
+    return old.module

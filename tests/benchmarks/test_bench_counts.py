@@ -1,5 +1,4 @@
-"""Instruction counts of the CPU kernels against the committed figures, and that a heavier kernel is
-caught."""
+"""Instruction counts of the CPU kernels compared with the committed figures; a slower kernel is detected."""
 
 from __future__ import annotations
 

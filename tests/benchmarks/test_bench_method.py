@@ -1,5 +1,5 @@
-"""The bench's method: statistics, harness, costs, limits, comparison. Clocks are made up, so nothing here
-is flaky."""
+"""The bench's method: statistics, harness, costs, limits, comparison. Clocks are simulated, so the tests do
+not depend on the machine's speed."""
 
 from __future__ import annotations
 

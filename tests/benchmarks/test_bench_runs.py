@@ -1,5 +1,5 @@
-"""The bench at work, in toy sizes: wrong kernels are caught, peers say why they are skipped, the page
-stands alone."""
+"""Runs of the bench in toy sizes: wrong kernels are detected, skipped peers have reasons, the page is
+self-contained."""
 
 from __future__ import annotations
 
@@ -612,7 +612,7 @@ def test_explain_accounts_for_the_pass(tmp_path: Path, monkeypatch: pytest.Monke
     [
         (["--level", "x"], "unknown level 'x'"),
         (["--model", "x"], "unknown model 'x'"),
-        (["--threads", "none"], "--threads takes numbers"),
+        (["--threads", "none"], "--threads must be numbers"),
         (["--device", "tpu"], "cpu or cuda"),
         (["--compare", "/none/a.json", "/none/b.json"], "No such file"),
     ],

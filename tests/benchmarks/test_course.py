@@ -1,4 +1,4 @@
-"""The course of a run: the time left, and a limit that is held. By a made-up clock."""
+"""The progress of a run: remaining time and time limit, with a simulated clock."""
 
 from __future__ import annotations
 

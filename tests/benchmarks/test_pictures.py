@@ -1,4 +1,4 @@
-"""The pictures and pages of the bench: who is faster, in which words; names that do not cover each other."""
+"""The pictures and pages of the bench: who is faster, the wording, and names that do not overlap."""
 
 from __future__ import annotations
 

@@ -325,8 +325,7 @@ def test_a_fault_of_the_program_asks_for_debug(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("minilm.conversion.summarise", broken)
     message = failure("inspect", status=1)
     assert message == (
-        "error: unexpected KeyError: 'layers' "
-        "(a fault of minilm: run it again with --debug for the traceback)"
+        "error: unexpected KeyError: 'layers' (a bug in minilm: run again with --debug for the traceback)"
     )
     assert "Traceback" in run("inspect", "--debug", status=1).stderr
 

@@ -1,4 +1,5 @@
-"""`tokenize`, `inspect`, `convert` and `doctor` as commands; what is behind them has tests of its own."""
+"""`tokenize`, `inspect`, `convert` and `doctor` as commands; the functions that they call have separate
+tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`minilm quantize`: the folder that it writes, the figures that it tells, and what it refuses."""
+"""`minilm quantize`: the folder that it writes, the figures that it prints, and the errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`generate` and `chat`: what is written is what the library writes; a conversation can be stopped."""
+"""`generate` and `chat`: the output equals that of the library; a conversation can be stopped."""
 
 from __future__ import annotations
 
@@ -182,7 +182,7 @@ def test_the_system_message(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
     Conversation(script, PARAMS).run()
     assert [messages[0]["content"] for messages in script.asked] == ["one", "in rhyme"]
     shown = capsys.readouterr().out
-    assert "(nothing was said)" in shown
+    assert "(no system message)" in shown
     assert "(in rhyme)" in shown
     assert "there is no command /what" in shown
 
@@ -372,7 +372,7 @@ def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
 def test_a_conversation_is_not_json(model: Path) -> None:
     terminal = Terminal("chat", "--model", model, "--json")
     assert terminal.finish() == 2
-    assert "error: a conversation is not written as JSON" in terminal.shown
+    assert "error: a conversation cannot be written as JSON" in terminal.shown
 
 
 @pytest.mark.slow

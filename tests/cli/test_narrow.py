@@ -1,4 +1,4 @@
-"""What the command shows on a terminal of 60 columns: no line is longer, no name cut, no paragraph ragged."""
+"""Output on a terminal of 60 columns: no line is longer, no name is cut, paragraphs are wrapped evenly."""
 
 from __future__ import annotations
 
@@ -150,5 +150,5 @@ def test_tables_of_the_bench_keep_names_whole(capsys: pytest.CaptureFixture[str]
     text = " ".join(" ".join(lines).split())
     assert "transformers compiled 250 ms 4.00x slower (2.50 to 4.55)" in text
     assert "absent one, absent two: skipped: is not installed" in text
-    assert "Left out for want of time: 2 shapes of ops (gated); M: minilm, cold starts." in text
+    assert "Left out for lack of time: 2 shapes of ops (gated); M: minilm, cold starts." in text
     assert "Other programs took 38% of the processors while this was measured" in text

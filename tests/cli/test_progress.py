@@ -1,4 +1,4 @@
-"""Signs of life: a line at once, what is on a terminal and what is not, and how it goes away."""
+"""Progress messages: written at once, differently on a terminal and elsewhere, and erased at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`minilm tune`: from the questions that ops ask to the table that answers them, by a made-up clock."""
+"""`minilm tune`: from the calls of heuristics to the table of block sizes, with a simulated clock."""
 
 from __future__ import annotations
 

@@ -1,7 +1,5 @@
-"""What a model computes in a graph is what it computes outside of one, where padding is dropped.
-
-`in_graph` is made to say yes, so that no graph has to be made: those are in test_export and test_compile.
-"""
+"""In a graph, which keeps padding, a model computes the same as outside of one, where padding is removed.
+`in_graph` is patched, so that no graph has to be made; graphs are tested in test_export and test_compile."""
 
 from __future__ import annotations
 
@@ -145,7 +143,7 @@ def test_an_exported_model_has_no_cache(family: str) -> None:
     with graph(), torch.no_grad():
         assert isinstance(model(ids), tuple)
         for options in ({"use_cache": True}, {"past_key_values": cache}):
-            with pytest.raises(ValueError, match="a model is exported without a KV cache: leave out"):
+            with pytest.raises(ValueError, match="an exported model has no KV cache: leave out"):
                 model(ids, **options)
 
 

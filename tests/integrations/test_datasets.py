@@ -1,5 +1,5 @@
-"""Columns of `datasets`, transformers' collators, and what its pipelines are fed with, in minilm: tokenizers,
-the Trainer, pipelines."""
+"""`datasets`, transformers' collators, and the inputs of its pipelines, with minilm's tokenizers, pipelines
+and models in the Trainer."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""torch.export, torch.jit.trace and torch.onnx.export: what comes out runs without minilm, at other sizes and
-with padding on either side, and computes what the model computes."""
+"""torch.export, torch.jit.trace and torch.onnx.export: exported models run without minilm, at other sizes and
+with padding on either side, and compute the same."""
 
 from __future__ import annotations
 

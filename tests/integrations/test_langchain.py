@@ -1,4 +1,4 @@
-"""minilm's models as LangChain asks for them, against the same models asked directly."""
+"""minilm's models used through LangChain, compared with direct calls of the same models."""
 
 from __future__ import annotations
 
@@ -202,13 +202,15 @@ def test_copies_and_pickles(folder: Path) -> None:
     again = pickle.loads(pickle.dumps(chat))
     assert type(again) is langchain.ChatMinilm
     assert again.invoke(TURNS).content == expected
-    with pytest.raises(TypeError, match="a loaded LLM cannot be pickled: make MinilmLLM by the name"):
+    with pytest.raises(
+        TypeError, match="a loaded LLM cannot be pickled: create MinilmLLM with the model's name"
+    ):
         pickle.dumps(langchain.MinilmLLM(model=chat._llm))
 
 
 def test_refuses(llm: LLM) -> None:
     chat = langchain.ChatMinilm(model=llm, **GREEDY)
-    with pytest.raises(TypeError, match=r"ChatMinilm has no option top_q; there are n, .*tools"):
+    with pytest.raises(TypeError, match=r"ChatMinilm has no option top_q; its options are n, .*tools"):
         chat.invoke("a", top_q=1)
     with pytest.raises(TypeError, match="MinilmLLM has no option tools"):
         langchain.MinilmLLM(model=llm).invoke("a", tools=[])
@@ -216,7 +218,7 @@ def test_refuses(llm: LLM) -> None:
         chat.invoke("a", temperature=-1)
     with pytest.raises(ValueError, match="temprature\n  Extra inputs are not permitted"):
         langchain.ChatMinilm(model=llm, temprature=0)
-    with pytest.raises(ValueError, match="weights would change how a model is loaded, and this one is"):
+    with pytest.raises(ValueError, match="weights: only for loading, so give the model's name"):
         langchain.ChatMinilm(model=llm, model_kwargs={"weights": "int8"})
     with pytest.raises(TypeError, match="expected a name or SentenceEncoder, got LLM"):
         langchain.MinilmEmbeddings(llm)
@@ -277,9 +279,11 @@ def test_embeddings_by_name() -> None:
     again = pickle.loads(pickle.dumps(embeddings))
     assert type(again) is langchain.MinilmEmbeddings
     np.testing.assert_allclose(again.embed_query("a plant"), expected, atol=1e-6)
-    with pytest.raises(ValueError, match="give the model as model or as model_name, once"):
+    with pytest.raises(ValueError, match="model and model_name are the same argument"):
         langchain.MinilmEmbeddings()
-    with pytest.raises(ValueError, match="output_value is not for embeddings in lists"):
+    with pytest.raises(
+        ValueError, match="output_value is not supported, since embeddings are returned as lists"
+    ):
         langchain.MinilmEmbeddings(embeddings.model, encode_kwargs={"output_value": None})
 
 

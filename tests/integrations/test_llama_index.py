@@ -1,4 +1,4 @@
-"""minilm's models as LlamaIndex asks for them, against the same models asked directly."""
+"""minilm's models used through LlamaIndex, compared with direct calls of the same models."""
 
 from __future__ import annotations
 
@@ -130,7 +130,9 @@ def test_copies_pickles_and_dicts(folder: Path) -> None:
     for again in (pickle.loads(pickle.dumps(model)), llama_index.MinilmLLM.from_dict(model.to_dict())):
         assert type(again) is llama_index.MinilmLLM
         assert again.complete(PROMPT).text == expected
-    with pytest.raises(TypeError, match="a loaded LLM cannot be pickled: make MinilmLLM by the name"):
+    with pytest.raises(
+        TypeError, match="a loaded LLM cannot be pickled: create MinilmLLM with the model's name"
+    ):
         pickle.dumps(llama_index.MinilmLLM(model=model._llm))
 
 
@@ -221,7 +223,7 @@ def test_rerank(tmp_path: Path) -> None:
     assert again.postprocess_nodes(nodes, query_str="which?")[0].score == pytest.approx(
         ranked[0]["score"], abs=1e-6
     )
-    with pytest.raises(ValueError, match="nodes are ranked by a query, and none is given"):
+    with pytest.raises(ValueError, match="there is no query to rank the nodes by"):
         rerank.postprocess_nodes(nodes)
     with pytest.raises(ValueError, match="top_n"):
         llama_index.MinilmRerank(model=cross, top_n=0)

@@ -1,4 +1,4 @@
-"""PEFT's adapters in a model of minilm: what it finds, computes, writes and reads is as there."""
+"""PEFT's adapters in a model of minilm: modules, results and files are the same as with transformers."""
 
 from __future__ import annotations
 
@@ -313,7 +313,7 @@ def test_prompt_tuning(tmp_path: Path) -> None:
     base = class_of(minilm, "llama", "causal-lm").from_pretrained(folder)
     ours = peft.PeftModel.from_pretrained(base, tmp_path / "prompt").eval()
     near(first(ours), first(theirs.eval()))
-    with pytest.raises(ValueError, match="no step prepare_inputs_for_generation"):
+    with pytest.raises(ValueError, match="does not call prepare_inputs_for_generation"):
         ours.generate(input_ids=IDS, max_new_tokens=3)
     assert base.generate(IDS, max_new_tokens=3).shape == (3, 10)
 
@@ -391,7 +391,7 @@ def test_the_folder_of_an_adapter_is_no_model(tmp_path: Path) -> None:
     lora("bert", "sequence-classification", folder).save_pretrained(tmp_path / "adapter")
     with pytest.raises(minilm.ConfigError, match=r"holds an adapter of PEFT and no model.*peft\.PeftModel"):
         minilm.AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter")
-    with pytest.raises(ValueError, match="is not a layer of the model's own, but a Linear of peft"):
+    with pytest.raises(ValueError, match="is a Linear of peft"):
         lora("bert", "sequence-classification", folder).base_model.model.save_pretrained(tmp_path / "no")
     auto = peft.AutoPeftModel
     found = auto.from_pretrained(tmp_path / "adapter", import_allowlist=["minilm"])

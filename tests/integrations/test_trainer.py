@@ -1,4 +1,5 @@
-"""transformers' Trainer trains, evaluates, saves and resumes a model of minilm as it does its own."""
+"""transformers' Trainer trains, evaluates, saves and resumes models of minilm, with the same results as
+transformers' models."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""transformers.pipeline with a model of minilm, and either library's tokenizer: results are those of
-transformers' own model."""
+"""transformers.pipeline with models of minilm and tokenizers of either library, compared with transformers'
+models."""
 
 from __future__ import annotations
 

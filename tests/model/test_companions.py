@@ -1,5 +1,5 @@
-"""What other libraries ask of a model: class names, state dicts under transformers' names, options of saving,
-gradient checkpointing, losses of accumulated batches."""
+"""Methods that other libraries call on a model: class names, state dicts under transformers' names, options
+of saving, gradient checkpointing, losses of accumulated batches."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_text_is_not_what_a_model_reads() -> None:
 def test_scripting_is_refused_at_once() -> None:
     for module in (model_of("bert"), torch.nn.Sequential(model_of("llama"))):
         with pytest.raises(
-            RuntimeError, match=r"torch\.jit\.script cannot read a model of minilm.*jit\.trace"
+            RuntimeError, match=r"torch\.jit\.script cannot compile a model of minilm.*jit\.trace"
         ):
             torch.jit.script(module)
 

@@ -1,4 +1,4 @@
-"""torch.compile: a model is one graph, with its gradients, for all sizes and masks, and computes the same."""
+"""torch.compile: a model, with its gradients, is one graph for all sizes and masks, and computes the same."""
 
 from __future__ import annotations
 

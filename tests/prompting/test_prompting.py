@@ -1,4 +1,5 @@
-"""Prompts against transformers' models, run one text at a time by the formula of each method."""
+"""Prompting methods compared with transformers' models, which are run one text at a time by the formula of
+each method."""
 
 from __future__ import annotations
 
@@ -124,26 +125,26 @@ def test_a_long_text_is_cut_and_the_template_is_not(masked: Path) -> None:
 
 
 def test_templates_and_words_that_are_none(masked: Path) -> None:
-    with pytest.raises(ValueError, match=r"has \{mask\} where the answer stands, .* has none"):
+    with pytest.raises(ValueError, match=r"must have \{mask\} at the answer, .* has none"):
         ClozeClassifier(masked, "{text}", WORDS)
-    with pytest.raises(ValueError, match=r"has one \{mask\}, .* has 2"):
+    with pytest.raises(ValueError, match=r"must have one \{mask\}, .* has 2"):
         Template("{mask} {mask}")
-    with pytest.raises(ValueError, match="a field of a template is a name in braces"):
+    with pytest.raises(ValueError, match="a field of a template must be a name in braces"):
         Template("{text.__class__} {mask}")
     with pytest.raises(ValueError, match="cannot be read"):
         Template("{text")
-    with pytest.raises(ValueError, match="labels are two or more"):
+    with pytest.raises(ValueError, match="words must have two or more labels"):
         ClozeClassifier(masked, "{text} {mask}", {"one": "tea"})
     with pytest.raises(ValueError, match="the label 'a' needs a word"):
         ClozeClassifier(masked, "{text} {mask}", {"a": [], "b": "tea"})
     ours = ClozeClassifier(masked, "{a} {b} {mask}", WORDS)
-    with pytest.raises(ValueError, match="the fields a, b: give a text for each"):
+    with pytest.raises(ValueError, match="the fields a, b: give a dict with a text for each"):
         ours.scores(["text"])
     with pytest.raises(ValueError, match=r"needs a text for \{b\}, and the item has only a"):
         ours.scores([{"a": "x"}])
     with pytest.raises(TypeError, match="expected several items"):
         ours.scores("text")
-    with pytest.raises(TypeError, match="an item is a text or"):
+    with pytest.raises(TypeError, match="an item must be a text or"):
         ours.scores([3])  # type: ignore[list-item]
     with pytest.raises(ValueError, match="a loaded model needs its tokenizer"):
         ClozeClassifier(ours.model, "{text} {mask}", WORDS)
@@ -162,7 +163,7 @@ def test_shortened() -> None:
         return [(i, i + 1) for i in range(len(text))]
 
     assert shortened({"a": "abc", "b": "defghi"}, 2, spans) == {"a": "abc", "b": "defg"}
-    with pytest.raises(ValueError, match="6 tokens too many without a field that could be cut"):
+    with pytest.raises(ValueError, match="6 tokens too many, and no field is long enough to be cut"):
         shortened({"a": "abc", "b": "defghi"}, 6, spans)
 
 
@@ -213,11 +214,11 @@ def test_labels_in_a_chat(causal: Path) -> None:
 
 def test_label_errors(causal: Path) -> None:
     for labels in ["ab", ["a"], ["a", "a"], {"a": "x", "b": "x"}, ["a", ""]]:
-        with pytest.raises(ValueError, match="labels are"):
+        with pytest.raises(ValueError, match="labels must be"):
             LabelScorer(causal, "{text}", labels)
-    with pytest.raises(ValueError, match=r"without \{mask\}"):
+    with pytest.raises(ValueError, match=r"must not have \{mask\}"):
         LabelScorer(causal, "{text} {mask}", ["a", "b"])
-    with pytest.raises(ValueError, match="is empty: a model needs a token"):
+    with pytest.raises(ValueError, match="has no token: the model needs one"):
         LabelScorer(causal, "{text}", ["a", "b"]).scores([""])
     with pytest.raises(ValueError, match='length must be "mean" or "sum"'):
         LabelScorer(causal, "{text}", ["a", "b"], length="max")  # type: ignore[arg-type]
@@ -275,7 +276,7 @@ def test_pseudo_perplexity(masked: Path) -> None:
         assert ours == pytest.approx(their, rel=1e-4, abs=1e-4)
     flat = [log for row in expected for log in row]
     assert pseudo_perplexity(masked, ITEMS) == pytest.approx(math.exp(-sum(flat) / len(flat)), rel=1e-4)
-    with pytest.raises(ValueError, match="needs a token"):
+    with pytest.raises(ValueError, match="needs at least one token"):
         pseudo_perplexity(masked, [""])
     with pytest.raises(ValueError, match="tokens, and the model reads 64"):
         pseudo_perplexity(masked, ["the river " * 60])
@@ -326,7 +327,7 @@ def test_entities() -> None:
     assert "York near" not in spans.asked
     assert "York, near" not in spans.asked
     assert PromptedEntities(spans)("...") == []
-    with pytest.raises(ValueError, match="none= is the label"):
+    with pytest.raises(ValueError, match="none= must be the label"):
         PromptedEntities(spans, none="other")
 
 

@@ -1,5 +1,5 @@
-"""`bench`: correctness first, then speed as a share of the machine's limit, beside what people would use
-instead."""
+"""`bench`: checks results, then measures speed, in comparison with the machine's limits and with other
+libraries."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 LEVELS = ("op", "layer", "e2e", "sweep")
 QUICK_SECONDS = 120.0
 NOTHING_TO_COMPILE = "^(?!.*([Cc]ompile|Flex))"
-"""Engines of --quick: those whose names do not say that they compile first, which takes minutes."""
+"""Engines of --quick: without those that compile first, which takes minutes."""
 
 
 def add_to(app: typer.Typer) -> None:
@@ -40,75 +40,89 @@ def add_to(app: typer.Typer) -> None:
 
 def bench(
     level: Annotated[
-        str, typer.Option(metavar="LEVELS", help=f"Levels to run, by comma: {', '.join(LEVELS)}, or all.")
+        str,
+        typer.Option(
+            metavar="LEVELS",
+            help=f"Levels to run, separated by commas: {', '.join(LEVELS)}, or all (op: "
+            "single ops; layer: one block of a model; e2e: whole models; sweep: "
+            "several lengths and batch sizes).",
+        ),
     ] = "op,layer,e2e",
     model: Annotated[
-        str, typer.Option(metavar="NAMES", help="Models whose shapes are used, by comma; all: every one.")
+        str,
+        typer.Option(
+            metavar="NAMES", help="Models, or models whose shapes are used, separated by commas; or all."
+        ),
     ] = "all",
     only: Annotated[
-        str, typer.Option(metavar="REGEX", help="Only workloads whose name this regular expression finds.")
+        str, typer.Option(metavar="REGEX", help="Only workloads whose name matches this regular expression.")
     ] = "",
     peers: Annotated[
-        str, typer.Option(metavar="REGEX", help="Only engines whose name this regular expression finds.")
+        str, typer.Option(metavar="REGEX", help="Only engines whose name matches this regular expression.")
     ] = "",
     threads: Annotated[
-        str, typer.Option(metavar="NUMBERS", help="Numbers of threads, by comma; all: every core.")
+        str,
+        typer.Option(
+            metavar="NUMBERS", help="Numbers of threads, separated by commas; all: as many as cores."
+        ),
     ] = "all",
     device: Annotated[str, typer.Option(metavar="DEVICE", help="cpu or cuda.")] = "cpu",
     dtype: Annotated[
         str,
-        typer.Option(
-            metavar="DTYPE", help="dtype of ops and layers; if not given, float32, on a GPU float16."
-        ),
+        typer.Option(metavar="DTYPE", help="dtype of ops and layers; default: float32, on a GPU float16."),
     ] = "",
     rounds: Annotated[
-        int, typer.Option(metavar="N", show_default=False, help="Repeats of each engine; if not given, 15.")
+        int, typer.Option(metavar="N", show_default=False, help="Repetitions per engine; default: 15.")
     ] = 0,
     budget: Annotated[
         float,
         typer.Option(
             metavar="S",
             show_default=False,
-            help="Seconds for one workload, all engines together; if not given, 20.",
+            help="Seconds per workload, for all engines together; default: 20.",
         ),
     ] = 0.0,
     quick: Annotated[
         bool,
         typer.Option(
             "--quick",
-            help="Two minutes: of MiniLM and SmolLM2 what there is time for. What is left out is named.",
+            help="A run of two minutes with MiniLM and SmolLM2; it lists what there was no time for.",
         ),
     ] = False,
     seconds: Annotated[
         float,
         typer.Option(
-            metavar="S", show_default=False, help="The most seconds for everything; if not given, no limit."
+            metavar="S", show_default=False, help="Time limit for the whole run in seconds; default: none."
         ),
     ] = 0.0,
     output: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Where to write JSON, pictures and the page.")
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Folder for the results: JSON, pictures and an HTML page."),
     ] = None,
     compare: Annotated[
         tuple[Path, Path] | None,
-        typer.Option(metavar="A B", help="What changed between two results beyond the noise."),
+        typer.Option(metavar="A B", help="Show what changed between two results by more than the noise."),
     ] = None,
     explain: Annotated[
-        str, typer.Option(metavar="MODEL", help="Where a forward pass of this model goes, op by op.")
+        str, typer.Option(metavar="MODEL", help="Show the time of each op in a forward pass of this model.")
     ] = "",
     html: Annotated[
         Path | None,
-        typer.Option(metavar="FOLDER", help="Make the HTML page of a folder of results, and its README.md."),
+        typer.Option(metavar="FOLDER", help="Write the HTML page and README.md of a folder of results."),
     ] = None,
     markdown: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Print a result as tables for a README (with --model, --threads)."),
+        typer.Option(metavar="FILE", help="Print a result as Markdown tables (with --model, --threads)."),
     ] = None,
-    show: Annotated[bool, typer.Option("--list", help="List engines, and why some cannot run.")] = False,
+    show: Annotated[
+        bool, typer.Option("--list", help="List the engines, with the reason if one cannot run.")
+    ] = False,
 ) -> None:
-    """Measure ops, layers and whole models beside the engines that people would use instead.
+    """Measure the speed of ops, layers and whole models, compared with other libraries.
 
-    Nothing is timed before its output is right. Exit status 1: something of minilm's was wrong, or became
-    slower (--compare)."""
+    Only engines with correct results are timed. Exit status 1: a result of minilm was wrong, or
+    (--compare) minilm became slower.
+    """
     from minilm.benchmarks.machine import tiny
 
     if compare is not None:
@@ -142,7 +156,7 @@ def bench(
 
 
 class Words:
-    """What is told while it runs: where it is, how long it has taken, how much longer it will."""
+    """The progress text: position in the run, elapsed time, estimated remaining time."""
 
     def __init__(self, limit: float) -> None:
         from minilm.benchmarks.course import Course
@@ -154,7 +168,7 @@ class Words:
         if not state.steps:
             return "reading PyTorch ..."
         left = f"about {duration(state.left)} left"
-        return f"{state.done} of {state.steps}, {duration(state.elapsed)} gone, {left}: {state.name}"
+        return f"{state.done} of {state.steps}, {duration(state.elapsed)} elapsed, {left}: {state.name}"
 
 
 def _threads(text: str) -> list[int]:
@@ -167,19 +181,19 @@ def _threads(text: str) -> list[int]:
     except ValueError:
         found = []
     if not found or found[0] < 1:
-        raise CommandError(f"--threads takes numbers by comma, such as 1,2, and is {text!r}")
+        raise CommandError(f"--threads must be numbers separated by commas, such as 1,2, and is {text!r}")
     return found
 
 
 def _check(level: str, model: str, device: str, seconds: float) -> None:
-    """What can be said without reading PyTorch."""
+    """Check the options that can be checked without importing PyTorch."""
     for name in LEVELS if level == "all" else level.split(","):
         if name not in LEVELS:
             raise CommandError(f"unknown level {name!r}; expected {', '.join(LEVELS)} or all")
     if device not in ("cpu", "cuda"):
-        raise CommandError(f"--device is cpu or cuda, and is {device!r}")
+        raise CommandError(f"--device must be cpu or cuda, and is {device!r}")
     if seconds < 0 or math.isnan(seconds):
-        raise CommandError(f"--seconds is a number from 0, and is {seconds:g}")
+        raise CommandError(f"--seconds must be at least 0, and is {seconds:g}")
 
 
 def _plan(
@@ -220,7 +234,7 @@ def _plan(
 
 
 def _target(plan: Plan, output: Path | None) -> Path | None:
-    """The file of the results."""
+    """The file for the results."""
     import time
 
     from minilm.benchmarks import machine
@@ -232,7 +246,7 @@ def _target(plan: Plan, output: Path | None) -> Path | None:
 
 
 def _run(plan: Plan, target: Path | None) -> Results:
-    """Measure; what there is after each workload is kept in `target`."""
+    """Measure; the results so far are written to `target` after each workload."""
     from minilm.benchmarks.run import run
 
     def keep(results: Results) -> None:
@@ -270,7 +284,7 @@ def _compare(before: Path, after: Path) -> None:
         note(caution)
     for change in found.changes:
         typer.echo(str(change))
-    typer.echo(f"{found.alike} measurements are alike within the noise, {len(found.changes)} are not")
+    typer.echo(f"{found.alike} measurements are equal within the noise, {len(found.changes)} differ")
     if found.worse:
         raise typer.Exit(1)
 
@@ -284,7 +298,7 @@ def _markdown(path: Path, models: str, threads: str) -> None:
     results = Results.read(path)
     found = tables(results, chosen, many)
     if not found:
-        raise CommandError(f"{path} has no end-to-end cells with that model and number of threads")
+        raise CommandError(f"{path} has no end-to-end results for that model and number of threads")
     typer.echo(f"{overview(results, chosen, many)}\n{found}", nl=False)
 
 

@@ -17,7 +17,7 @@ Message = dict[str, str]
 
 
 class Stream(Protocol):
-    """The pieces of an answer; `close` gives the rest of it up, `output` is there when it has ended."""
+    """The pieces of an answer. `close` cancels it; `output` is set when it has ended."""
 
     def __iter__(self) -> Iterator[str]: ...
 
@@ -31,12 +31,12 @@ Answer = Callable[[list[Message], SamplingParams], Stream]
 
 COMMANDS = {
     "/reset": "begin anew",
-    "/retry": "answer the last question once more",
-    "/system TEXT": "say how to answer, and begin anew (without TEXT: show what was said)",
-    "/set NAME VALUE": "change how tokens are chosen: /set temperature 0.3 (without NAME: show all)",
-    "/save FILE": "write the conversation to FILE, as JSON messages",
+    "/retry": "answer the last question again",
+    "/system TEXT": "set the system message and start a new conversation (without TEXT: show it)",
+    "/set NAME VALUE": "change a sampling option: /set temperature 0.3 (without NAME: show all)",
+    "/save FILE": "save the conversation to FILE as JSON",
     "/help": "this list",
-    "/quit": "end (also Ctrl-D)",
+    "/quit": "end the program (also Ctrl-D)",
 }
 SETTABLE = (
     *("max_tokens", "temperature", "top_p", "top_k", "min_p"),
@@ -45,7 +45,7 @@ SETTABLE = (
 
 
 class Conversation:
-    """Questions and answers in turn. `answer` gives the pieces of the answer to a list of messages."""
+    """Alternates questions and answers. `answer` returns the pieces of the answer to a list of messages."""
 
     def __init__(self, answer: Answer, params: SamplingParams, system: str | None = None) -> None:
         self.answer = answer
@@ -54,8 +54,8 @@ class Conversation:
         self.messages: list[Message] = []
 
     def run(self) -> None:
-        """Read and answer until /quit or the end of the input. Ctrl-C stops an answer; at the prompt, twice
-        in a row, the program."""
+        """Read and answer until /quit or the end of input. Ctrl-C stops an answer; at the prompt, Ctrl-C
+        twice ends the program."""
         import readline  # noqa: F401 - gives input() line editing and a history
 
         print("Ctrl-C stops an answer; /help lists the commands, /quit or Ctrl-D ends.")
@@ -81,7 +81,7 @@ class Conversation:
                 self.turn(line)
 
     def command(self, line: str) -> bool:
-        """Carry out a line that begins with a slash; False if it ends the conversation."""
+        """Execute a line that begins with a slash; returns False if it ends the conversation."""
         name, _, rest = line.partition(" ")
         rest = rest.strip()
         if name in ("/quit", "/exit"):
@@ -101,7 +101,7 @@ class Conversation:
                 self.messages.clear()
                 print("(a new conversation)")
             else:
-                print(f"({self.system or 'nothing was said'})")
+                print(f"({self.system or 'no system message'})")
         else:
             if name != "/help":
                 print(f"there is no command {name}")
@@ -110,7 +110,8 @@ class Conversation:
         return True
 
     def retry(self) -> None:
-        """Give the last question again. What is drawn differs, unless a seed or temperature 0 fixes it."""
+        """Answer the last question again. The answer differs, unless the seed is fixed or the temperature is
+        0."""
         while self.messages and self.messages[-1]["role"] == "assistant":
             self.messages.pop()
         if not self.messages:
@@ -151,8 +152,8 @@ class Conversation:
         return [*([{"role": "system", "content": self.system}] if self.system else []), *self.messages]
 
     def turn(self, question: str) -> None:
-        """One question and its answer, printed as it comes. An answer that cannot be given takes its
-        question back; what there is of an interrupted one stays."""
+        """One question and its answer, printed as it is generated. If an answer fails, its question is
+        removed from the conversation; an interrupted answer is kept as far as it got."""
         self.messages.append({"role": "user", "content": question})
         pieces: list[str] = []
         shown = Wrapped(sys.stdout)
@@ -166,15 +167,17 @@ class Conversation:
                     print(f"(cut at {self.params.max_tokens} tokens: /set max_tokens N, or --max-tokens)")
         except KeyboardInterrupt:
             shown.end(" (stopped)")
-        except ValueError as error:  # longer than the window, a template without a system message
+        except (
+            ValueError
+        ) as error:  # a conversation longer than the window, a template that rejects system messages
             self.messages.pop()
-            print(f"error: {error} (/reset begins anew)", file=sys.stderr)
+            print(f"error: {error} (/reset starts a new conversation)", file=sys.stderr)
             return
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
 
 
 def describe(params: SamplingParams) -> str:
-    """How tokens are chosen, in the options' names."""
+    """The sampling options as text."""
     if not params.temperature:
         what = "temperature 0 (the most probable token)"
     else:
@@ -187,7 +190,7 @@ def describe(params: SamplingParams) -> str:
 
 
 def _forget_typed() -> None:
-    """What was typed while the model was loaded, before there was anything to answer, is no question."""
+    """Discard what was typed while the model was loading."""
     with suppress(ImportError, OSError, ValueError):
         import termios
 

@@ -1,4 +1,4 @@
-"""`embed` and `similar`: texts as vectors, and which of them are alike."""
+"""`embed` and `similar`: texts as vectors, and their similarity to a query."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHUNK = 1024
 
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Texts that go through the model at once.")]
 Prompt = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="Put before each text, as some models want it.")
+    str | None, typer.Option(metavar="TEXT", help="Text to put before each text; some models need one.")
 ]
 
 
@@ -60,10 +60,10 @@ def embed(
     out: Output,
     run: Runtime,
 ) -> None:
-    """Texts as vectors that are close where the texts mean the same.
+    """Turn texts into vectors that are close if the texts have similar meanings.
 
-    The model's own pooling and normalisation apply, as in sentence-transformers. An .npy file holds a row a
-    text.
+    Pooling and normalisation are those of the model, as in sentence-transformers. An .npy file has one row
+    per text.
     """
     out.check("embedding")
     items = source.read()
@@ -79,7 +79,9 @@ def embed(
 
 def similar(
     *,
-    query: Annotated[str, typer.Argument(metavar="QUERY", help="What the texts are compared with.")],
+    query: Annotated[
+        str, typer.Argument(metavar="QUERY", help="The text that the others are compared with.")
+    ],
     texts: Annotated[
         list[str] | None, typer.Argument(metavar="TEXT", help="Texts; - or nothing reads standard input.")
     ] = None,
@@ -87,17 +89,18 @@ def similar(
     field: FieldOption = None,
     model: Encoder = ENCODER,
     top_k: Annotated[
-        int | None, typer.Option("--top-k", "-k", min=1, metavar="N", help="Show only the N most alike.")
+        int | None,
+        typer.Option("--top-k", "-k", min=1, metavar="N", help="Show only the N most similar texts."),
     ] = None,
     query_prompt: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="Put before the query, as some models want it.")
+        str | None, typer.Option(metavar="TEXT", help="Text to put before the query; some models need one.")
     ] = None,
     prompt: Prompt = None,
     batch_size: BatchSize = 32,
     out: Output,
     run: Runtime,
 ) -> None:
-    """Rank texts by similarity to a query, by the model's own measure (mostly the cosine)."""
+    """Rank texts by similarity to a query, by the model's similarity function (usually cosine)."""
     import torch
 
     out.check()

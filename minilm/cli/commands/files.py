@@ -1,4 +1,4 @@
-"""`tokenize`, `inspect`, `convert`: commands about files, which run no model."""
+"""`tokenize`, `inspect`, `convert`: commands about files, which do not run a model."""
 
 from __future__ import annotations
 
@@ -57,15 +57,13 @@ def tokenize(
     *,
     source: Texts,
     model: Encoder = ENCODER,
-    pair: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="A second text, to make a pair of each.")
-    ] = None,
+    pair: Annotated[str | None, typer.Option(metavar="TEXT", help="A second text, for pairs.")] = None,
     special: Annotated[
-        bool, typer.Option("--special/--no-special", help="With the special tokens that the model expects.")
+        bool, typer.Option("--special/--no-special", help="Add the special tokens that the model expects.")
     ] = True,
     out: Output,
 ) -> None:
-    """How a model's tokenizer cuts texts: ids, tokens, and which characters each stands for."""
+    """Show how a model's tokenizer splits texts: ids, tokens, and the characters of each."""
     out.check()
     items = source.read()
     note(f"loading the tokenizer of {model} ...")
@@ -114,17 +112,18 @@ def _token_tables(records: list[Record]) -> RenderableType:
 
 def inspect(
     model: Annotated[
-        str | None, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} If not given, {ENCODER}.")
+        str | None, typer.Argument(metavar="MODEL", help=f"{MODEL_HELP} Default: {ENCODER}.")
     ] = None,
     by_option: Annotated[
         str | None, typer.Option("--model", "-m", metavar="MODEL", help="The same, as an option.")
     ] = None,
     weights: Annotated[
-        bool, typer.Option("--weights", help="Also show what each tensor of the checkpoint becomes.")
+        bool, typer.Option("--weights", help="Also show the model's name for each tensor of the checkpoint.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything as one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as one JSON object.")] = False,
 ) -> None:
-    """What a checkpoint is: its configuration, parameters, memory, KV cache, work for a token, tokenizer.
+    """Show what a checkpoint contains: configuration, parameters, memory, KV cache, FLOPs per token,
+    tokenizer.
 
     Only the headers of its files are read, so this is quick for models of any size.
     """
@@ -153,12 +152,12 @@ def convert(
         bool, typer.Option("--force", help="Replace the model in a folder that is not empty.")
     ] = False,
     max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Cut larger weights into several files.")
+        str, typer.Option(metavar="SIZE", help="Split larger weights into several files.")
     ] = "5GB",
 ) -> None:
-    """Write a checkpoint (GGUF, or any that is supported) as a folder of safetensors that transformers loads.
+    """Convert a checkpoint (GGUF or any supported format) to a folder of safetensors that transformers loads.
 
-    The tokenizer comes along. An error leaves the destination as it was.
+    The tokenizer is copied too. If there is an error, the destination is unchanged.
     """
     with waiting(f"converting {source}"):
         from ...conversion import convert as run

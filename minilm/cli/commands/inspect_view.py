@@ -1,4 +1,4 @@
-"""How `minilm inspect` shows a `Summary` to people."""
+"""Prints a `Summary` for `minilm inspect`."""
 
 from __future__ import annotations
 
@@ -70,21 +70,21 @@ def _overview(summary: Summary) -> RenderableType:
 
 
 def _memory(summary: Summary) -> Iterator[tuple[str, str]]:
-    """What the weights take: first as the model is loaded when nothing is said."""
+    """The memory of the weights: first as the model is loaded by default."""
     stored, default = summary.stored_memory, _name(summary.dtype)
     if stored is not None and summary.format == "GGUF":
         yield "in memory", f"{size(stored)} as stored (minilm chat; elsewhere --weights gguf)"
         yield "", f"{size(summary.default_memory)} in {default} (other commands and from_pretrained)"
     elif stored is not None:
-        yield "in memory", f"{size(stored)} as stored, which is how it is loaded"
+        yield "in memory", f"{size(stored)} as stored, which is the default when loading"
     else:
-        yield "in memory", f"{size(summary.default_memory)} in {default}, which is how it is loaded"
+        yield "in memory", f"{size(summary.default_memory)} in {default}, the default when loading"
     others = [d for d in DTYPES if d != summary.dtype or (stored is not None and summary.format != "GGUF")]
     yield "", ", ".join(f"{size(summary.memory(d))} in {_name(d)}" for d in others)
 
 
 def _given(summary: Summary) -> RenderableType:
-    table = _table("Configuration, as the checkpoint gives it", header=False)
+    table = _table("Configuration in the checkpoint", header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in summary.given.items():
@@ -94,7 +94,7 @@ def _given(summary: Summary) -> RenderableType:
 
 
 def _understood(summary: Summary) -> RenderableType:
-    table = _table("Configuration, as minilm understands it", header=False)
+    table = _table("Configuration in minilm", header=False)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for field in fields(summary.spec):
@@ -109,14 +109,16 @@ def _value(value: Any) -> str:
             runs = (
                 [*runs[:-1], (item, runs[-1][1] + 1)] if runs and runs[-1][0] == item else [*runs, (item, 1)]
             )
-        return ", ".join(f"{count} layers: {item or 'all'}" for item, count in runs) or "all layers see all"
+        return (
+            ", ".join(f"{count} layers: {item or 'all'}" for item, count in runs) or "no layer has a window"
+        )
     if hasattr(value, "__dataclass_fields__"):
         return ", ".join(f"{field.name}={getattr(value, field.name)}" for field in fields(value))
     return "-" if value is None else str(value)
 
 
 def _parameters(summary: Summary, width: int) -> Iterator[RenderableType]:
-    """A row for each parameter; on a narrow terminal its name has a line of its own, and stays whole."""
+    """One row per parameter; on a narrow terminal its name is on a separate line, uncut."""
     rows: dict[tuple[str, tuple[int, ...], str], list[int]] = {}
     for p in summary.parameters:
         rows.setdefault((_pattern(p.name), p.shape, p.stored or "missing"), []).append(p.count)
@@ -144,7 +146,7 @@ def _parameters(summary: Summary, width: int) -> Iterator[RenderableType]:
 def _weights(summary: Summary, width: int) -> Iterator[RenderableType]:
     from rich.text import Text
 
-    title = "From the names in the checkpoint to those of the model"
+    title = "Names in the checkpoint and in the model"
     told = []
     for source, transform, target, count in _grouped(summary):
         how, _, reason = transform.partition(": ")
@@ -157,14 +159,14 @@ def _weights(summary: Summary, width: int) -> Iterator[RenderableType]:
         return
     table = _table(title)
     table.add_column("how", no_wrap=True)
-    table.add_column("checkpoint, and below it the model", overflow="fold")
+    table.add_column("checkpoint (model below it)", overflow="fold")
     for how, source, target in told:
         table.add_row(how, Text(source).append(f"\n  {target}", style="cyan"))
     yield table
 
 
 def _narrow(title: str, rows: Iterable[tuple[str, str]]) -> Iterator[RenderableType]:
-    """A line for each name, and below it, indented, what is told of it."""
+    """One line per name, with its description indented below."""
     from rich.padding import Padding
     from rich.text import Text
 
@@ -175,8 +177,8 @@ def _narrow(title: str, rows: Iterable[tuple[str, str]]) -> Iterator[RenderableT
 
 
 def _grouped(summary: Summary) -> Iterable[tuple[str, str, str, int]]:
-    """(source, transform, target, how many): the same line of several layers is one, with {i} for the
-    number."""
+    """(source, transform, target, count): lines that are the same in several layers are merged, with {i} for
+    the number."""
     rows: dict[tuple[str, str, str], int] = {}
     for entry in summary.weights:
         key = (_pattern(entry.source), entry.transform, _pattern(entry.target))

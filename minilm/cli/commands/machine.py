@@ -1,4 +1,4 @@
-"""`doctor`: what this machine has, and what will run on it."""
+"""`doctor`: this machine, and the implementations that will run on it."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ def add_to(app: typer.Typer) -> None:
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="The whole report as one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
 ) -> None:
-    """What this machine has, which implementation of each op will run on it, and why the others will not.
+    """Show what this machine has, which implementation of each op will run on it, and why not the others.
 
-    Exit status 1 if something is missing that minilm cannot do without.
+    Exit status 1 if minilm cannot work because something is missing.
     """
     from ...doctor import examine
 
@@ -104,7 +104,7 @@ def _packages(report: dict[str, Any]) -> RenderableType:
 
 
 def _ops(report: dict[str, Any]) -> list[RenderableType]:
-    """One table a device: dtypes for which the same runs, for the same reasons, share a row."""
+    """One table per device; dtypes with the same choice for the same reasons share a row."""
     from rich.table import Table
 
     rows: dict[tuple[str, str], dict[tuple[str, str], list[str]]] = {}
@@ -118,7 +118,7 @@ def _ops(report: dict[str, Any]) -> list[RenderableType]:
         )
         table.add_column("op", style="cyan", no_wrap=True)
         table.add_column("runs", style="green", no_wrap=True)
-        table.add_column("passed over, and why", overflow="fold")
+        table.add_column("others, and why not", overflow="fold")
         for (of, op), answers in rows.items():
             for (backend, why), dtypes in answers.items() if of == device else ():
                 table.add_row(op if len(answers) == 1 else f"{op} {', '.join(dtypes)}", backend, why)
@@ -127,11 +127,11 @@ def _ops(report: dict[str, Any]) -> list[RenderableType]:
 
 
 def _reasons(op: str, refused: dict[str, str]) -> str:
-    """The reasons that say something, backends with the same one together."""
+    """The informative reasons; backends with the same reason are joined."""
     backends: dict[str, list[str]] = {}
     for backend, reason in refused.items():
         if "order of preference" not in reason:
-            short = reason.replace(f"there is no {backend} implementation of {op}", "not written")
+            short = reason.replace(f"there is no {backend} implementation of {op}", "not implemented")
             backends.setdefault(short, []).append(backend)
     return "\n".join(f"{', '.join(names)}: {reason}" for reason, names in backends.items()) or "-"
 

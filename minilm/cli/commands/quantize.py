@@ -1,4 +1,4 @@
-"""`quantize`: a model with fewer bits a weight, and what that costs."""
+"""`quantize`: saves a model with fewer bits per weight, and measures the loss of quality."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def quantize(
             "--weights",
             "-w",
             metavar="FORMAT",
-            help="int8, q8_0 (q8), q4_0 or q4_1 (q4); gguf takes the formats of a GGUF file as they are.",
+            help="int8, q8_0 (q8), q4_0 or q4_1 (q4); gguf keeps the formats of a GGUF file.",
         ),
     ] = "q4",
     dtype: DType = None,
@@ -50,28 +50,28 @@ def quantize(
         list[Path] | None,
         typer.Option(
             metavar="FILE",
-            help="Measure the error on these texts: one a line, or JSON lines (.jsonl); if not given, on "
+            help="Texts to measure the error on: one per line, or JSON lines (.jsonl); default: "
             "documentation that comes with Python. Repeatable.",
         ),
     ] = None,
     tokens: Annotated[
-        int, typer.Option(min=2, metavar="N", help="Of a decoder's texts, the first N tokens count.")
+        int, typer.Option(min=2, metavar="N", help="For a decoder: use the first N tokens of the texts.")
     ] = 2048,
     force: Annotated[
         bool, typer.Option("--force", help="Replace the model in a folder that is not empty.")
     ] = False,
     max_shard_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Cut larger weights into several files.")
+        str, typer.Option(metavar="SIZE", help="Split larger weights into several files.")
     ] = "5GB",
-    as_json: Annotated[bool, typer.Option("--json", help="The figures as one JSON object.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as one JSON object.")] = False,
 ) -> None:
-    """Write a model with quantised weights as a folder, and measure the error against float32.
+    """Save a model with quantised weights, and measure the error against float32.
 
-    For an encoder the error is the cosine of its embeddings with those in float32, for a decoder its
-    perplexity beside that in float32. Every command and `from_pretrained` load the folder by its name.
+    The measure for an encoder is the cosine of its embeddings with those in float32, for a decoder the
+    perplexity compared with float32. All commands and `from_pretrained` load the folder.
     """
     given = [item.text for item in read_items([], texts, None)] if texts else None
-    with waiting(f"quantising {source}, and measuring what that costs"):
+    with waiting(f"quantising {source} and measuring the error"):
         from ...conversion import quantize as run
 
         done = run(

@@ -1,4 +1,4 @@
-"""`fill-mask`, `classify`, `ner`, `qa`: what encoders with a head do."""
+"""`fill-mask`, `classify`, `ner`, `qa`: tasks of encoders with a head."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CHUNK = 256
 Untrained = Annotated[
     bool,
     typer.Option(
-        "--untrained", help="Go on though the checkpoint lacks the head: random answers, to try things out."
+        "--untrained", help="Run even if the checkpoint lacks the head; the answers are then random."
     ),
 ]
 BatchSize = Annotated[int, typer.Option(min=1, metavar="N", help="Texts that go through the model at once.")]
@@ -74,14 +74,14 @@ def fill_mask(
     source: Texts,
     model: Encoder = ENCODER,
     top_k: Annotated[
-        int, typer.Option("--top-k", "-k", min=1, metavar="N", help="Tokens to show for a mask.")
+        int, typer.Option("--top-k", "-k", min=1, metavar="N", help="Number of tokens to show per mask.")
     ] = 5,
     untrained: Untrained = False,
     batch_size: BatchSize = 8,
     out: Output,
     run: Runtime,
 ) -> None:
-    """Which tokens belong where the text has the model's mask token ([MASK], or <mask> for RoBERTa).
+    """Predict the tokens at the mask token of a text ([MASK], or <mask> for RoBERTa).
 
     Needs a model with a masked-LM head; the default model has none.
     """
@@ -93,7 +93,7 @@ def fill_mask(
             for chunk in chunks(items, CHUNK):
                 texts = tuple(
                     item.text for item in chunk
-                )  # of a list of one, the pipeline gives the one result
+                )  # for a list of one text, the pipeline returns its result without a list
                 answers = pipe(texts, top_k=top_k, batch_size=batch_size)
                 for item, answer in zip(chunk, answers, strict=True):
                     masks = answer if answer and isinstance(answer[0], list) else [answer]
@@ -105,18 +105,20 @@ def classify(
     source: Texts,
     model: Encoder = ENCODER,
     pair: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="A second text, for models that judge pairs.")
+        str | None, typer.Option(metavar="TEXT", help="A second text, for models that classify pairs.")
     ] = None,
     top_k: Annotated[
         int,
-        typer.Option("--top-k", "-k", min=1, metavar="N", help="Classes to show, the most probable first."),
+        typer.Option(
+            "--top-k", "-k", min=1, metavar="N", help="Number of classes to show, the most probable first."
+        ),
     ] = 1,
     untrained: Untrained = False,
     batch_size: BatchSize = 8,
     out: Output,
     run: Runtime,
 ) -> None:
-    """The class of each text: sentiment, topic, entailment, whatever the model was trained for.
+    """Classify texts: sentiment, topic, entailment, or whatever the model was trained for.
 
     Needs a model with a sequence-classification head; the default model has none.
     """
@@ -145,7 +147,8 @@ def ner(
     aggregation: Annotated[
         str,
         typer.Option(
-            metavar="HOW", help="none (each token), simple, first, average or max: how tokens make words."
+            metavar="HOW",
+            help="How tokens are joined to entities: none (each token), simple, first, average or max.",
         ),
     ] = "simple",
     untrained: Untrained = False,
@@ -153,10 +156,10 @@ def ner(
     out: Output,
     run: Runtime,
 ) -> None:
-    """Names of people, places and the like in texts, with where they stand (in characters).
+    """Find names of people, places and other entities in texts, with their positions (in characters).
 
-    Needs a model with a token-classification head; the default model has none. Texts may be longer than its
-    window.
+    Needs a model with a token-classification head; the default model has none. Texts may be longer than the
+    model's window.
     """
     out.check()
     strategies = ("none", "simple", "first", "average", "max")
@@ -175,29 +178,32 @@ def ner(
 
 def qa(
     *,
-    question: Annotated[str, typer.Argument(metavar="QUESTION", help="What to look for.")],
+    question: Annotated[str, typer.Argument(metavar="QUESTION", help="The question.")],
     contexts: Annotated[
         list[str] | None,
-        typer.Argument(metavar="CONTEXT", help="Texts to look in; - or nothing reads standard input."),
+        typer.Argument(
+            metavar="CONTEXT",
+            help="Texts to find the answer in. Without any, or with -, standard input is read.",
+        ),
     ] = None,
     file: FileOption = None,
     field: FieldOption = None,
     model: Encoder = ENCODER,
     top_k: Annotated[
-        int, typer.Option("--top-k", "-k", min=1, metavar="N", help="Answers for a context.")
+        int, typer.Option("--top-k", "-k", min=1, metavar="N", help="Number of answers per context.")
     ] = 1,
     no_answer: Annotated[
-        bool, typer.Option("--no-answer", help="An empty answer is possible (models trained on SQuAD 2).")
+        bool, typer.Option("--no-answer", help="Allow an empty answer (models trained on SQuAD 2).")
     ] = False,
     untrained: Untrained = False,
     out: Output,
     run: Runtime,
 ) -> None:
-    """The part of a text that answers a question, word for word, with where it stands (in characters).
+    """Find the part of a text that answers a question, with its position (in characters).
 
-    Needs a model with a question-answering head; the default model has none. A text file, or standard
-    input, is one context as a whole, and may be longer than the model's window; JSON lines have one each,
-    in the field `context`.
+    Needs a model with a question-answering head; the default model has none. A text file or standard input is
+    one context, which may be longer than the model's window. JSON lines have one context each, in the field
+    `context`.
     """
     out.check()
     items = read_items(contexts or [], file or [], field, whole=True, default_field="context")
@@ -213,10 +219,10 @@ def qa(
 
 
 def _pipeline(task: str, model: str, device: Any, run: Runtime, untrained: bool) -> Any:
-    """The pipeline, unless its answers would be random and nobody asked for that."""
+    """The pipeline. Raises CommandError if its answers would be random, unless --untrained was given."""
     from ...pipelines import pipeline
 
-    log = logging.getLogger("minilm.weights.loading")  # what it says of a missing head is said below
+    log = logging.getLogger("minilm.weights.loading")  # a missing head is reported below
     level = log.level
     log.setLevel(logging.ERROR)
     try:
@@ -227,8 +233,8 @@ def _pipeline(task: str, model: str, device: Any, run: Runtime, untrained: bool)
     if missing and not untrained:
         kind = pipe.model.head_kind
         raise CommandError(
-            f"{model} has no {kind} head, so its answers would be random ({missing[0]} is missing): "
-            "name a model that has one with --model, or try it out with --untrained"
+            f"{model} has no {kind} head, so its answers would be random ({missing[0]} is missing): name a "
+            "model that has one with --model, or run it anyway with --untrained"
         )
     if missing:
         warn(f"{model} has no weights for {', '.join(missing)}: the answers are random")

@@ -1,4 +1,4 @@
-"""`tune`: block sizes of the Triton kernels, measured on the GPU that is present."""
+"""`tune`: measures block sizes of the Triton kernels on this machine's GPU."""
 
 from __future__ import annotations
 
@@ -33,39 +33,42 @@ def add_to(app: typer.Typer) -> None:
 
 def tune(
     model: Annotated[
-        str, typer.Option(metavar="NAMES", help="Models whose shapes are tuned, by comma; all: every one.")
+        str, typer.Option(metavar="NAMES", help="Models whose shapes are tuned, separated by commas; or all.")
     ] = "all",
     kernel: Annotated[
-        str, typer.Option(metavar="NAMES", help="Kernels to tune, by comma; all: every one.")
+        str, typer.Option(metavar="NAMES", help="Kernels to tune, separated by commas; or all.")
     ] = "all",
     dtype: Annotated[str, typer.Option(metavar="DTYPE", help="float32, float16 or bfloat16.")] = "bfloat16",
     output: Annotated[
         Path | None,
-        typer.Option(
-            metavar="FILE", help="Table to extend; if not given, the one in the user's cache folder."
-        ),
+        typer.Option(metavar="FILE", help="Table to extend; default: the one in the user's cache folder."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="List the candidates; needs no GPU, and measures nothing.")
+        bool, typer.Option("--dry-run", help="List the candidates without measuring; needs no GPU.")
     ] = False,
     chip: Annotated[
-        str, typer.Option(metavar="CHIP", help=f"For a dry run without a GPU: {', '.join(CHIPS)}.")
+        str,
+        typer.Option(
+            metavar="CHIP",
+            help=f"GPU architecture for --dry-run on a machine without a GPU: {', '.join(CHIPS)}.",
+        ),
     ] = "sm_90",
-    most: Annotated[int, typer.Option(metavar="N", help="Candidates that are tried for one shape.")] = 24,
+    most: Annotated[int, typer.Option(metavar="N", help="Maximum number of candidates per shape.")] = 24,
     seconds: Annotated[
         float,
         typer.Option(
             metavar="S",
             show_default=False,
-            help="Begin nothing new after so many seconds; if not given, no limit.",
+            help="Start no new measurement after this many seconds; default: no limit.",
         ),
     ] = 0.0,
 ) -> None:
-    """Measure block sizes of the Triton kernels on this GPU, and keep those that beat the built-in choice.
+    """Measure block sizes of the Triton kernels on this GPU, and save those that are faster than the built-in
+    choice.
 
-    Every candidate is checked against float64 before it is timed. What is found goes into a table that the
-    kernels look up before their own heuristics, on devices of the same name or compute capability."""
-    if dry_run:  # before anything imports triton: its interpreter would run what is only to be listed
+    Each candidate is checked against float64 before it is timed. The results are saved in a table, which the
+    kernels read before they apply their heuristics, on devices of the same name or compute capability."""
+    if dry_run:  # before triton is imported: in its interpreter, listing would run the kernels
         os.environ["TRITON_INTERPRET"] = "0"
     note("reading PyTorch and Triton ...")
     import torch
@@ -104,7 +107,7 @@ def _models(text: str) -> list[str]:
 def _kernels(text: str) -> list[str]:
     from minilm.kernels import heuristics, tuned
 
-    assert heuristics  # has put its functions into the table
+    assert heuristics  # registers its functions in the table
     names = list(tuned.ALL) if text == "all" else text.split(",")
     for name in names:
         if name not in tuned.ALL:
@@ -122,7 +125,7 @@ def _list(models: list[str], kernel: str, dtype: torch.dtype, chip: str, most: i
     total, now = 0, ["reading PyTorch and Triton"]
     progress = Progress(
         lambda: f"{now[0]} ...", quiet=sys.stdout.isatty()
-    )  # there the list itself is the sign
+    )  # a dry run prints its list instead
     with progress:
         for asked in listing(models, _kernels(kernel), dtype, device, partial(now.__setitem__, 0)):
             total += _candidates(asked, device, most)
@@ -149,7 +152,7 @@ def _measure(
 
     path = output or tuned.own_path()
     if path is None:
-        raise CommandError("MINILM_TUNED is empty, so there is no table to extend: name one by --output")
+        raise CommandError("MINILM_TUNED is empty, so there is no table to extend: give one with --output")
     found: list[dict[str, Any]] = []
 
     def keep(entry: dict[str, Any]) -> None:
@@ -161,7 +164,7 @@ def _measure(
 
     def words() -> str:
         gone = duration(time.monotonic() - began)
-        return f"tuning: {shapes[0]} shapes begun, {len(found)} entries, {gone}{limit} gone"
+        return f"tuning: {shapes[0]} shapes started, {len(found)} entries, {gone}{limit} elapsed"
 
     with Progress(words) as progress:
 
@@ -171,4 +174,4 @@ def _measure(
 
         tuner = tuning.Tuner(dtype, "cuda", most=most, say=say)
         asked = tuning.tune(models, _kernels(kernel), tuner, keep, seconds or float("inf"))
-    typer.echo(f"{len(found)} of {asked} shapes run faster than by the heuristics; {path}")
+    typer.echo(f"{len(found)} of {asked} shapes are faster than with the heuristics; {path}")

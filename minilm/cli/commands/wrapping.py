@@ -1,4 +1,4 @@
-"""Text that comes in pieces, on a terminal: lines end between words."""
+"""Word wrapping on a terminal for text that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import TextIO
 
 
 class Wrapped:
-    """Writes pieces of a text to a file; on a terminal, a word that does not fit goes to the next line.
+    """Writes pieces of a text to a file; on a terminal, a word that does not fit is put on the next line.
 
-    The width of characters is that on the screen (two columns for most of East Asia's). A word is held back
-    until it has ended; one longer than a line is cut where the terminal cuts it.
+    Widths are those on the screen (two columns for most East Asian characters). A word is written when it is
+    complete; the terminal breaks a word that is longer than a line.
     """
 
     def __init__(self, file: TextIO, width: int | None = None) -> None:
@@ -21,7 +21,7 @@ class Wrapped:
         self._space = self._word = ""
 
     def write(self, piece: str) -> None:
-        """The next piece."""
+        """Write the next piece."""
         if not self._width:
             self._file.write(piece)
         else:
@@ -38,7 +38,7 @@ class Wrapped:
         self._file.flush()
 
     def end(self, more: str = "") -> None:
-        """What was held back, `more`, and the end of the line."""
+        """Write the unfinished word, `more`, and the end of the line."""
         if self._width:
             self._put_word()
         self._file.write(f"{more}\n")

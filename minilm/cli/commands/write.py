@@ -1,4 +1,4 @@
-"""`generate` and `chat`: decoders write."""
+"""`generate` and `chat`: text from decoders."""
 
 from __future__ import annotations
 
@@ -51,33 +51,37 @@ def add_to(app: typer.Typer) -> None:
 
 @dataclass
 class Sampling:
-    """How tokens are chosen; names as in vLLM."""
+    """Sampling options; names as in vLLM."""
 
-    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="The most tokens to write.")] = 256
+    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="Maximum number of new tokens.")] = 256
     temperature: Annotated[
         float,
         typer.Option(
             min=0.0,
             metavar="T",
-            help="0 always takes the most probable token; 1 samples from the model's own distribution.",
+            help="0: always the most probable token; 1: sample from the model's distribution.",
         ),
     ] = 0.0
     top_p: Annotated[
-        float, typer.Option(metavar="P", help="Draw from the tokens that make up probability P.")
+        float,
+        typer.Option(metavar="P", help="Sample from the most probable tokens with total probability P."),
     ] = 1.0
     top_k: Annotated[
-        int, typer.Option(metavar="K", help="Draw from the K most probable tokens; 0 from all.")
+        int, typer.Option(metavar="K", help="Sample from the K most probable tokens; 0: from all.")
     ] = 0
     min_p: Annotated[
-        float, typer.Option(metavar="P", help="Leave out tokens less probable than P times the best.")
+        float,
+        typer.Option(metavar="P", help="Exclude tokens less probable than P times the most probable one."),
     ] = 0.0
     repetition_penalty: Annotated[
-        float, typer.Option(metavar="X", help="Above 1: tokens that were used become less probable.")
+        float, typer.Option(metavar="X", help="Above 1: make tokens that already occur less probable.")
     ] = 1.0
     stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="End before this text. Repeatable.")
+        list[str] | None, typer.Option(metavar="TEXT", help="Stop before this text. Repeatable.")
     ] = None
-    seed: Annotated[int | None, typer.Option(metavar="N", help="What is drawn is the same each time.")] = None
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of the random numbers, for reproducible samples.")
+    ] = None
 
     def params(self) -> SamplingParams:
         """As `minilm.LLM` takes them."""
@@ -87,39 +91,46 @@ class Sampling:
 
 
 MILD = {"temperature": 0.7, "min_p": 0.1, "repetition_penalty": 1.1, "frequency_penalty": 0.3}
-"""How a conversation is drawn where the model's files say nothing: else small models repeat themselves."""
+"""Sampling options of a conversation if the model's files recommend none: small models repeat themselves
+otherwise."""
 
 
 @dataclass
 class ChatSampling:
-    """How tokens are chosen; what is not given is as the model's generation_config.json says, or mild."""
+    """Sampling options. Default: as the model's generation_config.json recommends, otherwise `MILD`."""
 
-    max_tokens: Annotated[int, typer.Option(min=1, metavar="N", help="The most tokens of an answer.")] = 256
+    max_tokens: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Maximum number of tokens per answer.")
+    ] = 256
     temperature: Annotated[
         float | None,
         typer.Option(
             min=0.0,
             metavar="T",
-            help="0 always takes the most probable token; 1 samples from the model's own distribution. Not "
-            "given: 0 for one question; in a conversation as the model's files say, else 0.7.",
+            help="0: always the most probable token; 1: sample from the model's distribution. Default: 0 "
+            "for one question; in a conversation as the model's files recommend, otherwise 0.7.",
         ),
     ] = None
     top_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Draw from the tokens that make up probability P.")
+        float | None,
+        typer.Option(metavar="P", help="Sample from the most probable tokens with total probability P."),
     ] = None
     top_k: Annotated[
-        int | None, typer.Option(metavar="K", help="Draw from the K most probable tokens; 0 from all.")
+        int | None, typer.Option(metavar="K", help="Sample from the K most probable tokens; 0: from all.")
     ] = None
     min_p: Annotated[
-        float | None, typer.Option(metavar="P", help="Leave out tokens less probable than P times the best.")
+        float | None,
+        typer.Option(metavar="P", help="Exclude tokens less probable than P times the most probable one."),
     ] = None
     repetition_penalty: Annotated[
-        float | None, typer.Option(metavar="X", help="Above 1: tokens that were used become less probable.")
+        float | None, typer.Option(metavar="X", help="Above 1: make tokens that already occur less probable.")
     ] = None
     stop: Annotated[
-        list[str] | None, typer.Option(metavar="TEXT", help="End before this text. Repeatable.")
+        list[str] | None, typer.Option(metavar="TEXT", help="Stop before this text. Repeatable.")
     ] = None
-    seed: Annotated[int | None, typer.Option(metavar="N", help="What is drawn is the same each time.")] = None
+    seed: Annotated[
+        int | None, typer.Option(metavar="N", help="Seed of the random numbers, for reproducible samples.")
+    ] = None
 
     def given(self) -> dict[str, Any]:
         """The options that were given."""
@@ -145,10 +156,10 @@ def generate(
     out: Output,
     run: Runtime,
 ) -> None:
-    """Continue prompts, as they stand (no chat template; for questions see `minilm chat`).
+    """Continue prompts. No chat template is applied: for questions use `minilm chat`.
 
-    A single prompt on a terminal appears as it is written. Several are written together, each exactly as
-    alone.
+    On a terminal, the text for a single prompt appears while it is generated. Several prompts are run as one
+    batch, with the same results as one by one.
     """
     out.check()
     items = source.read()
@@ -172,27 +183,32 @@ def chat(
     *,
     question: Annotated[
         list[str] | None,
-        typer.Argument(metavar="QUESTION", help="Answered once; - or a pipe reads it. None: a conversation."),
+        typer.Argument(
+            metavar="QUESTION",
+            help="A question to answer once; read from standard input if "
+            "that is piped, or with -. Without one, a conversation "
+            "starts.",
+        ),
     ] = None,
     model: Decoder = DECODER,
     system: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="What the model is told beforehand.")
+        str | None, typer.Option(metavar="TEXT", help="System message: instructions for the model.")
     ] = None,
     sampling: ChatSampling,
     out: Output,
     run: Runtime,
 ) -> None:
-    """Talk with a model, which answers as it writes.
+    """Chat with a model; answers appear while they are generated.
 
-    In a conversation /reset begins anew, /retry answers once more, /set changes how tokens are chosen, /save
-    writes it to a file, /quit or Ctrl-D ends it, and Ctrl-C stops an answer. A GGUF file runs as it is
-    stored. With --json or --output a question gives one JSON object.
+    In a conversation, /reset starts a new one, /retry repeats the last answer, /set changes sampling options,
+    /save writes it to a file, /quit or Ctrl-D ends it, and Ctrl-C stops an answer. The weights of a GGUF file
+    keep their format. With --json or --output, the answer to a question is one JSON object.
     """
     out.check()
     params = sampling.params()
     conversing = not question and sys.stdin is not None and sys.stdin.isatty()
     if conversing and (out.output is not None or out.json):
-        raise CommandError("a conversation is not written as JSON: ask one question")
+        raise CommandError("a conversation cannot be written as JSON: give a question")
     asked = (
         ""
         if conversing
@@ -242,7 +258,7 @@ def _completion(answer: Any) -> Record:
 
 
 def _show(stream: TextStream) -> None:
-    """Print the pieces as they come; a watcher is told how many there were and how fast they came."""
+    """Print the pieces as they are generated; on a terminal, report their number and speed."""
     start = time.perf_counter()
     with closing(stream):
         for piece in stream:
@@ -251,9 +267,7 @@ def _show(stream: TextStream) -> None:
     sys.stdout.write("\n")
     seconds = time.perf_counter() - start
     count = len(stream.output.outputs[0].token_ids)
-    note(
-        f"({count} tokens in {seconds:.1f} s, {count / seconds:.1f} a second, with the reading of the prompt)"
-    )
+    note(f"({count} tokens in {seconds:.1f} s, {count / seconds:.1f} per second, including the prompt)")
 
 
 def _text_table(records: list[Record]) -> RenderableType:

@@ -1,4 +1,4 @@
-"""Groups of embeddings that are alike, for which nobody says how many there are."""
+"""Clusters of similar embeddings, whose number need not be given."""
 
 from __future__ import annotations
 
@@ -20,19 +20,21 @@ def community_detection(
     batch_size: int = 1024,
     show_progress_bar: bool = False,
 ) -> list[list[int]]:
-    """Groups of rows around a centre: those whose cosine with it is at least `threshold`; largest first.
+    """Groups of rows around a centre: the rows whose cosine similarity to it is at least `threshold`. The
+    largest group comes first.
 
-    In each group the centre comes first, then its members by their cosine with it (of equal ones the earlier
-    row). Every row may be a centre. They are gone through by how many rows they have around them (of equal
-    ones the earlier): a centre that is in a group already is passed over, and so are its rows that are; what
-    is left of its group counts if it has `min_community_size` rows.
+    In each group the centre comes first, then the members by their similarity to it (of equal ones, the
+    earlier row first). Every row is a possible centre. Centres are tried in the order of how many rows are
+    within the threshold, most first (of equal ones, the earlier row first). A centre that is already in a
+    group is skipped. The others form a group of the rows that are in no group yet, if there are at least
+    `min_community_size` of them.
 
     Args:
-        embeddings: [N, D], array, tensor or lists. Halves are compared in float32.
-        batch_size: rows that are compared with all others at a time: batch_size x N cosines exist at a time,
-            however many rows are alike.
+        embeddings: [N, D], array, tensor or lists. float16 and bfloat16 are compared in float32.
+        batch_size: rows that are compared with all others at once; memory is used for batch_size x N
+            similarities, however many rows are similar.
 
-    Raises ValueError for sizes below 1, and for a threshold or an embedding that is no number.
+    Raises ValueError for sizes below 1, and for a threshold or an embedding that is not a finite number.
     """
     check_batch_size(batch_size)
     check_sizes(min_community_size=min_community_size)
@@ -44,7 +46,7 @@ def community_detection(
     rows = normalize(rows if rows.is_floating_point() else rows.double(), dim=-1)
     wrong = rows.isnan().any(1).nonzero()
     if len(wrong):
-        raise ValueError(f"embedding {int(wrong[0])} holds values that are no finite numbers")
+        raise ValueError(f"embedding {int(wrong[0])} holds values that are not finite numbers")
     bar = progress_bar(-(-len(rows) // batch_size), show_progress_bar)
     counts = []
     with bar:
@@ -59,19 +61,19 @@ def community_detection(
 
 
 def _counts(mask: Tensor) -> Tensor:
-    """How many of each row are True, on the CPU. bool [N, M] -> int64 [N]."""
+    """The number of True values in each row, on the CPU. bool [N, M] -> int64 [N]."""
     if mask.is_cuda:
         return mask.sum(1).cpu()
-    return torch.stack([row.count_nonzero() for row in mask])  # a sum would copy all to int64
+    return torch.stack([row.count_nonzero() for row in mask])  # sum would convert the mask to int64 first
 
 
 def _without_overlap(
     rows: Tensor, centres: Tensor, threshold: float, least: int, batch_size: int
 ) -> list[list[int]]:
-    """The groups of the centres in their order, each without the rows of those before it.
+    """The groups of the centres in their order, each without the rows of earlier groups.
 
-    Cosines are computed once more: to keep all groups until they are gone through would take as many numbers
-    as there are pairs, where all rows are alike.
+    Similarities are computed a second time: storing all groups could take memory for all pairs, if all rows
+    are similar.
     """
     used = torch.zeros(len(rows), dtype=torch.bool)
     groups: list[list[int]] = []

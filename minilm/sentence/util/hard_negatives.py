@@ -1,4 +1,4 @@
-"""Negatives for training a model: texts that are much like a question and do not answer it."""
+"""Hard negatives for training: texts that are similar to a query and do not answer it."""
 
 from __future__ import annotations
 
@@ -52,38 +52,40 @@ def mine_hard_negatives(
     verbose: bool = True,
     **older: Any,
 ) -> Any:
-    """Pairs (anchor, positive) and, for each anchor, the texts of all positives that are most like it.
+    """Find hard negatives: for each pair (anchor, positive), the most similar texts among all positives.
 
     Args:
-        dataset: a `datasets.Dataset`, or a list of dicts; what is returned is of the same kind. An anchor may
-            have several rows, of which each is one of its positives.
-        model: what finds the candidates; its prompts for queries and documents are used.
-        anchor_column_name, positive_column_name: None: the first column, and the first that is left.
-        corpus: texts that negatives are taken from beside the positives.
-        cross_encoder: scores candidates and positives anew, for the margins and `max_score`, `min_score`.
-        range_min, range_max: the ranks, among the candidates that are left, of those taken: from range_min
-            (0 is the best) up to range_max. None: far enough for `num_negatives`.
-        max_score, min_score: candidates must have at most, at least this score.
-        absolute_margin: candidates must be so much below the anchor's worst positive.
-        relative_margin: the same as a share of the size of that positive's score.
-        num_negatives: of an anchor, at most; "n-tuple" leaves out anchors that have fewer.
-        sampling_strategy: "top", the best; "random", any, drawn by Python's `random`.
+        dataset: a `datasets.Dataset` or a list of dicts; the result is of the same type. An anchor may occur
+            in several rows, each with one of its positives.
+        model: finds the candidates, with its prompts for queries and documents.
+        anchor_column_name, positive_column_name: default: the first column, and the first of the others.
+        corpus: texts that are candidates in addition to the positives.
+        cross_encoder: scores candidates and positives again, for the margins, `max_score` and `min_score`.
+        range_min, range_max: after filtering, only candidates of rank range_min (0 is the best) up to, but
+            not including, range_max are used. Default: enough ranks for `num_negatives`.
+        max_score, min_score: candidates must score at most, at least this.
+        absolute_margin: candidates must score lower than the anchor's worst positive by this much.
+        relative_margin: the same, as a fraction of the absolute score of that positive.
+        num_negatives: maximum per anchor; "n-tuple" leaves out anchors with fewer.
+        sampling_strategy: "top": the best; "random": sampled with Python's `random`.
         query_prompt, query_prompt_name, corpus_prompt, corpus_prompt_name: see `SentenceEncoder.encode`.
-        include_positives: candidates may be positives, for a full ranking; the format is then "n-tuple".
+        include_positives: positives may be candidates too, for a full ranking; the format is then "n-tuple".
         output_format: the columns after the anchor's:
-            "triplet": positive, "negative", a row for each negative;
+            "triplet": positive, "negative"; one row per negative;
             "n-tuple": positive, "negative_1", ...;
             "labeled-pair": positive or negative, "label" (1 or 0);
-            "labeled-list": both in a list, "labels".
-        output_scores: the scores too ("scores"; instead of labels, if there are any: "score", "scores").
-        batch_size: texts that go through the models at once.
-        faiss_batch_size: anchors that are compared with the corpus at once; it does not change the result.
-        use_faiss, use_multi_process: the search is exact and in this process anyway, which a warning says.
-        verbose: print how many were found, and how alike.
-        older: `margin` (absolute_margin), `as_triplets`.
+            "labeled-list": a list of both, "labels".
+        output_scores: add a column "scores"; in the formats with labels, "score" or "scores" replaces the
+            labels.
+        batch_size: texts per batch of the models.
+        faiss_batch_size: anchors that are compared with the corpus at once; does not change the result.
+        use_faiss, use_multi_process: have no effect (a warning says so): the search is exact and runs in this
+            process.
+        verbose: print how many were found, and their scores.
+        older: accepts the older arguments `margin` (absolute_margin) and `as_triplets`.
 
-    Of candidates of equal score the one that the corpus has first is the better. Raises ValueError
-    and TypeError, before anything is encoded, for what makes no sense.
+    Candidates of equal score are ranked in the order of the corpus. Raises ValueError and TypeError for
+    invalid arguments before anything is encoded.
     """
     older = renamed(
         "mine_hard_negatives", {**older, "absolute_margin": absolute_margin}, {"margin": "absolute_margin"}
@@ -91,7 +93,9 @@ def mine_hard_negatives(
     absolute_margin = older.pop("absolute_margin")
     triplets = older.pop("as_triplets", None)
     if older.pop("cache_folder", None) is not None:
-        raise ValueError("cache_folder: minilm keeps no embeddings in files; leave it out")
+        raise ValueError(
+            "cache_folder is not supported, since minilm does not store embeddings in files: leave it out"
+        )
     if older:
         raise TypeError(f"mine_hard_negatives has no argument {', '.join(sorted(older))}")
     if triplets is not None:
@@ -102,16 +106,17 @@ def mine_hard_negatives(
         raise ValueError(f"sampling_strategy must be top or random, and is {sampling_strategy!r}")
     if include_positives and output_format != "n-tuple":
         if output_format != "triplet":  # the default
-            _say(f"include_positives makes a ranking, whose format is n-tuple and not {output_format}")
+            _say(f"include_positives gives a ranking, whose format is n-tuple, not {output_format}")
         output_format = "n-tuple"
     limits = _Limits(max_score, min_score, absolute_margin, relative_margin)
     if cross_encoder is not None and not limits.any:
         _say(
-            "cross_encoder scores for max_score, min_score and the margins, and none is given: it is not used"
+            "cross_encoder is not used: it only scores for max_score, min_score and the margins, and none "
+            "of them is given"
         )
         cross_encoder = None
     if use_faiss or use_multi_process:
-        _say("use_faiss, use_multi_process: the search is exact, and in this process alone")
+        _say("use_faiss and use_multi_process have no effect: the search is exact and runs in this process")
     check_sizes(num_negatives=num_negatives, faiss_batch_size=faiss_batch_size, batch_size=batch_size)
     table = read(dataset, anchor_column_name, positive_column_name)
     pairs = Pairs.of(table, corpus)
@@ -125,7 +130,7 @@ def mine_hard_negatives(
             print(f"range_max is {range_max}")
     _check_range(range_min, range_max, num_negatives)
 
-    COLUMNS[output_format]([], table, [], num_negatives, output_scores)  # do the names fit?
+    COLUMNS[output_format]([], table, [], num_negatives, output_scores)  # checks the column names
     values, found, positive_scores = _search(
         pairs,
         model,
@@ -193,7 +198,7 @@ def _rescored(
     texts += [(pairs.queries[q], pairs.corpus[d]) for q, d in zip(owners, own, strict=True)]
     scores = cross_encoder.predict(texts, batch_size=batch_size, convert_to_tensor=True).float().cpu()
     if scores.dim() != 1:
-        raise ValueError(f"cross_encoder must give one score for a pair, and gives {scores.shape[1]}")
+        raise ValueError(f"cross_encoder must give one score per pair, and gives {scores.shape[1]}")
     return scores[: found.numel()].view(found.shape), scores[found.numel() :]
 
 
@@ -201,7 +206,7 @@ def _say(message: str) -> None:
     warnings.warn(message, stacklevel=3)
 
 
-# What is chosen
+# Choosing the negatives
 
 
 @dataclass(frozen=True)
@@ -229,8 +234,8 @@ class _Limits:
         return self.margin or self.max_score is not None or self.min_score is not None
 
     def apply(self, values: Tensor, worst: Tensor) -> tuple[Tensor, dict[str, int]]:
-        """The scores [Q, K] with -inf where a limit is passed, and how many each has taken. `worst`: the
-        lowest score of each query's positives, [Q]."""
+        """The scores [Q, K], set to -inf where they are beyond a limit, and how many candidates each limit
+        removed. `worst`: the lowest score of each query's positives, [Q]."""
         left_out: dict[str, int] = {}
         tests: dict[str, Callable[[Tensor, float], Tensor]] = {
             "absolute_margin": lambda v, limit: v + limit > worst[:, None],
@@ -250,7 +255,7 @@ class _Limits:
 def _check_range(low: int, high: int, count: int) -> None:
     for name, value in (("range_min", low), ("range_max", high)):
         if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-            raise ValueError(f"{name} must be a whole number from 0, and is {value!r}")
+            raise ValueError(f"{name} must be a whole number of at least 0, and is {value!r}")
     if high - low < count:
         raise ValueError(
             f"num_negatives={count} do not fit between range_min={low} and range_max={high}: "
@@ -259,9 +264,9 @@ def _check_range(low: int, high: int, count: int) -> None:
 
 
 def _chosen(places: list[int], scores: list[float], count: int, how: str) -> list[tuple[int, float]]:
-    """(place, score) of `count` candidates, best first; `scores` are of those that may be taken."""
+    """(place, score) of `count` candidates, best first; `scores` belong to the candidates that are left."""
     numbers = list(range(min(count, len(scores))))
-    if how == "random":  # drawn as sentence-transformers draws them
+    if how == "random":  # the same random numbers as in sentence-transformers
         drawn = random.sample(range(max(count, len(scores))), k=count)
         numbers = sorted(number for number in drawn if number < len(scores))
     return [(places[number], scores[number]) for number in numbers]

@@ -1,4 +1,4 @@
-"""Which texts of a list say the same: the pairs most alike, of all pairs that there are."""
+"""Paraphrase mining: the most similar pairs among the texts of a list."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ def paraphrase_mining(
     """`paraphrase_mining_embeddings` of the texts' embeddings.
 
     Args:
-        show_progress_bar, batch_size, truncate_dim, prompt_name, prompt: for `SentenceEncoder.encode`.
+        show_progress_bar, batch_size, truncate_dim, prompt_name, prompt: see `SentenceEncoder.encode`.
     """
     if isinstance(sentences, str):
-        raise TypeError("paraphrases are looked for in a list of texts, and sentences is a single text")
+        raise TypeError("sentences must be a list of texts, and is a single text")
     embeddings = model.encode(
         sentences,
         batch_size,
@@ -57,18 +57,20 @@ def paraphrase_mining_embeddings(
     top_k: int = 100,
     score_function: Callable[[Tensor, Tensor], Tensor] = cos_sim,
 ) -> list[list[Any]]:
-    """The pairs of rows most alike, best first: [score, i, j] with i < j, each pair once.
+    """The most similar pairs of rows, best first: [score, i, j] with i < j, each pair once.
 
-    A pair counts if one of the two is among the `top_k` that the other is most like; of these the best
-    `max_pairs` are given. Equal scores: the pair with the lower i, then the lower j, comes first and stays.
+    A pair is a candidate if one of the two is among the `top_k` rows most similar to the other; the best
+    `max_pairs` candidates are returned. Of pairs with equal scores, the one with the lower i, then the lower
+    j, comes first.
 
     Args:
         embeddings: [N, D], array, tensor or lists.
-        query_chunk_size, corpus_chunk_size: so many times so many scores exist at a time; what is found does
-            not depend on it. (sentence-transformers takes 5000 rows at a time, with 2 GB of scores.)
-        score_function: takes tensors [N, D] and [M, D] and gives [N, M]; symmetric.
+        query_chunk_size, corpus_chunk_size: memory is used for query_chunk_size x corpus_chunk_size scores;
+            the result does not depend on them. (The defaults of sentence-transformers, 5000 and 100,000 rows,
+            take 2 GB.)
+        score_function: takes tensors [N, D] and [M, D], returns [N, M]; must be symmetric.
 
-    Raises ValueError for sizes below 1 and for a score that is no number.
+    Raises ValueError for sizes below 1 and for a score that is NaN.
     """
     check_sizes(query_chunk_size=query_chunk_size, max_pairs=max_pairs, top_k=top_k)
     rows = matrix(embeddings)
@@ -80,7 +82,7 @@ def paraphrase_mining_embeddings(
         values, places = nearest(some, rows, len(some), corpus_chunk_size, top_k + 1, score_function, start)
         own = torch.arange(start, start + len(some))[:, None]
         other = places != own
-        other &= other.cumsum(1) <= top_k  # a row may be less like itself than others are
+        other &= other.cumsum(1) <= top_k  # a row is not always the one most similar to itself
         low, high = torch.minimum(places, own), torch.maximum(places, own)
         scores = torch.cat((scores.to(values.dtype), values[other]))
         pairs = torch.cat((pairs, (low * count + high)[other]))
@@ -92,7 +94,7 @@ def paraphrase_mining_embeddings(
 
 
 def _best_pairs(scores: Tensor, pairs: Tensor, most: int) -> tuple[Tensor, Tensor]:
-    """Each pair once, with the score that it came with first; the best of them, of equal ones the lower."""
+    """Each pair once, with the first of its scores; only the best pairs, of equal ones the lower."""
     order = pairs.argsort(stable=True)
     scores, pairs = scores[order], pairs[order]
     first = torch.ones_like(pairs, dtype=torch.bool)

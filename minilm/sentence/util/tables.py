@@ -1,4 +1,4 @@
-"""What `mine_hard_negatives` reads and gives: pairs from a dataset, and columns in one of four formats."""
+"""Input and output of `mine_hard_negatives`: pairs from a dataset, and columns in one of four formats."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 @dataclass(frozen=True)
 class Table:
-    """A dataset's two columns, and how to make one of its kind."""
+    """The two columns of a dataset, and a function that builds a dataset of the same type."""
 
     names: tuple[str, str]
     anchors: list[str]
@@ -20,13 +20,13 @@ class Table:
 
 
 def read(dataset: Any, anchor: str | None, positive: str | None) -> Table:
-    """The columns. Raises ValueError, TypeError for what has none, and for what is no text."""
+    """The columns. Raises ValueError or TypeError if there are none, or a value is not a text."""
     as_columns = hasattr(type(dataset), "from_dict") and isinstance(getattr(dataset, "column_names", 0), list)
     as_rows = isinstance(dataset, Sequence) and not isinstance(dataset, str | bytes)
     if not (as_columns or as_rows) or isinstance(dataset, Mapping):
         raise TypeError(
-            f"expected a datasets.Dataset or a list of dicts, got {type(dataset).__name__} "
-            "(of several splits give one)"
+            f"expected a datasets.Dataset or a list of dicts, got {type(dataset).__name__} (of a "
+            "DatasetDict give one split)"
         )
     if not len(dataset):
         raise ValueError("the dataset is empty")
@@ -36,7 +36,7 @@ def read(dataset: Any, anchor: str | None, positive: str | None) -> Table:
     names = list(dataset.column_names if as_columns else dataset[0])
     for name in (anchor, positive):
         if name is not None and name not in names:
-            raise ValueError(f"there is no column {name!r}; the dataset has {', '.join(map(str, names))}")
+            raise ValueError(f"the dataset has no column {name!r}; it has {', '.join(map(str, names))}")
     anchor = anchor or next((name for name in names if name != positive), None)
     positive = positive or next((name for name in names if name != anchor), None)
     if anchor is None or positive is None or anchor == positive:
@@ -65,12 +65,12 @@ class Pairs:
     queries: list[str]
     corpus: list[str]
     positives: list[list[int]]
-    """Of each query, as places in the corpus."""
+    """The positives of each query, as indices into the corpus."""
     rows: list[int]
-    """Rows of each query."""
+    """The number of rows of each query."""
 
     def listed(self) -> tuple[list[int], list[int]]:
-        """The positives one after the other: the query of each, and its place in the corpus."""
+        """All positives in one list: the index of the query of each, and its index in the corpus."""
         owners = [query for query, own in enumerate(self.positives) for _ in own]
         return owners, [place for own in self.positives for place in own]
 
@@ -93,12 +93,12 @@ class Pairs:
         )
 
 
-# What is given
+# Output formats
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """A query with (place in the corpus, score) of its positives and negatives."""
+    """A query with (index in the corpus, score) of its positives and negatives."""
 
     text: str
     positives: list[tuple[int, float]]
@@ -109,7 +109,7 @@ def _columns(table: Table, more: Sequence[str]) -> dict[str, list[Any]]:
     for name in table.names:
         if name in more:
             raise ValueError(
-                f"the dataset's column {name!r} would be lost to the new one of that name: rename it"
+                f"the dataset has a column {name!r}, which a new column of that name would replace: rename it"
             )
     return {name: [] for name in (*table.names, *more)}
 
@@ -160,7 +160,7 @@ def _labeled_lists(anchors: list[Anchor], table: Table, corpus: list[str], count
 
 
 Format = Callable[[list[Anchor], Table, list[str], int, bool], dict[str, list[Any]]]
-"""(anchors, the dataset's names, texts, negatives wanted, with scores?) -> columns."""
+"""(anchors, table, texts of the corpus, number of negatives, whether to add scores) -> columns."""
 COLUMNS: dict[str, Format] = {
     "triplet": _triplets,
     "n-tuple": _tuples,
@@ -170,7 +170,7 @@ COLUMNS: dict[str, Format] = {
 
 
 def report(anchors: list[Anchor], left_out: dict[str, int], count: int) -> None:
-    """Print how many pairs there are, their scores, and what the limits have left out."""
+    """Print the number of pairs, their scores, and how many candidates each limit removed."""
     kinds = {
         "positives": [score for anchor in anchors for _, score in anchor.positives],
         "negatives": [score for anchor in anchors for _, score in anchor.negatives],
@@ -192,7 +192,7 @@ def report(anchors: list[Anchor], left_out: dict[str, int], count: int) -> None:
         )
         print(f"{len(scores):,} {name}: {shown}")
     for name, number in left_out.items():
-        print(f"{number:,} candidates were left out by {name}")
+        print(f"{number:,} candidates were removed by {name}")
     few = sum(len(anchor.negatives) < count for anchor in anchors)
     if few:
         print(f"{few:,} of {len(anchors):,} anchors have fewer than {count} negatives")

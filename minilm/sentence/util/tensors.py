@@ -1,4 +1,4 @@
-"""Small things that programs do with embeddings and batches."""
+"""Helpers for embeddings and batches."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ B = TypeVar("B", bound=MutableMapping[str, Any])
 
 
 class SimilarityFunction(Enum):
-    """The names of similarities, for programs that say ``SimilarityFunction.COSINE``; the names by themselves
-    (``"cosine"``) are taken wherever these are."""
+    """The names of the similarity functions, for programs that use ``SimilarityFunction.COSINE``. Plain names
+    (``"cosine"``) are accepted too."""
 
     COSINE = "cosine"
     DOT_PRODUCT = "dot"
@@ -28,14 +28,14 @@ class SimilarityFunction(Enum):
 
     @staticmethod
     def to_similarity_fn(similarity_function: str | SimilarityFunction) -> Callable[[Any, Any], Tensor]:
-        """The function that compares all rows with all. Raises ValueError for a name that is none."""
+        """The function that compares all rows with all rows. Raises ValueError for an unknown name."""
         return SIMILARITIES[SimilarityFunction(similarity_function).value][0]
 
     @staticmethod
     def to_similarity_pairwise_fn(
         similarity_function: str | SimilarityFunction,
     ) -> Callable[[Any, Any], Tensor]:
-        """The function that compares row with row. Raises ValueError for a name that is none."""
+        """The function that compares row i with row i. Raises ValueError for an unknown name."""
         return SIMILARITIES[SimilarityFunction(similarity_function).value][1]
 
     @staticmethod
@@ -50,10 +50,10 @@ class SimilarityFunction(Enum):
 
 
 def normalize_embeddings(embeddings: Any) -> Any:
-    """Vectors of length 1 in the same directions; zeros stay zeros. [..., D] -> [..., D].
+    """Scale vectors to length 1; zero vectors stay zero. [..., D] -> [..., D].
 
-    Of an array an array, of a tensor (dense or sparse) a tensor, each in the dtype of the input (float32 for
-    integers and lists). Halves are computed in float32, in which the length of a long vector does not
+    Returns an array for an array, a tensor (dense or sparse) for a tensor, in the dtype of the input (float32
+    for integers and lists). float16 is computed in float32, so that the length of a long vector does not
     overflow.
     """
     wide = tensor(embeddings)
@@ -68,9 +68,9 @@ def normalize_embeddings(embeddings: Any) -> Any:
 
 
 def truncate_embeddings(embeddings: Any, truncate_dim: int | None) -> Any:
-    """The first `truncate_dim` numbers of each vector, as a view; None: all of them. [..., D] -> [..., d].
+    """The first `truncate_dim` values of each vector, as a view; None: all. [..., D] -> [..., d].
 
-    Raises ValueError for a size below 1; one above D changes nothing, as in the encoder.
+    Raises ValueError for a size below 1. A size above D changes nothing, as in the encoder.
     """
     if truncate_dim is not None:
         check_sizes(truncate_dim=truncate_dim)
@@ -82,7 +82,7 @@ def truncate_embeddings(embeddings: Any, truncate_dim: int | None) -> Any:
 
 
 def batch_to_device(batch: B, target_device: torch.device | str | int) -> B:
-    """Move the tensors of a batch, in the batch itself, which is returned; other values stay as they are."""
+    """Move the tensors of a batch to a device, in place; other values are not changed. Returns the batch."""
     for key, value in list(batch.items()):
         if isinstance(value, Tensor):
             batch[key] = value.to(target_device)

@@ -1,4 +1,4 @@
-"""Hard negatives against the rule that the docstring states, and against sentence-transformers' own."""
+"""Hard negatives compared with the rule in the docstring and with sentence-transformers."""
 
 from __future__ import annotations
 
@@ -125,8 +125,8 @@ HALVES = st.none() | st.sampled_from([-3.0, -0.5, 0.0, 0.5, 2.0, 5.0])
     batch=st.integers(1, 6),
     seed=st.integers(0, 9),
 )
-@pytest.mark.filterwarnings("ignore:cross_encoder scores for:UserWarning")
-@pytest.mark.filterwarnings("ignore:include_positives makes a ranking:UserWarning")
+@pytest.mark.filterwarnings("ignore:cross_encoder is not used:UserWarning")
+@pytest.mark.filterwarnings("ignore:include_positives gives a ranking:UserWarning")
 def test_negatives_are_those_of_the_rule(
     pairs: list[tuple[int, int]],
     corpus: list[int],
@@ -225,7 +225,7 @@ def test_the_models_are_asked_as_told(capsys: pytest.CaptureFixture[str]) -> Non
     shown = capsys.readouterr().out
     assert "range_max is 93" in shown
     assert "9 positives: mean" in shown
-    assert "candidates were left out by max_score=1.0" in shown
+    assert "candidates were removed by max_score=1.0" in shown
     assert "4 of 4 anchors have fewer than 9 negatives" in shown
 
 
@@ -233,14 +233,14 @@ def test_what_changes_nothing_is_said() -> None:
     model, cross = Model(3), Cross()
     expected = mine_hard_negatives(ROWS, model, verbose=False)  # type: ignore[arg-type]
     for options, message in (
-        ({"cross_encoder": cross}, "cross_encoder scores for max_score, min_score and the margins"),
-        ({"use_faiss": True}, "the search is exact, and in this process alone"),
-        ({"use_multi_process": ["cpu"]}, "the search is exact, and in this process alone"),
+        ({"cross_encoder": cross}, "cross_encoder is not used: it only scores for max_score"),
+        ({"use_faiss": True}, "have no effect: the search is exact and runs in this process"),
+        ({"use_multi_process": ["cpu"]}, "have no effect: the search is exact and runs in this process"),
     ):
         with pytest.warns(UserWarning, match=message):
             found = mine_hard_negatives(ROWS, model, verbose=False, **options)  # type: ignore[arg-type]
         assert found == expected
-    with pytest.warns(UserWarning, match="whose format is n-tuple and not labeled-list"):
+    with pytest.warns(UserWarning, match="whose format is n-tuple, not labeled-list"):
         mine_hard_negatives(ROWS, model, include_positives=True, output_format="labeled-list", verbose=False)  # type: ignore[arg-type]
 
 
@@ -276,14 +276,14 @@ def test_older_names() -> None:
         ("text", {}, "expected a datasets.Dataset or a list of dicts, got str"),
         ([("a", "b")], {}, r"expected a list of dicts, and one of them is \('a', 'b'\)"),
         ([{"a": "q1"}], {}, "anchor and positive must be two columns; the dataset has a"),
-        (ROWS, {"anchor_column_name": "query"}, "there is no column 'query'; the dataset has a, b"),
+        (ROWS, {"anchor_column_name": "query"}, "the dataset has no column 'query'; it has a, b"),
         (ROWS, {"anchor_column_name": "a", "positive_column_name": "a"}, "must be two columns"),
         ([*ROWS, {"a": "q1", "b": None}], {}, "row 9: 'b' must be a text, and is None"),
         ([*ROWS, {"a": "q1"}], {}, "row 9: 'b' must be a text, and is None"),
         (ROWS, {"corpus": "text"}, "corpus must be a list of texts, and is a single text"),
         (ROWS, {"corpus": ["text", 3]}, "corpus must be a list of texts, and number 1 is 3"),
         (ROWS, {"num_negatives": 0}, "num_negatives must be a positive integer, and is 0"),
-        (ROWS, {"range_min": -1}, "range_min must be a whole number from 0, and is -1"),
+        (ROWS, {"range_min": -1}, "range_min must be a whole number of at least 0, and is -1"),
         (
             ROWS,
             {"range_min": 5, "range_max": 7},
@@ -297,9 +297,13 @@ def test_older_names() -> None:
         (ROWS, {"sampling_strategy": "best"}, "sampling_strategy must be top or random, and is 'best'"),
         (ROWS, {"max_score": "1"}, "max_score must be a number, and is '1'"),
         (ROWS, {"relative_margin": float("nan")}, "relative_margin must be a number, and is nan"),
-        (ROWS, {"cache_folder": "here"}, "cache_folder: minilm keeps no embeddings in files"),
+        (
+            ROWS,
+            {"cache_folder": "here"},
+            "cache_folder is not supported, since minilm does not store embeddings in files",
+        ),
         (ROWS, {"top_k": 3}, "mine_hard_negatives has no argument top_k"),
-        ([{"a": "q1", "negative": "d1"}], {}, "the dataset's column 'negative' would be lost"),
+        ([{"a": "q1", "negative": "d1"}], {}, "the dataset has a column 'negative', which a new column"),
     ],
 )
 def test_refuses(dataset: Any, options: dict[str, Any], message: str) -> None:

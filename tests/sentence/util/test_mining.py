@@ -1,4 +1,5 @@
-"""Mining against brute force (where scores are equal) and against sentence-transformers (where none are)."""
+"""Mining compared with brute force (for equal scores) and with sentence-transformers (without equal
+scores)."""
 
 from __future__ import annotations
 
@@ -132,7 +133,7 @@ def test_texts_are_embedded_as_asked() -> None:
         "truncate_dim": 2,
         "convert_to_tensor": True,
     }
-    with pytest.raises(TypeError, match="a list of texts, and sentences is a single text"):
+    with pytest.raises(TypeError, match="sentences must be a list of texts, and is a single text"):
         paraphrase_mining(model, "a text")
 
 
@@ -145,7 +146,7 @@ def test_mining_refuses() -> None:
         return torch.where((a[:, :1] == 5) & (b[:, 0] == 6), torch.nan, dot_score(a, b))
 
     numbered = np.stack([np.arange(9), np.ones(9)], 1).astype(np.float32)
-    with pytest.raises(ValueError, match="the score of query 5 and row 6 of the corpus is no number"):
+    with pytest.raises(ValueError, match="the score of query 5 and row 6 of the corpus is NaN"):
         paraphrase_mining_embeddings(numbered, 4, 3, score_function=score)
 
 
@@ -228,7 +229,7 @@ def test_communities_refuse() -> None:
         community_detection(drawn(1, 4), threshold=float("nan"))
     holed = drawn(1, 12)
     holed[5, 0] = np.nan
-    with pytest.raises(ValueError, match="embedding 5 holds values that are no finite numbers"):
+    with pytest.raises(ValueError, match="embedding 5 holds values that are not finite numbers"):
         community_detection(holed)
     assert community_detection(drawn(1, 4), 0.0) == []  # fewer rows than a community has
 

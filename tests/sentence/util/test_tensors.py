@@ -1,4 +1,4 @@
-"""The small functions of sentence_transformers.util, and that each name there is here."""
+"""The small functions of sentence_transformers.util, and that all names there exist here."""
 
 from __future__ import annotations
 
