@@ -301,7 +301,9 @@ def test_int8_pages_want_scales() -> None:
     slots, scales = torch.tensor([0]), torch.zeros(1, 2, 1)
     with pytest.raises(ValueError, match=r"append_kv: int8 pages need k_scales .* and k_scales is None"):
         ops.append_kv(k, k, pages, pages, slots)
-    with pytest.raises(ValueError, match=r"pages are torch.float32, and k_scales is torch.float32 \[1, 2, 1\]"):
+    with pytest.raises(
+        ValueError, match=r"pages are torch.float32, and k_scales is torch.float32 \[1, 2, 1\]"
+    ):
         ops.append_kv(k, k, pages.float(), pages.float(), slots, scales, scales)
     for wrong in (scales.double(), torch.zeros(1, 2, 2), torch.zeros(1, 2, 2)[:, :, :1]):
         with pytest.raises(ValueError, match=r"v_scales must be float32 \[1, 2, 1\].*, and is torch.float"):
