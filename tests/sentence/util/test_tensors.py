@@ -14,8 +14,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from minilm import SentenceEncoder
 import minilm
+from minilm import SentenceEncoder
 from minilm.sentence import util
 
 MATRICES = ("cos_sim", "pytorch_cos_sim", "dot_score", "euclidean_sim", "manhattan_sim")
