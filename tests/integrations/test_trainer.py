@@ -289,6 +289,7 @@ def test_adapters(start: tuple[Path, str, str], resume: bool, tmp_path: Path) ->
 # What TrainingArguments ask for, with transformers' Trainer and tokenizers of both libraries
 
 
+PROBABILITIES = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
 STILL = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
 ASKED: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -366,3 +367,16 @@ def test_an_unfused_model_with_one_matrix_for_tokens_and_scores(tmp_path: Path) 
     first = torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     torch.testing.assert_close(torch.tensor(curve(trainer))[-3:], first[-3:], atol=1e-5, rtol=1e-5)
+
+
+def test_the_loss_of_gpt2_is_the_mean_over_what_is_predicted(tmp_path: Path) -> None:
+    """transformers' Trainer divides that of its own GPT-2 by all labels, also the first of each row."""
+    config = minilm.PretrainedConfig.from_dict(small("gpt2") | dict.fromkeys(PROBABILITIES, 0.0))
+    torch.manual_seed(0)
+    model = minilm.AutoModelForCausalLM.from_config(config)
+    rows = [{"input_ids": [5, 6, 7, 8 + i], "labels": [5, 6, 7, 8 + i]} for i in range(3)]
+    batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    expected = model(**batch).loss.item()
+    trainer = transformers.Trainer(model=model, args=arguments(tmp_path), train_dataset=rows)
+    trainer.train()
+    assert curve(trainer)[0] == pytest.approx(expected, rel=1e-5)
