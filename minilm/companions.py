@@ -13,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -317,6 +318,12 @@ class Companion(nn.Module):
         self.spec = replace(self.spec, vocab_size=rows)
         return table
 
+    def get_input_embeddings(self) -> Any:
+        """The token table."""
+        tokens = self.body.embeddings.tokens
+        table = getattr(tokens, "named", tokens)  # of an unfused model
+        return _PaddedTable(self.body, table) if _asking() == "transformers.integrations.neftune" else table
+
     def get_output_embeddings(self) -> nn.Module | None:
         """The output matrix, if it is separate from the token table; None if they are tied or there is
         none."""
@@ -390,6 +397,45 @@ class Companion(nn.Module):
         """Save to a folder and upload it with huggingface_hub, which has the credentials; options are those
         of `HfApi.upload_folder` (commit_message, revision, create_pr, token). Returns its result."""
         return upload(self, repo_id, private, options)
+
+
+class _PaddedTable:
+    """The token table for the hook by which transformers' Trainer adds noise (NEFTune): vectors reach it as
+    [B, S, C], since its noise is smaller for longer texts. Here the table is given packed tokens."""
+
+    body: nn.Module
+    table: nn.Module
+
+    def __init__(self, body: nn.Module, table: nn.Module) -> None:
+        self.__dict__.update(body=body, table=table)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.table, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.table, name, value)
+
+    def __delattr__(self, name: str) -> None:
+        delattr(self.table, name)
+
+    def register_forward_hook(self, hook: Any) -> Any:
+        """The hook, and one of the body, which is called with the batch; `remove` of the result removes
+        both."""
+        packed: Any = None
+
+        def begin(_: nn.Module, arguments: tuple[Any, ...]) -> None:
+            nonlocal packed
+            packed = arguments[0].packed
+
+        def padded(table: nn.Module, arguments: tuple[Any, ...], vectors: Tensor) -> Any:
+            return packed.pack(hook(table, arguments, packed.pad(vectors)))
+
+        def remove() -> None:
+            for handle in handles:
+                handle.remove()
+
+        handles = (self.body.register_forward_pre_hook(begin), self.table.register_forward_hook(padded))
+        return SimpleNamespace(remove=remove)
 
 
 def upload(saved: Any, repo_id: str, private: bool | None, options: dict[str, Any]) -> Any:

@@ -23,10 +23,9 @@ from ..graphs import LateCache, Padded, graphed, in_graph
 from ..ops.backends import watch
 from . import rope
 from .batch import Batch, Packed, check_columns, integers, pack, real_places
-from .layers import Embedding, Linear
+from .layers import Linear
 from .loading import Checkpointed
 from .outputs import BaseModelOutput, ModelOutput
-from .quantized import QuantizedEmbedding
 from .transformer import Transformer
 
 
@@ -375,11 +374,6 @@ class PreTrainedModel(ops.Whole, Checkpointed):
     def num_labels(self) -> int:
         """Number of classes of a classification head."""
         return self.config.num_labels
-
-    def get_input_embeddings(self) -> Embedding | QuantizedEmbedding:
-        """The token table."""
-        tokens = self.body.embeddings.tokens
-        return getattr(tokens, "named", tokens)  # of an unfused model
 
     def fused_sizes(self) -> dict[str, tuple[int, ...]]:
         """Number of rows of each part of a fused matrix, for the weight rules that split them."""

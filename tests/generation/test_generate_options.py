@@ -41,8 +41,26 @@ def test_the_checkpoint_then_the_config_then_the_call(tmp_path: Path) -> None:
     assert GenerationConfig.from_pretrained(tmp_path, top_k=4).top_k == 4
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_model_made_of_a_config_has_its_special_tokens_in_a_generation_config(
+    family: str, tmp_path: Path
+) -> None:
+    config = minilm.PretrainedConfig.from_dict(decoder(family).ours.config.to_dict())
+    config.eos_token_id, config.bos_token_id, config.pad_token_id = 5, 6, 7
+    model = minilm.AutoModelForCausalLM.from_config(config)
+    reference = transformers.AutoModelForCausalLM.from_config(
+        transformers.AutoConfig.for_model(**config.to_dict())
+    )
+    for name in ("eos_token_id", "bos_token_id", "pad_token_id", "max_new_tokens", "do_sample"):
+        assert getattr(model.generation_config, name) == getattr(reference.generation_config, name)
+    assert model.generation_config.eos_token_id == 5
+    model.save_pretrained(tmp_path)
+    assert transformers.GenerationConfig.from_pretrained(tmp_path).eos_token_id == 5
+
+
 def test_a_model_without_generation_config_takes_the_special_tokens_of_its_config() -> None:
     model = minilm.AutoModelForCausalLM.from_config(decoder("gpt2").ours.config)
+    model.generation_config = None
     assert model.generate(torch.tensor([[4, 5]]), max_new_tokens=3).shape[1] <= 5
 
 

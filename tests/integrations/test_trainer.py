@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from strategies import small
+from tiny_models import TEXTS, save_decoder, save_model
 from torch.utils.data import Dataset
 
 import minilm
@@ -284,3 +285,99 @@ def test_adapters(start: tuple[Path, str, str], resume: bool, tmp_path: Path) ->
         last.append(trainer.model.eval()(input_ids=torch.tensor([[5, 6, 7, 8]])).logits)
     assert curves[0] == pytest.approx(curves[1], abs=5e-4)
     torch.testing.assert_close(last[0], last[1], atol=5e-3, rtol=1e-3)
+
+
+# What TrainingArguments ask for, with transformers' Trainer and tokenizers of both libraries
+
+
+PROBABILITIES = ("resid_pdrop", "embd_pdrop", "attn_pdrop")
+STILL = dict.fromkeys(("hidden_dropout_prob", "attention_probs_dropout_prob"), 0.0)
+ASKED: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "noise": {"neftune_noise_alpha": 40.0},
+    "smoothing": {"label_smoothing_factor": 0.1},
+    "by length": {"train_sampling_strategy": "group_by_length"},
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("asked", ASKED)
+def test_the_tokenizer_pads_for_the_trainer(asked: str, tmp_path: Path) -> None:
+    """`processing_class` alone, without a collator, as with transformers' tokenizers."""
+    folder = save_model(tmp_path / "start", "bert", "ForSequenceClassification", num_labels=2)
+    curves = []
+    for library in (minilm, transformers):
+        tokenizer = library.AutoTokenizer.from_pretrained(folder)
+        rows = [{**tokenizer(text, truncation=True), "labels": i % 2} for i, text in enumerate(TEXTS * 4)]
+        trainer = transformers.Trainer(
+            model=library.AutoModelForSequenceClassification.from_pretrained(folder, **STILL),
+            args=arguments(tmp_path / library.__name__, **ASKED[asked]),
+            train_dataset=rows,
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        table = trainer.model.get_input_embeddings()
+        assert not table._forward_hooks
+        assert not hasattr(table, "neftune_noise_alpha")
+        curves.append(curve(trainer))
+    assert len(curves[0]) == 6
+    assert curves[0] == pytest.approx(curves[1], abs=2e-4, rel=1e-4)
+
+
+def test_special_tokens_are_compared_with_the_tokenizers(tmp_path: Path) -> None:
+    """A model that was made of a configuration learns from the Trainer what its tokenizer ends texts with."""
+    folder = save_decoder(tmp_path / "start", "gpt2")
+    configs = []
+    for library in (minilm, transformers):
+        tokenizer = library.AutoTokenizer.from_pretrained(folder)
+        config = library.AutoConfig.from_pretrained(folder)
+        config.eos_token_id, config.pad_token_id = 9, None
+        model = library.AutoModelForCausalLM.from_config(config)
+        rows = [{"input_ids": [5, 6, 7], "labels": [5, 6, 7]}] * 4
+        transformers.Trainer(
+            model=model, args=arguments(tmp_path / "x"), train_dataset=rows, processing_class=tokenizer
+        ).train()
+        made = model.generation_config
+        configs.append((config.eos_token_id, config.pad_token_id, made.eos_token_id, made.pad_token_id))
+    assert configs[0] == configs[1]
+    assert configs[0][0] == 0
+
+
+def test_mixed_precision(start: tuple[Path, str, str], tmp_path: Path) -> None:
+    """bf16=True: accelerate makes the output anew, in float32."""
+    curves = [
+        curve(trained(transformers.Trainer, library, start, tmp_path / library.__name__, bf16=True))
+        for library in (minilm, transformers)
+    ]
+    assert curves[0] == pytest.approx(curves[1], abs=0.03)
+
+
+def test_an_unfused_model_with_one_matrix_for_tokens_and_scores(tmp_path: Path) -> None:
+    """safetensors refuses two names of one tensor; the checkpoint has the table's."""
+    config = minilm.PretrainedConfig.from_dict(small("llama") | {"tie_word_embeddings": True})
+    torch.manual_seed(0)
+    model = minilm.AutoModelForCausalLM.from_config(config).unfuse()
+    trainer = transformers.Trainer(
+        model=model, args=arguments(tmp_path), train_dataset=Rows(12, "tokens"), data_collator=collate
+    )
+    trainer.train()
+    ids = torch.tensor([[5, 6, 7, 8]])
+    expected = model.eval()(ids).logits
+    again = minilm.AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6")
+    torch.testing.assert_close(again(ids).logits, expected, atol=1e-4, rtol=1e-4)
+    first = torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    torch.testing.assert_close(torch.tensor(curve(trainer))[-3:], first[-3:], atol=1e-5, rtol=1e-5)
+
+
+def test_the_loss_of_gpt2_is_the_mean_over_what_is_predicted(tmp_path: Path) -> None:
+    """transformers' Trainer divides that of its own GPT-2 by all labels, also the first of each row."""
+    config = minilm.PretrainedConfig.from_dict(small("gpt2") | dict.fromkeys(PROBABILITIES, 0.0))
+    torch.manual_seed(0)
+    model = minilm.AutoModelForCausalLM.from_config(config)
+    rows = [{"input_ids": [5, 6, 7, 8 + i], "labels": [5, 6, 7, 8 + i]} for i in range(3)]
+    batch = {name: torch.tensor([row[name] for row in rows]) for name in rows[0]}
+    expected = model(**batch).loss.item()
+    trainer = transformers.Trainer(model=model, args=arguments(tmp_path), train_dataset=rows)
+    trainer.train()
+    assert curve(trainer)[0] == pytest.approx(expected, rel=1e-5)

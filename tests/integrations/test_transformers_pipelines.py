@@ -104,3 +104,15 @@ def test_defaults_of_text_generation(tmp_path: Path) -> None:
     first = expected("John", max_new_tokens=9)
     torch.manual_seed(3)
     assert found[1]("John", max_new_tokens=9) == first
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_text_generation_by_a_model_made_of_a_configuration(tmp_path: Path) -> None:
+    """It was never saved, and its options of generation are those of its configuration."""
+    folder = save_decoder(tmp_path, "gpt2")
+    tokenizer = minilm.AutoTokenizer.from_pretrained(folder)
+    model = minilm.AutoModelForCausalLM.from_config(minilm.AutoConfig.from_pretrained(folder)).eval()
+    pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer, device="cpu")
+    found = pipe("John Smith", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+    ids = model.generate(**tokenizer("John Smith", return_tensors="pt"), max_new_tokens=4, do_sample=False)
+    assert found == tokenizer.decode(ids[0], skip_special_tokens=True)

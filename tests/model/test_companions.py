@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizer_folders
 import torch
 from fused_models import SIZES, model_of
 from pairs import class_of, heads_of, pair, randomise
@@ -216,6 +217,71 @@ def test_push_to_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         ("tiny", {"private": True, "exist_ok": True}),
         ("me/tiny", "BertModel", {"commit_message": "new"}),
     ]
+
+
+def test_push_to_hub_of_a_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    tokenizer = minilm.AutoTokenizer.from_pretrained(tokenizer_folders.wordpiece())
+    sent: list[Any] = []
+
+    class Api:
+        def __init__(self, token: str | None) -> None: ...
+
+        def create_repo(self, name: str, **options: Any) -> Any:
+            return type("Url", (), {"repo_id": f"me/{name}"})
+
+        def upload_folder(self, *, repo_id: str, folder_path: str, **options: Any) -> None:
+            sent.append((repo_id, minilm.AutoTokenizer.from_pretrained(folder_path)("a b")["input_ids"]))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    tokenizer.push_to_hub("words")
+    assert sent == [("me/words", tokenizer("a b")["input_ids"])]
+
+
+def test_models_are_made_where_parameters_are_made_now() -> None:
+    """Also without memory, and by what replaces how modules register parameters, as accelerate does."""
+    config = model_of("llama").config
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert AutoModelForCausalLM.from_config(config).device.type == "cpu"
+    torch.manual_seed(3)
+    model = AutoModelForCausalLM.from_config(config)
+    torch.manual_seed(3)
+    again = AutoModelForCausalLM.from_config(config, device="cpu")
+    assert torch.equal(model.body.layers[0].mlp.down.weight, again.body.layers[0].mlp.down.weight)
+
+
+# Outputs
+
+
+def test_outputs_are_made_anew_of_their_fields() -> None:
+    """As accelerate, DataParallel and tree maps make them: the class is called with a dict or with pairs."""
+    output = model_of("bert")(inputs(), labels=inputs())
+    for given in (dict(output), ((name, value) for name, value in output.items())):
+        made = type(output)(given)
+        assert list(made) == ["loss", "logits"]
+        assert made.loss is output.loss
+        assert made[1] is output.logits
+    assert type(output)({"logits": 3}).loss is None
+    with pytest.raises(TypeError, match="unexpected keyword argument 'scores'"):
+        type(output)({"scores": 3})
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_transition_scores(normalize: bool) -> None:
+    with pair(small("llama"), "causal-lm") as p:
+        options = {"max_new_tokens": 4, "return_dict_in_generate": True, "output_scores": True}
+        ours, theirs = (m.generate(inputs(), do_sample=False, **options) for m in (p.model, p.reference))
+        found, expected = (
+            m.compute_transition_scores(o.sequences, o.scores, normalize_logits=normalize)
+            for m, o in ((p.model, ours), (p.reference, theirs))
+        )
+        assert found.shape == (2, 4)
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        with pytest.raises(ValueError, match="minilm has no beam search"):
+            p.model.compute_transition_scores(ours.sequences, ours.scores, torch.zeros(2, 4))
 
 
 # Training

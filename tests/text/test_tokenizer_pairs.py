@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import pytest
 import tokenizer_folders as folders
 import transformers
@@ -216,6 +218,44 @@ def test_flags(
             assert found(line)["input_ids"] == theirs(line)["input_ids"], line
         ids = theirs(f"a {token} b")["input_ids"]
         assert found.decode(ids, skip_special_tokens=True) == theirs.decode(ids, skip_special_tokens=True)
+
+
+class Column(Sequence[str]):
+    """A sequence that is no list, as a column of datasets."""
+
+    def __init__(self, texts: list[str]) -> None:
+        self.texts = texts
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.texts[index]
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@pytest.mark.parametrize("kind", [Column, np.array], ids=["sequence", "array"])
+def test_columns_of_texts(kind: Any) -> None:
+    theirs, ours = pair_of("wordpiece")
+    texts, others = ["a b", "c", "a long text"], ["x", "y z", "b"]
+    assert dict(ours(kind(texts), padding=True)) == dict(theirs(texts, padding=True))
+    assert dict(ours(kind(texts), kind(others))) == dict(theirs(texts, others))
+    assert ours(texts, text_pair=kind(others))["input_ids"] == theirs(texts, others)["input_ids"]
+    with pytest.raises(TokenizerError, match=r"text_pair: expected a list of 3 as text is, got 2"):
+        ours(kind(texts), kind(others[:2]))
+    with pytest.raises(TokenizerError, match=r"text\[0\]: expected a string, got 3"):
+        ours(range(3, 5))
+    with pytest.raises(TokenizerError, match=r"text: expected a string, got b'a'"):
+        ours(b"a")
+
+
+def test_a_tokenizer_is_of_its_own_class() -> None:
+    """Whoever asks, but for transformers' Trainer (tests/integrations/test_trainer.py)."""
+    ours = pair_of("wordpiece")[1]
+    assert ours.__class__ is type(ours)
+    assert isinstance(ours, AutoTokenizer)
+    assert not isinstance(ours, transformers.PreTrainedTokenizerBase)
+    asked = {"__name__": "transformers.trainer", "ours": ours, "kind": transformers.PreTrainedTokenizerBase}
+    assert eval("isinstance(ours, kind)", asked)
 
 
 def test_flags_that_the_caller_gives() -> None:

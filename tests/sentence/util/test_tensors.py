@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+import minilm
 from minilm import SentenceEncoder
 from minilm.sentence import util
 
@@ -133,6 +134,7 @@ def test_programs_find_it_where_they_look() -> None:
     assert short.__all__ is util.__all__
     assert SimilarityFunction is util.SimilarityFunction
     assert all(getattr(short, name) is getattr(util, name) for name in util.__all__)
+    assert minilm.__getattr__("util") is short, "import minilm; minilm.util.cos_sim"
 
 
 def test_the_encoder_takes_the_names_of_similarities() -> None:
