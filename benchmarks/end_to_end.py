@@ -221,7 +221,8 @@ def run_model(
     candidates = engines_for(model, options.device, options.wanted)
     with ExitStack() as stack:
         ready, verdicts, refused = _start(stack, model, models.assets(model), candidates, options)
-        for workload in workloads if ready else ():
+        reported = ready or any(reason != LATE for reason in refused.values())
+        for workload in workloads if reported else ():
             name, guess = f"{model}: {workload.name}", workload_guess(workload, len(ready), options.settings)
             if course.begin("workload", name, guess):
                 yield from _run(workload, ready, verdicts, refused, limits, options)
@@ -268,6 +269,10 @@ def steps(model: str, workloads: Sequence[Workload], options: Options, *, cold: 
     return planned
 
 
+LATE = ("skipped", "left out for lack of time")
+"""Status and reason of an engine that a time limit excludes."""
+
+
 def _start(
     stack: ExitStack,
     model: str,
@@ -281,11 +286,10 @@ def _start(
     verdicts: dict[str, check.Verdict] = {}
     refused: dict[str, tuple[str, str]] = {}
     course, at_start = options.course, options.course.remaining()
-    late = ("skipped", "left out for lack of time")
     truth_step = f"{model}: reference results by {TRUTH}"
     if not course.begin("engine", truth_step, LOAD_SECONDS, told=f"{model}: everything"):
         course.drop_all(f"{model}: ")
-        return {}, {}, {name: late for name, _ in candidates}
+        return {}, {}, {name: LATE for name, _ in candidates}
     try:
         with ExitStack() as stays:
             reference = stays.enter_context(options.worker(TRUTH))
@@ -302,7 +306,7 @@ def _start(
             raise
         course.drop_all(f"{model}: ")
         course.left_out.append(f"{model}: everything, since {TRUTH} was too slow")
-        return {}, {}, {name: late for name, _ in candidates}
+        return {}, {}, {name: LATE for name, _ in candidates}
     finally:
         course.end()
     for name, reason in sorted(candidates, key=_order(course.limited)):
@@ -314,14 +318,14 @@ def _start(
             course.drop(step)
             continue
         if course.limited and len(ready) > 1 and course.remaining() < 0.5 * at_start:
-            refused[name] = late  # keep the rest of the time for measuring
+            refused[name] = LATE  # keep the rest of the time for measuring
             course.leave_out(f"{model}: {name}", step)
             continue
         if (short := _too_large(name, assets, options.device)) is not None:
             refused[name] = ("skipped", short)
             continue
         if not course.begin("engine", step, LOAD_SECONDS, told=f"{model}: {name}"):
-            refused[name] = late
+            refused[name] = LATE
             continue
         try:
             if peers.engine_class(name).prepare is not peers.Engine.prepare:

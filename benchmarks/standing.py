@@ -49,7 +49,7 @@ def heading(name: str, cells: Sequence[Cell]) -> str:
     """A group's name, and what it is compared with if minilm has no engine in it."""
     if any(c["ours"] and group(c) == name for c in cells) or not any(c["ours"] for c in cells):
         return name
-    return f"{name}, compared with minilm's 32"
+    return f"{name}, beside minilm's 32"
 
 
 def _order(cell: Cell) -> tuple[bool, float]:

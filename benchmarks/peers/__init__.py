@@ -1,10 +1,10 @@
-"""What people would use instead: each peer one small file, pinned, skipped with the reason where it cannot
-run.
+"""The other libraries that minilm is compared with: one small file per peer, with a pinned version. A peer
+that cannot run is skipped with the reason.
 
 Two kinds, found by name in two tables. An *op peer* computes one op in this process. An *engine* runs whole
-models, in a process of its own (`minilm.benchmarks.workers`), because libraries bring thread pools and
-OpenMP runtimes that do not get along. Nothing of a peer is imported before it is used. The versions stand
-in constraints-peers.txt."""
+models, in a separate process (`minilm.benchmarks.workers`), because thread pools and OpenMP runtimes of
+several libraries conflict. A peer is imported only when it is used. The versions are in
+constraints-peers.txt."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def engine_class(name: str) -> type[Engine]:
 
 
 def op_peers(case: Any, device: str, dtype: Any) -> list[OpPeer | Skipped]:
-    """All op peers that say something about `case`, the skipped ones with their reason."""
+    """All op peers that apply to `case`, the skipped ones with the reason."""
     found: list[OpPeer | Skipped] = []
     for module in OP_PEERS:
         found += import_module(f".{module}", __name__).op_peers(case, device, dtype)

@@ -1,4 +1,4 @@
-"""What a peer has to bring. No heavy import here: engines are started cold, and the import counts."""
+"""The interface of a peer. No heavy import here: imports count in cold starts."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Skipped:
 class OpPeer:
     """Another way to compute an op of `minilm.ops`.
 
-    `prepare` turns the op's own arguments into what `call` takes (the peer's favourite layout, outside the
-    timing); `result` turns what comes out back into what the op returns, for the check."""
+    `prepare` converts the op's arguments to those of `call` (in the peer's best layout, outside the timing);
+    `result` converts the output back to the op's, for the check."""
 
     name: str
     call: Callable[[Any], Any]
@@ -33,13 +33,13 @@ class OpPeer:
     result: Callable[[Any], Any] = lambda values: values
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
     rounds: bool = False
-    """Whether it rounds its activations to 8 bits, as products with quantised weights may; it is judged by
-    what that explains."""
+    """Whether it rounds its activations to 8 bits, as products with quantised weights may; the check then
+    allows for that error."""
 
 
 @dataclass(frozen=True)
 class Assets:
-    """Where an engine finds a model, and where it may keep what it converts."""
+    """The folders of a model, and of converted files."""
 
     model: str
     """Name in `minilm.benchmarks.shapes`."""
@@ -50,7 +50,7 @@ class Assets:
 
 
 class Unavailable(RuntimeError):
-    """This engine cannot run this model here; the message says why."""
+    """Raised if this engine cannot run this model here; the message says why."""
 
 
 class Engine:
@@ -62,15 +62,15 @@ class Engine:
     package: str | None = None
     """Distribution on PyPI that must be installed."""
     precision: str = "fp32"
-    """fp32, fp16, bf16, int8 or q4: of the weights."""
+    """Precision of the weights: fp32, fp16, bf16, int8 or q4."""
     bytes_a_weight: float = 4.0
     copies: float = 1.5
-    """How often the weights stand in memory once they are loaded, buffers included."""
+    """How many copies of the weights are in memory after loading, including buffers."""
     encoder = False
     decoder = False
     devices: tuple[str, ...] = ("cpu",)
     only_real_models = True
-    """Whether models of random weights are left out (they would need a conversion that says nothing new)."""
+    """Whether models with random weights are left out (their conversion would add no information)."""
 
     def __init__(self, assets: Assets, threads: int, device: str = "cpu") -> None:
         self.assets = assets
@@ -90,7 +90,7 @@ class Engine:
         return None
 
     def prepare(self) -> None:
-        """Convert the model, once, if that is needed; kept in the cache. Not timed."""
+        """Convert the model once, if necessary, into the cache. Not timed."""
 
     def load(self) -> None:
         """Load the model, ready to run."""
@@ -104,8 +104,8 @@ class Engine:
     def embed_texts(self, texts: Sequence[str]) -> Any:
         """Sentence embeddings [len(texts), C] in the order of the texts, tokenisation included.
 
-        An engine without an interface of its own for this gets what its users would write: texts sorted by
-        their number of tokens, in batches of 32, each padded to its longest."""
+        By default, as users of the engine would write it: texts sorted by their number of tokens, in batches
+        of 32, each padded to its longest."""
         import numpy as np
 
         ids = self.tokenize(texts)
@@ -139,8 +139,8 @@ class Engine:
         return time.perf_counter() - begin
 
     def decode_seconds(self, prompts: Sequence[Sequence[int]], new: int) -> float:
-        """Time of `new` steps after the first token. Here by difference, for programs that do not show
-        their steps: 1 + new tokens less 1 token."""
+        """Time of `new` steps after the first token. By default the time of 1 + new tokens minus that of 1
+        token, for programs that do not show their steps."""
         begin = time.perf_counter()
         self.generate(prompts, 1)
         middle = time.perf_counter()
@@ -148,10 +148,10 @@ class Engine:
         return time.perf_counter() - middle - (middle - begin)
 
     def note(self) -> str:
-        """What a reader must know about how this engine was run."""
+        """Information for readers on how this engine was run."""
         return ""
 
 
 def require_package(name: str) -> str | None:
-    """None when the module `name` can be imported, otherwise the sentence that says it cannot."""
+    """None if the module `name` can be imported, otherwise a message."""
     return None if importlib.util.find_spec(name) else f"{name} is not installed"

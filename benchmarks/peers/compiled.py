@@ -10,8 +10,9 @@ _compiled: dict[str, Any] = {}
 
 
 def op_peers(case: Any, device: str, dtype: Any) -> list[OpPeer | Skipped]:
-    """For ops whose specification is one graph; attention's loops over the sequences, FlexAttention stands
-    for it. A quantised layer would be dequantised at every call, which nobody does."""
+    """For ops whose specification is one graph; not for attention, which loops over the sequences
+    (FlexAttention is its compiled peer), nor for quantised layers, which would be dequantised in every
+    call."""
     if case.op in ("attention", "paged_attention", "quantized_linear"):
         return []
     import torch

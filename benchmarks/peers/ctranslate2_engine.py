@@ -1,4 +1,4 @@
-"""CTranslate2, encoders and decoders, converted by its own converter from the transformers folder."""
+"""CTranslate2, encoders and decoders, converted by its converter from the transformers folder."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Eager PyTorch: the specification of minilm.ops itself, which is what a plain PyTorch program would run."""
+"""Eager PyTorch: the specification of minilm.ops, as a plain PyTorch program would run it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from .base import OpPeer, Skipped
 
 
 def op_peers(case: Any, device: str, dtype: Any) -> list[OpPeer | Skipped]:
-    """Listed among our own implementations as `reference`. That of a quantised layer dequantises at every
-    call; who has the memory does it once, and here is what that gives."""
+    """Eager PyTorch is listed among minilm's implementations as `reference`. The reference of a quantised
+    layer dequantises in every call; this peer dequantises once, which takes more memory."""
     if case.op != "quantized_linear":
         return []
     from minilm.ops import reference

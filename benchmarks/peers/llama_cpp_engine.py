@@ -47,7 +47,7 @@ class LlamaCpp(Engine):
             partial.replace(made)
 
     def load(self) -> None:
-        """Load the model; contexts are made for the number of sequences that is asked for."""
+        """Load the model; contexts are created for the requested number of sequences."""
         import llama_cpp
 
         self.lib: Any = llama_cpp
@@ -116,7 +116,7 @@ class LlamaCpp(Engine):
         return written, time.perf_counter() - begin
 
     def generate(self, prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
-        """Greedy; all sequences in one call a step."""
+        """Greedy; one call per step for all sequences."""
         return self._run(prompts, new)[0]
 
     def decode_seconds(self, prompts: Sequence[Sequence[int]], new: int) -> float:

@@ -1,5 +1,4 @@
-"""minilm itself, through what its users have: SentenceEncoder, and the engine that LLM and generate run
-on."""
+"""minilm through its public interface: SentenceEncoder, and the engine of LLM and generate."""
 
 from __future__ import annotations
 
@@ -21,11 +20,11 @@ class MiniLM(Engine):
     copies = 2.5  # as they came, and packed for the kernels
     backend = ""
     dtype = "float32"
-    """On a GPU float16 stands for it."""
+    """On a GPU, float16."""
     weights: str | None = None
-    """What `from_pretrained` is told by `weights=`."""
+    """The argument `weights=` of `from_pretrained`."""
     kv_cache = "auto"
-    """What `LLM` is told by `kv_cache_dtype=`."""
+    """The argument `kv_cache_dtype=` of `LLM`."""
     source = "folder"
 
     def __init__(self, assets: Assets, threads: int, device: str = "cpu") -> None:
@@ -112,7 +111,7 @@ class MiniLM(Engine):
 
 
 class Reference(MiniLM):
-    """The specification only: what the fast paths are worth."""
+    """The specification only, to show the gain of the fast paths."""
 
     backend = "reference"
 

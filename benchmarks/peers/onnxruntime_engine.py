@@ -77,7 +77,7 @@ class OnnxRuntime(Engine):
     file = "model.onnx"
 
     def prepare(self) -> None:
-        """Export, and fuse attention, norms and activations offline by onnxruntime's own transformer
+        """Export, and fuse attention, norms and activations offline with onnxruntime's transformer
         optimiser."""
         source = export(self)
         target = source.with_name("fused.onnx")

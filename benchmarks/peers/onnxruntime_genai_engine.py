@@ -1,4 +1,4 @@
-"""ONNX Runtime GenAI, the model made by its own builder from the transformers folder."""
+"""ONNX Runtime GenAI, with the model made by its builder from the transformers folder."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class GenAI(Engine):
         return self.assets.cache / f"genai-{self.built}"
 
     def prepare(self) -> None:
-        """Build once, in a process of its own."""
+        """Build once, in a separate process."""
         if (self.path() / "genai_config.json").is_file():
             return
         partial = self.path().with_suffix(".partial")
@@ -72,7 +72,7 @@ class GenAI(Engine):
         return generator
 
     def generate(self, prompts: Sequence[Sequence[int]], new: int) -> list[list[int]]:
-        """Greedy, one token a step."""
+        """Greedy, one token per step."""
         generator = self._start(prompts, new)
         for _ in range(new - 1):
             generator.generate_next_token()

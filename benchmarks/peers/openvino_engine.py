@@ -15,10 +15,10 @@ class OpenVino(Engine):
     package = "openvino"
     encoder = True
     arithmetic = "f32"
-    """What the CPU plugin is told to compute in."""
+    """The precision that the CPU plugin is set to."""
 
     def prepare(self) -> None:
-        """ONNX -> OpenVINO's own format."""
+        """ONNX -> OpenVINO's format."""
         target = self.assets.cache / "openvino" / "model.xml"
         if not target.is_file():
             import openvino

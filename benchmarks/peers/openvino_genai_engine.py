@@ -1,5 +1,5 @@
-"""OpenVINO GenAI reading a GGUF of float16 weights (its reader knows neither Q4_1 nor float32). Its
-arithmetic is its own choice, bfloat16 on processors that have such products, or float32 if told so."""
+"""OpenVINO GenAI reading a GGUF file with float16 weights (its reader supports neither Q4_1 nor float32). It
+computes in bfloat16 on processors that support it, or in float32 if configured."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class OpenVinoGenAI(F16):
         return [list(row) for row in found.tokens]
 
     def decode_seconds(self, prompts: Sequence[Sequence[int]], new: int) -> float:
-        """By difference: 1 + new tokens less 1 token."""
+        """The time of 1 + new tokens minus that of 1 token."""
         begin = time.perf_counter()
         self.generate(prompts, 1)
         middle = time.perf_counter()
@@ -52,7 +52,7 @@ class OpenVinoGenAI(F16):
 
 
 class OpenVinoGenAIF32(OpenVinoGenAI):
-    """The same weights, and float32 arithmetic: beside others that compute in float32."""
+    """The same weights with float32 arithmetic, for comparison with others that compute in float32."""
 
     precision = "fp32"
     settings: ClassVar[dict[str, Any]] = OpenVinoGenAI.settings | {"INFERENCE_PRECISION_HINT": "f32"}

@@ -1,5 +1,5 @@
-"""PyTorch's scaled_dot_product_attention, each of its backends by name: it picks its flash backend first,
-which is not always its fastest."""
+"""PyTorch's scaled_dot_product_attention, each of its backends by name: by default PyTorch prefers its flash
+backend, which is not always its fastest."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ BACKENDS = {
 
 
 def op_peers(case: Any, device: str, dtype: Any) -> list[OpPeer | Skipped]:
-    """For attention over sequences of one length, which is what its padded interface can say without a
-    mask."""
+    """For attention over sequences of one length, which need no mask in its padded interface."""
     if case.op != "attention":
         return []
     dims = case.call.dims

@@ -34,7 +34,7 @@ class SentenceTransformers(Engine):
         )
 
     def embed_ids(self, batch: Sequence[Sequence[int]]) -> Any:
-        """Its forward on ids that are ready."""
+        """Its forward pass on token ids."""
         torch = self.torch
         width = max(map(len, batch))
         ids = torch.tensor([[*row, *([0] * (width - len(row)))] for row in batch], device=self.device)

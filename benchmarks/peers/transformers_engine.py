@@ -98,4 +98,4 @@ class Compiled(Sdpa):
 
     def note(self) -> str:
         """Where it is not run."""
-        return "not run on the corpus: each new shape is compiled anew"
+        return "not run on the corpus: each new shape is compiled again"

@@ -131,12 +131,12 @@ def pipeline(
 
 
 def _adapted(model: Any) -> Any:
-    """The model that a PEFT model is around, whose adapters are in it; any other as it is."""
+    """The model inside a PEFT model, with its adapters; any other model unchanged."""
     if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model"):
         return model
     if model.active_peft_config.is_prompt_learning:
         raise ValueError(
-            "prompts and prefixes that PEFT has trained stand before a model, where a pipeline does not see "
+            "PEFT adds trained prompts and prefixes outside of the model, so a pipeline would not use "
             "them: call the PEFT model itself"
         )
     return model.get_base_model()

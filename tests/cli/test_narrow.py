@@ -151,4 +151,4 @@ def test_tables_of_the_bench_keep_names_whole(capsys: pytest.CaptureFixture[str]
     assert "transformers compiled 250 ms 4.00x slower (2.50 to 4.55)" in text
     assert "absent one, absent two: skipped: is not installed" in text
     assert "Left out for lack of time: 2 shapes of ops (gated); M: minilm, cold starts." in text
-    assert "Other programs took 38% of the processors while this was measured" in text
+    assert "Other programs used 38% of the processors during the measurements" in text

@@ -369,7 +369,7 @@ def test_pipelines_take_an_adapted_model(tmp_path: Path) -> None:
     ]
     assert results[1] == results[2] != results[0]
     prompts = peft.get_peft_model(model, peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4))
-    with pytest.raises(ValueError, match="a pipeline does not see them"):
+    with pytest.raises(ValueError, match="a pipeline would not use them"):
         minilm.pipeline("text-generation", model=prompts, tokenizer=tokenizer)
 
 
