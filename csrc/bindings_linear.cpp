@@ -94,6 +94,50 @@ Tensor pack_linear(const Tensor& values, std::optional<Tensor> scales, std::opti
   return packed;
 }
 
+// The planes that a quantised weight was packed from, into tensors of their shapes.
+void unpack_linear(const Tensor& packed, const Tensor& order, int64_t format_code, int64_t in, Tensor codes,
+                   Tensor scale, std::optional<Tensor> minimum) {
+  const char* op = "unpack_linear";
+  const Format format = format_of(op, format_code);
+  check(format >= Format::kInt8, op, "the weight must be quantised");
+  const bool grouped = format != Format::kInt8, four = format == Format::kQ4;
+  check(in >= 1 && in <= kLargest && (!grouped || in % minilm::kGroup == 0), op,
+        "a grouped format needs a multiple of 32 inputs");
+  check(codes.dim() == 2 && codes.size(0) >= 1, op, "codes must be [out, in], and not be empty");
+  const int64_t out = codes.size(0);
+  check(plain(codes, four ? ScalarType::Byte : ScalarType::Char, out, four ? in / 2 : in), op,
+        "codes must be contiguous on the CPU, of the format's type, [out, in] ([out, in / 2] for 4 bits)");
+  check(plain(scale, grouped ? ScalarType::Half : ScalarType::Float, out, grouped ? in / minilm::kGroup : -1),
+        op, "scale must be contiguous float32 [out], or float16 [out, in / 32] for a grouped format");
+  check(!minimum.has_value() || (four && plain(*minimum, ScalarType::Half, out, in / minilm::kGroup)), op,
+        "minimum must be contiguous float16 [out, in / 32], and the format one of 4 bits");
+  check(order.dim() == 1 && plain(order, ScalarType::Int, order.size(0), -1), op,
+        "order must be int32 [places]");
+  const int64_t places = order.size(0);
+  check(places >= 1 && places <= kLargest && places % panel_width() == 0, op, "order must fill whole panels");
+  const int32_t* rows = static_cast<const int32_t*>(order.const_data_ptr());
+  std::vector<bool> there(out, false);
+  for (int64_t place = 0; place < places; ++place) {
+    check(rows[place] >= -1 && rows[place] < out, op, "order must hold rows of the weight, or -1");
+    if (rows[place] >= 0) there[rows[place]] = true;
+  }
+  check(std::all_of(there.begin(), there.end(), [](bool found) { return found; }), op,
+        "order must hold every row of the weight");
+  const auto& kernels = minilm::cpu_kernels();
+  check(packed.dim() == 1 && plain(packed, ScalarType::Byte, kernels.packed_bytes(format, in, places), -1),
+        op, "packed was not made for this format and these sizes");
+  minilm::UnpackParams p = {};
+  p.format = format;
+  p.in = in;
+  p.places = places;
+  p.order = rows;
+  p.packed = packed.const_data_ptr();
+  p.values = codes.mutable_data_ptr();
+  p.scales = scale.mutable_data_ptr();
+  p.minimums = minimum.has_value() ? minimum->mutable_data_ptr() : nullptr;
+  kernels.unpack(p);
+}
+
 // activation(x W^T + bias) of x [rows, in] float32 -> [rows, columns] float32.
 Tensor packed_linear(const Tensor& x, const Tensor& packed, int64_t format_code, int64_t columns,
                      int64_t places, int64_t activation, bool gated) {
@@ -153,6 +197,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minilm, m) {
       "pack_linear(Tensor values, Tensor? scales, Tensor? minimums, Tensor? bias, Tensor order, int format,"
       " int in_features) -> Tensor");
   m.def(
+      "unpack_linear(Tensor packed, Tensor order, int format, int in_features, Tensor(a!) codes,"
+      " Tensor(b!) scale, Tensor(c!)? minimum) -> ()");
+  m.def(
       "packed_linear(Tensor x, Tensor packed, int format, int columns, int places, int activation, bool "
       "gated)"
       " -> Tensor");
@@ -160,5 +207,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minilm, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(minilm, CPU, m) {
   m.impl("pack_linear", TORCH_BOX(&pack_linear));
+  m.impl("unpack_linear", TORCH_BOX(&unpack_linear));
   m.impl("packed_linear", TORCH_BOX(&packed_linear));
 }

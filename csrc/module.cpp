@@ -5,6 +5,10 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#ifdef __linux__
+#include <malloc.h>
+#endif
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
@@ -38,6 +42,20 @@ PyObject* prefer_large_pages(PyObject*, PyObject* arguments) {
   unsigned long long address = 0, bytes = 0;
   if (!PyArg_ParseTuple(arguments, "KK", &address, &bytes)) return nullptr;
   minilm::prefer_large_pages(reinterpret_cast<void*>(static_cast<std::uintptr_t>(address)), bytes);
+  Py_RETURN_NONE;
+}
+
+PyObject* give_back(PyObject*, PyObject* arguments) {
+  unsigned long long address = 0, bytes = 0;
+  if (!PyArg_ParseTuple(arguments, "KK", &address, &bytes)) return nullptr;
+  minilm::give_back(reinterpret_cast<void*>(static_cast<std::uintptr_t>(address)), bytes);
+  Py_RETURN_NONE;
+}
+
+PyObject* trim(PyObject*, PyObject*) {
+#ifdef __GLIBC__
+  malloc_trim(0);
+#endif
   Py_RETURN_NONE;
 }
 
@@ -108,6 +126,9 @@ PyMethodDef methods[] = {
     {"panel_width", panel_width, METH_NOARGS, "Outputs in a panel of a packed weight."},
     {"prefer_large_pages", prefer_large_pages, METH_VARARGS,
      "Asks for large pages: address and size of memory whose content may be lost."},
+    {"give_back", give_back, METH_VARARGS,
+     "Gives memory back before it is freed: address and size; what it holds is lost."},
+    {"trim", trim, METH_NOARGS, "Gives memory that was freed back to the system."},
     {"packed_bytes", packed_bytes, METH_VARARGS, "(format, in, places) -> bytes of a packed weight."},
     {"same", same, METH_VARARGS,
      "(owners, keys, things, dicts, sizes, modules, types) -> whether all are what they were."},

@@ -139,6 +139,18 @@ struct PackParams {
   void* packed;
 };
 
+// Rows of a quantised weight, out of its panels: the inverse of PackParams, bit for bit.
+struct UnpackParams {
+  Format format;  // kInt8, kQ8, kQ4
+  std::int64_t in;
+  std::int64_t places;        // as packed
+  const std::int32_t* order;  // [places]: the row of each place, -1: none
+  const void* packed;
+  void* values;    // as in PackParams
+  void* scales;    // kInt8: float32; kQ8, kQ4: float16
+  void* minimums;  // kQ4: float16, or null
+};
+
 // y = activation(x W^T + bias), or y += x W^T + bias, on packed weights and prepared rows.
 struct LinearParams {
   Format format;

@@ -217,7 +217,7 @@ class KVCache:
         """Allocate pages for `tokens` more tokens, so that growing does not copy later."""
         missing = -(-tokens // self.page_size) - len(self._free)
         if missing > 0:
-            self._grow(max(missing, self._pages // 2))
+            self._grow(self._more(missing))
 
     def stores(self) -> tuple[Tensor, Tensor]:
         """Keys and values of all layers, [layers, pages, page size, Hkv, D] each."""
@@ -233,23 +233,43 @@ class KVCache:
 
     def _grow(self, pages: int) -> None:
         # One store after the other: never is there more than one of them twice.
-        self._keys = self._grown(self._keys, pages)
-        self.k_pages = _layers(self._keys)
-        self._values = self._grown(self._values, pages)
-        self.v_pages = _layers(self._values)
-        self._key_scales, self._value_scales = (
-            self._grown(scales, pages) for scales in (self._key_scales, self._value_scales)
-        )
-        self.k_scales, self.v_scales = _layers(self._key_scales), _layers(self._value_scales)
+        self._grow_store("_keys", "k_pages", pages)
+        self._grow_store("_values", "v_pages", pages)
+        self._grow_store("_key_scales", "k_scales", pages)
+        self._grow_store("_value_scales", "v_scales", pages)
         self._free = [*range(self._pages + pages - 1, self._pages - 1, -1), *self._free]
         self._pages += pages
 
-    def _grown(self, store: Tensor, pages: int) -> Tensor:
-        """A copy of a store with so many pages more."""
+    def _grow_store(self, name: str, views: str, pages: int) -> None:
+        """Move a store to one with so many pages more, layer by layer. The memory of the layers that have
+        moved is given back at once, unless somebody else looks at it."""
+        store: Tensor = getattr(self, name)
         new = store.new_empty(len(store), self._pages + pages, *store.shape[2:])
         packed.prefer_large_pages(new)
-        new.narrow(1, 0, self._pages).copy_(store.narrow(1, 0, self._pages))
-        return new
+        old, done = store.detach(), 0
+        try:
+            setattr(self, name, new)
+            setattr(self, views, [])
+            del store
+            given = packed.has_one_owner(old)
+            while done < len(old):
+                self._move(old, new, done)
+                done += 1
+                if given:
+                    packed.give_back(old, done)
+        finally:  # an interrupt loses nothing
+            for layer in range(done, len(old)):
+                self._move(old, new, layer)
+            setattr(self, name, new)
+            setattr(self, views, _layers(new))
+
+    def _move(self, old: Tensor, new: Tensor, layer: int) -> None:
+        new[layer, : self._pages].copy_(old[layer, : self._pages])
+
+    def _more(self, missing: int) -> int:
+        """How many pages to add if so many are missing: a quarter of them all, so that each token is copied
+        a few times only."""
+        return max(missing, self._pages // 4)
 
     def extend(self, rows: Sequence[int], counts: Sequence[int]) -> CacheStep:
         """Reserve slots for `counts[i]` new tokens of `rows[i]`; returns where to store them."""
@@ -258,8 +278,10 @@ class KVCache:
             -(-(self.lengths[row] + n) // self.page_size) - len(self._pages_of[row])
             for row, n in zip(rows, counts, strict=True)
         ]
+        if self._keys.shape[1] != self._pages:  # an error came between two stores
+            self._grow(0)
         if sum(needed) > len(self._free):
-            self._grow(max(sum(needed) - len(self._free), self._pages // 2))
+            self._grow(self._more(sum(needed) - len(self._free)))
         slots: list[int] = []
         for row, n, pages in zip(rows, counts, needed, strict=True):
             owned = self._pages_of[row]

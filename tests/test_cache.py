@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import mmap
 import weakref
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +22,7 @@ from hypothesis.stateful import (
     precondition,
     rule,
 )
+from native_runs import require_extension
 from strategies import small
 
 import minilm
@@ -140,7 +144,7 @@ TestCache = Cache.TestCase
 TestCache.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
 
 
-def test_growing_keeps_what_is_there_and_doubles() -> None:
+def test_growing_keeps_what_is_there_and_adds_a_quarter() -> None:
     """Adding one token at a time copies the pages a few times, not at each new page."""
     cache = cache_of(rows=1, page_size=2)
     sizes = []
@@ -155,8 +159,8 @@ def test_growing_keeps_what_is_there_and_doubles() -> None:
         )
         sizes.append(cache.nbytes())
     assert cache.keys(0, 0)[:, 0, 0].tolist() == [float(n) for n in range(200)]
-    assert len(set(sizes)) < 15
-    assert sizes[-1] < 2 * 2 * 200 * 4 * 4 * 2, "no more than twice of what is needed"
+    assert len(set(sizes)) < 25
+    assert sizes[-1] < 1.3 * 2 * 200 * 4 * 4 * 2, "little more than what is needed"
 
 
 def test_growing_copies_one_store_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,22 +168,113 @@ def test_growing_copies_one_store_at_a_time(monkeypatch: pytest.MonkeyPatch) -> 
     cache = cache_of(rows=1, page_size=2)
     cache.extend([0], [2])
     old_keys = weakref.ref(cache.k_pages[0])
-    whole = KVCache._grown
+    whole = KVCache._grow_store
     made = []
 
-    def grown(self: KVCache, store: torch.Tensor, pages: int) -> torch.Tensor:
+    def grown(self: KVCache, name: str, views: str, pages: int) -> None:
         made.append(old_keys() is not None)
         if len(made) == 2:
             raise MemoryError
-        return whole(self, store, pages)
+        whole(self, name, views, pages)
 
-    monkeypatch.setattr(KVCache, "_grown", grown)
+    monkeypatch.setattr(KVCache, "_grow_store", grown)
     with pytest.raises(MemoryError):
         cache.extend([0], [9])
     assert made[:2] == [True, False]
     cache.extend([0], [9])
     assert cache.lengths[0] == 11
     assert {len(store[0]) for store in (cache.k_pages, cache.v_pages)} == {6}
+
+
+def big_cache(**options: Any) -> KVCache:
+    """Eight layers of 4 MiB each for keys, as many for values, all written to: layer n holds n + 1."""
+    wide = replace(spec(8), num_heads=8, num_kv_heads=8, head_dim=64)
+    cache = KVCache(wide, rows=1, dtype=torch.float32, device="cpu", page_size=32, **options)
+    cache.extend([0], [2048])
+    for layer in range(8):
+        cache.k_pages[layer].fill_(layer + 1)
+        cache.v_pages[layer].fill_(-layer - 1)
+    return cache
+
+
+def assert_full(cache: KVCache, keys: list[torch.Tensor], values: list[torch.Tensor]) -> None:
+    for layer in range(8):
+        assert bool((keys[layer][:62] == layer + 1).all()), layer
+        assert bool((values[layer][:62] == -layer - 1).all()), layer
+
+
+def resident() -> int:
+    """Bytes of this process in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads /proc")
+def test_growing_takes_no_memory_for_a_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has been copied is given back at once: the memory at any moment is at most that of the end."""
+    require_extension()
+    cache = big_cache()
+    seen: list[int] = []
+    move = KVCache._move
+
+    def moved(self: KVCache, *arguments: Any) -> None:
+        move(self, *arguments)
+        seen.append(resident())
+
+    monkeypatch.setattr(KVCache, "_move", moved)
+    before = resident()
+    cache.extend([0], [512])
+    assert len(seen) == 16
+    assert_full(cache, cache.k_pages, cache.v_pages)
+    for pages in (*cache.k_pages, *cache.v_pages):
+        pages[64:] = 0.5
+    grown = resident() - before
+    assert 10 << 20 < grown < 24 << 20, "a quarter of 64 MiB"
+    assert max(seen) - before < grown + (6 << 20), "no store is there twice"
+
+
+@pytest.mark.parametrize("holder", ["layer", "list", "store", "view", "array"])
+def test_what_somebody_holds_of_a_cache_that_grows_stays(holder: str) -> None:
+    cache = big_cache()
+    held: dict[str, Any] = {
+        "layer": lambda: (cache.k_pages[3], cache.v_pages[3]),
+        "list": lambda: [pages[3] for pages in (cache.k_pages, cache.v_pages)],
+        "store": lambda: [store[3] for store in cache.stores()],
+        "view": lambda: (cache.k_pages[3].view(-1)[5:], cache.v_pages[3].view(-1)[5:]),
+        "array": lambda: (cache.k_pages[3].numpy(), cache.v_pages[3].numpy()),
+    }
+    whole = (cache.k_pages, cache.v_pages, *cache.stores()) if holder in ("list", "store") else ()
+    keys, values = held[holder]()
+    cache.extend([0], [512])
+    assert bool((keys == 4).all())
+    assert bool((values == -4).all())
+    if whole:
+        assert_full(cache, [*whole[0]], [*whole[1]])
+        assert_full(cache, [*whole[2]], [*whole[3]])
+    assert_full(cache, cache.k_pages, cache.v_pages)
+
+
+@pytest.mark.parametrize("at", [0, 3, 15])
+def test_an_interrupt_while_growing_loses_nothing(at: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = big_cache()
+    move, calls = KVCache._move, []
+
+    def moved(self: KVCache, *arguments: Any) -> None:
+        calls.append(arguments)
+        if len(calls) == at + 1:
+            raise KeyboardInterrupt
+        move(self, *arguments)
+
+    monkeypatch.setattr(KVCache, "_move", moved)
+    before = cache.state()
+    with pytest.raises(KeyboardInterrupt):
+        cache.extend([0], [512])
+    assert cache.state() == before
+    assert_full(cache, cache.k_pages, cache.v_pages)
+    cache.crop_row(0, 2000)
+    cache.extend([0], [3])
+    assert cache.stores()[0].shape == cache.stores()[1].shape, "also where nothing has to grow"
+    cache.extend([0], [512])
+    assert_full(cache, cache.k_pages, cache.v_pages)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

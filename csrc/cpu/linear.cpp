@@ -212,6 +212,16 @@ void pack(const PackParams& p) {
   }
 }
 
+void unpack(const UnpackParams& p) {
+  const char* panels = static_cast<const char*>(p.packed) + bias_bytes(p.places);
+  for (std::int64_t place = 0; place < p.places; ++place) {
+    const std::int64_t row = p.order[place];
+    if (row < 0) continue;
+    const char* panel = panels + place / kPanel * panel_bytes(p.format, p.in);
+    unpack_quantized(p, panel, static_cast<int>(place % kPanel), row);
+  }
+}
+
 std::int64_t prepared_row_bytes(Format format, std::int64_t in) {
   if (is_quantized(format)) return quantized_row_bytes(format, in);
   return word_inputs(format) == 2 ? round_up(in * 2, 4) : 0;

@@ -40,6 +40,8 @@ std::int64_t quantized_panel_bytes(Format format, std::int64_t in);
 
 void pack_float(const PackParams& p, std::int64_t panel, void* to);
 void pack_quantized(const PackParams& p, std::int64_t panel, void* to);
+// The row at `lane` of a panel, to row `row` of p.values and the other planes.
+void unpack_quantized(const UnpackParams& p, const void* panel, int lane, std::int64_t row);
 
 // Bytes of one prepared row of x for the quantised kernels, and the preparation of the rows [begin, end) of
 // x.
@@ -57,6 +59,7 @@ void quantized_tile(Format format, int rows, const void* x, std::int64_t x_strid
 // The functions of the kernel table (see dispatch.h).
 std::int64_t packed_bytes(Format format, std::int64_t in, std::int64_t places);
 void pack(const PackParams& p);
+void unpack(const UnpackParams& p);
 std::int64_t prepared_row_bytes(Format format, std::int64_t in);
 void prepare_rows(Format format, const float* x, std::int64_t x_stride, std::int64_t in, std::int64_t begin,
                   std::int64_t end, void* to);

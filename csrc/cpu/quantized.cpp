@@ -195,7 +195,10 @@ struct Four : Eight {
 
 inline F32 load_float16(const char* p) { return widen_float16(read<U16>(p)); }
 
-inline std::uint16_t float16_of(float x) { return round_float16(F32{} + x)[0]; }
+// Also of -0, which F32{} + x would lose.
+inline std::uint16_t float16_of(float x) {
+  return round_float16(bit_cast<F32>(I32{} + bit_cast<std::int32_t>(x)))[0];
+}
 
 // The largest of all lanes, halving the vector as sum_lanes does.
 template <typename T, int N = kLanes<T>>
@@ -453,6 +456,41 @@ void pack_panel(const Places<F>& at, const PackParams& p, std::int64_t panel, ch
   }
 }
 
+// The inverse of pack_panel for one lane.
+template <Format F>
+void unpack_lane(const Places<F>& at, const UnpackParams& p, const char* panel, int lane, std::int64_t row) {
+  using P = Places<F>;
+  char* values = static_cast<char*>(p.values) + row * (P::kFour ? p.in / 2 : p.in);
+  for (std::int64_t g = 0; g < at.groups; ++g) {
+    const char* code = panel + g * P::kGroupBytes + lane * P::kWord;
+    const std::int64_t start = g * P::kSize, end = start + at.pairs(g) * P::kPairInputs;
+    for (std::int64_t k = start; k < end; k += P::kPairInputs, code += P::kPairBytes) {
+      for (int word = 0; word < 2; ++word) {
+        for (int i = 0; i < P::kWord; ++i) {
+          const std::int64_t input = k + word * P::kWord + i;
+          if (P::kFour) {
+            const int half = static_cast<unsigned char>(code[i]) >> (4 * word) & 15;
+            char& byte = values[start / 2 + input % 16];  // its low half comes first
+            byte = static_cast<char>(input % kGroup < 16 ? half : static_cast<unsigned char>(byte) | half << 4);
+          } else if (input < p.in) {
+            values[input] = code[word * kPanel * P::kWord + i];
+          }
+        }
+      }
+    }
+    if (P::kRowScale) continue;
+    const char* after = panel + g * P::kGroupBytes + at.pairs(g) * P::kPairBytes + 2 * lane;
+    const std::int64_t group = 2 * (row * at.groups + g);
+    write(static_cast<char*>(p.scales) + group, read<std::uint16_t>(after));
+    if (P::kFour && p.minimums != nullptr) {
+      write(static_cast<char*>(p.minimums) + group, read<std::uint16_t>(after + 2 * kPanel));
+    }
+  }
+  if (P::kRowScale) {
+    write(static_cast<char*>(p.scales) + 4 * row, read<float>(panel + at.panel_scales_at + 4 * lane));
+  }
+}
+
 // The sums of a group are in registers, those over the groups in `tile`: there are not registers for both.
 template <Format F, int R>
 inline __attribute__((always_inline)) void sums_of(const Places<F>& at, const char* x, std::int64_t x_stride,
@@ -531,6 +569,11 @@ std::int64_t quantized_panel_bytes(Format format, std::int64_t in) {
 
 void pack_quantized(const PackParams& p, std::int64_t panel, void* to) {
   for_format(p.format, p.in, [&](const auto& at) { pack_panel(at, p, panel, static_cast<char*>(to)); });
+}
+
+void unpack_quantized(const UnpackParams& p, const void* panel, int lane, std::int64_t row) {
+  for_format(p.format, p.in,
+             [&](const auto& at) { unpack_lane(at, p, static_cast<const char*>(panel), lane, row); });
 }
 
 std::int64_t quantized_row_bytes(Format format, std::int64_t in) {

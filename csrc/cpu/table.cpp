@@ -18,6 +18,7 @@ const CpuKernels kKernels = {
     layer_norm,
     packed_bytes,
     pack,
+    unpack,
     prepared_row_bytes,
     prepare_rows,
     linear,

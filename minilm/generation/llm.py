@@ -132,11 +132,14 @@ class LLM:
         dynamic = int(self.model.spec.max_positions * (rope.factor if rope is not None else 1))
         self.max_model_len: int = max_model_len or window or dynamic
         """The longest sequence, prompt and new tokens together."""
+        cache = self.model.new_cache(dtype=CACHE_DTYPES[kv_cache_dtype])
+        self.kv_cache_dtype: torch.dtype = cache.dtype
+        """Dtype of stored keys and values."""
         self._engine = Engine(
             self.model,
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
-            cache=self.model.new_cache(dtype=CACHE_DTYPES[kv_cache_dtype]),
+            cache=cache,
         )
         self._lock = threading.RLock()
         self._generator = None if seed is None else torch.Generator().manual_seed(int(seed))

@@ -13,7 +13,7 @@ else that affects the result is checked at each call (`state`).
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from ..model import MLP, Attention, Batch, Block, Linear, Norm, Packed, QuantizedLinear, Transformer
 from ..ops.backends import native, packed, watch
+from . import released
 from .state import Structure, hooked, made_of, other_code, own_code
 
 ALIGNMENT = 64
@@ -117,17 +118,20 @@ class _Blocks:
         """The tensors by which `packed.kept` finds the parts of the arena."""
         self.tensors: list[Tensor] = []
         self.settings: list[object] = []
+        self.forms: list[released.Form | None] = []
+        """Of each linear layer, None where it has its planes: what stands for them in `tensors`."""
         self.watch: watch.Watch | None = None
         if before is not None:  # for a while something stood in the way, or a name was put somewhere
             self.arena, self.keys, self.watch = before.arena, before.keys, before.watch
-            self.tensors, self.settings = before.tensors, before.settings
+            self.tensors, self.settings, self.forms = before.tensors, before.settings, before.forms
             before.arena = None
         if self.obstacle is None:
-            tensors, settings = _sources(body), _settings(body)
+            tensors, settings, forms = _sources(body), _settings(body), _forms(body)
             same = _same_objects(tensors, self.tensors) and settings == self.settings
+            same = same and _same_objects(forms, self.forms)
             if not same or not self._weights_hold():
                 self.drop()  # free its memory before allocating the new one
-            self.tensors, self.settings = tensors, settings
+            self.tensors, self.settings, self.forms = tensors, settings, forms
 
     def drop(self) -> None:
         """Free the arena's memory."""
@@ -148,14 +152,52 @@ class _Blocks:
     def pack(self, body: Transformer) -> Arena:
         """The arena; packs it if there is none."""
         if self.arena is None:
+            self._restore(body)
             self.watch = watch.Watch(self.tensors)
             writer = _Writer(body)
             self.arena = writer.write()
             self.keys = writer.share(self.arena.weights)
+            self._release(body, writer.layers)
         return self.arena
 
+    def _restore(self, body: Transformer) -> None:
+        """Unpack the planes that were released when the blocks were packed before."""
+        layers = [layer for layer in body.modules() if released.form_of(layer) is not None]
+        if layers:
+            for layer in layers:
+                released.restore(layer, asked=False)
+            self._note(body)
 
-def _same_objects(some: list[Tensor], others: list[Tensor]) -> bool:
+    def _release(self, body: Transformer, layers: list[tuple[nn.Module, packed.Packed]]) -> None:
+        """Drop the planes of quantised layers: the arena has them."""
+        assert self.watch is not None
+        layers = [(layer, form) for layer, form in layers if released.may_release(layer)]
+        if not layers or not self.watch.holds(self.tensors):
+            return
+        places = {id(tensor): place for place, tensor in enumerate(self.tensors)}
+        keys = {id(key) for key in self.keys}
+        # What is noted here would count as somebody who holds the planes.
+        self.tensors, self.keys, self.structure = [], [], Structure(())
+        if sum(released.release(layer, form) for layer, form in layers):
+            packed.trim()
+        self._note(body)
+        self.keys = [tensor for tensor in self.tensors if id(tensor) in keys]
+        if all(id(tensor) in places for tensor in self.tensors):
+            self.watch = self.watch.part(self.tensors, [places[id(tensor)] for tensor in self.tensors])
+        else:  # another thread asked for planes meanwhile, and may write to them
+            self.watch.forget()
+
+    def _note(self, body: Transformer) -> None:
+        self.tensors, self.forms = _sources(body), _forms(body)
+        self.structure = Structure(body.modules())
+        self.kinds = self.structure.kinds()
+
+
+def _forms(body: Transformer) -> list[released.Form | None]:
+    return [released.form_of(m) for block in body.layers for m in block.modules()]
+
+
+def _same_objects(some: Sequence[object], others: Sequence[object]) -> bool:
     return len(some) == len(others) and all(a is b for a, b in zip(some, others, strict=True))
 
 
@@ -166,7 +208,9 @@ def _sources(body: Transformer) -> list[Tensor]:
 
 
 def _tensors(module: nn.Module) -> list[Tensor]:
-    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+    """Parameters and buffers, without the planes of a released layer (which `_buffers` would unpack)."""
+    held = module.__dict__
+    return [t for t in (*held["_parameters"].values(), *held["_buffers"].values()) if t is not None]
 
 
 def _settings(body: Transformer) -> list[object]:
@@ -270,14 +314,14 @@ def _refused_linear(linear: nn.Module) -> str | None:
             return "a weight is not a parameter"
         if weight.dtype not in packed.FORMATS:
             return f"the extension has no kernel for weights in {weight.dtype}"
-    elif type(linear) is QuantizedLinear:
-        weight = linear.codes
+    elif released.type_of(linear) is QuantizedLinear:
+        weight = linear.__dict__["_buffers"].get("codes")  # None: released, and it was on the CPU
     else:
         return f"a linear layer was replaced by a {type(linear).__name__}"
     bias = linear._parameters.get("bias")
     if getattr(linear, "bias", None) is not bias or not isinstance(bias, nn.Parameter | None):
         return "a bias is not a parameter"
-    if weight.device.type != "cpu":
+    if weight is not None and weight.device.type != "cpu":
         return "the weights are not on the CPU"
     return None
 
@@ -293,10 +337,13 @@ class _Writer:
     def __init__(self, body: Transformer) -> None:
         self.body = body
         self.numbers: list[int] = []
-        self.pieces: list[Tensor] = []
+        self.pieces: list[tuple[int, Callable[[], Tensor]]] = []
+        """Size in bytes, and what makes it."""
         self.size = 0
-        self.shared: list[tuple[packed.Sources, packed.Packed, int, int]] = []
-        """Per linear layer: its tensors, how it is packed, its offset and size in bytes."""
+        self.shared: list[tuple[nn.Module, packed.Sources, packed.Packed, int, int]] = []
+        """Per linear layer: it, its tensors, how it is packed, its offset and size in bytes."""
+        self.layers: list[tuple[nn.Module, packed.Packed]] = []
+        """The linear layers, and their parts of the arena."""
 
     def write(self) -> Arena:
         c = self.body.config
@@ -333,25 +380,30 @@ class _Writer:
         packed.prefer_large_pages(arena)
         at = 0
         while self.pieces:
-            piece = self.pieces.pop(0)
-            arena[at : at + piece.numel()] = piece
-            at += -(-piece.numel() // ALIGNMENT) * ALIGNMENT
+            size, make = self.pieces.pop(0)  # one after the other, so that none is twice for long
+            arena[at : at + size] = make()
+            at += -(-size // ALIGNMENT) * ALIGNMENT
         return Arena(arena, torch.tensor(self.numbers))
 
     def share(self, arena: Tensor) -> list[Tensor]:
         """Let layers that run one by one use the arena; returns the keys of its parts in `packed.kept`."""
-        for sources, made, at, size in self.shared:
-            packed.share(sources, made._replace(data=arena[at : at + size]))
-        return [sources[0] for sources, *_ in self.shared]
+        keys = []
+        for linear, sources, made, at, size in self.shared:
+            form = made._replace(data=arena[at : at + size])
+            packed.share(sources, form)
+            self.layers.append((linear, form))
+            keys.append(sources[0])
+        self.shared.clear()
+        return keys
 
     def weight(self, linear: nn.Module, *, gated: bool) -> None:
         assert isinstance(linear, Linear | QuantizedLinear)
         matrix = linear.weight if isinstance(linear, Linear) else linear.quantized
-        made = packed.pack(matrix, linear.bias, gated=gated)
+        made, size = packed.shape_of(matrix, gated=gated)
         self.numbers += [made.format, made.places, self.size]
-        sources, shape = packed.sources_of(matrix, linear.bias), made._replace(data=torch.empty(0))
-        self.shared.append((sources, shape, self.size, made.data.numel()))
-        self.piece(made.data)
+        sources, bias = packed.sources_of(matrix, linear.bias), linear.bias
+        self.shared.append((linear, sources, made, self.size, size))
+        self.piece(size, lambda: packed.pack(matrix, bias, gated=gated).data)
 
     def norm(self, norm: Norm | None) -> None:
         self.vector(None if norm is None else norm.weight)
@@ -360,11 +412,11 @@ class _Writer:
     def vector(self, vector: Tensor | None) -> None:
         self.numbers.append(-1 if vector is None else self.size)
         if vector is not None:
-            self.piece(vector.detach().float().contiguous().view(torch.uint8))
+            self.piece(4 * vector.numel(), lambda: vector.detach().float().contiguous().view(torch.uint8))
 
     def real(self, value: float) -> None:
         self.numbers.append(struct.unpack("I", struct.pack("f", value))[0])
 
-    def piece(self, piece: Tensor) -> None:
-        self.pieces.append(piece)
-        self.size += -(-piece.numel() // ALIGNMENT) * ALIGNMENT
+    def piece(self, size: int, make: Callable[[], Tensor]) -> None:
+        self.pieces.append((size, make))
+        self.size += -(-size // ALIGNMENT) * ALIGNMENT

@@ -152,7 +152,8 @@ class Structure:
 
 def _held(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, object]]:
     own = module.__dict__
-    for table in (module._parameters, module._buffers, module._modules):
+    # Not `module._buffers`, which asks for released planes (`released`).
+    for table in (own["_parameters"], own["_buffers"], own["_modules"]):
         for key, value in table.items():
             yield table, key, value
     for name in (*SETTINGS.get(type(module), ()), "training"):

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from cli_runs import Terminal, failure, process, records, run, save_chat_model
 from hypothesis import given
 from hypothesis import strategies as st
@@ -19,7 +20,8 @@ from rich.cells import cell_len
 import minilm
 from minilm.cli.commands.conversation import Conversation, Message, describe
 from minilm.cli.commands.wrapping import Wrapped
-from minilm.cli.commands.write import ChatSampling
+from minilm.cli.commands.write import ChatSampling, _llm
+from minilm.cli.options import Runtime
 
 PARAMS = minilm.SamplingParams(max_tokens=7)
 PROMPTS = ["the old man", "mary works in london; anna was in", "river"]
@@ -104,6 +106,50 @@ def test_one_question(model: Path, llm: minilm.LLM) -> None:
 def test_several_words_are_one_question(model: Path) -> None:
     command = ("chat", "--model", model, "--max-tokens", "7")
     assert run(*command, "where", "is", "tea").stdout == run(*command, "where is tea").stdout
+
+
+@pytest.mark.parametrize("command", ["chat", "generate"])
+def test_how_keys_and_values_are_stored_can_be_said(
+    command: str, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The option reaches the cache; a name that there is not is refused before anything is loaded."""
+    given: list[torch.dtype | None] = []
+    new_cache = minilm.AutoModelForCausalLM.new_cache
+
+    def counted(self: Any, rows: int = 0, *, dtype: torch.dtype | None = None) -> Any:
+        given.append(dtype)
+        return new_cache(self, rows, dtype=dtype)
+
+    monkeypatch.setattr(minilm.AutoModelForCausalLM, "new_cache", counted)
+    options = (command, "--model", model, "--max-tokens", "7", "--json", "where is tea")
+    (usual,) = records(*options)
+    (same,) = records(*options, "--kv-cache", "float32")
+    assert same == usual
+    (other,) = records(*options, "--kv-cache", "int8")
+    assert len(other["token_ids"]) == 7
+    assert given == [None, torch.float32, torch.int8]
+    assert "'float32', 'float16', 'bfloat16', 'int8'" in failure(*options, "--kv-cache", "q4_0")
+
+
+@pytest.mark.parametrize(
+    ("run", "options", "expected"),
+    [
+        (Runtime(weights="int8"), {"conversing": True}, torch.float16),
+        (Runtime(weights="int8"), {"conversing": False}, torch.float32),
+        (Runtime(), {"conversing": True}, torch.float32),
+        (Runtime(weights="int8"), {"conversing": True, "kv_cache": "float32"}, torch.float32),
+        (Runtime(weights="int8"), {"conversing": True, "kv_cache": "auto"}, torch.float32),
+        (Runtime(weights="int8", dtype="bfloat16"), {"conversing": True}, torch.bfloat16),
+    ],
+)
+def test_a_conversation_with_quantised_weights_keeps_float16(
+    run: Runtime, options: dict[str, Any], expected: torch.dtype, model: Path
+) -> None:
+    llm = _llm(str(model), "cpu", run, **{"kv_cache": None, **options})
+    assert llm.kv_cache_dtype == expected
+    assert llm._engine.cache.k_pages[0].dtype == expected
+    (answer,) = llm.chat(question("where is tea"), greedy(7), use_tqdm=False)
+    assert len(answer.outputs[0].token_ids) == 7
 
 
 def test_the_pieces_come_as_they_are_written(model: Path) -> None:
@@ -346,7 +392,9 @@ def test_a_conversation_on_a_terminal(tmp_path: Path) -> None:
     """With a real model, whose answers are long: Ctrl-C stops one, and the next question is answered."""
     model = save_chat_model(tmp_path, window=100_000)
     greedy_options = ("--temperature", "0", "--repetition-penalty", "1")  # never ends by itself
-    terminal = Terminal("chat", "--model", model, "--max-tokens", "90000", *greedy_options)
+    options = ("--max-tokens", "90000", "--weights", "int8", *greedy_options)
+    terminal = Terminal("chat", "--model", model, *options)
+    terminal.wait_for("KV cache in float16")
     terminal.wait_for("> ")
     terminal.type("tea\n")
     terminal.wait_for("tea\n")

@@ -6,7 +6,7 @@ import sys
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 PANEL = "Decoders"
 CHUNK = 256
 """Prompts that are read before the first result is written."""
+
+
+KVCacheDtype = Annotated[
+    Literal["auto", "float32", "float16", "bfloat16", "int8"] | None,
+    typer.Option(
+        "--kv-cache",
+        metavar="DTYPE",
+        help="How keys and values are stored: float32, float16, bfloat16, int8, or auto, the model's dtype. "
+        "Not given: auto; in a conversation with quantised weights float16.",
+    ),
+]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -153,6 +164,7 @@ def generate(
     source: Texts,
     model: Decoder = DECODER,
     sampling: Sampling,
+    kv_cache: KVCacheDtype = None,
     out: Output,
     run: Runtime,
 ) -> None:
@@ -165,7 +177,7 @@ def generate(
     items = source.read()
     params = sampling.params()
     with run.running(model) as device:
-        llm = _llm(model, device, run)
+        llm = _llm(model, device, run, kv_cache)
         single = source.texts if out.for_people and not source.file else None
         if single is not None and len(single) == 1 and single[0] != "-":
             typer.echo(single[0], nl=False)
@@ -195,6 +207,7 @@ def chat(
         str | None, typer.Option(metavar="TEXT", help="System message: instructions for the model.")
     ] = None,
     sampling: ChatSampling,
+    kv_cache: KVCacheDtype = None,
     out: Output,
     run: Runtime,
 ) -> None:
@@ -217,12 +230,13 @@ def chat(
     if not conversing and not asked:
         raise CommandError("the question is empty")
     with run.running(model) as device:
-        llm = _llm(model, device, run, as_stored=conversing)
+        llm = _llm(model, device, run, kv_cache, conversing=conversing)
         if conversing:
             from .conversation import Conversation, describe
 
             params = sampling.params(llm)
-            note(f"{describe(params)}; answers of up to {params.max_tokens} tokens")
+            kept = str(llm.kv_cache_dtype).removeprefix("torch.")
+            note(f"{describe(params)}; answers of up to {params.max_tokens} tokens; KV cache in {kept}")
             Conversation(llm.stream_chat, params, system).run()
             return
         messages = [
@@ -237,14 +251,23 @@ def chat(
             write({"messages": messages, **_completion(answer)})
 
 
-def _llm(model: str, device: Any, run: Runtime, as_stored: bool = False) -> LLM:
+def _llm(model: str, device: Any, run: Runtime, kv_cache: str | None, *, conversing: bool = False) -> LLM:
+    """The model. A conversation grows long: there the weights of a GGUF file stay as they are stored, and
+    beside quantised weights, float32 keys and values would soon take most of the memory."""
+    import torch
+
     from ...files import resolve
     from ...generation import LLM
+    from ...model import AutoModelForCausalLM, QuantizedLinear
 
     weights = run.weights
-    if as_stored and weights is None and run.dtype is None and resolve(model).suffix == ".gguf":
+    if conversing and weights is None and run.dtype is None and resolve(model).suffix == ".gguf":
         weights = "gguf"
-    return LLM(model, device=device, dtype=run.dtype, weights=weights)
+    loaded = AutoModelForCausalLM.from_pretrained(model, device=device, dtype=run.dtype, weights=weights)
+    if kv_cache is None:
+        quantised = any(isinstance(module, QuantizedLinear) for module in loaded.modules())
+        kv_cache = "float16" if conversing and quantised and loaded.dtype == torch.float32 else "auto"
+    return LLM(loaded, tokenizer=model, kv_cache_dtype=kv_cache)
 
 
 def _completion(answer: Any) -> Record:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import sys
 import threading
 import weakref
 from collections.abc import Iterable
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from ..quantized import QuantizedWeight
+from ..quantized import QuantizedWeight, empty
 from .watch import Watch
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, "int8": 3, "q8_0": 4, "q4_0": 5, "q4_1": 5}
@@ -56,6 +57,35 @@ def prefer_large_pages(memory: Tensor) -> None:
     at every step cause many TLB misses with small pages."""
     if memory.device.type == "cpu" and importlib.util.find_spec("minilm._C") is not None:
         importlib.import_module("minilm._C").prefer_large_pages(memory.data_ptr(), memory.nbytes)
+
+
+def give_back(memory: Tensor, parts: int) -> None:
+    """Give the first `parts` of a contiguous CPU tensor back to the system; what they hold is lost. Whole
+    large pages only, and the tensor keeps its address."""
+    if memory.device.type == "cpu" and parts and importlib.util.find_spec("minilm._C") is not None:
+        begin = memory.data_ptr()
+        importlib.import_module("minilm._C").give_back(begin, parts * memory[0].nbytes)
+
+
+def has_one_owner(memory: Tensor) -> bool:
+    """Whether no other tensor, array, capsule or storage object shares the memory of this tensor. Another
+    name for the same tensor object is not another owner. False where PyTorch cannot say."""
+    count: Any = getattr(torch._C, "_storage_Use_Count", None)
+    if count is None or not hasattr(memory, "_use_count"):
+        return False
+    return _owners(memory, count) == _owners(torch.empty(1), count)
+
+
+def _owners(memory: Tensor, count: Any) -> tuple[int, int, int]:
+    """References to the storage, to its Python object, and to the tensor beside its Python object. How many
+    there are of a new tensor depends on the versions of Python and PyTorch."""
+    storage = memory.untyped_storage()
+    return count(storage._cdata), sys.getrefcount(storage), memory._use_count()  # type: ignore[attr-defined]
+
+
+def trim() -> None:
+    """Give memory that was freed back to the system, which the allocator would keep for later."""
+    importlib.import_module("minilm._C").trim()
 
 
 def places(rows: int, gated: bool) -> Tensor:
@@ -98,6 +128,30 @@ def pack(weight: Tensor | QuantizedWeight, bias: Tensor | None, *, gated: bool =
             columns,
         )
     return Packed(data, code, len(order), rows // 2 if gated else rows, gated)
+
+
+def shape_of(weight: Tensor | QuantizedWeight, *, gated: bool = False) -> tuple[Packed, int]:
+    """What `pack` gives for a weight, without its data, and the data's size in bytes."""
+    rows, columns = weight.shape
+    code = FORMATS[weight.format if isinstance(weight, QuantizedWeight) else weight.dtype]
+    order = len(places(rows, gated))
+    size = importlib.import_module("minilm._C").packed_bytes(code, columns, order)
+    return Packed(torch.empty(0), code, order, rows // 2 if gated else rows, gated), int(size)
+
+
+def unpack(packed: Packed, format: str, rows: int, columns: int) -> QuantizedWeight:
+    """The planes of the quantised weight [rows, columns] that was packed, bit for bit."""
+    weight = empty(format, rows, columns, "cpu")
+    torch.ops.minilm.unpack_linear.default(
+        packed.data,
+        places(rows, packed.gated),
+        packed.format,
+        columns,
+        weight.codes,
+        weight.scale,
+        weight.minimum,
+    )
+    return weight
 
 
 Sources = tuple[Any, ...]
@@ -264,6 +318,7 @@ def _pool_fake(x: Tensor, cu_seqlens: Tensor, unit: bool) -> Tensor:
 def register_fakes() -> None:
     """Register fake implementations of the ops on packed weights, by which torch.compile infers shapes."""
     torch.library.register_fake("minilm::pack_linear", _pack_fake)
+    torch.library.register_fake("minilm::unpack_linear", lambda *arguments: None)
     torch.library.register_fake("minilm::packed_linear", _packed_linear_fake)
     torch.library.register_fake("minilm::transformer", _transformer_fake)
     torch.library.register_fake("minilm::decode_steps", _decode_steps_fake)

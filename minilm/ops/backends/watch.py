@@ -81,6 +81,22 @@ class Watch:
             _same_bits(tensors[place], copy) for place, copy in self._copies.items()
         )
 
+    def part(self, tensors: Sequence[Tensor], places: Sequence[int]) -> Watch:
+        """The watch of some of the tensors, since the same moment; `places`: where they stand among all."""
+        part = Watch.__new__(Watch)
+        with _lock:
+            part._stale = self._stale
+            part._copies = {n: self._copies[p] for n, p in enumerate(places) if p in self._copies}
+            part._marked = [n for n, t in enumerate(tensors) if t.nbytes and n not in part._copies]
+            for place in part._marked:
+                _register(id(tensors[place]), part)
+                _register(tensors[place].untyped_storage()._cdata, part)
+            if len(part._marked) == len(tensors):
+                part._marked = []
+            part._addresses = [self._addresses[place] for place in places]
+            part._strides = [self._strides[place] for place in places]
+        return part
+
     def forget(self) -> None:
         """Treat the tensors as changed from now on."""
         self._stale = True
