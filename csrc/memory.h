@@ -1,5 +1,5 @@
-// Huge pages for memory that is read sequentially: a model's weights in 4 KiB pages exceed the TLB. And memory
-// that is given back before it is freed.
+// Huge pages for memory that is read sequentially: a model's weights in 4 KiB pages exceed the TLB. And
+// memory that is given back before it is freed.
 #pragma once
 
 #include <sys/mman.h>

@@ -471,7 +471,8 @@ void unpack_lane(const Places<F>& at, const UnpackParams& p, const char* panel, 
           if (P::kFour) {
             const int half = static_cast<unsigned char>(code[i]) >> (4 * word) & 15;
             char& byte = values[start / 2 + input % 16];  // its low half comes first
-            byte = static_cast<char>(input % kGroup < 16 ? half : static_cast<unsigned char>(byte) | half << 4);
+            byte =
+                static_cast<char>(input % kGroup < 16 ? half : static_cast<unsigned char>(byte) | half << 4);
           } else if (input < p.in) {
             values[input] = code[word * kPanel * P::kWord + i];
           }
