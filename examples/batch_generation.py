@@ -1,5 +1,4 @@
-"""Generate several texts as one batch, and compare the speed with generating them one by one. Takes 15
-seconds."""
+"""Generate texts one by one and as one batch, and compare the speed. Takes 15 seconds."""
 
 import argparse
 import time

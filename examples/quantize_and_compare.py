@@ -1,5 +1,4 @@
-"""Quantise weights to 8 and 4 bits, and compare size, speed and embeddings with the original model. Takes 8
-seconds."""
+"""Quantise weights to 8 and 4 bits, and compare size, speed and embeddings. Takes 8 seconds."""
 
 import argparse
 import time

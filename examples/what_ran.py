@@ -1,5 +1,4 @@
-"""Show which implementation of each operation ran, and how the choice changes speed and result. Takes 8
-seconds."""
+"""Show which implementation of each op ran, and how the choice changes speed and result. Takes 8 seconds."""
 
 import argparse
 import time

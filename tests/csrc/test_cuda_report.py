@@ -52,7 +52,7 @@ def test_what_ptxas_says_is_read(tool: ModuleType) -> None:
     assert tool.judge(first) == ["spills: 64 bytes of stack, 8 stored, 12 loaded"]
     too_much = second._replace(shared=49153, registers=256)
     assert [why.split(",")[0] for why in tool.judge(too_much)] == [
-        "needs 256 registers a thread",
+        "needs 256 registers per thread",
         "needs 49153 bytes of shared memory",
     ]
     with pytest.raises(ValueError, match="said nothing"):
