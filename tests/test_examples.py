@@ -30,6 +30,10 @@ SHOWN: dict[str, tuple[str, ...]] = {
         r"^The sea is .+\n(The .+\n){7}\none by one +\d+ tokens/s\n",
         r"together +\d+ tokens/s; \d of 8 texts are the same",
     ),
+    "classify_by_prompt": (
+        r"^zero-shot\n +8\d% positive  I laughed .*\n +3\d% positive  Two hours",
+        r"\nfour examples\n +[89]\d% positive  I laughed .*\n +[23]\d% positive  Two hours",
+    ),
     "chat_stream": (
         r"^Why is the sky blue\? .*\nThe sky .+\n\n",
         r"41 tokens read in .* then \d+ written, \d+",
@@ -89,8 +93,9 @@ OPTIONS: dict[str, list[str]] = {
     "what_ran": ["MODEL"],
     "quantize_and_compare": ["MODEL"],
     "constrained_answers": ["MODEL"],
+    "classify_by_prompt": ["MODEL"],
 }
-DECODERS = ("chat_stream", "batch_generation", "constrained_answers")
+DECODERS = ("chat_stream", "batch_generation", "constrained_answers", "classify_by_prompt")
 
 
 @pytest.fixture(scope="module")
