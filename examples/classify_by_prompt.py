@@ -1,7 +1,7 @@
 """Classify texts without training: which label does a small language model expect next? Takes 6 seconds.
 
-The label is looked up, not generated: the probability of each as the continuation of the prompt. Examples in the
-prompt, and the model's answers to an empty text (calibration), change it.
+The labels are not generated: the model gives the probability of each as the continuation of the prompt. It
+changes with examples in the prompt, and by calibration with the model's answers to empty texts.
 """
 
 import argparse

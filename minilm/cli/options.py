@@ -11,7 +11,7 @@ import inspect
 import shutil
 import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from typing import TYPE_CHECKING, Annotated, Any, get_args, get_origin, get_type_hints
 
@@ -208,8 +208,11 @@ class Runtime:
         except RuntimeError as error:  # raised by torch.device for an unknown name
             raise ValueError(f"--device {self.device}: {str(error).splitlines()[0]}") from error
         explain(reset=True)
-        names = [name.strip() for name in (self.backend or "auto").split(",")]
-        with backend(*names), torch.inference_mode():
+        names = [name.strip() for name in (self.backend or "").split(",")]
+        chosen = (
+            nullcontext() if self.backend is None else backend(*names)
+        )  # else MINILM_BACKEND, if it is set
+        with chosen, torch.inference_mode():
             yield device
         if self.explain:
             typer.echo(str(explain()), err=True)

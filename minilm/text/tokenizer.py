@@ -19,7 +19,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..companions import upload
 from ..files import TOKENIZER_FILES, has_file, resolve
 from . import chat_template as chat
 from .encode import UNLIMITED, TextEncoder
@@ -300,6 +299,8 @@ class Tokenizer(TextEncoder):
 
     def push_to_hub(self, repo_id: str, *, private: bool | None = None, **options: Any) -> Any:
         """Save to a folder and upload it with huggingface_hub, as `push_to_hub` of models does."""
+        from ..companions import upload  # which imports PyTorch
+
         return upload(self, repo_id, private, options)
 
     # -- the post-processor

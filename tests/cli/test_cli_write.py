@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from io import StringIO
 from pathlib import Path
@@ -429,3 +430,11 @@ def test_the_default_model_answers() -> None:
     assert finished.returncode == 0
     assert "Paris" in finished.stdout
     assert finished.stderr == ""
+
+
+def test_the_backend_of_the_environment_is_used(model: Path) -> None:
+    """MINILM_BACKEND holds for a process; --backend goes before it."""
+    command = ("generate", "--model", model, "--max-tokens", "3", "--explain", "tea")
+    environment = {**os.environ, "MINILM_BACKEND": "reference"}
+    assert ": torch (" not in process(*command, env=environment).stderr
+    assert ": torch (" in process(*command, "--backend", "torch,reference", env=environment).stderr
