@@ -229,6 +229,9 @@ def encoder(*modules: after.Module) -> SentenceEncoder:
     model.transformer = nn.Module()
     model.transformer.model = made("bert", "base")
     model.heads = nn.ModuleList(modules).eval()
+    with torch.no_grad():
+        for parameter in model.heads.parameters():  # made without values
+            parameter.normal_(0.0, 0.3)
     return model
 
 
