@@ -28,11 +28,13 @@ demo: .venv/.models
 
 PYTEST := $(BIN)/pytest --numprocesses auto --dist worksteal --durations 15
 
+# Drawn tests draw 10 cases here, and in test-slow 25.
+test: export HYPOTHESIS_PROFILE ?= short
 test: .venv/.test
 	$(PYTEST) -m "not slow"
 
 test-slow: .venv/.test-slow
-	$(PYTEST) -m slow
+	$(PYTEST) -m "slow or drawn"
 
 test-isa: .venv/.test
 	$(BIN)/python tools/test_isa.py

@@ -1,7 +1,7 @@
 """Settings for all tests: no network, few threads, the same numbers every time, GPU tests skipped in sight.
 
-Environment: ``HYPOTHESIS_PROFILE=thorough`` draws many more examples, anew each time, ``few`` the first
-five.
+Environment: ``HYPOTHESIS_PROFILE``: "ci" (25 examples of each drawn test, the default), "thorough" (500, other
+ones each time), "short" (10, in `make test`) or "few" (5).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
 # Time limits for single examples say more about the machine's other work than about the code.
 _common = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow], "print_blob": True}
 settings.register_profile("ci", max_examples=25, derandomize=True, **_common)
+settings.register_profile("short", max_examples=10, derandomize=True, **_common)
 settings.register_profile("few", max_examples=5, derandomize=True, **_common)
 settings.register_profile("thorough", max_examples=500, **_common)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
@@ -41,7 +42,11 @@ def pytest_runtest_setup() -> None:
     torch.manual_seed(0)  # a test draws the same numbers whatever ran before it in this process
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses by markers
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
+            item.add_marker(pytest.mark.drawn)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")
