@@ -1,7 +1,7 @@
 """Settings for all tests: no network, few threads, the same numbers every time, GPU tests skipped in sight.
 
-Environment: ``HYPOTHESIS_PROFILE``: "ci" (25 examples of each drawn test, the default), "thorough" (500, other
-ones each time), "short" (10, in `make test`) or "few" (5).
+Environment: ``HYPOTHESIS_PROFILE``: "ci" (25 examples of each drawn test, the default), "thorough" (500,
+other ones each time), "short" (10, in `make test`) or "few" (5).
 """
 
 from __future__ import annotations
