@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import os
-import warnings
 from collections.abc import Iterable
 
 import torch
@@ -26,12 +25,12 @@ from torch import Tensor
 from ..model import AutoModelForMaskedLM
 from ..sentence import check_batch_size, window
 from ..text import Tokenizer
-from .calibration import NOTHING, calibrated
+from .classifier import PromptClassifier
 from .masked import Masked, log_probabilities, masked_model
 from .templates import Item, Template, Words, shortened, words_of
 
 
-class ClozeClassifier:
+class ClozeClassifier(PromptClassifier):
     """A masked language model that chooses among labels by their words.
 
     Args:
@@ -46,6 +45,9 @@ class ClozeClassifier:
 
     If a prompt is too long, the end of the longest text in it is cut, never the template, with a warning.
     """
+
+    model: AutoModelForMaskedLM
+    template: Template
 
     def __init__(
         self,
@@ -65,36 +67,16 @@ class ClozeClassifier:
         self.calibrate = calibrate
         self.batch_size = check_batch_size(batch_size)
         self.model, self.tokenizer = masked_model(model, tokenizer)
-        self._prior: Tensor | None = None
-
-    def predict(self, items: Iterable[Item]) -> list[str]:
-        """The most probable label of each item."""
-        return [self.labels[best] for best in self.probabilities(items).argmax(-1).tolist()]
-
-    def probabilities(self, items: Iterable[Item]) -> Tensor:
-        """The probability of each label, float32 [items, labels] in the order of `labels`; rows sum to 1."""
-        scores = self.scores(items)
-        if self.calibrate:
-            if self._prior is None:
-                self._prior = self.scores([dict.fromkeys(self.template.names, text) for text in NOTHING])
-            scores = calibrated(scores, self._prior)
-        return scores.softmax(-1)
 
     def scores(self, items: Iterable[Item]) -> Tensor:
         """log of the probability of each label's words at the mask, float32 [items, labels]."""
-        if isinstance(items, str):
-            raise TypeError("expected several items, [text, ...], and got one text")
         cut = 0
         prompts: list[list[list[Masked]]] = []  # [item][label][word]
-        for item in items:
+        for item in self._check(items):
             found = [[self._masked(item, word) for word in said] for said in self.words.values()]
             cut += any(was_cut for said in found for _, was_cut in said)
             prompts.append([[prompt for prompt, _ in said] for said in found])
-        if cut:
-            longest = window(self.model, self.tokenizer)
-            warnings.warn(
-                f"{cut} of {len(prompts)} texts were cut: a prompt has {longest} tokens", stacklevel=2
-            )
+        self._warn_of_cuts(cut, len(prompts))
         every = {prompt for item in prompts for said in item for prompt in said}
         logs = log_probabilities(self.model, every, self.batch_size)
         rows = [[_mean([logs[prompt] for prompt in said]) for said in item] for item in prompts]
@@ -131,11 +113,6 @@ class ClozeClassifier:
         types = encoded.get("token_type_ids")
         kept = tuple(types) if types is not None and any(types) else None
         return Masked(tuple(ids), kept, tuple(places), answers), cut
-
-    def _spans(self, text: str) -> list[tuple[int, int]]:
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        spans: list[tuple[int, int]] = encoded["offset_mapping"]
-        return spans
 
 
 def _mean(words: list[list[float]]) -> float:

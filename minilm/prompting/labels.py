@@ -13,7 +13,6 @@ batch.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, NamedTuple
 
@@ -24,7 +23,7 @@ from ..cache import KVCache
 from ..model import AutoModelForCausalLM, Packed
 from ..sentence import by_length, check_batch_size, window
 from ..text import AutoTokenizer, Tokenizer
-from .calibration import NOTHING, calibrated
+from .classifier import PromptClassifier
 from .few_shot import FewShotTemplate
 from .templates import Item, Template, shortened
 
@@ -48,7 +47,7 @@ class _Prompt(NamedTuple):
         return len(self.ids) + max(map(len, self.labels))
 
 
-class LabelScorer:
+class LabelScorer(PromptClassifier):
     """A causal language model that chooses among labels as continuations of a prompt.
 
     Args:
@@ -65,6 +64,8 @@ class LabelScorer:
 
     If a prompt is too long, the end of the longest text in it is cut, never the template, with a warning.
     """
+
+    model: AutoModelForCausalLM
 
     def __init__(
         self,
@@ -98,35 +99,17 @@ class LabelScorer:
         else:
             self.model = AutoModelForCausalLM.from_pretrained(model)
             self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(model)
-        self._prior: Tensor | None = None
-
-    def predict(self, items: Iterable[Item]) -> list[str]:
-        """The most probable label of each item."""
-        return [self.labels[best] for best in self.probabilities(items).argmax(-1).tolist()]
-
-    def probabilities(self, items: Iterable[Item]) -> Tensor:
-        """The probability of each label, float32 [items, labels] in the order of `labels`; rows sum to 1."""
-        scores = self.scores(items)
-        if self.calibrate:
-            if self._prior is None:
-                self._prior = self.scores([dict.fromkeys(self.template.names, text) for text in NOTHING])
-            scores = calibrated(scores, self._prior)
-        return scores.softmax(-1)
+        empty: list[int] = self.tokenizer("", add_special_tokens=not chat, verbose=False)["input_ids"]
+        self._ends_with_eos = bool(empty) and empty[-1] == self.tokenizer.eos_token_id
 
     def scores(self, items: Iterable[Item]) -> Tensor:
         """log P(label | prompt), the sum or the mean over its tokens, float32 [items, labels]."""
-        if isinstance(items, str):
-            raise TypeError("expected several items, [text, ...], and got one text")
         prompts, cut = [], 0
-        for item in items:
+        for item in self._check(items):
             prompt, was_cut = self._prompt(item)
             prompts.append(prompt)
             cut += was_cut
-        if cut:
-            longest = window(self.model, self.tokenizer)
-            warnings.warn(
-                f"{cut} of {len(prompts)} texts were cut: a prompt has {longest} tokens", stacklevel=2
-            )
+        self._warn_of_cuts(cut, len(prompts))
         scores = torch.zeros(len(prompts), len(self.labels))
         with torch.inference_mode():
             for chosen in by_length([len(prompt.ids) for prompt in prompts], self.batch_size):
@@ -165,8 +148,7 @@ class LabelScorer:
         rows: list[list[int]] = self.tokenizer(
             [text, *wholes], add_special_tokens=not self.chat, verbose=False
         )["input_ids"]
-        ends = self.tokenizer([""], add_special_tokens=not self.chat, verbose=False)["input_ids"][0]
-        if rows[0] and ends and rows[0][-1] == ends[-1] == self.tokenizer.eos_token_id:
+        if self._ends_with_eos and rows[0][-1:] == [self.tokenizer.eos_token_id]:
             rows = [row[:-1] for row in rows]  # tokenizers that append an end token
         shared = _shared(rows)
         if any(len(row) == shared for row in rows[1:]):
@@ -174,11 +156,6 @@ class LabelScorer:
         if shared < 1:
             raise ValueError(f"the prompt {text!r:.60} has no token: the model needs one to start from")
         return _Prompt(rows[0][:shared], [row[shared:] for row in rows[1:]])
-
-    def _spans(self, text: str) -> list[tuple[int, int]]:
-        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        spans: list[tuple[int, int]] = encoded["offset_mapping"]
-        return spans
 
     def _scores(self, prompts: list[_Prompt]) -> Tensor:
         """[prompts, labels]."""
