@@ -270,9 +270,8 @@ class LLM:
             number = next(self._numbers)
         logprobs = vocabulary if params.logprobs == -1 else params.logprobs
         new = room if params.max_tokens is None else min(room, params.max_tokens)
-        job = _Job(
-            number, prompt, params, Request(ids, params.sampling(ends, seed), new, ends, params.n, logprobs)
-        )
+        sampling = params.sampling(ends, seed, lambda token: self.tokenizer.decode([token]))
+        job = _Job(number, prompt, params, Request(ids, sampling, new, ends, params.n, logprobs))
         if params.detokenize:
             for sample in job.request.samples:
                 text = GrowingText(

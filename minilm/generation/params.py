@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .sampling import Sampling
 from .stopping import stop_texts
 from .values import MOST_TEXTS, is_whole, number, token_ids, whole
+
+if TYPE_CHECKING:
+    from .repeats import SameSentence
 
 _GREEDY_BELOW = 1e-5
 
@@ -24,6 +28,9 @@ class SamplingParams:
     """-2 to 2, subtracted from a token's logit for each time it is in the generated text."""
     repetition_penalty: float = 1.0
     """Above 0; logits of tokens in prompt and text are divided by it (multiplied if negative)."""
+    max_same_sentence: int | None = None
+    """How often the same sentence or line may stand in a generated text, blocks of code excepted; None: any
+    number of times. (An option of minilm's own; see `minilm.generation.repeats`.)"""
     temperature: float = 1.0
     """0: greedy; 1: samples from the model's own distribution."""
     top_p: float = 1.0
@@ -56,6 +63,8 @@ class SamplingParams:
         for name in ("presence_penalty", "frequency_penalty"):
             self._check(name, -2 <= self._number(name) <= 2, "between -2 and 2")
         self._check("repetition_penalty", self._number("repetition_penalty") > 0, "above 0")
+        if self.max_same_sentence is not None:
+            self._whole("max_same_sentence", 1)
         self._check("temperature", self._number("temperature") >= 0, "0 or above")
         self._check("top_p", 0 < self._number("top_p") <= 1, "above 0, and at most 1")
         self._whole("top_k", -1)
@@ -90,10 +99,15 @@ class SamplingParams:
         """Whether decoding is greedy (no sampling)."""
         return self.temperature < _GREEDY_BELOW
 
-    def sampling(self, ends: frozenset[int], seed: int) -> Sampling:
-        """The options for the decoding loop. `ends`: tokens that end the text; `seed`: used if none is
-        set."""
+    def sampling(self, ends: frozenset[int], seed: int, decode: Callable[[int], str]) -> Sampling:
+        """The options for the decoding loop. `ends`: tokens that end the text; `seed`: used if none is set;
+        `decode`: a token -> its text."""
         drawn = not self.greedy
+        excluded: SameSentence | None = None
+        if self.max_same_sentence is not None:
+            from .repeats import SameSentence
+
+            excluded = SameSentence(self.max_same_sentence, decode)
         return Sampling(
             do_sample=drawn,
             temperature=self.temperature if drawn else 1.0,
@@ -103,6 +117,7 @@ class SamplingParams:
             repetition_penalty=self.repetition_penalty,
             presence_penalty=self.presence_penalty,
             frequency_penalty=self.frequency_penalty,
+            excluded=excluded,
             min_new_tokens=self.min_tokens,
             ends=ends,
             seed=seed if self.seed is None else self.seed,

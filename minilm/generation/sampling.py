@@ -9,7 +9,7 @@ options share a batch. A row's result does not depend on the other rows.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -40,6 +40,8 @@ class Sampling:
     frequency_penalty: float = 0.0
     """Subtracted from a token's logit for each time it is in the generated text."""
     no_repeat_ngram_size: int = 0
+    excluded: Callable[[Sequence[int]], Collection[int]] | None = None
+    """A function of the generated text that names the tokens that may not come next."""
     min_new_tokens: int = 0
     ends: frozenset[int] = frozenset()
     """Tokens of the vocabulary that are excluded until the text has `min_new_tokens`."""
@@ -68,7 +70,7 @@ class Sampling:
     def counts(self) -> bool:
         """Whether some penalty depends on the tokens so far."""
         penalties = (self.presence_penalty, self.frequency_penalty, self.no_repeat_ngram_size)
-        return self.repetition_penalty != 1 or any(penalties)
+        return self.repetition_penalty != 1 or any(penalties) or self.excluded is not None
 
     @cached_property
     def untouched(self) -> bool:
@@ -204,6 +206,11 @@ def _process_history(
         rows = [row for row, rule in enumerate(rules) if rule.no_repeat_ngram_size == size]
         index = torch.tensor(rows, device=logits.device)
         logits = logits.index_copy(0, index, ban_repeated_ngrams(logits[index], history[index], size))
+    for row, (rule, text) in enumerate(zip(rules, texts, strict=True)):
+        banned = sorted(rule.excluded(text)) if rule.excluded is not None else []
+        if banned:
+            at = torch.tensor([[row] * len(banned), banned], device=logits.device)
+            logits = logits.index_put((at[0], at[1]), logits.new_tensor(-math.inf))
     return logits
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ...generation import SamplingParams
+from ...ops.backends import packed
 from .wrapping import Wrapped
 
 Message = dict[str, str]
@@ -40,7 +41,7 @@ COMMANDS = {
 }
 SETTABLE = (
     *("max_tokens", "temperature", "top_p", "top_k", "min_p"),
-    *("repetition_penalty", "frequency_penalty", "presence_penalty", "seed"),
+    *("repetition_penalty", "frequency_penalty", "presence_penalty", "max_same_sentence", "seed"),
 )
 
 
@@ -174,6 +175,7 @@ class Conversation:
             print(f"error: {error} (/reset starts a new conversation)", file=sys.stderr)
             return
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
+        packed.trim()  # a conversation waits for most of its time
 
 
 def describe(params: SamplingParams) -> str:
@@ -186,6 +188,8 @@ def describe(params: SamplingParams) -> str:
         what += "".join(f", {name} {getattr(params, name):g}" for name, said in parts.items() if said)
     usual = {"repetition_penalty": 1, "frequency_penalty": 0, "presence_penalty": 0}
     changed = {name: getattr(params, name) for name, value in usual.items() if getattr(params, name) != value}
+    if params.max_same_sentence is not None:
+        changed["max_same_sentence"] = params.max_same_sentence
     return what + "".join(f", {name} {value:g}" for name, value in changed.items())
 
 

@@ -101,7 +101,13 @@ class Sampling:
         return SamplingParams(**asdict(self))
 
 
-MILD = {"temperature": 0.7, "min_p": 0.1, "repetition_penalty": 1.1, "frequency_penalty": 0.3}
+MILD = {
+    "temperature": 0.7,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "frequency_penalty": 0.3,
+    "max_same_sentence": 2,
+}
 """Sampling options of a conversation if the model's files recommend none: small models repeat themselves
 otherwise."""
 

@@ -84,8 +84,10 @@ def _owners(memory: Tensor, count: Any) -> tuple[int, int, int]:
 
 
 def trim() -> None:
-    """Give memory that was freed back to the system, which the allocator would keep for later."""
-    importlib.import_module("minilm._C").trim()
+    """Give memory that was freed back to the system, which the allocator would keep for later. Does nothing
+    without the native extension."""
+    if importlib.util.find_spec("minilm._C") is not None:
+        importlib.import_module("minilm._C").trim()
 
 
 def places(rows: int, gated: bool) -> Tensor:
