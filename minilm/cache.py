@@ -6,7 +6,8 @@
 
 Each sequence owns whole pages of `page_size` tokens, listed in its row of the block table. So sequences of
 any length share the memory, grow without being copied, and free their pages when they end (PagedAttention:
-Kwon et al. 2023, arXiv:2309.06180). Padding is never stored.
+Kwon et al. 2023, arXiv:2309.06180). A fork shares the pages of the sequence that it continues, and copies the
+last one when it writes to it (copy-on-write). Padding is never stored.
 """
 
 from __future__ import annotations
@@ -81,6 +82,7 @@ class KVCache:
         self._pages_of: dict[int, list[int]] = {}
         self._layouts: dict[int, Layout] = {}
         self._free: list[int] = []
+        self._shared: dict[int, int] = {}  # page -> how many rows hold it beside the first
         self._pages = 0
         shape = (config.num_layers, 0, page_size, config.num_kv_heads, config.head_dim)
         self._keys = torch.empty(shape, dtype=dtype, device=self.device)
@@ -107,10 +109,23 @@ class KVCache:
         return rows
 
     def free_row(self, row: int) -> None:
-        """Remove a sequence and free its pages."""
-        self._free.extend(reversed(self._pages_of.pop(row)))
+        """Remove a sequence and free its pages, except for those that others share."""
+        self._release(self._pages_of.pop(row))
         self._layouts.pop(row, None)
         del self.lengths[row]
+
+    def _release(self, pages: Sequence[int]) -> None:
+        for page in reversed(pages):
+            others = self._shared.pop(page, 0)
+            if others == 0:
+                self._free.append(page)
+            elif others > 1:
+                self._shared[page] = others - 1
+
+    @property
+    def used_pages(self) -> int:
+        """Number of pages that hold tokens; one that several sequences share counts once."""
+        return self._pages - len(self._free)
 
     @property
     def rows(self) -> list[int]:
@@ -278,10 +293,14 @@ class KVCache:
             -(-(self.lengths[row] + n) // self.page_size) - len(self._pages_of[row])
             for row, n in zip(rows, counts, strict=True)
         ]
+        writers = self._writers_of_shared_pages(rows, counts) if self._shared else {}
+        copies = sum(min(len(each), self._shared[page]) for page, each in writers.items())
         if self._keys.shape[1] != self._pages:  # an error came between two stores
             self._grow(0)
-        if sum(needed) > len(self._free):
-            self._grow(self._more(sum(needed) - len(self._free)))
+        if (missing := sum(needed) + copies - len(self._free)) > 0:
+            self._grow(self._more(missing))
+        if writers:
+            self._copy_pages(writers)
         slots: list[int] = []
         for row, n, pages in zip(rows, counts, needed, strict=True):
             owned = self._pages_of[row]
@@ -305,6 +324,28 @@ class KVCache:
             max_context=max(context, default=0),
             fresh=fresh,
         )
+
+    def _writers_of_shared_pages(self, rows: Sequence[int], counts: Sequence[int]) -> dict[int, list[int]]:
+        """Shared page -> the rows whose next token goes into it."""
+        found: dict[int, list[int]] = {}
+        for row, n in zip(rows, counts, strict=True):
+            if n and self.lengths[row] % self.page_size and (page := self._pages_of[row][-1]) in self._shared:
+                found.setdefault(page, []).append(row)
+        return found
+
+    def _copy_pages(self, writers: dict[int, list[int]]) -> None:
+        """Give each row a copy of the page that it writes to; the last one that holds it keeps it."""
+        sources, targets = [], []
+        for page, rows in writers.items():
+            for row in rows[: self._shared[page]]:
+                self._release([page])
+                sources.append(page)
+                targets.append(self._free.pop())
+                self._pages_of[row][-1] = targets[-1]
+        source = torch.tensor(sources, device=self.device)
+        target = torch.tensor(targets, device=self.device)
+        for pages in self._all():
+            pages[target] = pages[source]
 
     @contextmanager
     def restored(self, rows: Sequence[int] | None = None) -> Iterator[None]:
@@ -344,21 +385,20 @@ class KVCache:
         if self.lengths[row] > max_length:
             self.lengths[row] = max_length
             keep = -(-max_length // self.page_size)
-            self._free.extend(reversed(self._pages_of[row][keep:]))
+            self._release(self._pages_of[row][keep:])
             del self._pages_of[row][keep:]
             if (old := self._layouts.pop(row, None)) is not None and max_length:
                 kept = old.columns[:max_length]
                 self.set_layout(row, Layout(kept, int(kept[-1]) + 1, old.origin))
 
     def fork(self, row: int) -> int:
-        """A new row with a copy of `row`'s cached tokens, so that several continuations share one prefill."""
+        """A new row with `row`'s cached tokens, so that several continuations share one prefill. They share
+        its pages; the last one is copied when one of them writes to it."""
         (child,) = self.add_rows(1)
-        length = self.lengths[row]
-        if length:
-            self.extend([child], [length])
-            source = torch.tensor(self._pages_of[row], dtype=torch.int64, device=self.device)
-            target = torch.tensor(self._pages_of[child], dtype=torch.int64, device=self.device)
-            for pages in self._all():
-                pages[target] = pages[source[: len(target)]]
+        pages = self._pages_of[row]
+        self._pages_of[child] = list(pages)
+        self.lengths[child] = self.lengths[row]
+        for page in pages:
+            self._shared[page] = self._shared.get(page, 0) + 1
         self.set_layout(child, self.layout(row))
         return child
