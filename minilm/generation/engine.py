@@ -316,34 +316,19 @@ class Engine:
     def _read(self, chunks: list[tuple[Request, int]]) -> tuple[list[Sample], Tensor]:
         """Read chunks of prompts; returns the samples whose prompt is complete, and their first logits
         [B, V]."""
-        tokens: list[int] = []
-        positions: list[int] = []
-        ends = [0]
+        tokens: list[list[int]] = []
         samples: list[Sample] = []
         last: list[int] = []  # per sample, the packed index of its prompt's last token
+        read = 0
         for request, count in chunks:
             start = self.cache.lengths[request.row]
-            tokens += request.prompt[start : start + count]
-            positions += range(start, start + count)
-            ends.append(len(tokens))
+            tokens.append(request.prompt[start : start + count])
+            read += count
             if start + count == len(request.prompt):
                 samples += request.samples
-                last += [len(tokens) - 1] * request.n
+                last += [read - 1] * request.n
         self._make_room(chunks)
-        device = self.model.device
-        lengths = [count for _, count in chunks]
-        packed = Packed(
-            len(lengths),
-            max(lengths),
-            None,
-            lengths,
-            torch.tensor(ends, dtype=torch.int32, device=device),
-            torch.tensor(positions, device=device),
-        )
-        rows = [request.row for request, _ in chunks]
-        hidden = self.model.run_packed(
-            torch.tensor(tokens, device=device), packed, cache=self.cache, rows=rows
-        )
+        hidden = read_tokens(self.model, self.cache, [request.row for request, _ in chunks], tokens)
         self._begun += [sample.request for sample in samples if sample.index == 0]
         for sample in samples:
             request = sample.request
@@ -444,6 +429,30 @@ class Engine:
             ):
                 tokens[row] = token
         return tokens
+
+
+def read_tokens(
+    model: AutoModelForCausalLM, cache: KVCache, rows: Sequence[int], tokens: Sequence[Sequence[int]]
+) -> Tensor:
+    """Append tokens to rows of the cache; returns their hidden states, packed [T, C]."""
+    device = model.device
+    lengths = [len(each) for each in tokens]
+    positions: list[int] = []
+    ends = [0]
+    for row, count in zip(rows, lengths, strict=True):
+        start = cache.lengths[row]
+        positions += range(start, start + count)
+        ends.append(ends[-1] + count)
+    packed = Packed(
+        len(lengths),
+        max(lengths),
+        None,
+        lengths,
+        torch.tensor(ends, dtype=torch.int32, device=device),
+        torch.tensor(positions, device=device),
+    )
+    flat = torch.tensor([token for each in tokens for token in each], device=device)
+    return model.run_packed(flat, packed, cache=cache, rows=list(rows))
 
 
 def best_logprobs(logits: Tensor, count: int, token: int) -> dict[int, tuple[float, int]]:
