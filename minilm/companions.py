@@ -350,13 +350,23 @@ class Companion(nn.Module):
     ) -> Tensor:
         """The score of each generated token: `sequences` int64 [B, S] and `scores`, one [B, V] a step, of
         ``generate(..., return_dict_in_generate=True, output_scores=True)`` -> [B, steps]; log probabilities
-        with `normalize_logits`. Raises ValueError for `beam_indices`: there is no beam search."""
-        if beam_indices is not None:
-            raise ValueError("compute_transition_scores got beam_indices, and minilm has no beam search")
+        with `normalize_logits`. `beam_indices` int [B, steps], of beam search: the row of `scores` that each
+        token is from; negative after the end of a text, where the result is 0."""
         steps = torch.stack(tuple(scores), 1)
         steps = steps.log_softmax(-1) if normalize_logits else steps
-        drawn = sequences[:, sequences.shape[1] - steps.shape[1] :]
-        return steps.gather(2, drawn[..., None]).squeeze(2)
+        if beam_indices is None:
+            drawn = sequences[:, sequences.shape[1] - steps.shape[1] :]
+            return steps.gather(2, drawn[..., None]).squeeze(2)
+        if beam_indices.dim() != 2 or len(beam_indices) != len(sequences):
+            raise ValueError(
+                f"beam_indices must be [sequences, steps] = [{len(sequences)}, ...], and is "
+                f"{list(beam_indices.shape)}"
+            )
+        count = int((beam_indices >= 0).sum(-1).max())
+        rows = beam_indices[:, :count].long()
+        drawn = sequences[:, sequences.shape[1] - count :]
+        found = steps[rows.clamp(min=0), torch.arange(count, device=steps.device), drawn]
+        return found.masked_fill(rows < 0, 0.0)
 
     @property
     def loss_type(self) -> str | None:

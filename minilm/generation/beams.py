@@ -44,8 +44,8 @@ class BeamOptions:
     """The exponent of the length by which the score of a finished text is divided: above 0, longer texts are
     preferred; below 0, shorter ones."""
     early_stopping: bool | Literal["never"] = False
-    """True: stop at `num_beams` finished texts. False: stop when the best live beam, if it ended now, would be
-    worse than all of them. "never": only when it can end nowhere better."""
+    """True: stop at `num_beams` finished texts. False: stop when the best live beam, if it ended now, would
+    be worse than all of them. "never": only when it can end nowhere better."""
     do_sample: bool = False
     """Draw the candidates from their probabilities, without replacement."""
 
@@ -102,7 +102,7 @@ class Hypothesis:
 
 
 Process = Callable[[Tensor, Sequence[Beam]], Tensor]
-"""(log-probabilities float32 [b, V], the live beam of each row) -> scores [b, V]; -inf: excluded."""
+"""(logits float32 [b, V], the live beam of each row) -> processed log-probabilities [b, V]; -inf: excluded"""
 Stops = Callable[[Sequence[Beam]], Sequence[bool]]
 """Candidates, by text and rank -> which of them end there, beside those that end with an end token."""
 Noise = Callable[[Sequence[int], int, int], Tensor]
@@ -166,9 +166,8 @@ def beam_search(
     searches = [_Search(options, [Beam(text, 0)]) for text in range(len(logits))]
     for length in range(1, options.max_new_tokens + 1):
         live = [beam for search in searches for beam in search.live]
-        scores = logits.float().log_softmax(-1)
-        if process is not None:
-            scores = process(scores, live)
+        logits = logits.float()
+        scores = logits.log_softmax(-1) if process is None else process(logits, live)
         scores = scores + scores.new_tensor([beam.score for beam in live])[:, None]
         drawn = None if noise is None else _noise(noise, live, length, scores, options)
         candidates = _candidates(scores, live, options, drawn)

@@ -28,11 +28,28 @@ DEFAULTS: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "num_return_sequences": 1,
+    "num_beams": 1,
+    "length_penalty": 1.0,
+    "early_stopping": False,
     "output_scores": False,
     "output_logits": False,
     "return_dict_in_generate": False,
 }
 """Defaults of `generate` for options that are not set; the same as transformers'."""
+
+RULES = (
+    "sequence_bias",
+    "encoder_repetition_penalty",
+    "encoder_no_repeat_ngram_size",
+    "bad_words_ids",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "remove_invalid_values",
+    "exponential_decay_length_penalty",
+    "suppress_tokens",
+    "begin_suppress_tokens",
+)
+"""Options for `minilm.generation.processors`."""
 
 WITHOUT_DEFAULT = (
     "max_new_tokens",
@@ -45,12 +62,17 @@ WITHOUT_DEFAULT = (
     "max_time",
     "prefill_chunk_size",
     "seed",
+    "typical_p",
+    "top_h",
+    "epsilon_cutoff",
+    "eta_cutoff",
+    "renormalize_logits",
+    *RULES,
 )
 OPTIONS = (*DEFAULTS, *WITHOUT_DEFAULT)
 """The options that minilm supports."""
 
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "num_beams": (1,),
     "num_beam_groups": (1,),
     "diversity_penalty": (0.0,),
     "penalty_alpha": (0.0,),
@@ -61,21 +83,6 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "speculation_type": (),
     "prompt_lookup_num_tokens": (),
     "assistant_early_exit": (),
-    "typical_p": (1.0,),
-    "top_h": (),
-    "epsilon_cutoff": (0.0,),
-    "eta_cutoff": (0.0,),
-    "encoder_repetition_penalty": (1.0,),
-    "encoder_no_repeat_ngram_size": (0,),
-    "bad_words_ids": (),
-    "sequence_bias": (),
-    "suppress_tokens": (),
-    "begin_suppress_tokens": (),
-    "forced_bos_token_id": (),
-    "forced_eos_token_id": (),
-    "exponential_decay_length_penalty": (),
-    "remove_invalid_values": (False,),
-    "renormalize_logits": (False,),
     "guidance_scale": (1, 1.0),
     "token_healing": (False,),
     "watermarking_config": (),
@@ -84,10 +91,41 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 }
 """Options of transformers that minilm does not support -> the values (besides None) that have no effect."""
 
+_LEFT = "transformers 5 has moved it out of generate too"
+_SPEED = "it changes the speed and not the text, so leave it out"
+WAYS: dict[str, str] = {
+    "num_beam_groups": f"{_LEFT}; num_beams without groups works",
+    "diversity_penalty": f"it is for groups of beams, and {_LEFT}; num_beams without groups works",
+    "constraints": f"{_LEFT}; prefix_allowed_tokens_fn restricts the tokens of beams",
+    "force_words_ids": f"{_LEFT}; prefix_allowed_tokens_fn restricts the tokens of beams",
+    "penalty_alpha": f"{_LEFT}; no_repeat_ngram_size and repetition_penalty work",
+    "dola_layers": f"{_LEFT}; a logits_processor can do it",
+    "prompt_lookup_num_tokens": _SPEED,
+    "assistant_model": _SPEED,
+    "assistant_early_exit": _SPEED,
+    "speculation_type": _SPEED,
+    "use_mtp": _SPEED,
+    "guidance_scale": "a logits_processor that calls the model on the negative prompt does the same",
+    "token_healing": "leave out the last token of the prompt, and restrict the first new one by "
+    "prefix_allowed_tokens_fn",
+    "watermarking_config": "a logits_processor, of transformers for example, does it",
+    "output_attentions": "call the model on the result, with output_attentions=True",
+    "output_hidden_states": "call the model on the result, with output_hidden_states=True",
+    "inputs_embeds": "give input_ids",
+    "position_ids": "give an attention_mask, from which they follow",
+    "custom_generate": "call that function yourself",
+}
+"""Options that minilm does not support -> the way round."""
+
+
+def unsupported(name: str, value: Any, where: str = "") -> ValueError:
+    """The error for an option that minilm does not support."""
+    way = f": {WAYS[name]}" if name in WAYS else ""
+    return ValueError(f"generate does not support {name}={value!r:.80}{where}{way}")
+
+
 WITHOUT_EFFECT = frozenset(
     {
-        "early_stopping",
-        "length_penalty",
         "cache_implementation",
         "cache_config",
         "max_cache_len",

@@ -107,7 +107,8 @@ LEAST_ROOM = 64
 Drawer = Callable[[Tensor, Sequence[Sample]], Tensor]
 """(processed logits [B, V], the sample of each row) -> tokens int64 [B]."""
 Processor = Callable[[Sequence[Sample], Tensor], Tensor]
-"""(samples, their logits [B, V] after the penalties) -> new logits."""
+"""(samples, their logits [B, V] after the penalties) -> new logits. `allowed` is called before the rules that
+force tokens, `processor` after them."""
 Criterion = Callable[[Sequence[Sample]], list[bool]]
 """Called after each step: samples that got a token -> which of them end."""
 Recorder = Callable[[Sequence[Sample], Tensor, Tensor], None]
@@ -147,6 +148,7 @@ class Engine:
         drawer: Drawer = draw_by_seed,
         recorder: Recorder | None = None,
         processor: Processor | None = None,
+        allowed: Processor | None = None,
         criterion: Criterion | None = None,
     ) -> None:
         for name, value in (
@@ -167,6 +169,7 @@ class Engine:
         self._draw = drawer
         self._record = recorder
         self._processor = processor
+        self._allowed = allowed
         self._criterion = criterion
         self._stepping = False
         self._begun: list[Request] = []
@@ -376,7 +379,7 @@ class Engine:
 
     def _stride(self, samples: list[Sample]) -> int:
         """How many tokens to generate in one step: several only if all are certain to be greedy choices."""
-        if self.waiting or self._record or self._processor or self._criterion:
+        if self.waiting or self._record or self._processor or self._allowed or self._criterion:
             return 1
         for request in {sample.request for sample in samples}:
             rule = request.sampling
@@ -391,8 +394,11 @@ class Engine:
             rules = [sample.request.sampling for sample in samples]
             logits = logits.float()
             prompts = [sample.request.prompt for sample in samples]
-            own = None if self._processor is None else partial(self._processor, samples)
-            scores = process(logits, rules, prompts, [sample.tokens for sample in samples], own)
+            texts = [sample.tokens for sample in samples]
+            own, allowed = (
+                None if each is None else partial(each, samples) for each in (self._processor, self._allowed)
+            )
+            scores = process(logits, rules, prompts, texts, own, allowed=allowed)
             if self._record is not None:
                 self._record(samples, logits, scores)
             tokens = self._pick(samples, scores, [rule.do_sample for rule in rules])
@@ -409,7 +415,9 @@ class Engine:
     def _likeliest(self, samples: list[Sample], logits: Tensor, best: Tensor | None) -> list[int] | None:
         """The argmax tokens, if every sample's options lead to them; else None."""
         rules = [sample.request.sampling for sample in samples]
-        if self._record or self._processor or any(rule.do_sample or rule.counts for rule in rules):
+        if self._record or self._processor or self._allowed:
+            return None
+        if any(rule.do_sample or rule.counts for rule in rules):
             return None
         tokens: list[int] = (logits.argmax(-1) if best is None else best).tolist()
         for sample, rule, token in zip(samples, rules, tokens, strict=True):

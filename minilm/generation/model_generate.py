@@ -14,7 +14,7 @@ from torch import Tensor
 from ..cache import KVCache, Layout
 from ..model import ModelOutput
 from .callbacks import Callbacks, padded
-from .config import DEFAULTS, OPTIONS, UNSUPPORTED, WITHOUT_EFFECT
+from .config import DEFAULTS, OPTIONS, RULES, UNSUPPORTED, WITHOUT_EFFECT, unsupported
 from .config import GenerationConfig as GenerationConfig
 from .engine import Engine, Request, Sample, check_length, context_window, draw_by_seed
 from .sampling import Sampling, draw_rows
@@ -22,10 +22,11 @@ from .stopping import GrowingText, stop_texts
 from .streamers import Streamer
 from .streamers import TextIteratorStreamer as TextIteratorStreamer
 from .streamers import TextStreamer as TextStreamer
-from .values import MOST_TEXTS, in_vocabulary, number, token_ids, whole
+from .values import MOST_TEXTS, in_vocabulary, logger, number, token_ids, whole
 
 if TYPE_CHECKING:
     from ..model import AutoModelForCausalLM
+    from .beam_generate import GenerateBeamDecoderOnlyOutput
 
 NOT_ARGUMENTS = frozenset(
     {
@@ -39,6 +40,8 @@ NOT_ARGUMENTS = frozenset(
     }
 )
 """Arguments of transformers' `generate` that minilm does not support; None and empty values are accepted."""
+FILTERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
+"""Options that apply to sampling only."""
 NO_EFFECT = WITHOUT_EFFECT | {"synced_gpus", "trust_remote_code", "logits_to_keep", "return_dict"}
 
 
@@ -70,7 +73,7 @@ def generate(
     stopping_criteria: Any = None,
     prefix_allowed_tokens_fn: Any = None,
     **options: Any,
-) -> Tensor | GenerateDecoderOnlyOutput:
+) -> Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
     """Continue prompts. Arguments, defaults and results are those of transformers' `generate`.
 
     `inputs` (or `input_ids`) int64 [B, S], prompts padded on either side; attention_mask [B, S], inferred
@@ -80,8 +83,14 @@ def generate(
 
     - length: max_new_tokens, or max_length (columns, prompt included; without either 20 new tokens),
       min_new_tokens, min_length (real tokens), max_time (seconds)
-    - sampling: do_sample, temperature, top_k, top_p, min_p, repetition_penalty, no_repeat_ngram_size,
+    - sampling: do_sample, temperature, top_k, top_p, min_p, typical_p, epsilon_cutoff, eta_cutoff, top_h,
       num_return_sequences, seed
+    - beam search: num_beams above 1, length_penalty, early_stopping (True, False or "never"),
+      num_return_sequences; with do_sample the candidates are sampled. See `minilm.generation.beams`
+    - what may be written: repetition_penalty, no_repeat_ngram_size, bad_words_ids, sequence_bias,
+      suppress_tokens, begin_suppress_tokens, forced_bos_token_id, forced_eos_token_id,
+      exponential_decay_length_penalty, encoder_repetition_penalty and encoder_no_repeat_ngram_size (about the
+      prompt), remove_invalid_values, renormalize_logits
     - end: eos_token_id (one or several), stop_strings (with `tokenizer`), pad_token_id
     - result: return_dict_in_generate, output_scores, output_logits; use_cache=False omits the cache from the
       result (the loop itself always uses one)
@@ -101,6 +110,8 @@ def generate(
     Returns int64 [B * num_return_sequences, S + new]: the prompts' columns as passed, then the new tokens,
     then pad_token_id (or the first eos) in rows that ended before the others. If a prompt is padded on the
     right, the padding stays between its last token and the first new one; it does not affect the new tokens.
+    Beam search returns the best texts of each prompt, best first, and with return_dict_in_generate a
+    `GenerateBeamDecoderOnlyOutput`.
 
     Raises ValueError for prompts that are empty or too long and for unsupported options, TypeError for
     unknown ones.
@@ -133,7 +144,7 @@ def _generate(
     generator: torch.Generator | None,
     functions: tuple[Any, Any, Any],
     options: dict[str, Any],
-) -> Tensor | GenerateDecoderOnlyOutput:
+) -> Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
     settings, asked = _settings(model, generation_config, options)
     _, stopping_criteria, _ = functions
     if generator is not None and settings["seed"] is not None:
@@ -141,13 +152,34 @@ def _generate(
     ids, rows, columns = _prompts(model, *given, settings)
     eos, pad = _special_tokens(settings, model.spec.vocab_size)
     n = whole("num_return_sequences", settings["num_return_sequences"], 1, MOST_TEXTS)
-    requests = _requests(model, rows, ids.shape[1], n, eos, settings, asked)
-    watches = _stop_strings(settings["stop_strings"], tokenizer, requests)
-    if (watches or stopping_criteria) and pad is None and len(rows) * n > 1:
+    new = _new_tokens(model, max(map(len, rows)), ids.shape[1], settings, asked)
+    stop = _stop_strings(settings["stop_strings"], tokenizer)
+    if (stop or stopping_criteria) and pad is None and len(rows) * n > 1:
         raise ValueError(
             "stop_strings and stopping_criteria end rows at different lengths: give a pad_token_id to fill "
             "them with"
         )
+    beams = whole("num_beams", settings["num_beams"], 1, MOST_TEXTS)
+    rules = _rules(model, rows, ids.shape[1], new, eos, settings, 1 + len(set(eos)) if beams > 1 else 1)
+    budget = sum(map(len, rows))
+    if settings["prefill_chunk_size"] is not None:
+        budget = len(rows) * _whole(settings, "prefill_chunk_size", 1)
+    if beams > 1:
+        for name, value in (("a streamer", streamer), ("past_key_values", past_key_values)):
+            if value is not None:
+                raise ValueError(f"{name} needs num_beams=1, and num_beams is {beams}")
+        own = (*functions, stop, tokenizer, _deadline(settings))
+        return _search(model, (ids, rows, rules, pad or 0), own, n, new, eos, budget, settings, generator)
+    for name in ("length_penalty", "early_stopping"):
+        if name in asked and settings[name] != DEFAULTS[name]:
+            logger.warning("%s=%r has no effect: it needs num_beams above 1", name, settings[name])
+    if n > 1 and not settings["do_sample"]:
+        raise ValueError(
+            f"num_return_sequences={n} needs do_sample=True or num_beams={n}: greedy decoding gives one text "
+            "per prompt"
+        )
+    requests = [Request(row, rule, new, frozenset(eos), n) for row, rule in zip(rows, rules, strict=True)]
+    _watch(requests, stop, tokenizer)
     samples = [sample for request in requests for sample in request.samples]
     as_dict = bool(settings["return_dict_in_generate"])
     keep = past_key_values is not None or (as_dict and bool(settings["use_cache"]))
@@ -163,9 +195,6 @@ def _generate(
     def draw_together(logits: Tensor, drawn: Sequence[Sample]) -> Tensor:
         return draw_rows(logits, [places[sample] for sample in drawn], len(samples), generator)
 
-    budget = sum(map(len, rows))
-    if settings["prefill_chunk_size"] is not None:
-        budget = len(rows) * _whole(settings, "prefill_chunk_size", 1)
     engine = Engine(
         model,
         max_num_seqs=len(samples),
@@ -174,10 +203,13 @@ def _generate(
         cache=past_key_values,
         keep_rows=keep,
         # Inference tensors could not be used with autograd later, nor be changed by custom functions.
-        inference_mode=not (keep or as_dict or callbacks.processor or callbacks.criterion),
+        inference_mode=not (
+            keep or as_dict or callbacks.processor or callbacks.allowed or callbacks.criterion
+        ),
         drawer=draw_together if settings["seed"] is None else draw_by_seed,
         recorder=record,
         processor=callbacks.processor,
+        allowed=callbacks.allowed,
         criterion=callbacks.criterion,
     )
     before = engine.cache.state()
@@ -217,9 +249,7 @@ def _run(
         engine.add(request)
     if streamer is not None:
         streamer.put(ids.repeat_interleave(len(samples) // len(ids), dim=0).cpu())
-    deadline = None
-    if settings["max_time"] is not None:
-        deadline = time.monotonic() + number("max_time", settings["max_time"])
+    deadline = _deadline(settings)
     while engine.busy:
         grown = engine.step()
         if streamer is not None:
@@ -231,6 +261,54 @@ def _run(
             break
     if streamer is not None:
         streamer.end()
+
+
+def _deadline(settings: dict[str, Any]) -> float | None:
+    seconds = settings["max_time"]
+    return None if seconds is None else time.monotonic() + number("max_time", seconds)
+
+
+def _search(
+    model: AutoModelForCausalLM,
+    prompts: tuple[Tensor, list[list[int]], list[Sampling], int],
+    own: tuple[Any, ...],
+    count: int,
+    new: int,
+    eos: list[int],
+    budget: int,
+    settings: dict[str, Any],
+    generator: torch.Generator | None,
+) -> Tensor | GenerateBeamDecoderOnlyOutput:
+    """`generate` with beams."""
+    from .beam_generate import Extras, Prompts, generate_beams, noise_of
+    from .beams import BeamOptions
+
+    options = BeamOptions(
+        settings["num_beams"],
+        new,
+        frozenset(eos),
+        settings["length_penalty"],
+        settings["early_stopping"],
+        bool(settings["do_sample"]),
+    )
+    if count > options.num_beams:
+        raise ValueError(
+            f"num_return_sequences={count} is more than num_beams={options.num_beams}: a search finds as "
+            "many texts as it has beams"
+        )
+    drawn = noise_of(settings["seed"], generator, len(prompts[1]), model.device)
+    return generate_beams(
+        model,
+        Prompts(*prompts),
+        options,
+        Extras(*own),
+        count=count,
+        budget=budget,
+        noise=drawn if options.do_sample else None,
+        as_dict=bool(settings["return_dict_in_generate"]),
+        output_scores=bool(settings["output_scores"]),
+        output_logits=bool(settings["output_logits"]),
+    )
 
 
 def _place(cache: KVCache, samples: list[Sample], columns: list[list[int]], width: int) -> None:
@@ -250,7 +328,7 @@ def _settings(
     for name, value in options.items():
         if name in NOT_ARGUMENTS:
             if value is not None and not (hasattr(value, "__len__") and len(value) == 0):
-                raise ValueError(f"generate does not support {name}")
+                raise unsupported(name, value)
         elif name not in OPTIONS and name not in UNSUPPORTED and name not in NO_EFFECT:
             raise TypeError(f"generate has no argument {name!r}")
     stored = getattr(model, "generation_config", None)
@@ -265,7 +343,7 @@ def _settings(
         value = settings.get(name)
         if value is not None and value not in harmless:
             where = "" if name in of_call else ", which the checkpoint's generation config sets"
-            raise ValueError(f"generate does not support {name}={value!r}{where}")
+            raise unsupported(name, value, where)
     return settings, {name for name, value in of_call.items() if value is not None}
 
 
@@ -333,31 +411,25 @@ def _special_tokens(settings: dict[str, Any], vocabulary: int) -> tuple[list[int
     return ends, pads[0] if pads else ends[0] if ends else None
 
 
-def _requests(
+def _rules(
     model: AutoModelForCausalLM,
     rows: list[list[int]],
     columns: int,
-    n: int,
+    new: int,
     eos: list[int],
     settings: dict[str, Any],
-    asked: set[str],
-) -> list[Request]:
-    sampled = bool(settings["do_sample"])
-    if n > 1 and not sampled:
-        raise ValueError(
-            f"num_return_sequences={n} needs do_sample=True: greedy decoding gives one text per prompt"
-        )
-    new = _new_tokens(model, max(map(len, rows)), columns, settings, asked)
+    keep: int,
+) -> list[Sampling]:
+    """How the scores of each prompt are processed; filters `keep` at least so many tokens."""
     filters: dict[str, Any] = {}
-    if sampled:
-        filters = {
-            "temperature": _or(settings["temperature"], 1.0),
-            "top_k": _or(settings["top_k"], 0),
-            "top_p": _or(settings["top_p"], 1.0),
-            "min_p": _or(settings["min_p"], 0.0),
-        }
-    ends = frozenset(eos)
-    requests = []
+    if sampled := bool(settings["do_sample"]):
+        filters = {name: settings[name] for name in FILTERS if settings[name] is not None}
+    rules = None
+    if any(settings[name] is not None for name in RULES):
+        from .processors import rules_of
+
+        rules = rules_of(settings, vocabulary=model.spec.vocab_size, ends=eos, columns=columns, new=new)
+    found = []
     for row in rows:
         shortest = settings["min_new_tokens"]
         if shortest is None:
@@ -367,12 +439,15 @@ def _requests(
             repetition_penalty=_or(settings["repetition_penalty"], 1.0),
             no_repeat_ngram_size=_or(settings["no_repeat_ngram_size"], 0),
             min_new_tokens=shortest,
-            ends=ends,
+            ends=frozenset(eos),
+            rules=rules,
+            renormalize=bool(settings["renormalize_logits"]),
+            keep=keep,
             seed=settings["seed"],
             **filters,
         )
-        requests.append(Request(row, sampling, new, ends, n))
-    return requests
+        found.append(sampling)
+    return found
 
 
 def _or(value: Any, default: Any) -> Any:
@@ -406,19 +481,19 @@ def _new_tokens(
     return new
 
 
-def _stop_strings(strings: str | Sequence[str] | None, tokenizer: Any, requests: list[Request]) -> bool:
-    """Make each sample check for the stop strings."""
+def _stop_strings(strings: str | Sequence[str] | None, tokenizer: Any) -> list[str]:
     stop = stop_texts("stop_strings", strings)
-    if not stop:
-        return False
-    if tokenizer is None:
+    if stop and tokenizer is None:
         raise ValueError("stop_strings need the tokenizer, to search the text: give tokenizer= too")
-    for request in requests:
-        for sample in request.samples:
-            sample.watch = GrowingText(
-                tokenizer, stop, prompt_ids=request.prompt, search_prompt=True, skip_special_tokens=False
-            ).push
-    return True
+    return stop
+
+
+def _watch(requests: list[Request], stop: list[str], tokenizer: Any) -> None:
+    """Make each sample check for the stop strings."""
+    for sample in (sample for request in requests if stop for sample in request.samples):
+        sample.watch = GrowingText(
+            tokenizer, stop, prompt_ids=sample.request.prompt, search_prompt=True, skip_special_tokens=False
+        ).push
 
 
 def _continue(cache: KVCache, requests: list[Request]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from tiny_decoders import EOS, VOCABULARY, WINDOW, decoder, prompts
 
 import minilm
+from minilm.generation import TextStreamer
 from minilm.generation.config import GenerationConfig
 
 
@@ -87,9 +89,39 @@ def test_generation_configs_survive_their_file(whole: dict[str, int], parts: dic
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
-        ({"num_beams": 4}, ValueError, "num_beams=4"),
+        ({"num_beams": 0}, ValueError, "num_beams must be a whole number from 1.*0"),
+        ({"num_beams": 2.5}, ValueError, "num_beams must be.*2.5"),
+        ({"num_beams": True}, ValueError, "num_beams must be.*True"),
+        ({"num_beams": 3, "num_return_sequences": 4}, ValueError, "num_return_sequences=4.*num_beams=3"),
+        ({"num_beams": 3, "early_stopping": "soon"}, ValueError, "early_stopping must be.*'soon'"),
+        ({"num_beams": 3, "early_stopping": 1}, ValueError, "early_stopping must be.*1"),
+        ({"num_beams": 3, "length_penalty": math.nan}, ValueError, "length_penalty must be.*nan"),
+        ({"num_beams": 3, "length_penalty": "1"}, ValueError, "length_penalty must be.*'1'"),
+        ({"num_beams": 3, "length_penalty": 999.0}, ValueError, "length_penalty=999.0.*20 new tokens"),
+        ({"num_beams": 3, "length_penalty": -999}, ValueError, "length_penalty=-999.*20 new tokens"),
+        ({"num_beams": 3, "streamer": TextStreamer(None)}, ValueError, "streamer.*num_beams is 3"),
+        ({"num_beams": 3, "past_key_values": ()}, ValueError, "past_key_values.*num_beams is 3"),
+        ({"num_beam_groups": 3}, ValueError, "num_beam_groups=3.*transformers.*moved"),
+        ({"constraints": [3]}, ValueError, "constraints.*prefix_allowed_tokens_fn"),
+        ({"prompt_lookup_num_tokens": 3}, ValueError, "prompt_lookup_num_tokens=3.*speed"),
+        ({"guidance_scale": 1.5}, ValueError, "guidance_scale=1.5.*logits_processor"),
         ({"penalty_alpha": 0.6}, ValueError, "penalty_alpha"),
-        ({"bad_words_ids": [[3]]}, ValueError, "bad_words_ids"),
+        ({"bad_words_ids": []}, ValueError, "bad_words_ids must be a non-empty list"),
+        ({"bad_words_ids": [[3], []]}, ValueError, r"bad_words_ids must hold.*holds \[\]"),
+        ({"bad_words_ids": [[-3]]}, ValueError, r"bad_words_ids must hold.*holds \[-3\]"),
+        ({"bad_words_ids": [[VOCABULARY]]}, ValueError, f"bad_words_ids holds token {VOCABULARY}"),
+        ({"bad_words_ids": ["word"]}, ValueError, "bad_words_ids must hold.*'word'"),
+        ({"sequence_bias": {(3,): math.nan}}, ValueError, "sequence_bias must be.*nan"),
+        ({"sequence_bias": {3: 1.0}}, ValueError, "sequence_bias must hold.*3"),
+        ({"encoder_repetition_penalty": 0.0}, ValueError, "encoder_repetition_penalty must be.*0.0"),
+        ({"encoder_no_repeat_ngram_size": -1}, ValueError, "encoder_no_repeat_ngram_size must be.*-1"),
+        ({"exponential_decay_length_penalty": 3}, ValueError, "must be .start, factor., and is 3"),
+        ({"exponential_decay_length_penalty": (3, 1.1), "eos_token_id": []}, ValueError, "an eos_token_id"),
+        ({"suppress_tokens": "no"}, ValueError, "suppress_tokens must be token ids.*'no'"),
+        ({"do_sample": True, "typical_p": 0.0}, ValueError, "typical_p must be.*0.0"),
+        ({"do_sample": True, "top_h": 1.1}, ValueError, "top_h must be.*1.1"),
+        ({"do_sample": True, "eta_cutoff": 1.0}, ValueError, "eta_cutoff must be.*1.0"),
+        ({"do_sample": True, "epsilon_cutoff": -1.0}, ValueError, "epsilon_cutoff must be.*-1.0"),
         ({"assistant_model": object()}, ValueError, "assistant_model"),
         ({"logits_processor": [print]}, ValueError, "logits_processor"),
         ({"max_new_tokns": 4}, TypeError, "max_new_tokns"),

@@ -280,8 +280,17 @@ def test_transition_scores(normalize: bool) -> None:
         )
         assert found.shape == (2, 4)
         torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
-        with pytest.raises(ValueError, match="minilm has no beam search"):
-            p.model.compute_transition_scores(ours.sequences, ours.scores, torch.zeros(2, 4))
+        beams = {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.0, **options}
+        ours, theirs = (m.generate(inputs(), do_sample=False, **beams) for m in (p.model, p.reference))
+        found, expected = (
+            m.compute_transition_scores(o.sequences, o.scores, o.beam_indices, normalize_logits=normalize)
+            for m, o in ((p.model, ours), (p.reference, theirs))
+        )
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        if not normalize:
+            torch.testing.assert_close(found.sum(1), theirs.sequences_scores, atol=1e-4, rtol=1e-4)
+        with pytest.raises(ValueError, match=r"beam_indices must be.*\[3, 4\]"):
+            p.model.compute_transition_scores(ours.sequences, ours.scores, torch.zeros(3, 4))
 
 
 # Training
