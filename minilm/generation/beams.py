@@ -117,17 +117,17 @@ class _Search:
     live: list[Beam]
     finished: list[Hypothesis] = field(default_factory=list)
 
-    def advance(self, candidates: Sequence[Beam], ended: Sequence[bool]) -> None:
-        """Go on with these candidates, in order of rank."""
+    def advance(self, candidates: Sequence[tuple[Beam, bool]]) -> None:
+        """Go on with these candidates, in order of rank; with each, whether it ends."""
         options = self.options
         full = len(self.finished) == options.num_beams
-        for beam, ends in zip(candidates[: options.num_beams], ended, strict=False):
+        for beam, ends in candidates[: options.num_beams]:
             if ends and not (full and options.early_stopping is True):
                 score = options.normalised(beam.score, len(beam.tokens))
                 self.finished.append(Hypothesis(beam.tokens, score, beam.parents))
         self.finished.sort(key=lambda hypothesis: -hypothesis.score)
         del self.finished[options.num_beams :]
-        going = [beam for beam, ends in zip(candidates, ended, strict=True) if not ends]
+        going = [beam for beam, ends in candidates if not ends]
         going.sort(key=lambda beam: -beam.score)  # sampled ones have another order
         del going[options.num_beams :]
         self.live = [
@@ -175,9 +175,11 @@ def beam_search(
         if stops is not None:
             ended = [one or bool(other) for one, other in zip(ended, stops(candidates), strict=True)]
         places = {(beam.text, beam.place): row for row, beam in enumerate(live)}
-        for text, search in enumerate(searches):
-            mine = [place for place, beam in enumerate(candidates) if beam.text == text]
-            search.advance([candidates[place] for place in mine], [ended[place] for place in mine])
+        own: dict[int, list[tuple[Beam, bool]]] = {beam.text: [] for beam in live}
+        for beam, ends in zip(candidates, ended, strict=True):
+            own[beam.text].append((beam, ends))
+        for text, each in own.items():
+            searches[text].advance(each)
         live = [beam for search in searches for beam in search.live]
         if not live:
             break
