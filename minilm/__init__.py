@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from .files import HubError as HubError
     from .files import WeightError as WeightError
     from .generation import LLM as LLM
+    from .generation import BeamSearchParams as BeamSearchParams
     from .generation import GenerationConfig as GenerationConfig
     from .generation import RequestOutput as RequestOutput
     from .generation import SamplingParams as SamplingParams
@@ -56,6 +57,7 @@ _HOME = {
     "generation": (
         "GenerationConfig",
         "LLM",
+        "BeamSearchParams",
         "RequestOutput",
         "SamplingParams",
         "TextIteratorStreamer",

@@ -32,6 +32,19 @@ Step = Callable[[Tensor, Sequence[int]], Tensor]
 then it is dropped."""
 
 
+def check_penalty(length_penalty: float, longest: int) -> None:
+    """Raise ValueError, with both values, if a length to this power is no number."""
+    try:
+        possible = math.pow(longest, length_penalty) > 0
+    except OverflowError:
+        possible = False
+    if not possible:
+        raise ValueError(
+            f"length_penalty={length_penalty!r} is too large for {longest} tokens: scores are divided by the "
+            "number of tokens to this power"
+        )
+
+
 @dataclass(frozen=True)
 class BeamOptions:
     """How to search. Raises ValueError, with the value, for those that make no sense."""
@@ -54,15 +67,7 @@ class BeamOptions:
         number("length_penalty", self.length_penalty)
         if not isinstance(self.early_stopping, bool) and self.early_stopping != "never":
             raise ValueError(f'early_stopping must be True, False or "never", and is {self.early_stopping!r}')
-        try:
-            possible = math.pow(self.max_new_tokens, self.length_penalty) > 0
-        except OverflowError:
-            possible = False
-        if not possible:
-            raise ValueError(
-                f"length_penalty={self.length_penalty!r} is too large for {self.max_new_tokens} new tokens: "
-                "scores are divided by the number of tokens to this power"
-            )
+        check_penalty(self.length_penalty, self.max_new_tokens)
 
     @property
     def candidates(self) -> int:

@@ -21,9 +21,11 @@ import torch
 
 from ..model import AutoModelForCausalLM, with_effect
 from .engine import Engine, Request, Sample, check_length, context_window
+from .outputs import BeamSearchOutput as BeamSearchOutput
 from .outputs import CompletionOutput as CompletionOutput
 from .outputs import Logprob as Logprob
 from .outputs import RequestOutput as RequestOutput
+from .params import BeamSearchParams as BeamSearchParams
 from .params import SamplingParams as SamplingParams
 from .stopping import GrowingText
 from .values import in_vocabulary, is_whole, plain, token_ids, whole
@@ -181,15 +183,52 @@ class LLM:
         `sampling_params`: one for all, or one per prompt; None: the checkpoint's defaults. Raises ValueError,
         before anything runs, for a prompt that is empty or leaves no room in the window.
         """
-        if hasattr(prompts, "tolist"):
-            prompts = prompts.tolist()
-        one = (
-            isinstance(prompts, str | dict)
-            or not isinstance(prompts, Sequence)
-            or (len(prompts) > 0 and is_whole(plain(prompts[0])))
-        )
-        several: Any = [prompts] if one else prompts
-        return self._generate([self._encode(prompt) for prompt in several], sampling_params, use_tqdm)
+        return self._generate(self._prompts(prompts), sampling_params, use_tqdm)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        use_tqdm: bool = False,
+        concurrency_limit: int | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` best texts of each prompt, by vLLM's rules; see `minilm.generation.llm_beams`.
+
+        `concurrency_limit`: how many prompts to search at a time; None: as many as `max_num_seqs` beams hold.
+        Raises ValueError, before anything runs, for a prompt that is empty or leaves no room in the window.
+        """
+        from .beams import check_penalty
+        from .llm_beams import Search, run
+        from .rows import BeamRows
+
+        if not isinstance(params, BeamSearchParams):
+            raise TypeError(f"params must be BeamSearchParams, and is {type(params).__name__}")
+        found = self._prompts(prompts)
+        searches = [Search.of(ids, min(self._room(ids), params.max_tokens)) for _, ids in found]
+        check_penalty(params.length_penalty, max((len(s.prompt) + s.most for s in searches), default=1))
+        if concurrency_limit is None:
+            concurrency_limit = max(1, self._engine.max_num_seqs // params.beam_width)
+        together = whole("concurrency_limit", concurrency_limit, 1)
+        ends = frozenset(in_vocabulary("eos_token_id", self._eos(), self.model.spec.vocab_size))
+        pieces: dict[int, str] = {}
+
+        def decode(token: int) -> str:
+            if token not in pieces:
+                pieces[token] = self.tokenizer.decode([token])
+            return pieces[token]
+
+        groups: Any = [searches[start : start + together] for start in range(0, len(searches), together)]
+        if use_tqdm:
+            from tqdm import tqdm
+
+            groups = tqdm(groups, desc="Beam search")
+        for group in groups:
+            rows = BeamRows(self.model, self._engine.cache)
+            run(rows, group, params, ends, self._engine.max_num_batched_tokens, self._lock, decode)
+        outputs = [BeamSearchOutput(search.result(params, ends)) for search in searches]
+        for sequence in (sequence for output in outputs for sequence in output.sequences):
+            sequence.text = self.tokenizer.decode(sequence.tokens)
+        return outputs
 
     def chat(
         self,
@@ -234,6 +273,31 @@ class LLM:
             )
         return text, [int(token) for token in ids]
 
+    def _prompts(self, prompts: Prompt | Sequence[Prompt]) -> list[tuple[str | None, list[int]]]:
+        """One prompt or several -> the text and the tokens of each."""
+        if hasattr(prompts, "tolist"):
+            prompts = prompts.tolist()
+        one = (
+            isinstance(prompts, str | dict)
+            or not isinstance(prompts, Sequence)
+            or (len(prompts) > 0 and is_whole(plain(prompts[0])))
+        )
+        several: Any = [prompts] if one else prompts
+        return [self._encode(prompt) for prompt in several]
+
+    def _room(self, ids: list[int]) -> int:
+        """How many new tokens the window has room for; ValueError if the prompt cannot be continued."""
+        vocabulary = self.model.spec.vocab_size
+        if not ids:
+            raise ValueError("the prompt is empty: there is no token to continue from")
+        if min(ids) < 0 or max(ids) >= vocabulary:
+            wrong = min(ids) if min(ids) < 0 else max(ids)
+            raise ValueError(
+                f"the prompt holds token {wrong}, and the vocabulary has {vocabulary} (0 to {vocabulary - 1})"
+            )
+        check_length(len(ids), 1, self.max_model_len)
+        return self.max_model_len - len(ids)
+
     def _render(self, messages: Sequence[Message], template: dict[str, Any]) -> tuple[str, list[int]]:
         options = {"add_generation_prompt": not template.get("continue_final_message"), **template}
         options |= options.pop("chat_template_kwargs", None) or {}
@@ -245,15 +309,7 @@ class LLM:
         if not isinstance(params, SamplingParams):
             raise TypeError(f"sampling_params must be SamplingParams, and is {type(params).__name__}")
         vocabulary = self.model.spec.vocab_size
-        if not ids:
-            raise ValueError("the prompt is empty: there is no token to continue from")
-        if min(ids) < 0 or max(ids) >= vocabulary:
-            wrong = min(ids) if min(ids) < 0 else max(ids)
-            raise ValueError(
-                f"the prompt holds token {wrong}, and the vocabulary has {vocabulary} (0 to {vocabulary - 1})"
-            )
-        check_length(len(ids), 1, self.max_model_len)
-        room = self.max_model_len - len(ids)
+        room = self._room(ids)
         own = token_ids("stop_token_ids", params.stop_token_ids)
         ends = frozenset(
             [

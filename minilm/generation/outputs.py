@@ -1,8 +1,8 @@
-"""Results of `LLM.generate`, with vLLM's names."""
+"""Results of `LLM.generate` and `LLM.beam_search`, with vLLM's names."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass
@@ -45,3 +45,28 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+
+
+@dataclass
+class BeamSearchSequence:
+    """One text that beam search found."""
+
+    tokens: list[int]
+    """Prompt included, and the end token, if one ended the text."""
+    logprobs: list[dict[int, Logprob]] = field(default_factory=list)
+    """Per new token: the best tokens of that step."""
+    cum_logprob: float = 0.0
+    """Sum of the log-probabilities of the new tokens."""
+    text: str | None = None
+    """Of all `tokens`, special ones included."""
+    finish_reason: str | None = None
+    """"stop" (an end token) or "length"."""
+    stop_reason: int | str | None = None
+    """The end token."""
+
+
+@dataclass
+class BeamSearchOutput:
+    """The texts for one prompt, best first."""
+
+    sequences: list[BeamSearchSequence]

@@ -1,4 +1,5 @@
-"""`SamplingParams`: the options of `LLM.generate`, with vLLM's names."""
+"""`SamplingParams` and `BeamSearchParams`: the options of `LLM.generate` and `LLM.beam_search`, with vLLM's
+names."""
 
 from __future__ import annotations
 
@@ -122,3 +123,28 @@ class SamplingParams:
             ends=ends,
             seed=seed if self.seed is None else self.seed,
         )
+
+
+@dataclass
+class BeamSearchParams:
+    """Options of beam search. Raises ValueError, which names the value, for invalid ones."""
+
+    beam_width: int
+    """Number of beams, and of texts per prompt."""
+    max_tokens: int
+    ignore_eos: bool = False
+    """Continue past the model's end tokens."""
+    temperature: float = 0.0
+    """The logits are divided by it first; 0 and 1: the model's own distribution."""
+    length_penalty: float = 1.0
+    """A score is divided by the number of tokens, those of the prompt included, to this power."""
+    include_stop_str_in_output: bool = False
+    """Has no effect, as in vLLM: `tokens` and `text` hold the end token."""
+
+    def __post_init__(self) -> None:
+        self.beam_width = whole("beam_width", self.beam_width, 1, MOST_TEXTS)
+        self.max_tokens = whole("max_tokens", self.max_tokens, 1)
+        self.length_penalty = number("length_penalty", self.length_penalty)
+        self.temperature = number("temperature", self.temperature)
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 or above, and is {self.temperature!r}")

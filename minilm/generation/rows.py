@@ -51,13 +51,21 @@ class BeamRows:
     def __call__(self, tokens: Tensor, parents: Sequence[int]) -> Tensor:
         """See `minilm.generation.beams.Step`."""
         old = self.rows
-        for place, row in enumerate(old):
-            if place not in parents:
+        kept = {old[parent] for parent in parents}
+        self.rows = [row for row in old if row in kept]
+        for row in old:
+            if row not in kept:
                 self.cache.free_row(row)
         rows: list[int] = []
+        for parent in parents:
+            row = old[parent]
+            if row in kept:
+                kept.remove(row)  # the first child goes on with the row itself
+            else:
+                row = self.cache.fork(row)
+                self.rows.append(row)
+            rows.append(row)
         self.rows = rows
-        for place, parent in enumerate(parents):
-            rows.append(old[parent] if parent not in parents[:place] else self.cache.fork(old[parent]))
         logits, _ = self.model.step(tokens, rows, self.cache)
         return logits
 
