@@ -73,6 +73,37 @@ def test_generate_stops_before_a_text(model: Path) -> None:
     assert (whole["finish_reason"], cut["finish_reason"]) == ("length", "stop")
 
 
+def test_generate_with_beams(model: Path, llm: minilm.LLM) -> None:
+    found = records("generate", "--model", model, "--max-tokens", "9", "--beams", "3", *PROMPTS)
+    outputs = llm.beam_search(PROMPTS, minilm.BeamSearchParams(beam_width=3, max_tokens=9))
+    for record, prompt, output in zip(found, PROMPTS, outputs, strict=True):
+        best = output.sequences[0]
+        ids = llm.tokenizer(prompt)["input_ids"]
+        assert record["token_ids"] == best.tokens[len(ids) :]
+        assert llm.tokenizer.decode(best.tokens, skip_special_tokens=True).endswith(record["text"])
+        assert record["text"]
+        assert (record["prompt"], record["prompt_tokens"]) == (prompt, len(ids))
+        assert record["finish_reason"] == best.finish_reason
+        assert record["cumulative_logprob"] == pytest.approx(best.cum_logprob)
+    one = records("generate", "--model", model, "--max-tokens", "9", "--beams", "1", *PROMPTS)
+    for record, answer in zip(one, llm.generate(PROMPTS, greedy(9), use_tqdm=False), strict=True):
+        assert record["text"] == answer.outputs[0].text, "one beam is greedy decoding"
+    assert (
+        PROMPTS[0]
+        in run("generate", "--model", model, "--beams", "2", "--max-tokens", "3", PROMPTS[0]).stdout
+    )
+
+
+def test_beams_go_with_no_other_option(model: Path) -> None:
+    command = ("generate", "--model", model, "tea", "--beams")
+    assert "--beams" in failure(*command, "0")
+    for option, value in (("--temperature", "0.5"), ("--top-k", "3"), ("--repetition-penalty", "1.2")):
+        error = failure(*command, "3", option, value)
+        assert "--beams 3 searches" in error
+        assert f"leave out {option} {value}" in error
+    assert "leave out --stop ['x']" in failure(*command, "3", "--stop", "x")
+
+
 def test_a_prompt_that_fills_the_window(model: Path) -> None:
     result = run("generate", "--model", model, "tea " * 400, status=2)
     assert "the prompt has 402 tokens" in result.stderr

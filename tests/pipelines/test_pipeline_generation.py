@@ -73,6 +73,26 @@ def test_drawn_texts_are_those_of_transformers(pairs: Any, family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_beams(pairs: Any, family: str) -> None:
+    ours, theirs = pairs[family]
+    for options in (
+        {"num_beams": 4, "do_sample": False, "max_new_tokens": 9},
+        {"num_beams": 3, "num_return_sequences": 2, "do_sample": False, "max_new_tokens": 9},
+        {"num_beams": 3, "max_new_tokens": 6, "top_k": 0},
+    ):
+        for prompt in (*PROMPTS, CHAT):
+            torch.manual_seed(11)
+            expected = theirs(prompt, **options)
+            torch.manual_seed(11)
+            assert_same(ours(prompt, **options), expected)
+    options = {"num_beams": 3, "do_sample": False, "max_new_tokens": 9, "early_stopping": True}
+    expected = [ours(prompt, **options) for prompt in PROMPTS]
+    assert_same(ours(PROMPTS, batch_size=2, **options), expected)
+    with pytest.raises(ValueError, match=r"num_return_sequences=5 is more than num_beams=3"):
+        ours(PROMPTS[0], num_return_sequences=5, **options)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_chats(pairs: Any, family: str) -> None:
     ours, theirs = pairs[family]
     for chat in (CHAT, PREFILLED):
@@ -131,6 +151,7 @@ TASKS: list[dict[str, Any]] = [
     {"do_sample": True, "top_k": 3, "max_new_tokens": 6, "temperature": 2.0},
     {"do_sample": False, "max_new_tokens": 5, "prefix": "Mary: "},
     {"do_sample": False, "max_new_tokens": 5, "repetition_penalty": 1.7, "num_answers": 3},
+    {"do_sample": False, "max_new_tokens": 5, "num_beams": 3, "length_penalty": 2.0, "early_stopping": True},
 ]
 
 

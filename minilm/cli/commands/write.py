@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
@@ -37,6 +38,17 @@ KVCacheDtype = Annotated[
 ]
 
 
+Beams = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        metavar="N",
+        help="Search for the most probable text with N beams. It does not sample, and goes with --max-tokens "
+        "alone.",
+    ),
+]
+
+
 def add_to(app: typer.Typer) -> None:
     """Register the commands of this file."""
     command(
@@ -46,6 +58,7 @@ def add_to(app: typer.Typer) -> None:
         examples="""
             minilm generate "The three laws of robotics are" --max-tokens 100
             minilm generate --file prompts.txt --temperature 0.8 --seed 1 --output texts.jsonl
+            minilm generate "The three laws of robotics are" --beams 4
             """,
     )(generate)
     command(
@@ -99,6 +112,16 @@ class Sampling:
         from ...generation import SamplingParams
 
         return SamplingParams(**asdict(self))
+
+    def check_beams(self, beams: int) -> None:
+        """Raise CommandError for an option that beam search has no use for."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if each.name != "max_tokens" and value != each.default:
+                raise CommandError(
+                    f"--beams {beams} searches for the most probable text, and goes with --max-tokens alone: "
+                    f"leave out --{each.name.replace('_', '-')} {value}"
+                )
 
 
 MILD = {
@@ -170,6 +193,7 @@ def generate(
     source: Texts,
     model: Decoder = DECODER,
     sampling: Sampling,
+    beams: Beams = None,
     kv_cache: KVCacheDtype = None,
     out: Output,
     run: Runtime,
@@ -182,8 +206,18 @@ def generate(
     out.check()
     items = source.read()
     params = sampling.params()
+    if beams is not None:
+        sampling.check_beams(beams)
     with run.running(model) as device:
         llm = _llm(model, device, run, kv_cache)
+        if beams is not None:
+            with out.writer(_text_table) as write, counting("prompts") as done:
+                for chunk in chunks(items, CHUNK):
+                    found = _search(llm, [item.text for item in chunk], beams, params.max_tokens)
+                    for item, best in zip(chunk, found, strict=True):
+                        write({**item.record, "prompt": item.text, **best})
+                    done(len(chunk))
+            return
         single = source.texts if out.for_people and not source.file else None
         if single is not None and len(single) == 1 and single[0] != "-":
             typer.echo(single[0], nl=False)
@@ -274,6 +308,30 @@ def _llm(model: str, device: Any, run: Runtime, kv_cache: str | None, *, convers
         quantised = any(isinstance(module, QuantizedLinear) for module in loaded.modules())
         kv_cache = "float16" if conversing and quantised and loaded.dtype == torch.float32 else "auto"
     return LLM(loaded, tokenizer=model, kv_cache_dtype=kv_cache)
+
+
+def _search(llm: LLM, prompts: list[str], beams: int, max_tokens: int | None) -> list[Record]:
+    """The best text for each prompt."""
+    from ...generation import BeamSearchParams
+    from ...text import continuation
+
+    found = []
+    params = BeamSearchParams(beam_width=beams, max_tokens=max_tokens or llm.max_model_len)
+    for output in llm.beam_search(prompts, params):
+        best = output.sequences[0]
+        prompt = len(best.tokens) - len(best.logprobs)
+        new = best.tokens[prompt:]
+        decode = partial(llm.tokenizer.decode, skip_special_tokens=True)
+        found.append(
+            {
+                "text": continuation(decode, best.tokens[:prompt], new),
+                "token_ids": new,
+                "prompt_tokens": prompt,
+                "finish_reason": best.finish_reason,
+                "cumulative_logprob": best.cum_logprob,
+            }
+        )
+    return found
 
 
 def _completion(answer: Any) -> Record:
