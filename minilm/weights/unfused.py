@@ -209,7 +209,7 @@ def _norm(module: Any) -> nn.Module:
     """The norm for the tree, with the parameters of one of minilm's."""
     made: nn.Module
     if module.rms:
-        made = RMSNorm(module.eps)
+        made = RMSNorm(module.eps, module.plus_one)
     else:
         made = LayerNorm(module.weight.shape, eps=module.eps, device="meta")
         made._parameters["bias"] = module._parameters["bias"]
