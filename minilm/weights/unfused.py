@@ -138,6 +138,8 @@ class _Unfusing:
             return MaskedLM(head, relay)
         head.__dict__.pop("decoder", None)
         head._modules["decoder"] = relay
+        if "bias" in head._parameters:  # now the output matrix adds it
+            head._parameters["bias"] = None
         return head
 
     def _paths(self, target: str) -> tuple[tuple[Path, ...], Rule, str]:
