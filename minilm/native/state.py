@@ -40,10 +40,12 @@ from ..ops.backends import native
 SETTINGS: dict[type, tuple[str, ...]] = {
     Embedding: ("max_norm",),
     Transformer: ("config",),
-    Block: ("pre_norm", "dropout"),
+    Block: ("pre_norm", "parallel", "dropout"),
     Attention: ("config", "scale", "window"),
     MLP: ("activation", "gated"),
-    Norm: ("eps", "rms"),
+    Norm: ("eps", "rms", "plus_one"),
+    Embeddings: ("config",),
+    CausalLMHead: ("soft_cap",),
 }
 """Attributes of a module that affect its result, apart from submodules and parameters."""
 
@@ -51,9 +53,7 @@ _CLASSES: tuple[type, ...] = (
     *SETTINGS,
     Linear,
     QuantizedLinear,
-    Embeddings,
     QuantizedEmbedding,
-    CausalLMHead,
     AutoModelForCausalLM,
 )
 
