@@ -14,12 +14,12 @@ from ..cache import KVCache
 from ..config import ConfigError
 from ..families import Head, PretrainedConfig
 from ..files import MOST_CONFIG, has_file, read_json
+from ..quantized import QuantizedEmbedding
 from .batch import Batch, Packed
 from .heads import token_loss
 from .layers import Embedding, Linear
 from .outputs import CausalLMOutput, ModelOutput
 from .pretrained import PreTrainedModel
-from .quantized import QuantizedEmbedding
 
 
 class CausalLMHead(nn.Module):

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from .. import ops
 from ..config import ModelConfig
 from ..graphs import Padded
+from ..quantized import QuantizedEmbedding
 from .batch import Batch
-from .quantized import QuantizedEmbedding
 
 
 class Norm(nn.Module):

@@ -21,6 +21,7 @@ from ..files import (
     resolve,
     saving,
 )
+from ..quantized import describe, install, quantized_matrices, wanted_formats
 from ..substitutes import OPTIONS, instead
 from ..weights import (
     CONFIG_RULE,
@@ -34,7 +35,6 @@ from ..weights import (
     stored_format,
     stored_untied,
 )
-from .quantized import describe, install, quantized_matrices, wanted_formats
 
 Model = TypeVar("Model", bound="Checkpointed")
 

@@ -20,8 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..model import MLP, Attention, Batch, Block, Linear, Norm, Packed, QuantizedLinear, Transformer
+from ..model import MLP, Attention, Batch, Block, Linear, Norm, Packed, Transformer
 from ..ops.backends import native, packed, watch
+from ..quantized import QuantizedLinear
 from . import released
 from .state import Structure, hooked, made_of, other_code, own_code
 

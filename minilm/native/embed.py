@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..model import Embedding, Embeddings, Norm, QuantizedEmbedding
+from ..model import Embedding, Embeddings, Norm
 from ..ops.backends import native
+from ..quantized import QuantizedEmbedding
 from .state import hooked, other_code, own_code
 
 

@@ -30,12 +30,11 @@ from ..model import (
     Embeddings,
     Linear,
     Norm,
-    QuantizedEmbedding,
-    QuantizedLinear,
     Transformer,
 )
 from ..ops import MADE
 from ..ops.backends import native
+from ..quantized import QuantizedEmbedding, QuantizedLinear
 
 SETTINGS: dict[type, tuple[str, ...]] = {
     Embedding: ("max_norm",),

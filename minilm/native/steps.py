@@ -28,11 +28,10 @@ from ..model import (
     Embedding,
     Embeddings,
     Linear,
-    QuantizedEmbedding,
-    QuantizedLinear,
     angle_table,
 )
 from ..ops.backends import native, packed, watch
+from ..quantized import QuantizedEmbedding, QuantizedLinear
 from . import blocks
 from .state import Structure, hooked, made_of, own_code
 
