@@ -16,10 +16,11 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 PARTLY_TURNED = ("gpt_neox", "phi")
 LATER = ("smollm3", "olmo2", *PARTLY_TURNED, *GEMMAS)
+SLOW = (*LATER, "camembert")
 """Families whose cases run with the slow tests, apart from those of tests/families/test_decoders.py."""
 
 DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "phi3", *LATER)
@@ -83,7 +84,7 @@ VOCABULARY = st.integers(7, 90)
 
 @st.composite
 def bert(draw: st.DrawFn, model_type: str = "bert") -> Config:
-    """BERT, RoBERTa, XLM-RoBERTa."""
+    """BERT, RoBERTa, XLM-RoBERTa, CamemBERT."""
     heads, head_dim, vocabulary = draw(st.integers(1, 4)), draw(st.integers(1, 9)), draw(VOCABULARY)
     config = {
         "model_type": model_type,
@@ -436,7 +437,7 @@ def configs(family: str) -> st.SearchStrategy[Config]:
     """Contents of a config.json of one family (a model_type)."""
     if family in LATER:
         return later(family)
-    if family in ("bert", "roberta", "xlm-roberta"):
+    if family in ("bert", "roberta", "xlm-roberta", "camembert"):
         return bert(family)
     return (
         {"distilbert": distilbert, "gpt2": gpt2}[family]()
@@ -449,6 +450,12 @@ SMALL: dict[str, Config] = {
     "bert": {"hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 17},
     "roberta": {"hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 17},
     "xlm-roberta": {
+        "hidden_size": 12,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 2,
+        "intermediate_size": 17,
+    },
+    "camembert": {
         "hidden_size": 12,
         "num_attention_heads": 3,
         "num_hidden_layers": 2,
@@ -582,7 +589,7 @@ class Batch:
 
 def padding_id(config: Config) -> int:
     """The id at padding: the configuration's, by its own word or by default."""
-    default = 1 if config["model_type"] in ("roberta", "xlm-roberta") else 0
+    default = 1 if config["model_type"] in ("roberta", "xlm-roberta", "camembert") else 0
     return config.get("pad_token_id", default) or 0
 
 

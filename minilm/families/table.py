@@ -11,6 +11,7 @@ FAMILIES: dict[str, str] = {
     "bert": "bert",
     "roberta": "roberta",
     "xlm-roberta": "xlm_roberta",
+    "camembert": "camembert",
     "distilbert": "distilbert",
     "gpt2": "gpt2",
     "llama": "llama",

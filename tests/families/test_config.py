@@ -21,7 +21,7 @@ from minilm import AutoConfig, ConfigError, ModelConfig, PretrainedConfig
 from minilm.config import RopeConfig
 from minilm.families import families, family_of
 
-BERT_LIKE = ("bert", "roberta", "xlm-roberta")
+BERT_LIKE = ("bert", "roberta", "xlm-roberta", "camembert")
 
 
 def spec(config: Config) -> ModelConfig:
