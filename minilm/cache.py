@@ -37,6 +37,11 @@ class CacheStep:
     fresh: bool
     """True if no sequence had cached tokens before: attention needs the new tokens only."""
 
+    @property
+    def ends(self) -> Tensor:
+        """Where each sequence begins among the keys of all, and the number of all: int32 [B + 1]."""
+        return torch.nn.functional.pad(self.context_lens.cumsum(0, dtype=torch.int32), (1, 0))
+
 
 @dataclass
 class Layout:
@@ -358,13 +363,20 @@ class KVCache:
                 self._put_back(row, *before[row])
             raise
 
-    def keys(self, layer: int, row: int) -> Tensor:
-        """The keys of one sequence in one layer, [S, Hkv, D] (for attention maps and inspection)."""
+    def keys(self, layer: int, row: int, *, values: bool = False) -> Tensor:
+        """The keys, or the values, of one sequence in one layer, [S, Hkv, D] (for attention maps, inspection
+        and attention that no op for pages computes)."""
         pages = torch.tensor(self._pages_of[row], dtype=torch.int64, device=self.device)
-        keys: Tensor = self.k_pages[layer][pages]
-        if self.k_scales:
-            keys = keys * self.k_scales[layer][pages][..., None]
+        keys: Tensor = (self.v_pages if values else self.k_pages)[layer][pages]
+        scales = self.scales(layer)[values]
+        if scales is not None:
+            keys = keys * scales[pages][..., None]
         return keys.flatten(0, 1)[: self.lengths[row]]
+
+    def packed(self, layer: int, rows: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The keys and the values of some sequences in one layer, one after the other, [all, Hkv, D] each."""
+        k, v = (torch.cat([self.keys(layer, row, values=part) for row in rows]) for part in (False, True))
+        return k.to(dtype), v.to(dtype)
 
     def crop(self, max_length: int) -> None:
         """Remove all but the first `max_length` columns of every sequence; a negative -k removes the last k

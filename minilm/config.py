@@ -100,6 +100,15 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
+_FACTORS = {
+    "attention_scale": -1e6,
+    "embedding_scale": 1e-6,
+    "attention_soft_cap": 1e-3,
+    "head_soft_cap": 1e-3,
+}
+"""Factors that may be None -> the smallest value."""
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """Configuration of one Transformer body. Sizes are in elements, probabilities from 0 to 1."""
@@ -124,6 +133,14 @@ class ModelConfig:
     activation: str
     gated_mlp: bool = False
     """down(act(gate x) * up x), Shazeer 2020, arXiv:2002.05202, instead of down(act(up x))."""
+    output_norm: bool = False
+    """A norm over the output of each sub-layer before the residual sum, next to `pre_norm` (Gemma 2) or as
+    the only one (OLMo 2)."""
+    parallel_norms: int = 0
+    """0: the MLP reads what attention has added. Otherwise x + attention(norm x) + mlp(norm' x), with 1 norm
+    for both (Phi) or 2 (GPT-NeoX)."""
+    norm_plus_one: bool = False
+    """RMSNorms multiply by 1 + weight, in float32 (Gemma)."""
 
     # Embeddings
     positions: Literal["learned", "rope"] = "learned"
@@ -132,9 +149,17 @@ class ModelConfig:
     positions_skip_padding_id: int | None = None
     """Tokens with this id get no position, whatever the attention mask (RoBERTa)."""
     rope: RopeConfig | None = None
+    rotary_dim: int | None = None
+    """Rope rotates the first so many channels of each head (GPT-NeoX, Phi); None: all."""
+    local_rope: RopeConfig | None = None
+    """Another rope for the layers with a window (Gemma 3)."""
+    layers_without_rope: tuple[int, ...] = ()
+    """Layers in which attention does not see positions (SmolLM3)."""
     type_vocab_size: int = 0
     types_are_tokens: bool = False
     """Token types are looked up in the token table (GPT-2)."""
+    embedding_scale: float | None = None
+    """Vectors of the token table are multiplied by it, rounded to their dtype (Gemma: sqrt(C))."""
     embedding_norm: bool = False
     final_norm: bool = False
 
@@ -144,15 +169,26 @@ class ModelConfig:
     mlp_bias: bool = True
     qk_norm: bool = False
     """RMSNorm over each head of q and k before rope (Qwen3)."""
+    qk_norm_of_all: bool = False
+    """The same over all heads at once, H * D channels (OLMo 2)."""
+    qkv_by_head: bool = False
+    """The rows of the qkv matrix: q, k and v of the first head, then of the next (GPT-NeoX); False: q of all
+    heads, then k, then v."""
     attention_scale: float | None = None
     """Scores are multiplied by it; None is 1/sqrt(D)."""
     scale_by_inverse_layer: bool = False
     """Scores of layer i are divided by i + 1 as well (GPT-2's scale_attn_by_inverse_layer_idx)."""
+    attention_soft_cap: float | None = None
+    """Scores s become cap * tanh(s / cap) (Gemma 2)."""
     windows: tuple[int | None, ...] = ()
     """For each layer, how many keys a query sees, itself included (sliding window), or None for all. () =
     None everywhere."""
 
     tie_word_embeddings: bool = True
+    head_bias: bool = False
+    """The causal-lm head has a bias (Phi)."""
+    head_soft_cap: float | None = None
+    """Its logits x become cap * tanh(x / cap) (Gemma 2)."""
     pad_token_id: int | None = None
     """Row of the token table that gets no gradient as an input (GPT-2 has none)."""
 
@@ -183,8 +219,9 @@ class ModelConfig:
         check_number("norm_eps", self.norm_eps, *NORM_EPS)
         for name in ("embedding_dropout", "attention_dropout", "hidden_dropout"):
             check_number(name, getattr(self, name), 0, 1)
-        if self.attention_scale is not None:
-            check_number("attention_scale", self.attention_scale, -1e6, 1e6)
+        for name, least in _FACTORS.items():
+            if getattr(self, name) is not None:
+                check_number(name, getattr(self, name), least, 1e6)
         for name in ("position_offset", "type_vocab_size"):
             if not 0 <= getattr(self, name) <= LARGEST:
                 raise ConfigError(f"{name} must be from 0 to {LARGEST}, and is {getattr(self, name)}")
@@ -205,6 +242,13 @@ class ModelConfig:
             raise ConfigError(
                 f"rope needs a RopeConfig and an even head size, and the head size is {self.head_dim}"
             )
+        if self.positions == "rope" and (self.rotated % 2 or not 0 < self.rotated <= self.head_dim):
+            raise ConfigError(
+                f"rope can rotate an even number of at most {self.head_dim} channels, and rotary_dim is "
+                f"{self.rotary_dim}"
+            )
+        if self.parallel_norms not in (0, 1, 2) or (self.parallel_norms and not self.pre_norm):
+            raise ConfigError(f"parallel sub-layers have 1 or 2 norms before them, not {self.parallel_norms}")
 
     def window(self, layer: int) -> int | None:
         """Number of keys that a query of `layer` sees, itself included; None: all."""
@@ -214,6 +258,11 @@ class ModelConfig:
         """Factor of the attention scores of `layer` before the softmax."""
         scale = self.head_dim**-0.5 if self.attention_scale is None else self.attention_scale
         return scale / (layer + 1) if self.scale_by_inverse_layer else scale
+
+    @property
+    def rotated(self) -> int:
+        """Number of channels of each head that rope rotates."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
     @property
     def q_size(self) -> int:

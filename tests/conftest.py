@@ -23,6 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from strategies import SLOW
 
 if not torch.cuda.is_available():  # before anything imports triton: its kernels run as NumPy
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -47,6 +48,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
             item.add_marker(pytest.mark.drawn)
+        family = getattr(getattr(item, "callspec", None), "params", {}).get("family")
+        if family in SLOW and item.path.stem != "test_decoders":
+            item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="needs a CUDA device, and this machine has none")

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import minilm
 from minilm.model.auto import MODELS
 from minilm.model.batch import Packed, pack
-from minilm.model.quantized import QuantizedLinear
 from minilm.ops.quantized import quantise
+from minilm.quantized import QuantizedLinear
 
 ODD = {"hidden_size": 40, "num_attention_heads": 2, "intermediate_size": 77, "num_hidden_layers": 2}
 SIZES: dict[str, dict[str, Any]] = {

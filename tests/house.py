@@ -15,6 +15,7 @@ ORDER = (
         "weights",
         "families",
         "companions",
+        "quantized",
         "text",
         "chat_template",
         "model",

@@ -117,7 +117,7 @@ def arguments(config: Config, batch: Batch) -> dict[str, Tensor]:
         call["inputs_embeds"] = batch.vectors(hidden)
     else:
         call["input_ids"] = batch.ids(config)
-    if batch.with_types and family in ("bert", "roberta", "xlm-roberta", "gpt2"):
+    if batch.with_types and family in ("bert", "roberta", "xlm-roberta", "camembert", "gpt2"):
         kinds = config["vocab_size"] if family == "gpt2" else config.get("type_vocab_size", 2)
         call["token_type_ids"] = batch.lay_out(batch.integers(0, kinds, 1))
     if batch.with_positions:
@@ -134,7 +134,7 @@ def their_arguments(config: Config, batch: Batch) -> dict[str, Tensor]:
     which looks at the ids), so it has to be told them.
     """
     call = arguments(config, batch)
-    looks_itself = config["model_type"] in ("roberta", "xlm-roberta") and not batch.embedded
+    looks_itself = config["model_type"] in ("roberta", "xlm-roberta", "camembert") and not batch.embedded
     if not batch.with_positions and not looks_itself:
         call["position_ids"] = batch.positions(first_position(config))
     return call
@@ -142,7 +142,7 @@ def their_arguments(config: Config, batch: Batch) -> dict[str, Tensor]:
 
 def first_position(config: Config) -> int:
     """Row of the position table of a text's first token."""
-    return padding_id(config) + 1 if config["model_type"] in ("roberta", "xlm-roberta") else 0
+    return padding_id(config) + 1 if config["model_type"] in ("roberta", "xlm-roberta", "camembert") else 0
 
 
 def pooled_where_they_look(config: Config, head: Head, batch: Batch) -> Batch:

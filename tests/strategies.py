@@ -16,10 +16,16 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-ENCODERS = ("bert", "roberta", "xlm-roberta", "distilbert")
-DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "phi3")
+ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
+GEMMAS = ("gemma", "gemma2", "gemma3_text")
+PARTLY_TURNED = ("gpt_neox", "phi")
+LATER = ("smollm3", "olmo2", *PARTLY_TURNED, *GEMMAS)
+SLOW = (*LATER, "camembert")
+"""Families whose cases run with the slow tests, apart from those of tests/families/test_decoders.py."""
+
+DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "phi3", *LATER)
 FAMILIES = (*ENCODERS, *DECODERS)
-ROPE_FAMILIES = DECODERS[1:-1]  # Phi-3 has but the default type
+ROPE_FAMILIES = DECODERS[1:5]  # Phi-3 has but the default type, later ones have options of their own
 
 LONGEST = 11
 """Tokens of the longest sequence that `batches` draws; position tables are at least as long."""
@@ -78,7 +84,7 @@ VOCABULARY = st.integers(7, 90)
 
 @st.composite
 def bert(draw: st.DrawFn, model_type: str = "bert") -> Config:
-    """BERT, RoBERTa, XLM-RoBERTa."""
+    """BERT, RoBERTa, XLM-RoBERTa, CamemBERT."""
     heads, head_dim, vocabulary = draw(st.integers(1, 4)), draw(st.integers(1, 9)), draw(VOCABULARY)
     config = {
         "model_type": model_type,
@@ -305,9 +311,133 @@ def _windows(draw: st.DrawFn, layers: int) -> Config:
     return {**config, "layer_types": draw(st.lists(kinds, min_size=layers, max_size=layers))}
 
 
+@st.composite
+def later(draw: st.DrawFn, model_type: str) -> Config:
+    """SmolLM3, OLMo 2, GPT-NeoX, Phi, Gemma."""
+    own_kv = model_type != "gpt_neox"
+    kv_heads = draw(st.integers(1, 3))
+    heads = kv_heads * (draw(st.integers(1, 3)) if own_kv else 1)
+    layers, vocabulary = draw(st.integers(0, 3)), draw(VOCABULARY)
+    partly = model_type in PARTLY_TURNED
+    usual, positions = 2 * draw(st.integers(4 if partly else 1, 4)), draw(st.integers(3, 20))
+    config: Config = {
+        "model_type": model_type,
+        "vocab_size": vocabulary,
+        "hidden_size": heads * usual,
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "intermediate_size": draw(st.integers(1, 50)),
+        "max_position_embeddings": positions,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": draw(st.integers(0, vocabulary - 1)),
+        **({"num_key_value_heads": kv_heads} if own_kv else {}),
+        **draw(
+            _maybe(
+                {
+                    "tie_word_embeddings": st.booleans(),
+                    "attention_dropout": PROBABILITIES,
+                    "initializer_range": st.just(0.3),
+                    "layer_norm_eps" if partly else "rms_norm_eps": EPSILONS,
+                    "hidden_activation" if model_type in GEMMAS[1:] else "hidden_act": st.sampled_from(
+                        ACTIVATIONS
+                    ),
+                    **({} if model_type == "phi" else {"attention_bias": st.booleans()}),
+                }
+            )
+        ),
+    }
+    windows = st.none() | st.integers(1, 8)
+    if model_type in ("smollm3", "olmo2"):
+        config |= draw(rope(usual, positions))
+    if model_type == "smollm3":
+        window = draw(windows)
+        config |= draw(
+            _maybe(
+                {
+                    "no_rope_layers": st.none() | st.lists(st.integers(0, 1), min_size=layers, max_size=5),
+                    "no_rope_layer_interval": st.integers(1, 4),
+                    "mlp_bias": st.booleans(),
+                }
+            )
+        )
+        config |= {"use_sliding_window": window is not None, "sliding_window": window}
+    if model_type == "gpt_neox":
+        share = st.sampled_from([0.25, 0.5, 1.0])
+        config |= draw(
+            _maybe(
+                {
+                    "rotary_pct": share,
+                    "rotary_emb_base": st.sampled_from([10000, 50.0]),
+                    "use_parallel_residual": st.booleans(),
+                    "hidden_dropout": PROBABILITIES,
+                    "rope_parameters": st.fixed_dictionaries(
+                        {
+                            "rope_type": st.just("linear"),
+                            "factor": st.just(2.0),
+                            "partial_rotary_factor": share,
+                        }
+                    ),
+                }
+            )
+        )
+    if model_type == "phi":
+        config |= draw(_maybe({"resid_pdrop": PROBABILITIES, "embd_pdrop": PROBABILITIES}))
+        config |= draw(
+            _maybe(
+                {
+                    "partial_rotary_factor": st.sampled_from([0.25, 0.5, 1.0]),
+                    "rope_theta": st.sampled_from([10000.0, 50.0]),
+                    "qk_layernorm": st.just(False),
+                }
+            )
+        )
+    if model_type in GEMMAS:
+        config["head_dim"] = draw(st.sampled_from([2, 4, 10]))
+    if model_type == "gemma":
+        config |= draw(_maybe({"rope_theta": st.sampled_from([10000.0, 50.0])}))
+    if model_type in GEMMAS[1:]:
+        kinds = st.sampled_from(["full_attention", "sliding_attention"])
+        caps = st.none() | st.sampled_from([0.5, 30.0])
+        config["sliding_window"] = draw(st.integers(1, 8))
+        config |= draw(
+            _maybe(
+                {
+                    "query_pre_attn_scalar": st.integers(1, 20),
+                    "layer_types": st.lists(kinds, min_size=layers, max_size=layers),
+                    "final_logit_softcapping": caps,
+                    **({"attn_logit_softcapping": caps} if model_type == "gemma2" else {}),
+                }
+            )
+        )
+    if model_type == "gemma3_text":
+        linear = {"rope_type": "linear", "factor": 8.0}
+        config |= draw(
+            _maybe(
+                {
+                    "sliding_window_pattern": st.integers(1, 3),
+                    "rope_theta": st.sampled_from([1e6, 500.0]),
+                    "rope_local_base_freq": st.sampled_from([10000.0, 50.0]),
+                    "rope_scaling": st.none() | st.just(linear),
+                }
+            )
+            | st.just(
+                {
+                    "rope_parameters": {
+                        "full_attention": {**linear, "rope_theta": 500.0},
+                        "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+                    }
+                }
+            )
+        )
+    return config
+
+
 def configs(family: str) -> st.SearchStrategy[Config]:
     """Contents of a config.json of one family (a model_type)."""
-    if family in ("bert", "roberta", "xlm-roberta"):
+    if family in LATER:
+        return later(family)
+    if family in ("bert", "roberta", "xlm-roberta", "camembert"):
         return bert(family)
     return (
         {"distilbert": distilbert, "gpt2": gpt2}[family]()
@@ -320,6 +450,12 @@ SMALL: dict[str, Config] = {
     "bert": {"hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 17},
     "roberta": {"hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 17},
     "xlm-roberta": {
+        "hidden_size": 12,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 2,
+        "intermediate_size": 17,
+    },
+    "camembert": {
         "hidden_size": 12,
         "num_attention_heads": 3,
         "num_hidden_layers": 2,
@@ -344,6 +480,35 @@ SMALL: dict[str, Config] = {
     "qwen2": {"hidden_size": 12, "num_attention_heads": 3, "num_key_value_heads": 3, "num_hidden_layers": 2},
     "qwen3": {"hidden_size": 12, "num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 2},
     "phi3": {"hidden_size": 12, "num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 2},
+    "smollm3": {
+        "hidden_size": 12,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 2,
+        "no_rope_layer_interval": 2,
+    },
+    "olmo2": {"hidden_size": 12, "num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 2},
+    "gpt_neox": {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2},
+    "phi": {"hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2},
+    "gemma": {"hidden_size": 12, "num_attention_heads": 3, "num_key_value_heads": 1, "num_hidden_layers": 2},
+    "gemma2": {
+        "hidden_size": 12,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 2,
+        "sliding_window": 4,
+        "query_pre_attn_scalar": 5,
+        "attn_logit_softcapping": 1.5,
+    },
+    "gemma3_text": {
+        "hidden_size": 12,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "num_hidden_layers": 2,
+        "sliding_window": 4,
+        "query_pre_attn_scalar": 5,
+        "sliding_window_pattern": 2,
+    },
 }
 """One configuration of each family, for tests whose subject is not the configuration."""
 
@@ -353,7 +518,7 @@ def small(family: str, **options: Any) -> Config:
     config = {"model_type": family, "vocab_size": 41, **SMALL[family]}
     if family in DECODERS[1:]:
         config |= {"intermediate_size": 17, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-        config |= {"head_dim": 4, "max_position_embeddings": 64}
+        config |= {"max_position_embeddings": 64, **({} if family in PARTLY_TURNED else {"head_dim": 4})}
     elif family != "gpt2":
         config["max_position_embeddings"] = 33
     return {**config, **options}
@@ -424,7 +589,7 @@ class Batch:
 
 def padding_id(config: Config) -> int:
     """The id at padding: the configuration's, by its own word or by default."""
-    default = 1 if config["model_type"] in ("roberta", "xlm-roberta") else 0
+    default = 1 if config["model_type"] in ("roberta", "xlm-roberta", "camembert") else 0
     return config.get("pad_token_id", default) or 0
 
 

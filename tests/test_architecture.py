@@ -414,7 +414,7 @@ print(sorted((set(sys.modules) - before) & set({HEAVY!r})))
 FAMILIES = [
     path.stem
     for path in sorted((ROOT / "minilm" / "families").glob("[a-z]*.py"))
-    if path.stem not in ("family", "pretrained_config", "table")
+    if path.stem not in ("family", "positions", "pretrained_config", "table")
 ]
 
 

@@ -52,6 +52,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": SIZES,
     "qwen3": {**SIZES, "head_dim": 16},
     "phi3": {**SIZES, "sliding_window": 9},
+    "smollm3": {**SIZES, "no_rope_layer_interval": 2},
+    "olmo2": SIZES,
+    "gpt_neox": {**{k: v for k, v in SIZES.items() if k != "num_key_value_heads"}, "rotary_pct": 0.5},
+    "phi": SIZES,
+    "gemma": {**SIZES, "head_dim": 16},
+    "gemma2": {**SIZES, "head_dim": 16, "sliding_window": 9, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {**SIZES, "head_dim": 16, "sliding_window": 9, "sliding_window_pattern": 2},
 }
 
 

@@ -24,6 +24,7 @@ TRANSFORMER = (
     "minilm/families/table.py",
     "minilm/families/bert.py",
     "minilm/families/llama.py",
+    "minilm/families/positions.py",
 )
 KERNELS = ("kernels/*.py",)
 MOST = {"the Transformer": (TRANSFORMER, 5000), "the Triton kernels": (KERNELS, 4000)}

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import ModelConfig
+from ..config import ModelConfig, RopeConfig
 from ..weights import Rule, affine, copy, fuse, ignore, tied
-from .family import DECODER_ONLY, Family, Head, Options, SequenceHead, equal_heads, rope_config
+from .family import DECODER_ONLY, Family, Head, Options, SequenceHead, equal_heads
+from .positions import rope_config
 
 DEFAULTS: dict[str, Any] = {
     "vocab_size": 32000,
@@ -44,8 +45,8 @@ DEFAULTS: dict[str, Any] = {
 }
 
 
-def translate(hf: Options) -> ModelConfig:
-    """Llama's options -> ModelConfig."""
+def translate(hf: Options, rope: RopeConfig | None = None) -> ModelConfig:
+    """Llama's options -> ModelConfig. `rope` is that of a family with other rope options."""
     return ModelConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.hidden_size,
@@ -62,7 +63,7 @@ def translate(hf: Options) -> ModelConfig:
         activation=hf.hidden_act,
         gated_mlp=True,
         positions="rope",
-        rope=rope_config(hf),
+        rope=rope or rope_config(hf),
         final_norm=True,
         qkv_bias=hf.get("attention_bias", False),
         out_bias=hf.get("attention_bias", False),

@@ -11,7 +11,8 @@ from typing import Any
 
 from ..config import ModelConfig
 from . import llama
-from .family import Options, layer_windows
+from .family import Options
+from .positions import layer_windows
 
 DEFAULTS: dict[str, Any] = {
     **{k: v for k, v in llama.DEFAULTS.items() if k != "attention_bias"},

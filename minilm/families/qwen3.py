@@ -11,7 +11,8 @@ from dataclasses import replace
 from ..config import ModelConfig
 from ..weights import copy
 from . import llama, qwen2
-from .family import Options, layer_windows
+from .family import Options
+from .positions import layer_windows
 
 DEFAULTS = {**qwen2.DEFAULTS, "head_dim": 128, "attention_bias": False}
 

@@ -11,6 +11,7 @@ FAMILIES: dict[str, str] = {
     "bert": "bert",
     "roberta": "roberta",
     "xlm-roberta": "xlm_roberta",
+    "camembert": "camembert",
     "distilbert": "distilbert",
     "gpt2": "gpt2",
     "llama": "llama",
@@ -18,6 +19,13 @@ FAMILIES: dict[str, str] = {
     "qwen2": "qwen2",
     "qwen3": "qwen3",
     "phi3": "phi3",
+    "phi": "phi",
+    "smollm3": "smollm3",
+    "olmo2": "olmo2",
+    "gpt_neox": "gpt_neox",
+    "gemma": "gemma",
+    "gemma2": "gemma2",
+    "gemma3_text": "gemma3",
 }
 """config.json's model_type -> the file in this folder."""
 

@@ -1,16 +1,16 @@
-"""GGUF models of the Llama architectures, presented as checkpoints of transformers.
+"""GGUF models of decoders, presented as checkpoints of transformers.
 
 llama.cpp stores a model in one file: weights, mostly quantised, configuration and tokenizer. `GGUFCheckpoint`
-presents the weights under transformers' names, so that the rules of the Llama, Mistral, Qwen2 and Qwen3
-families apply unchanged, and `hf_config()` reconstructs the config.json. Weights are dequantised to float32
-by the `gguf` package, a few rows at a time. For types that minilm computes with, `read_codes_into` gives the
-codes unchanged.
+presents the weights under transformers' names, so that the rules of the families (Llama, Mistral, Qwen2,
+Qwen3, SmolLM3, OLMo 2, Gemma 1 to 3) apply unchanged, and `hf_config()` reconstructs the config.json. Weights
+are dequantised to float32 by the `gguf` package, a few rows at a time. For types that minilm computes with,
+`read_codes_into` gives the codes unchanged.
 
-The weights themselves differ in one point. Rotary embedding rotates pairs of channels of a head. transformers
-pairs channel j with j + D/2; llama.cpp, for its architecture `llama`, pairs 2j with 2j + 1, as in Meta's
-implementation, and its converter reorders the rows of q and k accordingly: row 2j + s of a head is row
-j + s * D/2 in transformers, for s in (0, 1). Reading restores the order. (For qwen2 and qwen3 llama.cpp pairs
-like transformers.)
+The weights themselves differ in two points. Gemma's norms multiply by 1 + weight, and files have the sum.
+Rotary embedding rotates pairs of channels of a head. transformers pairs channel j with j + D/2; llama.cpp,
+for its architectures `llama` and `smollm3`, pairs 2j with 2j + 1, as in Meta's implementation, and its
+converter reorders the rows of q and k accordingly: row 2j + s of a head is row j + s * D/2 in transformers,
+for s in (0, 1). Reading restores the order. (For the others llama.cpp pairs like transformers.)
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..ops.quantized import QuantizedWeight
 from .checkpoint import Checkpoint, TensorInfo, WeightError
-from .gguf_config import ARCHITECTURES, config_from_metadata, head_counts
+from .gguf_config import ARCHITECTURES, GEMMAS, config_from_metadata, head_counts
 from .gguf_file import GGUFTensor, read_gguf, read_gguf_metadata
 
 __all__ = ["GGUFCheckpoint", "read_gguf_metadata"]
@@ -56,12 +56,22 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_AFTER = {  # of families with norms of what the sub-layers add
+    "post_attention_norm": "post_attention_layernorm",
+    "post_ffw_norm": "post_feedforward_layernorm",
+}
+_OTHER_NAMES: dict[str, dict[str, str]] = {
+    "olmo2": _AFTER,
+    "gemma2": {**_AFTER, "ffn_norm": "pre_feedforward_layernorm"},
+    "gemma3": {**_AFTER, "ffn_norm": "pre_feedforward_layernorm"},
+}
+"""Architecture -> names that it does not share with Llama."""
 _NAME = re.compile(r"(?:blk\.(?P<layer>0|[1-9][0-9]*)\.)?(?P<part>[a-z_]+)\.(?P<kind>weight|bias)")
 _ROPE_FREQS = "rope_freqs.weight"  # not a weight: hf_config() computes the rope scaling of Llama 3 from it
 
 
 class GGUFCheckpoint(Checkpoint):
-    """A GGUF file of architecture llama (including Mistral), qwen2 or qwen3, under transformers' names.
+    """A GGUF file of one of `ARCHITECTURES` (llama is also Mistral's), under transformers' names.
 
     `metadata` is that of the file. Tensors are read as float32; `stored` of their info is the type in the
     file. Opening raises WeightError if the file is damaged, or if its architecture, one of its tensors or its
@@ -89,7 +99,7 @@ class GGUFCheckpoint(Checkpoint):
             self._stored[name] = tensor
             format = _FORMATS.get(kind, "") if len(tensor.shape) == 2 else ""
             self.tensors[name] = TensorInfo(tensor.shape, torch.float32, self.path, kind, format)
-        if self.architecture == "llama":
+        if self.architecture in ("llama", "smollm3"):
             self._note_permuted()
 
     def _checked_architecture(self) -> str:
@@ -109,8 +119,9 @@ class GGUFCheckpoint(Checkpoint):
         found = _NAME.fullmatch(theirs)
         if found and found["layer"] is None and found["part"] in _NAMES:
             return f"{_NAMES[found['part']]}.{found['kind']}"
-        if found and found["layer"] is not None and found["part"] in _LAYER_NAMES:
-            return f"model.layers.{found['layer']}.{_LAYER_NAMES[found['part']]}.{found['kind']}"
+        inside = _LAYER_NAMES | _OTHER_NAMES.get(self.architecture, {})
+        if found and found["layer"] is not None and found["part"] in inside:
+            return f"model.layers.{found['layer']}.{inside[found['part']]}.{found['kind']}"
         raise WeightError(f"{self.path}: tensor {theirs} is not one of architecture {self.architecture}")
 
     def _note_permuted(self) -> None:
@@ -139,6 +150,8 @@ class GGUFCheckpoint(Checkpoint):
     def _read(self, name: str, info: TensorInfo, out: Tensor) -> None:
         for rows in self._pieces(name, info):
             piece = torch.from_numpy(self._rows(name, self._stored[name], rows.start, rows.stop))
+            if self.architecture in GEMMAS and name.endswith("norm.weight"):
+                piece = piece - 1
             out[rows].copy_(self._in_order(name, info, piece))
 
     def _read_codes(self, name: str, info: TensorInfo, out: QuantizedWeight) -> None:

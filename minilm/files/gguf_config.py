@@ -19,7 +19,17 @@ import numpy as np
 
 from .reading import WeightError
 
-ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+ARCHITECTURES = {
+    "llama": "LlamaForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "qwen3": "Qwen3ForCausalLM",
+    "smollm3": "SmolLM3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "gemma": "GemmaForCausalLM",
+    "gemma2": "Gemma2ForCausalLM",
+    "gemma3": "Gemma3ForCausalLM",
+}
+GEMMAS = ("gemma", "gemma2", "gemma3")
 
 Array = np.ndarray[Any, np.dtype[Any]]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -33,6 +43,14 @@ _KNOWN = {
     "rope.scaling.finetuned", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
     "tensor_data_layout", "pooling_type",
 }  # fmt: skip
+_KNOWN_TO: dict[str, set[str]] = {
+    "gemma2": {"attn_logit_softcapping", "final_logit_softcapping"},
+    "gemma3": {"final_logit_softcapping", "attention.sliding_window_pattern", "rope.freq_base_swa"},
+}
+"""The same for one architecture."""
+_WIDE_HEADS = {("gemma2", 46), ("gemma3", 62)}
+"""Architecture and layers of the models of 27B, whose scores llama.cpp divides by sqrt(C / H), and not by
+sqrt(D)."""
 _CONTROL = 3  # of tokenizer.ggml.token_type
 _ORIGINAL = 8192  # positions that Llama 3 was trained on before its context was extended
 _WITHOUT_EFFECT: dict[str, Any] = {
@@ -110,7 +128,7 @@ class _Options:
     def check_all_known(self) -> None:
         for key, value in self.metadata.items():
             option = key.removeprefix(self.prefix)
-            if option == key or option in _KNOWN:
+            if option == key or option in _KNOWN or option in _KNOWN_TO.get(self.prefix[:-1], ()):
                 continue
             if option not in _WITHOUT_EFFECT:
                 raise self.fail(f"metadata {key} = {_brief(value)} is not supported")
@@ -186,12 +204,44 @@ def config_from_metadata(
         config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in shapes
     if architecture == "llama":
         config["mlp_bias"] = "model.layers.0.mlp.gate_proj.bias" in shapes
+    if architecture in GEMMAS:
+        return config | _gemma(options, config) | _token_ids(options, embeddings[0])
     if options.has("attention.sliding_window"):
         if architecture != "llama":
             raise options.fail(f"metadata {options.prefix}attention.sliding_window is not supported")
         config |= {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
         config["sliding_window"] = options.integer("attention.sliding_window")
     return config | _token_ids(options, embeddings[0])
+
+
+def _gemma(options: _Options, known: dict[str, Any]) -> dict[str, Any]:
+    """What Gemma's files say besides, and what llama.cpp knows without being told."""
+    architecture = options.prefix[:-1]
+    own: dict[str, Any] = {"hidden_act": "gelu_pytorch_tanh"}
+    if architecture == "gemma":
+        return own
+    own = {
+        "hidden_activation": own["hidden_act"],
+        "sliding_window": options.integer("attention.sliding_window"),
+    }
+    wide = (architecture, known["num_hidden_layers"]) in _WIDE_HEADS
+    own["query_pre_attn_scalar"] = (
+        known["hidden_size"] // known["num_attention_heads"] if wide else known["head_dim"]
+    )
+    for key in ("attn_logit_softcapping", "final_logit_softcapping"):
+        own[key] = options.number(key) if options.has(key) else None
+    if architecture == "gemma3":
+        own |= {
+            "model_type": "gemma3_text",
+            "sliding_window_pattern": options.integer("attention.sliding_window_pattern", 6),
+            "rope_theta": options.number("rope.freq_base", 0.0) or 1e6,
+            "rope_local_base_freq": options.number("rope.freq_base_swa", 0.0) or 10000.0,
+        }
+    else:
+        own = {"attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0} | {
+            key: value for key, value in own.items() if value is not None
+        }
+    return own
 
 
 def _head_dim(options: _Options, hidden: int, heads: int) -> int:

@@ -137,30 +137,56 @@ class Padded:
         causal: bool,
         window: int | None,
         dropout_p: float,
+        soft_cap: float | None = None,
     ) -> Tensor:
         """`minilm.ops.attention` within each row: q [T, H, D], k, v [T, Hkv, D] -> [T, H, D]."""
         if self.kept is not None:
             self.kept.append((k, v))
         queries, keys, values = self._heads(q, k, v)
+        if soft_cap is not None:
+            p = self._probabilities(queries, keys, scale, causal, window, soft_cap).to(q.dtype)
+            return (F.dropout(p, dropout_p, dropout_p > 0) @ values).transpose(1, 2).flatten(0, 1)
         seen = self._seen(causal, window)
         out = F.scaled_dot_product_attention(
             queries, keys, values, seen, dropout_p, is_causal=causal and seen is None, scale=scale
         )
         return out.transpose(1, 2).flatten(0, 1)
 
-    def maps(self, q: Tensor, k: Tensor, *, scale: float, causal: bool, window: int | None) -> Tensor:
+    def maps(
+        self,
+        q: Tensor,
+        k: Tensor,
+        *,
+        scale: float,
+        causal: bool,
+        window: int | None,
+        soft_cap: float | None = None,
+    ) -> Tensor:
         """The attention probabilities, [B, H, S, S], zero in the rows of padding."""
         queries, keys = self._heads(q, k)
+        probabilities = self._probabilities(queries, keys, scale, causal, window, soft_cap).to(q.dtype)
+        real = self.real
+        return probabilities if real is None else probabilities.masked_fill(~real[:, None, :, None], 0)
+
+    def _probabilities(
+        self,
+        queries: Tensor,
+        keys: Tensor,
+        scale: float,
+        causal: bool,
+        window: int | None,
+        soft_cap: float | None,
+    ) -> Tensor:
         scores = queries @ keys.transpose(2, 3)
         scores = (scores if scores.dtype == torch.float64 else scores.float()) * scale
+        if soft_cap is not None:
+            scores = soft_cap * torch.tanh(scores / soft_cap)
         seen = self._seen(causal, window)
         if causal and seen is None:
             seen = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()
         if seen is not None:
             scores = scores.masked_fill(~seen, -math.inf)
-        probabilities = scores.softmax(-1).to(q.dtype)
-        real = self.real
-        return probabilities if real is None else probabilities.masked_fill(~real[:, None, :, None], 0)
+        return scores.softmax(-1)
 
     def _heads(self, *xs: Tensor) -> list[Tensor]:
         """[T, heads, D] -> [B, H, S, D] for each argument; key/value heads are repeated for the query heads

@@ -58,10 +58,9 @@ def attention_probs(
         _places("rows", rows, length, f"sequence {row}", "tokens")
         for row, length in enumerate(packed.lengths)
     ]
-    x = block.attention_norm.norm(hidden) if block.pre_norm else hidden
+    x = block.attention_norm.norm(hidden) if block.pre_norm and block.attention_norm is not None else hidden
     q, k, v = block.attention.heads(x)
-    if batch.rope is not None:
-        q, k = ops.rope(q, k, *batch.rope)
+    q, k = block.attention.turned(q, k, batch)
     maps = _maps(block.attention, q, k, v, packed, heads, queries)
     found = [p[:, 0] if isinstance(rows, int) else p for p in maps]
     return [p[0] if isinstance(head, int) else p for p in found]
@@ -72,8 +71,8 @@ def _maps(
     queries: list[list[int]],
 ) -> list[Tensor]:  # fmt: skip
     """The chosen rows of each sequence's maps, [heads, rows, S]."""
+    kind = attention.kind()
     seen: dict[str, Any] = {"causal": attention.config.causal, "window": attention.window}
-    kind = {"scale": attention.scale, **seen}
     lengths = (packed.cu_seqlens, packed.cu_seqlens, packed.max_seqlen, packed.max_seqlen)
     lse = None
     if ops.writes_lse(q, k, v, **seen):

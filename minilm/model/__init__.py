@@ -20,7 +20,6 @@ from .layers import MLP, Attention, Block, Embedding, Embeddings, Linear, Norm
 from .loading import HUB_OPTIONS, as_device, as_dtype, read_config, with_effect
 from .outputs import ModelOutput
 from .pretrained import AutoModel, PreTrainedModel
-from .quantized import QuantizedEmbedding, QuantizedLinear
 from .rope import angle_table, angles
 from .transformer import Transformer
 
@@ -29,7 +28,7 @@ __all__ = [
     "AutoModelForMaskedLM", "AutoModelForNextSentencePrediction", "AutoModelForPreTraining",
     "AutoModelForQuestionAnswering", "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification", "Batch", "Block", "CausalLMHead", "Embedding", "Embeddings",
-    "Linear", "ModelOutput", "Norm", "Packed", "PreTrainedModel", "PretrainedConfig", "QuantizedEmbedding",
-    "QuantizedLinear", "Transformer", "alias", "alias_names", "angle_table", "angles", "as_device",
+    "Linear", "ModelOutput", "Norm", "Packed", "PreTrainedModel", "PretrainedConfig",
+    "Transformer", "alias", "alias_names", "angle_table", "angles", "as_device",
     "as_dtype", "pack", "read_config", "with_effect",
 ]  # fmt: skip

@@ -61,8 +61,6 @@ def alias(name: str) -> Any:
     """The class for a class name of transformers (BertModel, GPT2LMHeadModel, LlamaConfig,
     RobertaTokenizerFast, ...), or None."""
     for family in families():
-        if not name.startswith(family.class_prefix):
-            continue
         for head in ("base", *family.heads):
             if name == family.class_name(head):
                 return of_family(MODELS[head], family.model_type)

@@ -196,7 +196,9 @@ class Batch:
     types: Tensor | None = None
     """int64 [T]."""
     rope: tuple[Tensor, Tensor] | None = None
-    """cos and sin, [T, D/2]."""
+    """cos and sin, [T, rotated channels / 2]."""
+    local_rope: tuple[Tensor, Tensor] | None = None
+    """The same for layers with a window, if they have their own."""
     cache: KVCache | None = None
     rows: list[int] = field(default_factory=list)
     """The cache's row of each sequence."""

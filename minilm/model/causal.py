@@ -14,12 +14,12 @@ from ..cache import KVCache
 from ..config import ConfigError
 from ..families import Head, PretrainedConfig
 from ..files import MOST_CONFIG, has_file, read_json
+from ..quantized import QuantizedEmbedding
 from .batch import Batch, Packed
 from .heads import token_loss
 from .layers import Embedding, Linear
 from .outputs import CausalLMOutput, ModelOutput
 from .pretrained import PreTrainedModel
-from .quantized import QuantizedEmbedding
 
 
 class CausalLMHead(nn.Module):
@@ -31,10 +31,16 @@ class CausalLMHead(nn.Module):
         self.decoder = (
             None if spec.tie_word_embeddings else Linear(spec.hidden_size, spec.vocab_size, bias=False)
         )
+        self.bias = nn.Parameter(torch.zeros(spec.vocab_size)) if spec.head_bias else None
+        self.soft_cap = spec.head_soft_cap
 
     def forward(self, hidden: Tensor, tokens: Embedding | QuantizedEmbedding) -> Tensor:
         """hidden [T, C], the token table -> logits [T, V]."""
         scores: Tensor = tokens.scores(hidden) if self.decoder is None else self.decoder(hidden)
+        if self.bias is not None:
+            scores = scores + self.bias
+        if self.soft_cap is not None:
+            scores = (scores / self.soft_cap).tanh() * self.soft_cap
         return scores
 
 

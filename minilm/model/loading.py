@@ -21,6 +21,7 @@ from ..files import (
     resolve,
     saving,
 )
+from ..quantized import describe, install, quantized_matrices, wanted_formats
 from ..substitutes import OPTIONS, instead
 from ..weights import (
     CONFIG_RULE,
@@ -34,7 +35,6 @@ from ..weights import (
     stored_format,
     stored_untied,
 )
-from .quantized import describe, install, quantized_matrices, wanted_formats
 
 Model = TypeVar("Model", bound="Checkpointed")
 
@@ -233,7 +233,9 @@ class Checkpointed(Companion):
                 model.family.prefixes,
                 dtype=wanted,
                 device=target,
-                init=lambda name, parameter: initialise(name, parameter, std),
+                init=lambda name, parameter: initialise(
+                    name, parameter, std, plus_one=model.spec.norm_plus_one
+                ),
                 ignore_mismatched_sizes=ignore_mismatched_sizes,
                 progress=progress,
                 formats=formats,
@@ -273,11 +275,11 @@ class Checkpointed(Companion):
 
     def initialise(self) -> None:
         """Initialise all parameters at random (on the meta device: do nothing). Constructors call it."""
-        std = float(self.config.get("initializer_range", 0.02))
+        std, plus_one = float(self.config.get("initializer_range", 0.02)), self.spec.norm_plus_one
         if self.device.type != "meta":
             with torch.no_grad():
                 for name, parameter in self.named_parameters():
-                    initialise(name, parameter, std)
+                    initialise(name, parameter, std, plus_one=plus_one)
 
     def save_pretrained(
         self,

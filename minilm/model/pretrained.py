@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..cache import KVCache, Layout
 from ..companions import refuse_transforms
-from ..config import ConfigError, ModelConfig
+from ..config import ConfigError, ModelConfig, RopeConfig
 from ..differences import tell
 from ..families import Family, Head, PretrainedConfig, family_of
 from ..graphs import LateCache, Padded, graphed, in_graph
@@ -207,7 +207,8 @@ class PreTrainedModel(ops.Whole, Checkpointed):
             batch.step = batch.cache.extend(batch.rows, batch.packed.lengths)
             for row, layout in zip(batch.rows, batch.layouts or (), strict=False):
                 batch.cache.set_layout(row, layout)
-        batch.rope = self._rope(batch)
+        batch.rope = self._angles(batch, self.spec.rope)
+        batch.local_rope = self._angles(batch, self.spec.local_rope)
         return batch
 
     def run_packed(
@@ -332,14 +333,11 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         skips = self.spec.positions_skip_padding_id is not None and input_ids is not None
         return self.spec.positions == "learned" and not skips
 
-    def _rope(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        spec, positions = self.spec, batch.positions
-        if spec.rope is None:
+    def _angles(self, batch: Batch, kind: RopeConfig | None) -> tuple[Tensor, Tensor] | None:
+        if kind is None:
             return None
-        context = None
-        if spec.rope.type == "dynamic":
-            context = batch.packed.context(positions)
-        return rope.angles(spec.rope, spec.head_dim, positions, context)
+        context = batch.packed.context(batch.positions) if kind.type == "dynamic" else None
+        return rope.angles(kind, self.spec.rotated, batch.positions, context)
 
     # Being a model
     def weights_changed(self) -> None:

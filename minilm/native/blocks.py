@@ -20,8 +20,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..model import MLP, Attention, Batch, Block, Linear, Norm, Packed, QuantizedLinear, Transformer
+from ..model import MLP, Attention, Batch, Block, Linear, Norm, Packed, Transformer
 from ..ops.backends import native, packed, watch
+from ..quantized import QuantizedLinear
 from . import released
 from .state import Structure, hooked, made_of, other_code, own_code
 
@@ -30,6 +31,18 @@ CACHES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 """Supported dtypes of keys and values."""
 HEADER = 14
 """Length of the layout's header; the last two entries are the offsets of the final norm."""
+
+
+UNKNOWN = {
+    "output_norm": "norms of what the sub-layers add",
+    "parallel_norms": "sub-layers side by side",
+    "local_rope": "second rope for layers with a window",
+    "layers_without_rope": "layers without rope",
+    "qk_norm_of_all": "norm of q and k over all heads",
+    "qkv_by_head": "qkv matrix in the order of heads",
+    "attention_soft_cap": "soft cap of the scores",
+}
+"""Traits of `ModelConfig` that csrc/cpu/transformer.cpp lacks: a model with one runs by its modules."""
 
 
 class Arena(NamedTuple):
@@ -226,7 +239,9 @@ def _first_settings(body: Transformer) -> tuple[str, float]:
     """Activation and eps, which the kernels share between all layers."""
     block = body.layers[0]
     assert isinstance(block, Block)
-    return block.mlp.activation, block.attention_norm.eps
+    norm = block.attention_norm or block.attention_out_norm
+    assert norm is not None
+    return block.mlp.activation, norm.eps
 
 
 def _obstacle(body: Transformer, modules: list[nn.Module]) -> str | None:
@@ -252,6 +267,11 @@ def _refusal(body: Transformer) -> str | None:
     config = body.config
     if not body.layers:
         return "there are no layers"
+    for name, what in UNKNOWN.items():
+        if getattr(config, name):
+            return f"the extension has no {what}"
+    if config.rotated != config.head_dim:
+        return "the extension has no rope on a part of a head"
     if len(body.layers) != config.num_layers:
         return f"there are {len(body.layers)} layers, and the configuration has {config.num_layers}"
     if body.norm is not None and type(body.norm) is not Norm:
@@ -299,7 +319,10 @@ def _refused_settings(body: Transformer, block: Block) -> str | None:
     for norm in norms:
         if norm is not None and norm.eps != eps:
             return f"a norm has the eps {norm.eps}, and another {eps}"
-        if norm is not None and norm.rms != (config.norm == "rms_norm"):
+        if norm is not None and (norm.rms, norm.plus_one) != (
+            config.norm == "rms_norm",
+            config.norm_plus_one,
+        ):
             return "a norm is not of the configuration's kind"
     return None
 
@@ -373,7 +396,7 @@ class _Writer:
             self.norm(block.attention_norm)
             self.norm(block.mlp_norm)
             for norm in (attention.q_norm, attention.k_norm):
-                self.vector(None if norm is None else norm.weight)
+                self.scale(norm)
             self.numbers.append(attention.window or 0)
             self.real(attention.scale)
         arena = torch.empty(self.size, dtype=torch.uint8)
@@ -406,13 +429,17 @@ class _Writer:
         self.piece(size, lambda: packed.pack(matrix, bias, gated=gated).data)
 
     def norm(self, norm: Norm | None) -> None:
-        self.vector(None if norm is None else norm.weight)
+        self.scale(norm)
         self.vector(None if norm is None else norm.bias)
 
-    def vector(self, vector: Tensor | None) -> None:
+    def scale(self, norm: Norm | None) -> None:
+        self.vector(None if norm is None else norm.weight, 1.0 if norm is not None and norm.plus_one else 0.0)
+
+    def vector(self, vector: Tensor | None, plus: float = 0.0) -> None:
         self.numbers.append(-1 if vector is None else self.size)
         if vector is not None:
-            self.piece(4 * vector.numel(), lambda: vector.detach().float().contiguous().view(torch.uint8))
+            given = vector.detach()
+            self.piece(4 * given.numel(), lambda: (given.float() + plus).contiguous().view(torch.uint8))
 
     def real(self, value: float) -> None:
         self.numbers.append(struct.unpack("I", struct.pack("f", value))[0])

@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..model import Embedding, Embeddings, Norm, QuantizedEmbedding
+from ..model import Embedding, Embeddings, Norm
 from ..ops.backends import native
+from ..quantized import QuantizedEmbedding
 from .state import hooked, other_code, own_code
 
 
@@ -22,6 +23,8 @@ def obstacle(embeddings: Embeddings, *_: object) -> str | None:
         return "dropout is on (model.eval() turns it off)"
     if torch.is_grad_enabled() and any(p.requires_grad for p in embeddings.parameters()):
         return "gradients are enabled (torch.inference_mode() or torch.no_grad() disables them)"
+    if embeddings.config.embedding_scale is not None:
+        return "the extension has no factor for the token vectors"
     reason = other_code()
     if reason is not None:
         return reason

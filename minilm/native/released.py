@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..model import QuantizedLinear
 from ..ops.backends import packed
+from ..quantized import QuantizedLinear
 
 PLANES = ("codes", "scale", "minimum")
 

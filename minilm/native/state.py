@@ -30,20 +30,21 @@ from ..model import (
     Embeddings,
     Linear,
     Norm,
-    QuantizedEmbedding,
-    QuantizedLinear,
     Transformer,
 )
 from ..ops import MADE
 from ..ops.backends import native
+from ..quantized import QuantizedEmbedding, QuantizedLinear
 
 SETTINGS: dict[type, tuple[str, ...]] = {
     Embedding: ("max_norm",),
     Transformer: ("config",),
-    Block: ("pre_norm", "dropout"),
+    Block: ("pre_norm", "parallel", "dropout"),
     Attention: ("config", "scale", "window"),
     MLP: ("activation", "gated"),
-    Norm: ("eps", "rms"),
+    Norm: ("eps", "rms", "plus_one"),
+    Embeddings: ("config",),
+    CausalLMHead: ("soft_cap",),
 }
 """Attributes of a module that affect its result, apart from submodules and parameters."""
 
@@ -51,9 +52,7 @@ _CLASSES: tuple[type, ...] = (
     *SETTINGS,
     Linear,
     QuantizedLinear,
-    Embeddings,
     QuantizedEmbedding,
-    CausalLMHead,
     AutoModelForCausalLM,
 )
 

@@ -28,11 +28,10 @@ from ..model import (
     Embedding,
     Embeddings,
     Linear,
-    QuantizedEmbedding,
-    QuantizedLinear,
     angle_table,
 )
 from ..ops.backends import native, packed, watch
+from ..quantized import QuantizedEmbedding, QuantizedLinear
 from . import blocks
 from .state import Structure, hooked, made_of, own_code
 
@@ -233,6 +232,10 @@ def _refusal(model: AutoModelForCausalLM) -> str | None:
         return "a module has forward hooks"
     if embeddings.training and embeddings.config.embedding_dropout:
         return "dropout is on (model.eval() turns it off)"
+    if embeddings.config.embedding_scale is not None:
+        return "the extension has no factor for the token vectors"
+    if head.bias is not None or head.soft_cap is not None:
+        return "the extension has no bias and no soft cap of the logits"
     if embeddings.types is not None or embeddings.norm is not None:
         return "the embeddings have more than token and position tables"
     if model.spec.rope is not None and model.spec.rope.type == "dynamic":

@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 
-def initialise(name: str, parameter: Tensor, std: float) -> None:
-    """Initialise a parameter: norms to the identity, biases to zero, all others normal with mean 0."""
+def initialise(name: str, parameter: Tensor, std: float, *, plus_one: bool = False) -> None:
+    """Initialise a parameter: norms to the identity (0 with `plus_one`, since they multiply by 1 + weight),
+    biases to zero, all others normal with mean 0."""
     if name.endswith("bias"):
         parameter.zero_()
     elif "norm" in name.split(".")[-2:][0] and name.endswith("weight"):
-        parameter.fill_(1.0)
+        parameter.fill_(0.0 if plus_one else 1.0)
     else:
         parameter.normal_(0.0, std)
 

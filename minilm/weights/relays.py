@@ -65,12 +65,15 @@ class RMSNorm(nn.Module):
 
     weight: nn.Parameter
 
-    def __init__(self, eps: float) -> None:
+    def __init__(self, eps: float, plus_one: bool = False) -> None:
         super().__init__()
-        self.eps = eps
+        self.eps, self.plus_one = eps, plus_one
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., C]."""
+        if self.plus_one:
+            wide = x if x.dtype == torch.float64 else x.float()
+            return ops.rms_norm(wide, 1 + self.weight.to(wide.dtype), self.eps).to(x.dtype)
         return ops.rms_norm(x, self.weight, self.eps)
 
 

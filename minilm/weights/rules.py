@@ -119,9 +119,9 @@ def fuse(sources: Sequence[str], target: str, *, sizes: str = "") -> Rule:
     return Rule("fuse", tuple(sources), target, sizes=sizes)
 
 
-def tied(source: str, target: str, reason: str) -> Rule:
+def tied(source: str, target: str, reason: str, *, also: Sequence[str] = ()) -> Rule:
     """A tensor that is tied in some models: `copy` if the model has `target`, else skipped."""
-    return Rule("tied", (source,), target, reason=reason)
+    return Rule("tied", (source,), target, also=tuple(also), reason=reason)
 
 
 def ignore(pattern: str, reason: str) -> Rule:

@@ -138,6 +138,8 @@ class _Unfusing:
             return MaskedLM(head, relay)
         head.__dict__.pop("decoder", None)
         head._modules["decoder"] = relay
+        if "bias" in head._parameters:  # now the output matrix adds it
+            head._parameters["bias"] = None
         return head
 
     def _paths(self, target: str) -> tuple[tuple[Path, ...], Rule, str]:
@@ -209,7 +211,7 @@ def _norm(module: Any) -> nn.Module:
     """The norm for the tree, with the parameters of one of minilm's."""
     made: nn.Module
     if module.rms:
-        made = RMSNorm(module.eps)
+        made = RMSNorm(module.eps, module.plus_one)
     else:
         made = LayerNorm(module.weight.shape, eps=module.eps, device="meta")
         made._parameters["bias"] = module._parameters["bias"]

@@ -14,7 +14,7 @@ from tiny_models import TEXTS, save_decoder, save_model
 
 import minilm
 from minilm.conversion.quantization import quantize, shipped_texts
-from minilm.model.quantized import quantized_matrices
+from minilm.quantized import quantized_matrices
 
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 

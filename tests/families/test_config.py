@@ -21,7 +21,7 @@ from minilm import AutoConfig, ConfigError, ModelConfig, PretrainedConfig
 from minilm.config import RopeConfig
 from minilm.families import families, family_of
 
-BERT_LIKE = ("bert", "roberta", "xlm-roberta")
+BERT_LIKE = ("bert", "roberta", "xlm-roberta", "camembert")
 
 
 def spec(config: Config) -> ModelConfig:
@@ -45,6 +45,7 @@ def test_defaults_are_transformers(family: str) -> None:
     `test_spec_is_the_same`."""
     ours, theirs = PretrainedConfig(model_type=family), transformers.AutoConfig.for_model(family)
     derived = {"num_key_value_heads", "head_dim", "layer_types", "rope_parameters", "sliding_window"}
+    derived |= {"no_rope_layers"}
     for key in theirs.to_dict():
         if key in derived or key.startswith("_") or key not in ours:
             continue

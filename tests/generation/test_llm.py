@@ -11,7 +11,7 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import examples
+from strategies import LATER, examples
 from tiny_decoders import CHAT, EOS, VOCABULARY, WINDOW, decoder, prompts
 
 import minilm
@@ -44,7 +44,7 @@ def generated(model: LLM, prompts: Any, params: Any = None) -> list[minilm.Reque
 # Texts
 
 
-@pytest.mark.parametrize("family", ["gpt2", "mistral", "qwen3"])
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "qwen3", *LATER])
 def test_greedy_texts_are_those_of_generate(family: str) -> None:
     d, model = decoder(family), llm(family, max_num_seqs=2)
     outputs = generated(model, TEXTS, GREEDY)

@@ -31,6 +31,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "qwen2": DECODER,
     "qwen3": {**DECODER, "head_dim": 6},
     "phi3": {**DECODER, "bos_token_id": 1, "eos_token_id": 2},
+    "gpt_neox": {**SIZES, "hidden_size": 32, "num_attention_heads": 4, "bos_token_id": 1, "eos_token_id": 2},
+    "phi": {**DECODER, "hidden_size": 32, "bos_token_id": 1, "eos_token_id": 2},
+    "gemma2": {
+        **DECODER,
+        "head_dim": 6,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "attn_logit_softcapping": None,  # PyTorch's attention, which transformers uses, has none
+    },
+    "olmo2": {**DECODER, "bos_token_id": 1, "eos_token_id": 2},
 }
 IDS = torch.randint(3, 60, (3, 7), generator=torch.Generator().manual_seed(0))
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -67,6 +77,10 @@ CASES: list[tuple[str, str, str | None, Any, dict[str, Any]]] = [
     ("qwen3", "causal-lm", "CAUSAL_LM", None, {}),
     ("phi3", "causal-lm", "CAUSAL_LM", "all-linear", {}),
     ("phi3", "causal-lm", "CAUSAL_LM", ["qkv_proj", "gate_up_proj"], {}),
+    ("gpt_neox", "causal-lm", "CAUSAL_LM", ["query_key_value", "dense"], {}),
+    ("phi", "causal-lm", "CAUSAL_LM", ["q_proj", "dense", "fc1"], {}),
+    ("gemma2", "causal-lm", "CAUSAL_LM", "all-linear", {}),
+    ("olmo2", "causal-lm", "CAUSAL_LM", PROJECTIONS, {}),
 ]
 
 

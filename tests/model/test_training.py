@@ -24,6 +24,7 @@ NO_DROPOUT = {
     "bert": ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
     "roberta": ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
     "xlm-roberta": ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+    "camembert": ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
     "distilbert": ("dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout"),
     "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout"),
     "llama": ("attention_dropout", "classifier_dropout"),
@@ -31,6 +32,13 @@ NO_DROPOUT = {
     "qwen2": ("attention_dropout", "classifier_dropout"),
     "qwen3": ("attention_dropout", "classifier_dropout"),
     "phi3": ("attention_dropout", "resid_pdrop", "classifier_dropout"),
+    "smollm3": ("attention_dropout", "classifier_dropout"),
+    "olmo2": ("attention_dropout",),
+    "gpt_neox": ("attention_dropout", "hidden_dropout", "classifier_dropout"),
+    "phi": ("attention_dropout", "resid_pdrop", "embd_pdrop", "classifier_dropout"),
+    "gemma": ("attention_dropout", "classifier_dropout"),
+    "gemma2": ("attention_dropout", "classifier_dropout"),
+    "gemma3_text": ("attention_dropout",),
 }
 """The dropout probabilities of each family."""
 
@@ -112,7 +120,10 @@ def test_gradient_of_vectors_is_transformers(family: str) -> None:
         config, batch = case
         batch = replace(batch, left=False, embedded=True, extra=0)
         labels = {"labels": batch.lay_out(batch.integers(0, 2, 9), -100)}
-        with pair(config, "token-classification", seed) as p:
+        head: Head = "token-classification"
+        if head not in heads_of(family):
+            head = "causal-lm"
+        with pair(config, head, seed) as p:
 
             def gradient(model: Any, call: dict[str, Any]) -> Tensor:
                 vectors = in_dtype_of(model, {"inputs_embeds": batch.vectors(p.model.spec.hidden_size)})

@@ -18,8 +18,8 @@ import minilm
 from minilm import ops
 from minilm.model.auto import MODELS
 from minilm.model.layers import Embeddings, Norm
-from minilm.model.quantized import QuantizedEmbedding
 from minilm.ops.quantized import QuantizedWeight, quantise
+from minilm.quantized import QuantizedEmbedding
 
 FAMILIES = ["bert", "roberta", "distilbert", "gpt2", "llama", "qwen3"]
 ROWS = [0, 1, 3, 17, 1500]

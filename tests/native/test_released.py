@@ -19,10 +19,10 @@ from native_runs import OTHER_ISAS, guarded, passes_with, require_extension
 from torch import Tensor, nn
 
 from minilm import ops
-from minilm.model import QuantizedLinear
 from minilm.native import released
 from minilm.ops.backends import packed
 from minilm.ops.quantized import QuantizedWeight, empty, quantise
+from minilm.quantized import QuantizedLinear
 
 FORMATS = ("int8", "q8_0", "q4_0", "q4_1")
 LENGTHS = [5, 1, 3]

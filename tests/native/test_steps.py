@@ -34,10 +34,10 @@ from minilm.cache import KVCache
 from minilm.generation.engine import Engine, Request
 from minilm.generation.sampling import Sampling
 from minilm.model import angle_table
-from minilm.model.quantized import QuantizedEmbedding
 from minilm.native import blocks as fused
 from minilm.native import steps as decode_step
 from minilm.ops.quantized import quantise
+from minilm.quantized import QuantizedEmbedding
 
 NATIVE = {"names": ("native",)}
 MODULES = {"names": ("native",), "decode_step": "torch"}

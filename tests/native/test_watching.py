@@ -26,12 +26,12 @@ from minilm import ops
 from minilm.generation.engine import Engine, Request
 from minilm.generation.sampling import Sampling
 from minilm.model import layers
-from minilm.model.quantized import QuantizedEmbedding
 from minilm.native import blocks as fused
 from minilm.native import steps as decode_step
 from minilm.native.state import made_of
 from minilm.ops.backends import packed, watch
 from minilm.ops.quantized import quantise
+from minilm.quantized import QuantizedEmbedding
 
 LENGTHS = [5, 1, 3]
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from minilm import ops
 from minilm.model.layers import Embedding, Linear
-from minilm.model.quantized import QuantizedEmbedding, QuantizedLinear
 from minilm.ops import dispatch
 from minilm.ops.quantized import (
     FORMATS,
@@ -31,6 +30,7 @@ from minilm.ops.quantized import (
     plane_shapes,
     quantise,
 )
+from minilm.quantized import QuantizedEmbedding, QuantizedLinear
 
 GROUPED = ("q8_0", "q4_0", "q4_1")
 

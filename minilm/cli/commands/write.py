@@ -298,7 +298,8 @@ def _llm(model: str, device: Any, run: Runtime, kv_cache: str | None, *, convers
 
     from ...files import resolve
     from ...generation import LLM
-    from ...model import AutoModelForCausalLM, QuantizedLinear
+    from ...model import AutoModelForCausalLM
+    from ...quantized import QuantizedLinear
 
     weights = run.weights
     if conversing and weights is None and run.dtype is None and resolve(model).suffix == ".gguf":

@@ -71,6 +71,7 @@ FAMILIES = {
         # it, and fill-mask depends on it; transformers 5 does not do so if there is only vocab.json.
         Family("RobertaTokenizer", _ROBERTA_TOKENS, frame="roberta", mask_takes_space=True),
         Family("XLMRobertaTokenizer", _ROBERTA_TOKENS, frame="xlm-roberta", mask_takes_space=True),
+        Family("CamembertTokenizer", _ROBERTA_TOKENS, frame="xlm-roberta", mask_takes_space=True),
         Family("GPT2Tokenizer", {"unk_token": _END, "bos_token": _END, "eos_token": _END}),
         Family("Qwen2Tokenizer", {"unk_token": _END, "eos_token": _END, "pad_token": _END}),
         # add_bos_token is True by default, as in all sentencepiece-based Llamas; transformers 5 documents
@@ -89,6 +90,7 @@ _OF_MODEL_TYPE = {
     "distilbert": "DistilBertTokenizer",
     "roberta": "RobertaTokenizer",
     "xlm-roberta": "XLMRobertaTokenizer",
+    "camembert": "CamembertTokenizer",
     "gpt2": "GPT2Tokenizer",
     "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",

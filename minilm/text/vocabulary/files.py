@@ -184,6 +184,11 @@ def _from_vocabulary(
         return str(text["content"] if isinstance(text, dict) else text)
 
     if source.suffix == ".model":
+        if family.name == "CamembertTokenizer":  # its ids are not those of XLM-RoBERTa
+            raise TokenizerError(
+                f"{source}: a CamemBERT tokenizer is read from tokenizer.json only, and the folder has none; "
+                "write it with transformers' save_pretrained"
+            )
         model = read_sentencepiece(source)
         prefix = settings.get("add_prefix_space")
         if family.frame == "xlm-roberta":

@@ -1,5 +1,5 @@
-"""Which matrices of a model are quantised, and the layers that hold them: replacements for `layers.Linear`
-and `layers.Embedding`, for inference.
+"""Which matrices of a model are quantised, and the layers that hold them: replacements for `Linear`
+and `Embedding` of `minilm.model`, for inference.
 
 The linear layers of the body are quantised. So are a decoder's token table and output matrix, always in q8_0:
 the output matrix is read in full for every token, and its errors go directly into the logits. Norms, biases,
@@ -19,10 +19,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .. import ops
-from ..config import ModelConfig
-from ..ops.quantized import FORMATS, QuantizedWeight, check, dequantise, plane_shapes
-from ..weights import KEEP
+from . import ops
+from .config import ModelConfig
+from .ops.quantized import FORMATS, QuantizedWeight, check, dequantise, plane_shapes
+from .weights import KEEP
 
 METHOD = "minilm"
 """`quant_method` in the config.json of a folder that minilm quantised."""

@@ -29,9 +29,9 @@ import minilm
 from minilm.config import ConfigError
 from minilm.evaluation.scores import likeness, perplexity
 from minilm.files.checkpoint import WeightError
-from minilm.model.quantized import Quantized, QuantizedEmbedding, QuantizedLinear, quantized_matrices
 from minilm.ops import backend
 from minilm.ops.quantized import dequantise, quantise
+from minilm.quantized import Quantized, QuantizedEmbedding, QuantizedLinear, quantized_matrices
 
 SIZES = {
     "hidden_size": 64,
