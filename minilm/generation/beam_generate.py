@@ -1,9 +1,10 @@
-"""`generate` with `num_beams`: beam search with the options and results of transformers' `generate`."""
+"""`generate` with `num_beams`: beam search with the options and results of transformers' `generate`, for
+decoders and encoder-decoders."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -12,17 +13,16 @@ import torch
 from torch import Tensor
 
 from ..cache import KVCache
-from ..model import AutoModelForCausalLM, ModelOutput
-from .beams import Beam, BeamOptions, Hypothesis, Noise, beam_search
+from ..model import ModelOutput
+from .beams import Beam, BeamOptions, Hypothesis, Noise, Step, beam_search
 from .callbacks import allow_only, functions, padded, run_criteria, run_processors
-from .rows import BeamRows
 from .sampling import Sampling, exponential, process
 from .stopping import GrowingText
 from .values import logger
 
 
 @dataclass
-class GenerateBeamDecoderOnlyOutput(ModelOutput):
+class GenerateBeamOutput(ModelOutput):
     """sequences int64 [B * num_return_sequences, S + new], best first, and with output_scores their
     sequences_scores float32 [B * num_return_sequences]; scores and logits: one float32 [B * num_beams, V] per
     step, after and before processing, zeros for beams that the search did not need; beam_indices int32
@@ -38,7 +38,7 @@ class GenerateBeamDecoderOnlyOutput(ModelOutput):
 
 
 @dataclass
-class Prompts:
+class BeamPrompts:
     """What a search starts from."""
 
     ids: Tensor
@@ -48,10 +48,12 @@ class Prompts:
     rules: list[Sampling]
     """How scores are processed, for each prompt."""
     pad: int
+    sources: list[list[int]] | None = None
+    """The tokens that an encoder has read for each."""
 
 
 @dataclass
-class Extras:
+class BeamExtras:
     """What a caller adds to a search."""
 
     logits_processor: Any = None
@@ -68,7 +70,7 @@ class _Border:
     """Between the search, which knows live beams, and functions and results for the whole batch: text t's
     beam p is row ``t * num_beams + p``, whether it lives or not."""
 
-    def __init__(self, prompts: Prompts, options: BeamOptions, extras: Extras) -> None:
+    def __init__(self, prompts: BeamPrompts, options: BeamOptions, extras: BeamExtras) -> None:
         self.prompts, self.options, self.extras = prompts, options, extras
         self.processors = functions(
             "logits_processor", extras.logits_processor, "(input_ids, scores) -> scores"
@@ -93,6 +95,7 @@ class _Border:
             [beam.tokens for beam in live],
             partial(self._call, live) if self.processors else None,
             allowed=partial(self._allow, live) if self.allowed else None,
+            sources=None if prompts.sources is None else [prompts.sources[beam.text] for beam in live],
         )
         for kept, new in ((self.logits, logits), (self.scores, scores)):
             if kept is not None:
@@ -160,7 +163,9 @@ class _Border:
         return text.push(beam.tokens[-1]) is not None
 
 
-def noise_of(seed: int | None, generator: torch.Generator | None, texts: int, device: torch.device) -> Noise:
+def beam_noise(
+    seed: int | None, generator: torch.Generator | None, texts: int, device: torch.device
+) -> Noise:
     """With a seed, from (seed, step) alone; else as torch.multinomial draws for the whole batch."""
 
     def noise(chosen: Sequence[int], step: int, n: int) -> Tensor:
@@ -172,31 +177,43 @@ def noise_of(seed: int | None, generator: torch.Generator | None, texts: int, de
     return noise
 
 
+class GenerateBeamDecoderOnlyOutput(GenerateBeamOutput):
+    """The result for a decoder."""
+
+
+class GenerateBeamEncoderDecoderOutput(GenerateBeamOutput):
+    """The result for an encoder-decoder."""
+
+
+Begin = Callable[[], tuple[Tensor, Step]]
+"""Reads the prompts: the logits after each, [B, V], and what runs the beams."""
+
+
 def generate_beams(
-    model: AutoModelForCausalLM,
-    prompts: Prompts,
+    begin: Begin,
+    prompts: BeamPrompts,
     options: BeamOptions,
-    extras: Extras,
+    extras: BeamExtras,
     *,
     count: int,
-    budget: int,
     noise: Noise | None,
-    as_dict: bool,
+    result: type[GenerateBeamOutput] | None,
     output_scores: bool,
     output_logits: bool,
-) -> Tensor | GenerateBeamDecoderOnlyOutput:
-    """The `count` best texts of each prompt. `budget`: prompt tokens to read at a time."""
+) -> Tensor | GenerateBeamOutput:
+    """The `count` best texts of each prompt: a `result` with the fields that are asked for, or, if that is
+    None, the sequences alone."""
     border = _Border(prompts, options, extras)
-    border.scores = [] if as_dict and output_scores else None
-    border.logits = [] if as_dict and output_logits else None
+    border.scores = [] if result and output_scores else None
+    border.logits = [] if result and output_logits else None
     stops = extras.stop_strings or extras.deadline is not None or border.criteria
-    lasting = as_dict or border.processors or border.criteria or border.allowed
-    cache = model.new_cache()
+    # Inference tensors could not be used with autograd later, nor be changed by custom functions.
+    lasting = result or border.processors or border.criteria or border.allowed
     with torch.no_grad() if lasting else torch.inference_mode():
-        rows = BeamRows(model, cache)
+        logits, step = begin()
         found = beam_search(
-            rows.read(prompts.rows, budget),
-            rows,
+            logits,
+            step,
             options,
             process=border.process,
             stops=border.stops if stops else None,
@@ -213,7 +230,7 @@ def generate_beams(
     flat = [hypothesis for texts in chosen for hypothesis in texts]
     ids = prompts.ids.repeat_interleave(count, dim=0)
     sequences = padded(ids, [list(hypothesis.tokens) for hypothesis in flat], prompts.pad)
-    if not as_dict:
+    if result is None:
         return sequences
     indices = torch.full((len(flat), sequences.shape[1] - ids.shape[1]), -1, dtype=torch.int32)
     for row, hypothesis in enumerate(flat):
@@ -221,7 +238,7 @@ def generate_beams(
         parents = [first + parent for parent in hypothesis.parents]
         indices[row, : len(parents)] = torch.tensor(parents, dtype=torch.int32)
     scores = torch.tensor([hypothesis.score for hypothesis in flat], device=ids.device)
-    return GenerateBeamDecoderOnlyOutput(
+    return result(
         sequences=sequences,
         sequences_scores=scores if output_scores else None,
         scores=None if border.scores is None else tuple(border.scores),

@@ -26,7 +26,7 @@ from .values import MOST_TEXTS, in_vocabulary, logger, number, token_ids, whole
 
 if TYPE_CHECKING:
     from ..model import AutoModelForCausalLM
-    from .beam_generate import GenerateBeamDecoderOnlyOutput
+    from .beam_generate import GenerateBeamOutput
 
 NOT_ARGUMENTS = frozenset(
     {
@@ -73,7 +73,7 @@ def generate(
     stopping_criteria: Any = None,
     prefix_allowed_tokens_fn: Any = None,
     **options: Any,
-) -> Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
+) -> Tensor | GenerateDecoderOnlyOutput | GenerateBeamOutput:
     """Continue prompts. Arguments, defaults and results are those of transformers' `generate`.
 
     `inputs` (or `input_ids`) int64 [B, S], prompts padded on either side; attention_mask [B, S], inferred
@@ -144,7 +144,7 @@ def _generate(
     generator: torch.Generator | None,
     functions: tuple[Any, Any, Any],
     options: dict[str, Any],
-) -> Tensor | GenerateDecoderOnlyOutput | GenerateBeamDecoderOnlyOutput:
+) -> Tensor | GenerateDecoderOnlyOutput | GenerateBeamOutput:
     settings, asked = _settings(model, generation_config, options)
     _, stopping_criteria, _ = functions
     if generator is not None and settings["seed"] is not None:
@@ -278,10 +278,17 @@ def _search(
     budget: int,
     settings: dict[str, Any],
     generator: torch.Generator | None,
-) -> Tensor | GenerateBeamDecoderOnlyOutput:
+) -> Tensor | GenerateBeamOutput:
     """`generate` with beams."""
-    from .beam_generate import Extras, Prompts, generate_beams, noise_of
+    from .beam_generate import (
+        BeamExtras,
+        BeamPrompts,
+        GenerateBeamDecoderOnlyOutput,
+        beam_noise,
+        generate_beams,
+    )
     from .beams import BeamOptions
+    from .rows import BeamRows
 
     options = BeamOptions(
         settings["num_beams"],
@@ -296,16 +303,16 @@ def _search(
             f"num_return_sequences={count} is more than num_beams={options.num_beams}: a search finds as "
             "many texts as it has beams"
         )
-    drawn = noise_of(settings["seed"], generator, len(prompts[1]), model.device)
+    drawn = beam_noise(settings["seed"], generator, len(prompts[1]), model.device)
+    rows = BeamRows(model, model.new_cache())
     return generate_beams(
-        model,
-        Prompts(*prompts),
+        lambda: (rows.read(prompts[1], budget), rows),
+        BeamPrompts(*prompts),
         options,
-        Extras(*own),
+        BeamExtras(*own),
         count=count,
-        budget=budget,
         noise=drawn if options.do_sample else None,
-        as_dict=bool(settings["return_dict_in_generate"]),
+        result=GenerateBeamDecoderOnlyOutput if settings["return_dict_in_generate"] else None,
         output_scores=bool(settings["output_scores"]),
         output_logits=bool(settings["output_logits"]),
     )
