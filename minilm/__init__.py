@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .sentence import CrossEncoder as CrossEncoder
     from .sentence import SentenceEncoder as SentenceEncoder
     from .sentence import SentenceTransformer as SentenceTransformer
+    from .seq2seq import AutoModelForSeq2SeqLM as AutoModelForSeq2SeqLM
     from .text import AutoTokenizer as AutoTokenizer
     from .text import Tokenizer as Tokenizer
     from .util import SimilarityFunction as SimilarityFunction
@@ -85,6 +86,7 @@ _HOME = {
         "SentenceEncoder",
         "SentenceTransformer",
     ),
+    "seq2seq": ("AutoModelForSeq2SeqLM",),
     "text": (
         "AutoTokenizer",
         "Tokenizer",
@@ -105,6 +107,8 @@ def __getattr__(name: str) -> Any:
         :1
     ].isupper():  # BertModel, GPT2LMHeadModel, LlamaConfig, ...: transformers' class names, by table
         value = import_module(".model", __name__).alias(name)
+        if value is None:
+            value = import_module(".seq2seq", __name__).alias(name)
     else:
         value = None
     if value is None:
@@ -116,6 +120,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    from . import seq2seq
     from .model import alias_names
 
-    return sorted({*globals(), *__all__, *alias_names()})
+    return sorted({*globals(), *__all__, *alias_names(), *seq2seq.alias_names()})
