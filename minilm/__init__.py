@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from .sentence import CrossEncoder as CrossEncoder
     from .sentence import SentenceEncoder as SentenceEncoder
     from .sentence import SentenceTransformer as SentenceTransformer
+    from .seq2seq import AutoModelForSeq2SeqLM as AutoModelForSeq2SeqLM
     from .text import AutoTokenizer as AutoTokenizer
     from .text import Tokenizer as Tokenizer
     from .util import SimilarityFunction as SimilarityFunction
@@ -87,6 +88,7 @@ _HOME = {
         "SentenceEncoder",
         "SentenceTransformer",
     ),
+    "seq2seq": ("AutoModelForSeq2SeqLM",),
     "text": (
         "AutoTokenizer",
         "Tokenizer",
@@ -107,6 +109,8 @@ def __getattr__(name: str) -> Any:
         :1
     ].isupper():  # BertModel, GPT2LMHeadModel, LlamaConfig, ...: transformers' class names, by table
         value = import_module(".model", __name__).alias(name)
+        if value is None:
+            value = import_module(".seq2seq", __name__).alias(name)
     else:
         value = None
     if value is None:
@@ -118,6 +122,7 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
+    from . import seq2seq
     from .model import alias_names
 
-    return sorted({*globals(), *__all__, *alias_names()})
+    return sorted({*globals(), *__all__, *alias_names(), *seq2seq.alias_names()})

@@ -3,7 +3,7 @@ not have."""
 
 from __future__ import annotations
 
-_SEQUENCE = "encoder-decoders (T5, BART, Marian) are not supported: use transformers for them"
+_SEQUENCE = "of the encoder-decoders, T5, mT5, umT5 and BART are supported: use transformers for others"
 _IMAGES = "minilm reads text only: use transformers for images and sound"
 _QUANTISED = (
     "from_pretrained(name, weights='int8'), 'q8_0' or 'q4_0' quantises while loading; `minilm quantize` "
@@ -16,10 +16,6 @@ _TRAINING = (
 )
 
 CLASSES = {
-    "AutoModelForSeq2SeqLM": _SEQUENCE,
-    "T5ForConditionalGeneration": _SEQUENCE,
-    "T5EncoderModel": _SEQUENCE,
-    "BartForConditionalGeneration": _SEQUENCE,
     "MarianMTModel": _SEQUENCE,
     "AutoProcessor": _IMAGES,
     "AutoImageProcessor": _IMAGES,

@@ -21,6 +21,7 @@ ORDER = (
         "model",
         "native",
         "generation",
+        "seq2seq",
     ),
     *("sentence", "util", "pipelines", "prompting", "training", "peft", "evaluation", "interpret"),
     "conversion",

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 UPWARD: dict[tuple[str, str], str] = {
     ("model.causal", "generation"): "generate is a method of the model, as people call it",
+    ("model.pretrained", "seq2seq"): "AutoModel and the other Auto classes load encoder-decoders too",
 }
 """Imports that go up nevertheless, each for a reason; at most two."""
 

@@ -5,6 +5,9 @@ To add a family, write a file with a ``FAMILY = Family(...)`` and add a line to 
 
 from .family import Family, Head
 from .pretrained_config import PretrainedConfig
-from .table import FAMILIES, families, family_of
+from .table import ENCODER_DECODERS, FAMILIES, families, family_of
 
-__all__ = ["FAMILIES", "Family", "Head", "PretrainedConfig", "families", "family_of"]
+__all__ = [
+    "ENCODER_DECODERS", "FAMILIES", "Family", "Head", "PretrainedConfig", "encoder_decoder", "families",
+    "family_of",
+]  # fmt: skip

@@ -18,6 +18,8 @@ Head = Literal[
     "token-classification",
     "question-answering",
     "causal-lm",
+    "seq2seq-lm",
+    "encoder",
 ]
 
 

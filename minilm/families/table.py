@@ -29,15 +29,19 @@ FAMILIES: dict[str, str] = {
 }
 """config.json's model_type -> the file in this folder."""
 
+ENCODER_DECODERS: dict[str, str] = {"t5": "t5", "mt5": "mt5", "umt5": "umt5", "bart": "bart"}
+"""The same for encoder-decoders (`minilm.seq2seq`)."""
+
 
 def family_of(model_type: str) -> Family:
     """The family of a `model_type`. For any other, raises ConfigError, which lists the supported ones."""
-    if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise ConfigError(f"model_type {model_type!r} is not supported; supported are {', '.join(FAMILIES)}")
-    family: Family = import_module(f".{FAMILIES[model_type]}", __package__).FAMILY
+    known = {**FAMILIES, **ENCODER_DECODERS}
+    if not isinstance(model_type, str) or model_type not in known:
+        raise ConfigError(f"model_type {model_type!r} is not supported; supported are {', '.join(known)}")
+    family: Family = import_module(f".{known[model_type]}", __package__).FAMILY
     return family
 
 
 def families() -> list[Family]:
-    """All families, in the order of the table."""
+    """All families but the encoder-decoders, in the order of the table."""
     return [family_of(model_type) for model_type in FAMILIES]

@@ -3,9 +3,12 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .config import DEFAULTS, OPTIONS, UNSUPPORTED, WITHOUT_EFFECT, unsupported
 from .engine import context_window
 from .llm import LLM, BeamSearchOutput, BeamSearchParams, RequestOutput, SamplingParams, TextStream
 from .model_generate import GenerationConfig, TextIteratorStreamer, TextStreamer, generate
+from .sampling import Sampling, draw, draw_rows, process
+from .values import in_vocabulary, token_ids, whole
 
 if TYPE_CHECKING:
     from .beam_generate import (
@@ -19,7 +22,11 @@ if TYPE_CHECKING:
     from .processors import rules_of
 
 __all__ = [
+    "DEFAULTS",
     "LLM",
+    "OPTIONS",
+    "UNSUPPORTED",
+    "WITHOUT_EFFECT",
     "BeamExtras",
     "BeamOptions",
     "BeamPrompts",
@@ -28,15 +35,23 @@ __all__ = [
     "GenerateBeamEncoderDecoderOutput",
     "GenerationConfig",
     "RequestOutput",
+    "Sampling",
     "SamplingParams",
     "TextIteratorStreamer",
     "TextStream",
     "TextStreamer",
     "beam_noise",
     "context_window",
+    "draw",
+    "draw_rows",
     "generate",
     "generate_beams",
+    "in_vocabulary",
+    "process",
     "rules_of",
+    "token_ids",
+    "unsupported",
+    "whole",
 ]
 
 _WHEN_USED = {

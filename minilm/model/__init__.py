@@ -6,7 +6,7 @@ it: takes padded batches, returns padded results), `heads` and `causal` (task he
 
 from ..families import PretrainedConfig
 from .auto import MODELS, AutoConfig, alias, alias_names
-from .batch import Batch, Packed, pack
+from .batch import Batch, Packed, check_columns, integers, pack
 from .causal import AutoModelForCausalLM, CausalLMHead
 from .heads import (
     AutoModelForMaskedLM,
@@ -15,6 +15,8 @@ from .heads import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    classification_loss,
+    token_loss,
 )
 from .layers import MLP, Attention, Block, Embedding, Embeddings, Linear, Norm
 from .loading import HUB_OPTIONS, as_device, as_dtype, read_config, with_effect
@@ -30,5 +32,6 @@ __all__ = [
     "AutoModelForTokenClassification", "Batch", "Block", "CausalLMHead", "Embedding", "Embeddings",
     "Linear", "ModelOutput", "Norm", "Packed", "PreTrainedModel", "PretrainedConfig",
     "Transformer", "alias", "alias_names", "angle_table", "angles", "as_device",
-    "as_dtype", "pack", "read_config", "with_effect",
+    "as_dtype", "check_columns", "classification_loss", "integers", "pack", "read_config", "token_loss",
+    "with_effect",
 ]  # fmt: skip

@@ -104,34 +104,18 @@ class PreTrainingOutput(ModelOutput):
 
 
 @dataclass
-class NextSentencePredictorOutput(ModelOutput):
+class NextSentencePredictorOutput(MaskedLMOutput):
     """logits [B, 2]: is the next sentence, is a random sentence."""
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: Tensors | None = None
-    attentions: Tensors | None = None
-
 
 @dataclass
-class SequenceClassifierOutput(ModelOutput):
+class SequenceClassifierOutput(CausalLMOutput):
     """logits [B, num_labels]."""
 
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: KVCache | None = None
-    hidden_states: Tensors | None = None
-    attentions: Tensors | None = None
-
 
 @dataclass
-class TokenClassifierOutput(ModelOutput):
+class TokenClassifierOutput(MaskedLMOutput):
     """logits [B, S, num_labels]."""
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    hidden_states: Tensors | None = None
-    attentions: Tensors | None = None
 
 
 @dataclass

@@ -18,7 +18,7 @@ from ..cache import KVCache, Layout
 from ..companions import refuse_transforms
 from ..config import ConfigError, ModelConfig, RopeConfig
 from ..differences import tell
-from ..families import Family, Head, PretrainedConfig, family_of
+from ..families import ENCODER_DECODERS, Family, Head, PretrainedConfig, family_of
 from ..graphs import LateCache, Padded, graphed, in_graph
 from ..ops.backends import watch
 from . import rope
@@ -46,7 +46,8 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         """``AutoModelForMaskedLM(config)`` with a BERT configuration creates a `BertForMaskedLM`."""
         general = cls.model_type is None and cls.__module__.startswith(f"{__package__}.")
         general &= isinstance(config, PretrainedConfig)
-        return super().__new__(of_family(cls, config.model_type) if general else cls)
+        found = of_family(cls, config.model_type) if general else cls
+        return super().__new__(found) if issubclass(found, cls) else found(config, *arguments, **options)
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__()
@@ -387,6 +388,10 @@ _OF_FAMILIES: dict[tuple[Any, str], type[PreTrainedModel]] = {}
 
 def of_family(general: type[PreTrainedModel], model_type: str) -> type[PreTrainedModel]:
     """The class of one family's models with this head, under transformers' name, such as BertForMaskedLM."""
+    if model_type in ENCODER_DECODERS and general.head_kind in ("base", *family_of(model_type).heads):
+        from ..seq2seq import class_of
+
+        return class_of(general.head_kind, model_type)
     if (general, model_type) not in _OF_FAMILIES:
         about = {"__module__": "minilm", "__doc__": general.__doc__, "model_type": model_type}
         name = family_of(model_type).class_name(general.head_kind)

@@ -282,7 +282,7 @@ def test_refusal_names_the_file(family: str, tmp_path: Path) -> None:
         ("[]", "expected a JSON object, found list"),
         ("null", "expected a JSON object"),
         ("{}", "no model_type"),
-        ('{"model_type": "t5"}', "'t5' is not supported; supported are bert, "),
+        ('{"model_type": "mamba"}', "'mamba' is not supported; supported are bert, "),
         ('{"model_type": 3}', "model_type"),
         ('{"model_type": ["bert"]}', "model_type"),
         ('{"model_type": "bert", "id2label": 3}', "id2label"),

@@ -1,0 +1,311 @@
+"""The layers of an encoder-decoder, on packed tokens: attention with a relative bias or over the source, and
+the two stacks."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import ops
+from ..config import ModelConfig
+from ..families.encoder_decoder import EncoderDecoderConfig
+from ..model import Embedding, Linear, Norm, Packed
+from .cache import EncoderDecoderCache
+
+
+@dataclass
+class Pass:
+    """What the layers of one stack share about one call."""
+
+    packed: Packed
+    """The tokens that run."""
+    keys: Packed
+    """The tokens that self-attention sees: with a cache, also those in it."""
+    source: Packed | None = None
+    memory: Tensor | None = None
+    """The encoder's hidden states, [Ts, C]; None: the cache has their keys and values."""
+    cache: EncoderDecoderCache | None = None
+    bias: Any = None
+    hidden_states: list[Tensor] | None = None
+    attentions: list[Tensor] | None = None
+    cross_attentions: list[Tensor] | None = None
+
+
+class RelativeBias(nn.Module):
+    """The bias of T5: a number per head for each bucket of distances (arXiv:1910.10683, section 2.1).
+
+    With `both_ways` (encoders), half of the buckets are for later keys. Of the buckets of a direction, half
+    hold one distance each, the others grow up to `max_distance`, and the last holds everything beyond.
+    """
+
+    def __init__(self, config: EncoderDecoderConfig, heads: int, *, both_ways: bool) -> None:
+        super().__init__()
+        self.both_ways, self.max_distance = both_ways, config.max_distance
+        self.weight = nn.Parameter(torch.empty(config.buckets, heads))
+
+    def buckets(self, distance: Tensor) -> Tensor:
+        """key position - query position, int64 -> the bucket, int64."""
+        count, first = len(self.weight), torch.zeros_like(distance)
+        if self.both_ways:
+            count //= 2
+            first, distance = (distance > 0).long() * count, distance.abs()
+        else:
+            distance = (-distance).clamp(min=0)
+        exact = count // 2
+        grown = torch.log(distance.float() / exact) / math.log(self.max_distance / exact) * (count - exact)
+        far = (exact + grown.clamp(min=-exact).long()).clamp(max=count - 1)
+        return first + torch.where(distance < exact, distance, far)
+
+    def between(self, queries: Tensor, keys: Tensor) -> Tensor:
+        """Positions int64 [q], [k] -> [H, q, k]."""
+        found = F.embedding(self.buckets(keys[None, :] - queries[:, None]), self.weight)
+        return found.permute(2, 0, 1).contiguous()
+
+    def forward(self, queries: Packed, keys: Packed) -> Tensor | list[Tensor]:
+        """One bias [H, q, k] for all sequences, or one for each if their positions differ."""
+        starts = {k - q for q, k in zip(queries.lengths, keys.lengths, strict=True)}
+        if len(starts) == 1 and not _holes(keys):
+            places = torch.arange(keys.max_seqlen, device=self.weight.device)
+            return self.between(places[starts.pop() :], places)
+        rows = zip(
+            torch.split(queries.positions, queries.lengths),
+            torch.split(keys.positions, keys.lengths),
+            strict=True,
+        )
+        return [self.between(q, k) for q, k in rows]
+
+
+def _holes(packed: Packed) -> bool:
+    """Whether a row has padding between its tokens, or none at all."""
+    if packed.indices is None:
+        return False
+    if 0 in packed.lengths:
+        return True
+    return bool((packed.positions[packed.last()] + 1 != packed.cu_seqlens.diff()).any())
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, queries: Packed, keys: Packed, bias: Any, **kind: Any) -> Tensor:
+    if not isinstance(bias, list):
+        longest = queries.max_seqlen, keys.max_seqlen
+        return ops.attention(q, k, v, queries.cu_seqlens, keys.cu_seqlens, *longest, bias=bias, **kind)
+    parts = (torch.split(x, p.lengths) for x, p in ((q, queries), (k, keys), (v, keys)))
+    found = [q[:0]]
+    for one, (a, b, c) in zip(bias, zip(*parts, strict=True), strict=True):
+        if len(a):
+            ends = _ends(a), _ends(b)
+            found.append(ops.attention(a, b, c, *ends, len(a), len(b), bias=one, **kind))
+    return torch.cat(found)
+
+
+def _ends(x: Tensor) -> Tensor:
+    """cu_seqlens of one sequence."""
+    return torch.tensor([0, len(x)], dtype=torch.int32, device=x.device)
+
+
+def _maps(q: Tensor, k: Tensor, queries: Packed, keys: Packed, bias: Any, **kind: Any) -> Tensor:
+    """The attention probabilities, [B, H, queries, keys], zero at padding."""
+    full = q.new_zeros(queries.batch, q.shape[1], queries.columns, keys.columns)
+    at = torch.split(queries.flat_indices() % max(queries.columns, 1), queries.lengths)
+    seen = torch.split(keys.flat_indices() % max(keys.columns, 1), keys.lengths)
+    parts = zip(torch.split(q, queries.lengths), torch.split(k, keys.lengths), strict=True)
+    for row, (a, b) in enumerate(parts):
+        one = bias[row] if isinstance(bias, list) else bias
+        one = None if one is None else one[:, : len(a), : len(b)]
+        if len(a):
+            (p,) = ops.attention_probs(a, b, _ends(a), _ends(b), bias=one, **kind)
+            full[row, :, at[row][:, None], seen[row]] = p
+    return full
+
+
+class SelfAttention(nn.Module):
+    """Attention within the sequences of one side."""
+
+    def __init__(self, both: EncoderDecoderConfig, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer, self.scale = config, layer, config.scale(layer)
+        self.qkv = Linear(config.hidden_size, 3 * config.q_size, bias=config.qkv_bias)
+        self.out = Linear(config.q_size, config.hidden_size, bias=config.out_bias)
+        own = both.buckets and both.bias_per_layer
+        self.relative = RelativeBias(both, config.num_heads, both_ways=not config.causal) if own else None
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        """x [T, C] -> [T, C]."""
+        c = self.config
+        q, k, v = self.qkv(x).view(-1, 3, c.num_heads, c.head_dim).unbind(1)  # [T, H, D]
+        if run.cache is not None:
+            k, v = run.cache.append(self.layer, k, v, run.packed, run.keys)
+        bias = run.bias if self.relative is None else self.relative(run.packed, run.keys)
+        kind: dict[str, Any] = {"scale": self.scale, "causal": c.causal}
+        if run.attentions is not None:
+            run.attentions.append(_maps(q, k, run.packed, run.keys, bias, **kind))
+        kind["dropout_p"] = c.attention_dropout if self.training else 0.0
+        out: Tensor = self.out(_attend(q, k, v, run.packed, run.keys, bias, **kind).flatten(1))
+        return out
+
+
+class CrossAttention(nn.Module):
+    """Attention of the decoder's tokens to the source."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.config, self.layer, self.scale = config, layer, config.scale(layer)
+        self.q = Linear(config.hidden_size, config.q_size, bias=config.qkv_bias)
+        self.kv = Linear(config.hidden_size, 2 * config.q_size, bias=config.qkv_bias)
+        self.out = Linear(config.q_size, config.hidden_size, bias=config.out_bias)
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        """x [T, C] -> [T, C]."""
+        c, cache = self.config, run.cache
+        assert run.source is not None
+        q = self.q(x).view(-1, c.num_heads, c.head_dim)
+        kept = None if cache is None else cache.cross[self.layer]
+        if kept is None:
+            assert run.memory is not None
+            k, v = self.kv(run.memory).view(-1, 2, c.num_heads, c.head_dim).unbind(1)
+            kept = (k.contiguous(), v.contiguous())
+            if cache is not None:
+                cache.cross[self.layer] = kept
+        kind: dict[str, Any] = {"scale": self.scale, "causal": False}
+        if run.cross_attentions is not None:
+            run.cross_attentions.append(_maps(q, kept[0], run.packed, run.source, None, **kind))
+        kind["dropout_p"] = c.attention_dropout if self.training else 0.0
+        out: Tensor = self.out(_attend(q, *kept, run.packed, run.source, None, **kind).flatten(1))
+        return out
+
+
+class FeedForward(nn.Module):
+    """down(act(up x)), or down(act(gate x) * up x); with dropout before the second matrix.
+
+    In float16 the second matrix multiplies in float32: the sums of T5's MLP exceed the range of float16.
+    """
+
+    def __init__(self, both: EncoderDecoderConfig, config: ModelConfig) -> None:
+        super().__init__()
+        self.activation, self.p, self.gated = config.activation, both.inner_dropout, config.gated_mlp
+        width, inner = config.hidden_size, config.intermediate_size
+        if config.gated_mlp:
+            self.gate_up = Linear(width, 2 * inner, bias=config.mlp_bias)
+        else:
+            self.up = Linear(width, inner, bias=config.mlp_bias)
+        self.down = Linear(inner, width, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [T, C] -> [T, C], float32 for float16."""
+        h = ops.gated(self.gate_up(x), self.activation) if self.gated else self.up(x, self.activation)
+        h = F.dropout(h, self.p, self.training)
+        if h.dtype == torch.float16 and not hasattr(self.down, "quantized"):
+            bias = None if self.down.bias is None else self.down.bias.float()
+            return ops.linear(h.float(), self.down.weight.float(), bias)
+        y: Tensor = self.down(h)
+        return y
+
+
+class Layer(nn.Module):
+    """Self-attention, in a decoder attention to the source, and the MLP, each with a residual sum and a norm
+    before (T5) or after (BART) it."""
+
+    def __init__(self, both: EncoderDecoderConfig, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.pre_norm, self.p = config.pre_norm, config.hidden_dropout
+        self.attention_norm, self.attention = Norm(config), SelfAttention(both, config, layer)
+        if config.causal:
+            self.cross_norm, self.cross = Norm(config), CrossAttention(config, layer)
+        self.mlp_norm, self.mlp = Norm(config), FeedForward(both, config)
+        self.crosses = config.causal
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        """x [T, C] -> [T, C]."""
+        x = self._add(x, self.attention_norm, self.attention, run)
+        if self.crosses:
+            x = self._add(x, self.cross_norm, self.cross, run)
+        return self._add(x, self.mlp_norm, self.mlp)
+
+    def _add(self, x: Tensor, norm: Norm, part: nn.Module, *run: Pass) -> Tensor:
+        delta = part(normed(norm, x) if self.pre_norm else x, *run)
+        x = x + F.dropout(delta, self.p, self.training)
+        return x if self.pre_norm else normed(norm, x)
+
+
+def normed(norm: Norm, x: Tensor) -> Tensor:
+    """norm(x) in the dtype of the weights; a float32 residual stream beside float16 weights stays exact."""
+    if x.dtype == norm.weight.dtype:
+        return norm.norm(x)
+    weight = norm.weight.to(x.dtype)
+    if norm.rms:
+        return ops.rms_norm(x, weight, norm.eps).to(norm.weight.dtype)
+    bias = None if norm.bias is None else norm.bias.to(x.dtype)
+    return ops.layer_norm(x, weight, bias, norm.eps).to(norm.weight.dtype)
+
+
+class Stack(nn.Module):
+    """One side: positions, layers and norm."""
+
+    def __init__(self, both: EncoderDecoderConfig, config: ModelConfig) -> None:
+        super().__init__()
+        self.both, self.config = both, config
+        learned = not both.buckets
+        rows = config.max_positions + config.position_offset
+        self.positions = Embedding(rows, config.hidden_size) if learned else None
+        shared = both.buckets and not both.bias_per_layer
+        self.relative = RelativeBias(both, config.num_heads, both_ways=not config.causal) if shared else None
+        self.layers = nn.ModuleList(Layer(both, config, layer) for layer in range(config.num_layers))
+        self.norm = Norm(config)
+        self.gradient_checkpointing = False
+
+    def forward(self, x: Tensor, run: Pass) -> Tensor:
+        """Embedded tokens [T, C] -> hidden states [T, C]."""
+        c = self.config
+        x = x * self.both.embedding_scale if self.both.embedding_scale != 1 else x
+        if self.positions is not None:
+            x = normed(self.norm, x + self.positions(run.packed.positions + c.position_offset))
+        x = F.dropout(x, c.embedding_dropout, self.training)
+        run.bias = None if self.relative is None else self.relative(run.packed, run.keys)
+        again = self.gradient_checkpointing and torch.is_grad_enabled() and run.cache is None
+        for layer in self.layers:
+            if run.hidden_states is not None:
+                run.hidden_states.append(x)
+            if again and run.attentions is None:
+                x = checkpoint(layer, x, run, use_reentrant=False)
+            else:
+                x = layer(x, run)
+        if c.final_norm:
+            x = F.dropout(normed(self.norm, x), self.both.last_dropout, self.training)
+        if run.hidden_states is not None:
+            run.hidden_states.append(x)
+        return x
+
+
+class Tables(nn.Module):
+    """The token table of both sides."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        padding = config.pad_token_id if config.pad_token_id in range(config.vocab_size) else None
+        self.tokens = Embedding(config.vocab_size, config.hidden_size, padding_idx=padding)
+
+
+class EncoderDecoder(nn.Module):
+    """The body: the token table, the encoder and, unless it is an encoder alone, the decoder."""
+
+    def __init__(self, both: EncoderDecoderConfig, *, decoder: bool = True) -> None:
+        super().__init__()
+        self.embeddings = Tables(both.encoder)
+        self.encoder = Stack(both, both.encoder)
+        self.decoder = Stack(both, both.decoder) if decoder else None
+
+    @property
+    def gradient_checkpointing(self) -> bool:
+        """Whether layers are run again in the backward pass."""
+        return self.encoder.gradient_checkpointing
+
+    @gradient_checkpointing.setter
+    def gradient_checkpointing(self, value: bool) -> None:
+        for stack in (self.encoder, self.decoder):
+            if stack is not None:
+                stack.gradient_checkpointing = value
