@@ -14,10 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from tiny_decoders import EOS, PAD, batch, decoder, prompts
 from torch import Tensor
 from transformers.generation.logits_process import EncoderRepetitionPenaltyLogitsProcessor
 
+from minilm import LLM
+from minilm.files import resolve
+from minilm.files.gguf import GGUFCheckpoint
 from minilm.generation.beams import BeamOptions, beam_search
 from minilm.generation.rows import BeamRows
 from minilm.generation.sampling import exponential
@@ -483,3 +487,20 @@ def test_other_dtypes(dtype: torch.dtype) -> None:
         logs = model(found.sequences).logits[0, 4:-1].float().log_softmax(-1)
     total = logs.gather(1, found.sequences[0, 5:, None]).sum()
     assert float(found.sequences_scores[0]) == pytest.approx(float(total), rel=0.02, abs=0.1)
+
+
+@pytest.mark.slow
+def test_the_real_model_finds_what_transformers_finds_with_its_weights() -> None:
+    model = LLM("SmolLM2-135M-Instruct")
+    with GGUFCheckpoint(resolve("SmolLM2-135M-Instruct")) as checkpoint:
+        reference = transformers.LlamaForCausalLM(transformers.LlamaConfig(**checkpoint.hf_config())).eval()
+        for name, parameter in reference.named_parameters():
+            checkpoint.read_into(name, parameter.data)
+    texts = ["The three largest cities of France are", "Once upon a time, in a land far away, there was a"]
+    call = batch([model.tokenizer(text)["input_ids"] for text in texts])
+    options = {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 20, "pad_token_id": 2, **FULL}
+    found = model.model.generate(**call, **options, eos_token_id=[2, 30], do_sample=False)
+    expected = reference.generate(**call, **options, eos_token_id=[2, 30], do_sample=False)
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(found.sequences_scores, expected.sequences_scores, atol=1e-4, rtol=1e-5)
+    assert torch.equal(found.beam_indices, expected.beam_indices)
