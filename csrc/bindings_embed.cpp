@@ -50,18 +50,25 @@ struct Part {
   void add(int64_t token, float* y) const { table.add(numbers == nullptr ? 0 : numbers[token], y); }
 };
 
-// norm(token + type + position), float32 [T, C]; without norm_weight there is no norm.
+// norm(token + type + position), float32 [T, C]; without norm_weight there is no norm. With a
+// packed_format the table is that of tokens as the output matrix is packed.
 Tensor embed(const Tensor& tokens, const Tensor& table, std::optional<Tensor> scale,
              std::optional<Tensor> minimum, std::optional<Tensor> types, std::optional<Tensor> type_table,
              std::optional<Tensor> positions, std::optional<Tensor> position_table,
-             std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps, bool rms) {
+             std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps, bool rms,
+             int64_t packed_format, int64_t packed_rows, int64_t packed_channels) {
   check(tokens.is_cpu() && tokens.dim() == 1, "tokens must be int64 [T]");
   const int64_t count = tokens.size(0);
-  check(table.dim() == 2, "a table must be [rows, C]");
-  const int64_t channels = table.size(1) * (table.scalar_type() == ScalarType::Byte ? 2 : 1);
+  const bool packed = packed_format >= 0;
+  check(packed || table.dim() == 2, "a table must be [rows, C]");
+  check(!packed || !(scale.has_value() || minimum.has_value()), "a packed table has its scales in it");
+  const int64_t channels =
+      packed ? packed_channels : table.size(1) * (table.scalar_type() == ScalarType::Byte ? 2 : 1);
   check(channels >= 1, "a table has no channels");
   std::vector<Part> parts;
-  parts.emplace_back(VectorTable(table, scale, minimum, channels), tokens, count, "tokens must be int64 [T]");
+  parts.emplace_back(packed ? VectorTable(table, packed_format, packed_rows, channels)
+                            : VectorTable(table, scale, minimum, channels),
+                     tokens, count, "tokens must be int64 [T]");
   if (type_table.has_value()) {
     parts.emplace_back(VectorTable(*type_table, std::nullopt, std::nullopt, channels), types, count,
                        "types must be int64 [T]");
@@ -111,7 +118,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minilm, m) {
   m.def(
       "embed(Tensor tokens, Tensor table, Tensor? scale, Tensor? minimum, Tensor? types, Tensor? type_table,"
       " Tensor? positions, Tensor? position_table, Tensor? norm_weight, Tensor? norm_bias, float eps,"
-      " bool rms) -> Tensor");
+      " bool rms, int packed_format=-1, int packed_rows=0, int packed_channels=0) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minilm, CPU, m) { m.impl("embed", TORCH_BOX(&embed)); }

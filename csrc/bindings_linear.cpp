@@ -135,7 +135,7 @@ void unpack_linear(const Tensor& packed, const Tensor& order, int64_t format_cod
   p.values = codes.mutable_data_ptr();
   p.scales = scale.mutable_data_ptr();
   p.minimums = minimum.has_value() ? minimum->mutable_data_ptr() : nullptr;
-  kernels.unpack(p);
+  kernels.unpack(p, 0, places);
 }
 
 // activation(x W^T + bias) of x [rows, in] float32 -> [rows, columns] float32.

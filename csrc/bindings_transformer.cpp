@@ -284,7 +284,8 @@ std::tuple<Tensor, Tensor> decode_steps(
     std::optional<Tensor> sin, const Tensor& arena, const Tensor& layout, const Tensor& head,
     int64_t head_format, int64_t vocabulary, int64_t logits_format, const Tensor& ends, const Tensor& k_cache,
     const Tensor& v_cache, const Tensor& slots, const Tensor& block_table, const Tensor& context_lens,
-    std::optional<Tensor> k_scales, std::optional<Tensor> v_scales) {
+    std::optional<Tensor> k_scales, std::optional<Tensor> v_scales, int64_t packed_format,
+    int64_t packed_rows) {
   Call call(arena, layout);
   const int64_t channels = call.w.channels;
   check(plain(tokens, ScalarType::Long, 1), "tokens must be int64 [B]");
@@ -297,7 +298,8 @@ std::tuple<Tensor, Tensor> decode_steps(
   call.set_cache(k_cache, v_cache, slots, block_table, context_lens, false, k_scales, v_scales, steps);
   check(plain(ends, ScalarType::Long, 1), "ends must be int64, of one dimension");
 
-  const VectorTable vectors(table, scale, minimum, channels);
+  const VectorTable vectors = packed_format >= 0 ? VectorTable(table, packed_format, packed_rows, channels)
+                                                 : VectorTable(table, scale, minimum, channels);
   const Inputs inputs(vectors, position_table, position_offset, cos, sin, call.w);
   std::vector<int64_t> current(data<int64_t>(tokens), data<int64_t>(tokens) + batch);
   std::vector<int32_t> contexts(call.p.context_lens, call.p.context_lens + batch);
@@ -369,7 +371,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minilm, m) {
       " int position_offset, Tensor? cos, Tensor? sin, Tensor arena, Tensor layout, Tensor head,"
       " int head_format, int vocabulary, int logits_format, Tensor ends, Tensor(a!) k_cache,"
       " Tensor(b!) v_cache, Tensor slots, Tensor block_table, Tensor context_lens,"
-      " Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> (Tensor, Tensor)");
+      " Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None, int packed_format=-1, int packed_rows=0)"
+      " -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minilm, CPU, m) {

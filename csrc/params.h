@@ -144,7 +144,7 @@ struct UnpackParams {
   Format format;  // kInt8, kQ8, kQ4
   std::int64_t in;
   std::int64_t places;        // as packed
-  const std::int32_t* order;  // [places]: the row of each place, -1: none
+  const std::int32_t* order;  // [end - begin]: the row of `values` for each place, -1: none
   const void* packed;
   void* values;    // as in PackParams
   void* scales;    // kInt8: float32; kQ8, kQ4: float16

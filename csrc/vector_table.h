@@ -1,4 +1,4 @@
-// Embedding tables: floats, or one of the quantised formats.
+// Embedding tables: floats, one of the quantised formats, or the packed form of a quantised output matrix.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -9,12 +9,15 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
+#include "cpu/dispatch.h"
 #include "params.h"
 
 namespace minilm {
 
-// A table of vectors [rows, C] in a float dtype, or quantised (see minilm/ops/quantized.py).
+// A table of vectors [rows, C] in a float dtype, or quantised (see minilm/ops/quantized.py); or the table as
+// the output matrix is packed (cpu/linear.h), so that a tied table need not be held twice.
 class VectorTable {
   using Tensor = torch::stable::Tensor;
   using Type = torch::headeronly::ScalarType;
@@ -47,10 +50,32 @@ class VectorTable {
     minimum_ = data(*minimum);
   }
 
+  // `format`: of the packed matrix, without gates; its bias is not read.
+  VectorTable(const Tensor& packed, int64_t format, int64_t rows, int64_t channels)
+      : type_(format == static_cast<int64_t>(Format::kQ4) ? Type::Byte : Type::Char),
+        channels_(channels),
+        rows_(rows),
+        values_(data(packed)),
+        grouped_(format != static_cast<int64_t>(Format::kInt8)),
+        packed_(true) {
+    const auto& kernels = cpu_kernels();
+    check(format >= static_cast<int64_t>(Format::kInt8) && format <= static_cast<int64_t>(Format::kQ4),
+          "a packed table must be quantised");
+    format_ = static_cast<Format>(format);
+    constexpr int64_t kLargest = int64_t{1} << 28;  // products of two do not overflow
+    check(rows >= 1 && rows <= kLargest && channels >= 1 && channels <= kLargest,
+          "a packed table has an impossible size");
+    check(!grouped_ || channels % kGroup == 0, "a grouped format needs a multiple of 32 channels");
+    places_ = (rows + kernels.panel - 1) / kernels.panel * kernels.panel;
+    check(plain(packed, Type::Byte, 1) && packed.size(0) == kernels.packed_bytes(format_, channels, places_),
+          "the packed table was not made for this format and these sizes");
+  }
+
   int64_t rows() const { return rows_; }
 
   // y += row
   void add(int64_t row, float* y) const {
+    if (packed_) return add_packed(row, y);
     switch (type_) {
       case Type::Float:
         return add_floats<float>(row, y);
@@ -59,7 +84,7 @@ class VectorTable {
       case Type::Half:
         return add_floats<c10::Half>(row, y);
       default:
-        for (int64_t k = 0; k < channels_; ++k) y[k] += value(row, k);
+        for (int64_t k = 0; k < channels_; ++k) y[k] += value(values_, scale_, minimum_, row, k);
     }
   }
 
@@ -78,13 +103,36 @@ class VectorTable {
     for (int64_t k = 0; k < channels_; ++k) y[k] += static_cast<float>(from[k]);
   }
 
-  float value(int64_t row, int64_t k) const {
+  // One row is unpacked to planes of one row.
+  void add_packed(int64_t row, float* y) const {
+    const int64_t groups = grouped_ ? channels_ / kGroup : 2;  // two halves: one float32
+    std::vector<uint16_t> planes((channels_ + 1) / 2 + 2 * groups + 2);
+    char* scale = reinterpret_cast<char*>(planes.data());
+    char* minimum = scale + 2 * groups;
+    char* codes = minimum + 2 * groups;
+    const int32_t first = 0;
+    UnpackParams p = {};
+    p.format = format_;
+    p.in = channels_;
+    p.places = places_;
+    p.order = &first;
+    p.packed = values_;
+    p.values = codes;
+    p.scales = scale;
+    p.minimums = format_ == Format::kQ4 ? minimum : nullptr;
+    cpu_kernels().unpack(p, row, row + 1);
+    for (int64_t k = 0; k < channels_; ++k) {
+      y[k] += value(codes, scale, p.minimums == nullptr ? nullptr : minimum, 0, k);
+    }
+  }
+
+  float value(const char* codes, const char* scales, const char* minimums, int64_t row, int64_t k) const {
     const int64_t group = row * (channels_ / kGroup) + k / kGroup;
-    const float scale = grouped_ ? half(scale_, group) : reinterpret_cast<const float*>(scale_)[row];
-    if (type_ == Type::Char) return scale * static_cast<signed char>(values_[row * channels_ + k]);
-    const int byte = static_cast<unsigned char>(values_[group * 16 + k % 16]);
+    const float scale = grouped_ ? half(scales, group) : reinterpret_cast<const float*>(scales)[row];
+    if (type_ == Type::Char) return scale * static_cast<signed char>(codes[row * channels_ + k]);
+    const int byte = static_cast<unsigned char>(codes[group * 16 + k % 16]);
     const auto code = static_cast<float>(k % kGroup < 16 ? byte & 15 : byte >> 4);
-    return minimum_ == nullptr ? scale * (code - 8) : scale * code + half(minimum_, group);
+    return minimums == nullptr ? scale * (code - 8) : scale * code + half(minimums, group);
   }
 
   static float half(const char* numbers, int64_t i) { return reinterpret_cast<const c10::Half*>(numbers)[i]; }
@@ -95,6 +143,9 @@ class VectorTable {
   const char* scale_ = nullptr;
   const char* minimum_ = nullptr;
   bool grouped_ = false;
+  bool packed_ = false;
+  Format format_ = Format::kQ8;
+  int64_t places_ = 0;  // if packed
 };
 
 }  // namespace minilm

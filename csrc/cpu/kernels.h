@@ -15,7 +15,7 @@ struct CpuKernels {
   void (*layer_norm)(const LayerNormParams& params, std::int64_t begin, std::int64_t end);
   std::int64_t (*packed_bytes)(Format format, std::int64_t in, std::int64_t places);
   void (*pack)(const PackParams& params);
-  void (*unpack)(const UnpackParams& params);
+  void (*unpack)(const UnpackParams& params, std::int64_t begin, std::int64_t end);  // places
   // Bytes of a row of x as `linear` reads it, and rows brought there. 0: it reads them as they are, float32.
   std::int64_t (*prepared_row_bytes)(Format format, std::int64_t in);
   void (*prepare_rows)(Format format, const float* x, std::int64_t x_stride, std::int64_t in,

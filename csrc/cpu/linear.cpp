@@ -212,10 +212,10 @@ void pack(const PackParams& p) {
   }
 }
 
-void unpack(const UnpackParams& p) {
+void unpack(const UnpackParams& p, std::int64_t begin, std::int64_t end) {
   const char* panels = static_cast<const char*>(p.packed) + bias_bytes(p.places);
-  for (std::int64_t place = 0; place < p.places; ++place) {
-    const std::int64_t row = p.order[place];
+  for (std::int64_t place = begin; place < end; ++place) {
+    const std::int64_t row = p.order[place - begin];
     if (row < 0) continue;
     const char* panel = panels + place / kPanel * panel_bytes(p.format, p.in);
     unpack_quantized(p, panel, static_cast<int>(place % kPanel), row);

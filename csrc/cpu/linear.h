@@ -59,7 +59,7 @@ void quantized_tile(Format format, int rows, const void* x, std::int64_t x_strid
 // The functions of the kernel table (see dispatch.h).
 std::int64_t packed_bytes(Format format, std::int64_t in, std::int64_t places);
 void pack(const PackParams& p);
-void unpack(const UnpackParams& p);
+void unpack(const UnpackParams& p, std::int64_t begin, std::int64_t end);
 std::int64_t prepared_row_bytes(Format format, std::int64_t in);
 void prepare_rows(Format format, const float* x, std::int64_t x_stride, std::int64_t in, std::int64_t begin,
                   std::int64_t end, void* to);

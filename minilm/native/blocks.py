@@ -86,6 +86,14 @@ def look(body: Transformer, trusting: bool = False) -> str | Arena:
         return blocks.pack(body) if blocks.obstacle is None else blocks.obstacle
 
 
+def release_beside(body: Transformer, layer: nn.Module, form: packed.Packed) -> None:
+    """See `_Blocks.release_beside`; after a `look`."""
+    made = made_of(body)
+    with made.lock:
+        if made.blocks is not None:
+            made.blocks.release_beside(body, layer, form)
+
+
 def run_blocks(body: Transformer, x: Tensor, batch: Batch, *, arena: Arena | None = None) -> Tensor:
     """Embedded tokens [T, C] -> hidden states after the final norm [T, C]; `arena`: result of `look`."""
     found = look(body) if arena is None else arena
@@ -199,6 +207,14 @@ class _Blocks:
             self.watch = self.watch.part(self.tensors, [places[id(tensor)] for tensor in self.tensors])
         else:  # another thread asked for planes meanwhile, and may write to them
             self.watch.forget()
+
+    def release_beside(self, body: Transformer, layer: nn.Module, form: packed.Packed) -> None:
+        """Drop the planes of a layer that may be in the body but not in a block, and was packed as `form`."""
+        if self.structure.stands():
+            self.structure = Structure(())  # it holds planes
+            if released.release(layer, form):
+                packed.trim()
+            self._note(body)
 
     def _note(self, body: Transformer) -> None:
         self.tensors, self.forms = _sources(body), _forms(body)

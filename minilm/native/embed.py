@@ -12,6 +12,7 @@ from torch import Tensor
 from ..model import Embedding, Embeddings, Norm
 from ..ops.backends import native
 from ..quantized import QuantizedEmbedding
+from . import released
 from .state import hooked, other_code, own_code
 
 
@@ -32,7 +33,7 @@ def obstacle(embeddings: Embeddings, *_: object) -> str | None:
     if hooked(parts.values()):
         return "a module has forward hooks"
     for name, module in parts.items():
-        if type(module) not in _KINDS[name]:
+        if released.type_of(module) not in _KINDS[name]:
             return f"a part was replaced by a {type(module).__name__}"
         if getattr(module, "max_norm", None) is not None:
             return "a table has a max_norm, to which lookups rescale its rows"
@@ -51,8 +52,14 @@ def run_embed(embeddings: Embeddings, tokens: Tensor, positions: Tensor, types: 
     """See `layers.Embeddings`."""
     table, norm = embeddings.tokens, embeddings.norm
     scale = minimum = None
+    sizes: tuple[int, ...] = ()
+    form = released.form_of(table)
     if isinstance(table, QuantizedEmbedding):
-        vectors, scale, minimum, dtype = table.codes, table.scale, table.minimum, table.like.dtype
+        dtype = table.like.dtype
+        if form is None:
+            vectors, scale, minimum = table.codes, table.scale, table.minimum
+        else:
+            vectors, sizes = form.packed.data, (form.packed.format, form.rows, form.columns)
     else:
         vectors, dtype = table.weight.contiguous(), table.weight.dtype
     learned = None if embeddings.positions is None else embeddings.positions.weight.contiguous()
@@ -69,5 +76,6 @@ def run_embed(embeddings: Embeddings, tokens: Tensor, positions: Tensor, types: 
         None if norm is None or norm.bias is None else norm.bias.float(),
         0.0 if norm is None else norm.eps,
         norm is not None and norm.rms,
+        *sizes,
     )
     return y.to(dtype)

@@ -3,9 +3,10 @@
 A quantised layer that the native kernels run keeps two copies of its matrix: its planes (`codes`, `scale`,
 `minimum`) and the packed form, which has the same numbers in another order. `release` drops the planes, if
 nobody but the layer holds them, and makes the layer one of a *released* class: whatever then asks for the
-planes (an attribute, `state_dict()`, `buffers()`, `.to()`, a copy, a pickle, a call of the layer itself)
-unpacks them first, bit for bit, and makes the layer an ordinary one again. So no code but this file has to
-know; what looks into a layer without asking for planes reads its `__dict__`.
+planes (an attribute, `state_dict()`, `buffers()`, `.to()`, a copy, a pickle) unpacks them first, bit for bit,
+and makes the layer an ordinary one again. So no code but this file has to know; what looks into a layer
+without asking for planes reads its `__dict__`. A call of the layer runs on the packed form, if that is what
+the dispatch would choose and the layer has no bias (which may have been written to); else it asks.
 
 Planes that somebody asked for stay from then on, and are watched like all weights: they are not released a
 second time.
@@ -20,8 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import ops
 from ..ops.backends import packed
-from ..quantized import QuantizedLinear
+from ..quantized import QuantizedEmbedding, QuantizedLinear
 
 PLANES = ("codes", "scale", "minimum")
 
@@ -65,6 +67,34 @@ class _Released(nn.Module):
         return self.__reduce_ex__(protocol)
 
 
+class _ReleasedLinear(_Released):
+    def forward(self, x: Tensor, activation: str | None = None) -> Tensor:
+        """See `QuantizedLinear.forward`."""
+        y = _product(self, x, activation)
+        return QuantizedLinear.forward(self, x, activation) if y is None else y  # type: ignore[arg-type]
+
+
+class _ReleasedTable(_Released):
+    def scores(self, hidden: Tensor) -> Tensor:
+        """See `QuantizedEmbedding.scores`."""
+        y = _product(self, hidden, None)
+        return QuantizedEmbedding.scores(self, hidden) if y is None else y  # type: ignore[arg-type]
+
+
+def _product(layer: nn.Module, x: Tensor, activation: str | None) -> Tensor | None:
+    """x times the packed matrix; None if another implementation is to run, or the call is wrong."""
+    if torch.compiler.is_compiling() or layer.__dict__["_parameters"].get("bias") is not None:
+        return None
+    form = form_of(layer)
+    if form is None or x.dim() == 0 or x.shape[-1] != form.columns or activation not in packed.ACTIVATIONS:
+        return None
+    traits = ops.QuantizedTraits.of(x, form.format, None, activation)
+    if ops.dispatch.decide("quantized_linear", traits).chosen.call is not packed.quantized_linear:
+        return None
+    ops.dispatch.select("quantized_linear", traits)  # counts the call
+    return packed.product(x, form.packed, activation)
+
+
 def _property(name: str) -> property:
     def get(self: nn.Module) -> Any:
         restore(self)
@@ -73,16 +103,19 @@ def _property(name: str) -> property:
     return property(get)
 
 
-def _released(kind: type[nn.Module]) -> type[nn.Module]:
+def _released(kind: type[nn.Module], base: type[_Released]) -> type[nn.Module]:
     """The released class of a class of layers; messages show the same name."""
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     found: type[nn.Module] = type(
-        kind.__name__, (_Released, kind), {**names, **{n: _property(n) for n in (*PLANES, "_buffers")}}
+        kind.__name__, (base, kind), {**names, **{n: _property(n) for n in (*PLANES, "_buffers")}}
     )
     return found
 
 
-_OF: dict[type, type[nn.Module]] = {QuantizedLinear: _released(QuantizedLinear)}
+_OF: dict[type, type[nn.Module]] = {
+    QuantizedLinear: _released(QuantizedLinear, _ReleasedLinear),
+    QuantizedEmbedding: _released(QuantizedEmbedding, _ReleasedTable),
+}
 _BACK: dict[type, type] = {released: kind for kind, released in _OF.items()}
 
 

@@ -32,7 +32,7 @@ from ..model import (
 )
 from ..ops.backends import native, packed, watch
 from ..quantized import QuantizedEmbedding, QuantizedLinear
-from . import blocks
+from . import blocks, released
 from .state import Structure, hooked, made_of, own_code
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -82,7 +82,8 @@ def run_steps(
             room.slots,
             room.block_table,
             room.context_lens,
-            *cache.scale_stores(),
+            *(cache.scale_stores() or (None, None)),
+            *frame.packed_table,
         )
     if steps > 1 and len(rows):
         made = int((best[:, 0] >= 0).sum())
@@ -109,7 +110,9 @@ class _Ends:
     sources: list[Tensor] = field(default_factory=list)
     watch: watch.Watch | None = None
     table: tuple[Tensor, Tensor | None, Tensor | None] = (torch.empty(0), None, None)
-    """The token table, [V, C]: floats, or codes with their scale and minimum."""
+    """The token table, [V, C]: floats, or codes with their scale and minimum; or as it is packed."""
+    packed_table: tuple[int, int] = (-1, 0)
+    """The format and the rows of a table that is packed."""
     positions: Tensor | None = None
     """The position table, if positions are learned."""
     head: packed.Packed | None = None
@@ -162,7 +165,7 @@ def look(model: AutoModelForCausalLM, cache: KVCache | None = None) -> str | tup
         if isinstance(arena, str):
             return arena
         if ends is None or not ends.stands(trusting):
-            made.ends = None
+            ends = made.ends = None  # it may hold planes
             ends = made.ends = _look(model)
     return (arena, ends) if ends.refusal is None else ends.refusal
 
@@ -177,6 +180,8 @@ _OF_MODEL = {"run_steps", "run_packed", "logits"}
 
 
 def _look(model: AutoModelForCausalLM) -> _Ends:
+    if _refusal(model) is None:
+        _release(model)
     structure = Structure(_parts(model))
     refusal = _refusal(model)
     if refusal is not None:
@@ -185,9 +190,12 @@ def _look(model: AutoModelForCausalLM) -> _Ends:
     tokens, positions, decoder = embeddings.tokens, embeddings.positions, head.decoder
     sources = [tensor for part in (*embeddings.modules(), *head.modules()) for tensor in _tensors(part)]
     seen = watch.Watch(sources)
-    matrix = _matrix(tokens if decoder is None else decoder)
+    form = released.form_of(_owner(model))
     table: tuple[Tensor, Tensor | None, Tensor | None]
-    if isinstance(tokens, QuantizedEmbedding):
+    sizes = -1, 0
+    if form is not None and decoder is None:
+        table, sizes = (form.packed.data, None, None), (form.packed.format, form.rows)
+    elif isinstance(tokens, QuantizedEmbedding):
         table = tokens.codes, tokens.scale, tokens.minimum
     else:
         table = tokens.weight.detach(), None, None
@@ -198,13 +206,31 @@ def _look(model: AutoModelForCausalLM) -> _Ends:
         sources,
         seen,
         tuple(None if t is None else t.contiguous() for t in table),  # type: ignore[arg-type]
+        sizes,
         None if positions is None else positions.weight.detach().contiguous(),
-        packed.kept(matrix, getattr(decoder, "bias", None)),
+        packed.kept(_matrix(_owner(model)), getattr(decoder, "bias", None)) if form is None else form.packed,
     )
 
 
+def _owner(model: AutoModelForCausalLM) -> nn.Module:
+    """The layer with the output matrix."""
+    decoder = model.head.decoder
+    return model.body.embeddings.tokens if decoder is None else decoder
+
+
+def _release(model: AutoModelForCausalLM) -> None:
+    """Hold a quantised output matrix once, as it is packed."""
+    owner = _owner(model)
+    if released.may_release(owner) and getattr(owner, "bias", None) is None:
+        form = packed.kept(_matrix(owner), None)
+        if packed.kept(_matrix(owner), None) is form:  # nobody wrote to it meanwhile
+            blocks.release_beside(model.body, owner, form)
+
+
 def _tensors(module: nn.Module) -> list[Tensor]:
-    return [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None]
+    """Parameters and buffers, without the planes of a released layer (which `_buffers` would unpack)."""
+    held = module.__dict__
+    return [t for t in (*held["_parameters"].values(), *held["_buffers"].values()) if t is not None]
 
 
 def _matrix(owner: Any) -> Any:
@@ -223,7 +249,7 @@ def _refusal(model: AutoModelForCausalLM) -> str | None:
         (decoder, (Linear, QuantizedLinear, type(None))),
     )
     for module, kinds in expected:
-        if type(module) not in kinds:
+        if released.type_of(module) not in kinds:
             return f"an embedding or the head was replaced by a {type(module).__name__}"
     reason = own_code((model,), _OF_MODEL) or own_code(_parts(model)[1:])
     if reason is not None:

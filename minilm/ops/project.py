@@ -41,6 +41,19 @@ class QuantizedTraits(NamedTuple):
     kept: bool = True
     """A packed copy of the weight can be kept for later calls; not in a graph of torch.compile."""
 
+    @classmethod
+    def of(cls, x: Tensor, format: str, bias: Tensor | None, activation: str | None) -> QuantizedTraits:
+        """Those of a call."""
+        return cls(
+            x.device.type,
+            x.dtype,
+            format,
+            activation,
+            not torch.compiler.is_exporting() and math.prod(x.shape[:-1]) <= FEW_ROWS,
+            needs_grad(x, bias),
+            not torch.compiler.is_compiling(),
+        )
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     """activation(x weight^T + bias). x [..., in], weight [out, in], bias [out]. Differentiable."""
@@ -80,15 +93,7 @@ def quantized_linear(
     if bias is not None and bias.shape != (weight.rows,):
         raise ValueError(f"quantized_linear: bias must be [{weight.rows}], and is {list(bias.shape)}")
     checks.activation("quantized_linear", activation, ACTIVATIONS)
-    traits = QuantizedTraits(
-        x.device.type,
-        x.dtype,
-        weight.format,
-        activation,
-        not torch.compiler.is_exporting() and math.prod(x.shape[:-1]) <= FEW_ROWS,
-        needs_grad(x, bias),
-        not torch.compiler.is_compiling(),
-    )
+    traits = QuantizedTraits.of(x, weight.format, bias, activation)
     result: Tensor = dispatch.select("quantized_linear", traits)(x, weight, bias, activation)
     return result
 

@@ -18,7 +18,8 @@ import minilm
 from minilm import ops
 from minilm.model.auto import MODELS
 from minilm.model.layers import Embeddings, Norm
-from minilm.ops.quantized import QuantizedWeight, quantise
+from minilm.ops.backends import packed
+from minilm.ops.quantized import QuantizedWeight, dequantise, quantise
 from minilm.quantized import QuantizedEmbedding
 
 FAMILIES = ["bert", "roberta", "distilbert", "gpt2", "llama", "qwen3"]
@@ -99,6 +100,45 @@ def test_quantised_tables(family: str, format: str) -> None:
     embeddings.norm = None
     given = inputs(embeddings, 50, True)
     assert torch.equal(run(embeddings, given), run(embeddings, given, "reference"))
+
+
+@pytest.mark.parametrize("format", ["int8", "q8_0", "q4_0", "q4_1"])
+@pytest.mark.parametrize("rows", [1, 37, 64, 77])
+def test_a_packed_table_gives_the_rows_of_its_planes(format: str, rows: int) -> None:
+    columns = 96 if format != "int8" else 93
+    weight = quantise(torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows)), format)
+    made = packed.pack(weight, None)
+    tokens = torch.cat((torch.arange(rows).flip(0), torch.tensor([rows // 2] * 2)))
+    nothing = (None,) * 6
+    with guarded(made.data.numel()) as data:
+        data.copy_(made.data)
+        found = torch.ops.minilm.embed.default(
+            tokens, data, None, None, *nothing, 0.0, False, made.format, rows, columns
+        )
+    assert torch.equal(found, dequantise(weight, torch.float32)[tokens])
+
+
+def test_a_packed_table_that_does_not_fit_is_refused() -> None:
+    made = packed.pack(quantise(torch.randn(37, 64), "q8_0"), None)
+    right = [torch.tensor([36]), made.data, None, None, *(None,) * 6, 0.0, False, 4, 37, 64]
+    torch.ops.minilm.embed.default(*right)
+    for place, value, message in (
+        (0, torch.tensor([37]), "beyond its table"),
+        (0, torch.tensor([-1]), "beyond its table"),
+        (1, made.data[:-1], "was not made for"),
+        (1, made.data.view(torch.int8), "was not made for"),
+        (2, torch.ones(37, 2, dtype=torch.float16), "has its scales in it"),
+        (12, 3, "was not made for"),
+        (12, 2, "must be quantised"),
+        (12, 6, "must be quantised"),
+        (13, 0, "impossible size"),
+        (13, 1 << 40, "impossible size"),
+        (14, 63, "multiple of 32"),
+        (14, 96, "was not made for"),
+        (14, 0, "no channels"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            torch.ops.minilm.embed.default(*right[:place], value, *right[place + 1 :])
 
 
 @pytest.mark.parametrize("rows", [5, 1500])
@@ -218,6 +258,9 @@ def test_nothing_behind_the_tables_is_read() -> None:
 def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.minilm.embed.default, raw())
     torch.library.opcheck(torch.ops.minilm.embed.default, raw(**quantised(CODES)))
+    made = packed.pack(quantise(torch.randn(37, 64), "q8_0"), None)
+    given = (torch.tensor([36]), made.data, *(None,) * 8, 0.0, False, 4, 37, 64)
+    torch.library.opcheck(torch.ops.minilm.embed.default, given)
 
 
 @pytest.mark.slow

@@ -222,7 +222,8 @@ def forget_kept(weights: Iterable[Tensor]) -> None:
             _kept.pop(weight, None)  # type: ignore[no-untyped-call]
 
 
-def _apply(x: Tensor, packed: Packed, activation: str | None) -> Tensor:
+def product(x: Tensor, packed: Packed, activation: str | None) -> Tensor:
+    """activation(x W^T + bias) of the packed weight, [..., out] in x's dtype; if gated, gate beside up."""
     rows = x.reshape(-1, x.shape[-1]).float().contiguous()
     columns = packed.places if packed.gated else packed.columns
     y = torch.ops.minilm.packed_linear(
@@ -237,7 +238,7 @@ def _apply(x: Tensor, packed: Packed, activation: str | None) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
     """See `minilm.ops.linear`."""
-    return _apply(x, kept(weight, bias), activation)
+    return product(x, kept(weight, bias), activation)
 
 
 def quantized_linear(
@@ -246,7 +247,7 @@ def quantized_linear(
     """See `minilm.ops.quantized_linear`. x is quantised too, to 8 bits over the range from the least to the
     largest of each group of 32 (int8 weights: 192; 4-bit weights: from minus to plus the largest magnitude of
     32)."""
-    return _apply(x, kept(weight, bias), activation)
+    return product(x, kept(weight, bias), activation)
 
 
 def supports_linear(traits: Any) -> str | None:
@@ -309,7 +310,10 @@ def _decode_steps_fake(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]
 
 
 def _embed_fake(tokens: Tensor, table: Tensor, *arguments: Any) -> Tensor:
-    channels = table.shape[1] * (2 if table.dtype == torch.uint8 else 1)
+    if table.dim() == 1:  # packed
+        channels = arguments[12]
+    else:
+        channels = table.shape[1] * (2 if table.dtype == torch.uint8 else 1)
     return tokens.new_empty(tokens.shape[0], channels, dtype=torch.float32)
 
 
