@@ -8,8 +8,9 @@
 
 A text that ends leaves the batch at once and frees its pages of the cache, and a waiting prompt takes its
 place (continuous batching: Yu et al. 2022, "Orca"). Several samples of one prompt share its prefill. A prompt
-longer than the limit per step is read in chunks, so that it does not delay the other texts. `generate` and
-`LLM` both use this loop.
+longer than the limit per step is read in chunks, so that it does not delay the other texts; one that begins
+like a text that has ended can be read from where they differ (`prefixes`). `generate` and `LLM` both use this
+loop.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from torch import Tensor
 from ..cache import KVCache
 from ..config import ModelConfig
 from ..model import AutoModelForCausalLM, Packed
+from .prefixes import Prefixes
 from .sampling import Sampling, draw, process
 from .values import whole
 
@@ -84,6 +86,8 @@ class Request:
     """The samples are not streamed, so a step may generate several tokens of each."""
     row: int = -1
     """The cache row for the prompt; set by the caller to continue from what the row already holds."""
+    reused: int = field(default=0, init=False)
+    """How many tokens of the prompt were taken from a text that has ended."""
     given_up: bool = field(default=False, init=False)
     """Whether the request was removed from the engine, finished or not."""
     samples: list[Sample] = field(init=False)
@@ -131,8 +135,9 @@ class Engine:
 
     `max_num_seqs`: maximum number of running texts. `max_num_batched_tokens`: maximum prompt tokens per step.
     `together`: read all waiting prompts before sampling the first token, so that all samples are at the same
-    step. `keep_rows`: finished texts stay in the cache. `inference_mode=False` is for results or a cache that
-    are used with autograd later.
+    step. `keep_rows`: finished texts stay in the cache, in the caller's hands. `keep_prefixes`: this many
+    tokens of finished texts stay in it for prompts that begin like them. `inference_mode=False` is for
+    results or a cache that are used with autograd later.
     """
 
     def __init__(
@@ -144,6 +149,7 @@ class Engine:
         together: bool = False,
         cache: KVCache | None = None,
         keep_rows: bool = False,
+        keep_prefixes: int = 0,
         inference_mode: bool = True,
         drawer: Drawer = draw_by_seed,
         recorder: Recorder | None = None,
@@ -165,6 +171,7 @@ class Engine:
         self.running: list[Sample] = []
         self._together = together
         self._keep_rows = keep_rows
+        self.prefixes = Prefixes(self.cache, keep_prefixes) if keep_prefixes else None
         self._grad_mode = torch.inference_mode if inference_mode else torch.no_grad
         self._draw = drawer
         self._record = recorder
@@ -255,7 +262,9 @@ class Engine:
                 self.abort_later(request)
         for request in self.waiting:
             if request.row >= 0:
-                self.cache.crop_row(request.row, lengths.get(request.row, 0))
+                length = lengths.get(request.row, 0)
+                self.cache.crop_row(request.row, length)
+                request.reused = min(request.reused, length)
         self.running = []
         for sample in samples:
             request = sample.request
@@ -290,8 +299,15 @@ class Engine:
             if not self._keep_rows:
                 for sample in grown:
                     if sample.finish_reason is not None:
-                        self._free(sample)
+                        self._end(sample)
             return grown
+
+    def _end(self, sample: Sample) -> None:
+        if self.prefixes is None:
+            self._free(sample)
+            return
+        row, sample.row = sample.row, -1
+        self.prefixes.keep(row, [*sample.request.prompt, *sample.tokens])
 
     def _free(self, sample: Sample) -> None:
         self.cache.free_row(sample.row)
@@ -309,7 +325,9 @@ class Engine:
             # A request with more samples than max_num_seqs runs alone.
             if not budget or (seats < 0 and (self.running or chunks)):
                 break
-            if request.row < 0:
+            if request.row < 0 and self.prefixes is not None:
+                request.row, request.reused = self.prefixes.begin(request.prompt)
+            elif request.row < 0:
                 (request.row,) = self.cache.add_rows(1)
             count = min(budget, len(request.prompt) - self.cache.lengths[request.row])
             chunks.append((request, count))
@@ -348,10 +366,10 @@ class Engine:
         A text gets room for as many new tokens as its prompt has, and for more when it needs it."""
         size, pages = self.cache.page_size, 0
         for request, _ in chunks:
-            if self.cache.lengths[request.row] == 0:
+            if self.cache.lengths[request.row] == request.reused:
                 length = len(request.prompt)
-                length += min(request.max_new_tokens, max(length, LEAST_ROOM))
-                pages += request.n * -(-length // size)
+                length += min(request.max_new_tokens, max(length - request.reused, LEAST_ROOM))
+                pages += request.n * (-(-length // size) - request.reused // size)
         self.cache.reserve(pages * size)
 
     # Decoding

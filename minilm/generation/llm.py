@@ -38,7 +38,6 @@ NO_EFFECT: dict[str, tuple[Any, ...]] = {
     "async_scheduling": (None, False),
     "disable_log_stats": (None, True),
     "enable_chunked_prefill": (None, True),
-    "enable_prefix_caching": (None, False),
     "enforce_eager": (None, True, False),
     "gpu_memory_utilization": (None,),
     "swap_space": (None, 0),
@@ -77,8 +76,10 @@ class LLM:
     there is one. `seed`: makes the sampled texts of a program reproducible (without it they depend on torch's
     global generator). `max_model_len`: a smaller window. `kv_cache_dtype`: dtype of stored keys and values,
     one of `CACHE_DTYPES`; "int8", with one scale per token and head, takes a quarter of float32.
-    `max_num_seqs`, `max_num_batched_tokens`: see `Engine`. Other options go to `from_pretrained`; a warning
-    names options of vLLM that minilm does not support (`enable_prefix_caching`).
+    `enable_prefix_caching`: up to `max_model_len` tokens of texts that have ended stay in the cache, and a
+    prompt that begins like one of them is read from where they differ, as in a conversation; logits may
+    differ in their last bits. `max_num_seqs`, `max_num_batched_tokens`: see `Engine`. Other options go to
+    `from_pretrained`; a warning names options of vLLM that minilm does not support (`swap_space`).
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class LLM:
         seed: int | None = None,
         max_model_len: int | None = None,
         kv_cache_dtype: str = "auto",
+        enable_prefix_caching: bool | None = None,
         max_num_seqs: int = 256,
         max_num_batched_tokens: int = 8192,
         tensor_parallel_size: int = 1,
@@ -134,6 +136,10 @@ class LLM:
         dynamic = int(self.model.spec.max_positions * (rope.factor if rope is not None else 1))
         self.max_model_len: int = max_model_len or window or dynamic
         """The longest sequence, prompt and new tokens together."""
+        if enable_prefix_caching and rope is not None and rope.type == "dynamic":
+            raise ValueError(
+                "enable_prefix_caching: keys of a model with dynamic rope depend on the length of the text"
+            )
         cache = self.model.new_cache(dtype=CACHE_DTYPES[kv_cache_dtype])
         self.kv_cache_dtype: torch.dtype = cache.dtype
         """Dtype of stored keys and values."""
@@ -142,6 +148,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             cache=cache,
+            keep_prefixes=self.max_model_len if enable_prefix_caching else 0,
         )
         self._lock = threading.RLock()
         self._generator = None if seed is None else torch.Generator().manual_seed(int(seed))
@@ -161,6 +168,13 @@ class LLM:
     def get_tokenizer(self) -> Any:
         """The tokenizer."""
         return self.tokenizer
+
+    def reset_prefix_cache(self) -> bool:
+        """Drop the texts that `enable_prefix_caching` keeps; True, as in vLLM."""
+        with self._lock:
+            if self._engine.prefixes is not None:
+                self._engine.prefixes.clear()
+        return True
 
     def get_default_sampling_params(self) -> SamplingParams:
         """The defaults of `SamplingParams`, overridden by the checkpoint's generation_config.json."""
@@ -406,6 +420,7 @@ class LLM:
             prompt_token_ids=job.request.prompt,
             outputs=[self._completion(job, sample) for sample in job.request.samples],
             finished=job.request.finished,
+            num_cached_tokens=job.request.reused,
         )
 
     def _completion(self, job: _Job, sample: Sample) -> CompletionOutput:

@@ -45,6 +45,8 @@ class RequestOutput:
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
     finished: bool
+    num_cached_tokens: int = 0
+    """How many tokens of the prompt were read before, with a text that begins in the same way."""
 
 
 @dataclass

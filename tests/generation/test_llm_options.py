@@ -29,8 +29,8 @@ def test_every_option_of_vllm_without_effect_is_said() -> None:
         LLM(d.ours, tokenizer=d.tokenizer, **asked)
     (message,) = (str(w.message) for w in caught)
     assert all(f"{name}={value!r}" in message for name, value in asked.items())
-    with pytest.warns(UserWarning, match=r"^enable_prefix_caching=True has no effect in minilm$"):
-        LLM(d.folder, enable_prefix_caching=True)
+    with pytest.warns(UserWarning, match=r"^swap_space=4 has no effect in minilm$"):
+        LLM(d.folder, swap_space=4)
 
 
 def test_what_is_done_anyway_needs_no_word() -> None:

@@ -46,12 +46,20 @@ SETTABLE = (
 
 
 class Conversation:
-    """Alternates questions and answers. `answer` returns the pieces of the answer to a list of messages."""
+    """Alternates questions and answers. `answer` returns the pieces of the answer to a list of messages;
+    `forget` is called when a conversation begins anew."""
 
-    def __init__(self, answer: Answer, params: SamplingParams, system: str | None = None) -> None:
+    def __init__(
+        self,
+        answer: Answer,
+        params: SamplingParams,
+        system: str | None = None,
+        forget: Callable[[], object] = lambda: None,
+    ) -> None:
         self.answer = answer
         self.params = params
         self.system = system
+        self.forget = forget
         self.messages: list[Message] = []
 
     def run(self) -> None:
@@ -88,7 +96,7 @@ class Conversation:
         if name in ("/quit", "/exit"):
             return False
         if name == "/reset":
-            self.messages.clear()
+            self.begin_anew()
             print("(a new conversation)")
         elif name == "/retry":
             self.retry()
@@ -99,7 +107,7 @@ class Conversation:
         elif name == "/system":
             if rest:
                 self.system = rest
-                self.messages.clear()
+                self.begin_anew()
                 print("(a new conversation)")
             else:
                 print(f"({self.system or 'no system message'})")
@@ -109,6 +117,11 @@ class Conversation:
             width = max(map(len, COMMANDS))
             print("\n".join(f"{key:<{width}}  {what}" for key, what in COMMANDS.items()))
         return True
+
+    def begin_anew(self) -> None:
+        """Drop the messages, and what is kept of them."""
+        self.messages.clear()
+        self.forget()
 
     def retry(self) -> None:
         """Answer the last question again. The answer differs, unless the seed is fixed or the temperature is

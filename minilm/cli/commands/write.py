@@ -277,7 +277,7 @@ def chat(
             params = sampling.params(llm)
             kept = str(llm.kv_cache_dtype).removeprefix("torch.")
             note(f"{describe(params)}; answers of up to {params.max_tokens} tokens; KV cache in {kept}")
-            Conversation(llm.stream_chat, params, system).run()
+            Conversation(llm.stream_chat, params, system, llm.reset_prefix_cache).run()
             return
         messages = [
             *([{"role": "system", "content": system}] if system else []),
@@ -308,7 +308,9 @@ def _llm(model: str, device: Any, run: Runtime, kv_cache: str | None, *, convers
     if kv_cache is None:
         quantised = any(isinstance(module, QuantizedLinear) for module in loaded.modules())
         kv_cache = "float16" if conversing and quantised and loaded.dtype == torch.float32 else "auto"
-    return LLM(loaded, tokenizer=model, kv_cache_dtype=kv_cache)
+    rope = loaded.spec.rope
+    again = conversing and (rope is None or rope.type != "dynamic")
+    return LLM(loaded, tokenizer=model, kv_cache_dtype=kv_cache, enable_prefix_caching=again)
 
 
 def _search(llm: LLM, prompts: list[str], beams: int, max_tokens: int | None) -> list[Record]:
