@@ -3,7 +3,8 @@
     ner = pipeline("ner", model="dslim/bert-base-NER", aggregation_strategy="simple")
     ner("Wolfgang lives in Berlin.")   # [{"entity_group": "PER", "score": ..., "word": "Wolfgang", ...}, ...]
 
-Results have transformers' structure and values. There is one file per task; their base class is in base.py.
+Results have transformers' structure and values. There is one file per task (sentences.py has two); their base
+class is in base.py.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ import torch
 from ..differences import renamed
 from ..files import DEFAULT_DECODER, DEFAULT_ENCODER, resolve
 from ..model import HUB_OPTIONS, PreTrainedModel, read_config
+from ..sentence import CrossEncoder, SentenceEncoder
 from ..text import AutoTokenizer, Tokenizer
 from .base import Pipeline
 from .feature_extraction import FeatureExtractionPipeline
 from .fill_mask import FillMaskPipeline
 from .question_answering import QuestionAnsweringPipeline
+from .sentences import SentencePipeline, SentenceSimilarityPipeline, TextRankingPipeline
 from .text_classification import TextClassificationPipeline
 from .text_generation import TextGenerationPipeline
 from .token_classification import TokenClassificationPipeline
@@ -32,14 +35,20 @@ TASKS: dict[str, type[Pipeline[Any]]] = {
         FeatureExtractionPipeline,
         FillMaskPipeline,
         QuestionAnsweringPipeline,
+        SentenceSimilarityPipeline,
         TextClassificationPipeline,
         TextGenerationPipeline,
+        TextRankingPipeline,
         TokenClassificationPipeline,
         ZeroShotClassificationPipeline,
     )
 }
 ALIASES = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
-DEFAULT_MODELS = {"feature-extraction": DEFAULT_ENCODER, "text-generation": DEFAULT_DECODER}
+DEFAULT_MODELS = {
+    "feature-extraction": DEFAULT_ENCODER,
+    "sentence-similarity": DEFAULT_ENCODER,
+    "text-generation": DEFAULT_DECODER,
+}
 
 _HEADS = {
     "ForMaskedLM": "fill-mask",
@@ -57,7 +66,7 @@ _WITHOUT_EFFECT = ("trust_remote_code", "use_fast", "framework", "num_workers", 
 
 def pipeline(
     task: str | None = None,
-    model: str | os.PathLike[str] | PreTrainedModel | None = None,
+    model: str | os.PathLike[str] | PreTrainedModel | SentenceEncoder | CrossEncoder | None = None,
     *,
     tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
     device: str | int | torch.device | None = None,
@@ -72,7 +81,8 @@ def pipeline(
     Args:
         task: one of `TASKS`, or an alias of one; None: the task that the model was trained for.
         model: a folder, a name on the hub, or a loaded model (with or without PEFT's adapters).
-            feature-extraction and text-generation have a default.
+            feature-extraction, sentence-similarity and text-generation have a default. For
+            sentence-similarity also a SentenceEncoder, for text-ranking a CrossEncoder.
         tokenizer: None: the model's own.
         device: -1 is the CPU, another number a GPU; None: the GPU if there is one (a loaded model stays where
             it is).
@@ -100,6 +110,11 @@ def pipeline(
     model = _adapted(model)
     name = _name(_task_of(model, hub) if task is None else task)
     cls = TASKS[name]
+    if issubclass(cls, SentencePipeline):
+        if tokenizer is not None:
+            raise ValueError(f"{name} uses the tokenizer of its model: tokenizer= has no effect")
+        made = {"dtype": dtype, "weights": weights, "model_kwargs": model_kwargs, **hub}
+        return cls(_of_sentences(cls, model, device, made), batch_size=batch_size, **options)
     if isinstance(model, PreTrainedModel):
         base = cls is FeatureExtractionPipeline
         if not isinstance(model, PreTrainedModel if base else cls.model_class):
@@ -123,11 +138,26 @@ def pipeline(
         }
         loaded = cls.model_class.from_pretrained(model, **made)
     if not isinstance(tokenizer, Tokenizer):
-        source = tokenizer or (loaded.name_or_path if isinstance(model, PreTrainedModel) else model)
+        source: Any = tokenizer or (loaded.name_or_path if isinstance(model, PreTrainedModel) else model)
         if not source:
             raise ValueError("a model that was not loaded from files needs a tokenizer=")
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     return cls(loaded, tokenizer, batch_size=batch_size, **options)
+
+
+def _of_sentences(cls: type[Pipeline[Any]], model: Any, device: Any, options: dict[str, Any]) -> Any:
+    """The SentenceEncoder or CrossEncoder of a name, or a loaded one."""
+    kind = cls.model_class
+    given = {name: value for name, value in options.items() if value is not None}
+    if isinstance(model, (str, os.PathLike)):
+        return kind(model, device=_device(device), **given)
+    if not isinstance(model, kind):
+        raise ValueError(
+            f"{cls.task} needs a {kind.__name__} or its name, and the model is a {type(model).__name__}"
+        )
+    if given:
+        raise ValueError(f"{', '.join(given)}: only for a model that is loaded by name")
+    return model if device is None else model.to(_device(device))
 
 
 def _adapted(model: Any) -> Any:
@@ -155,9 +185,9 @@ def _device(device: str | int | torch.device | None) -> str | int | torch.device
     return "cpu" if device == -1 else device
 
 
-def _task_of(model: str | os.PathLike[str] | PreTrainedModel, hub: dict[str, Any]) -> str:
+def _task_of(model: Any, hub: dict[str, Any]) -> str:
     """The task of a model, by its class or the class in its config.json."""
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, (PreTrainedModel, SentenceEncoder, CrossEncoder)):
         for name, cls in TASKS.items():
             if isinstance(model, cls.model_class):
                 return name
