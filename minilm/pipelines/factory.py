@@ -16,7 +16,7 @@ import torch
 
 from ..differences import renamed
 from ..files import DEFAULT_DECODER, DEFAULT_ENCODER, resolve
-from ..model import HUB_OPTIONS, PreTrainedModel, read_config
+from ..model import HUB_OPTIONS, AutoModelForCausalLM, PreTrainedModel, read_config
 from ..sentence import CrossEncoder, SentenceEncoder
 from ..text import AutoTokenizer, Tokenizer
 from .base import Pipeline
@@ -27,7 +27,7 @@ from .sentences import SentencePipeline, SentenceSimilarityPipeline, TextRanking
 from .text_classification import TextClassificationPipeline
 from .text_generation import TextGenerationPipeline
 from .token_classification import TokenClassificationPipeline
-from .zero_shot import ZeroShotClassificationPipeline
+from .zero_shot import PromptedZeroShotPipeline, ZeroShotClassificationPipeline
 
 TASKS: dict[str, type[Pipeline[Any]]] = {
     cls.task: cls
@@ -83,6 +83,8 @@ def pipeline(
         model: a folder, a name on the hub, or a loaded model (with or without PEFT's adapters).
             feature-extraction, sentence-similarity and text-generation have a default. For
             sentence-similarity also a SentenceEncoder, for text-ranking a CrossEncoder.
+            zero-shot-classification takes models trained on NLI, sentence encoders, and causal language
+            models.
         tokenizer: None: the model's own.
         device: -1 is the CPU, another number a GPU; None: the GPU if there is one (a loaded model stays where
             it is).
@@ -110,16 +112,26 @@ def pipeline(
     model = _adapted(model)
     name = _name(_task_of(model, hub) if task is None else task)
     cls = TASKS[name]
+    model_class = cls.model_class
     if issubclass(cls, SentencePipeline):
         if tokenizer is not None:
             raise ValueError(f"{name} uses the tokenizer of its model: tokenizer= has no effect")
         made = {"dtype": dtype, "weights": weights, "model_kwargs": model_kwargs, **hub}
-        return cls(_of_sentences(cls, model, device, made), batch_size=batch_size, **options)
+        found = _of_sentences(model_class, name, model, device, made)
+        return cls(found, batch_size=batch_size, **options)
+    if cls is ZeroShotClassificationPipeline:
+        kind = _prompted(model, hub)
+        if kind is SentenceEncoder:
+            made = {"dtype": dtype, "weights": weights, "model_kwargs": model_kwargs, **hub}
+            found = _of_sentences(SentenceEncoder, name, model, device, made)
+            return PromptedZeroShotPipeline(found, batch_size=batch_size, **options)
+        cls = cls if kind is None else PromptedZeroShotPipeline
+        model_class = kind or model_class
     if isinstance(model, PreTrainedModel):
         base = cls is FeatureExtractionPipeline
-        if not isinstance(model, PreTrainedModel if base else cls.model_class):
+        if not isinstance(model, PreTrainedModel if base else model_class):
             raise ValueError(
-                f"{name} needs an {cls.model_class.__name__}, and the model is a {type(model).__name__}"
+                f"{name} needs an {model_class.__name__}, and the model is a {type(model).__name__}"
             )
         if weights is not None:
             raise ValueError("weights= applies to loading: give the model's name, not a loaded model")
@@ -136,7 +148,7 @@ def pipeline(
             **hub,
             **(model_kwargs or {}),
         }
-        loaded = cls.model_class.from_pretrained(model, **made)
+        loaded = model_class.from_pretrained(model, **made)
     if not isinstance(tokenizer, Tokenizer):
         source: Any = tokenizer or (loaded.name_or_path if isinstance(model, PreTrainedModel) else model)
         if not source:
@@ -145,15 +157,28 @@ def pipeline(
     return cls(loaded, tokenizer, batch_size=batch_size, **options)
 
 
-def _of_sentences(cls: type[Pipeline[Any]], model: Any, device: Any, options: dict[str, Any]) -> Any:
+def _prompted(model: Any, hub: dict[str, Any]) -> Any:
+    """The class of a model that chooses among labels without a head: a sentence encoder, or a causal language
+    model. None for one that was trained on NLI, or cannot."""
+    if isinstance(model, (SentenceEncoder, AutoModelForCausalLM)):
+        return SentenceEncoder if isinstance(model, SentenceEncoder) else AutoModelForCausalLM
+    if isinstance(model, PreTrainedModel):
+        return None
+    config = read_config(resolve(model, files="config", **hub))
+    architecture = str((config.get("architectures") or [""])[0])
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return AutoModelForCausalLM
+    return SentenceEncoder if architecture.endswith("Model") else None
+
+
+def _of_sentences(kind: type[Any], task: str, model: Any, device: Any, options: dict[str, Any]) -> Any:
     """The SentenceEncoder or CrossEncoder of a name, or a loaded one."""
-    kind = cls.model_class
     given = {name: value for name, value in options.items() if value is not None}
     if isinstance(model, (str, os.PathLike)):
         return kind(model, device=_device(device), **given)
     if not isinstance(model, kind):
         raise ValueError(
-            f"{cls.task} needs a {kind.__name__} or its name, and the model is a {type(model).__name__}"
+            f"{task} needs a {kind.__name__} or its name, and the model is a {type(model).__name__}"
         )
     if given:
         raise ValueError(f"{', '.join(given)}: only for a model that is loaded by name")

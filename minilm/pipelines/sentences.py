@@ -1,4 +1,4 @@
-"""sentence-similarity and text-ranking: one text compared with others, by a sentence encoder or cross-encoder.
+"""sentence-similarity and text-ranking: a text compared with others, by a sentence encoder or cross-encoder.
 
 transformers has no such pipelines; the hub has the tasks. Inputs are those of the hub's task pages.
 """
