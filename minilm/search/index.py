@@ -113,6 +113,8 @@ class SearchIndex:
         """The model; loaded at first use. Raises ValueError if it is not that of the index."""
         if self._encoder is None:
             given = self._given
+            if given == "":
+                raise ValueError(f"{self.folder}: was built with a model without a name: give the encoder")
             found = given if isinstance(given, SentenceEncoder) else SentenceEncoder(given)
             self._check(found)
             self._encoder = found
@@ -177,6 +179,7 @@ class SearchIndex:
         similarity: str | None = None,
         query_prompt: str | None = None,
         document_prompt: str | None = None,
+        name: str | None = None,
         batch_size: int = 32,
         progress: Progress | None = None,
     ) -> SearchIndex:
@@ -190,6 +193,8 @@ class SearchIndex:
             similarity: cosine, dot, euclidean or manhattan; None: that of the model.
             query_prompt, document_prompt: texts to put before each; None: the model's prompts `query` and
                 `document`.
+            name: of the model, by which `open` loads it again; None: the one given as `encoder`, or where it
+                was loaded from. Of a folder, the absolute path is kept.
             batch_size, progress: texts that go through the model at once; called after each chunk of texts.
 
         A process that is killed leaves the old index, or none. Raises FileError if the folder has files but
@@ -198,7 +203,11 @@ class SearchIndex:
         folder = Path(folder)
         if dtype not in DTYPES:
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, and is {dtype!r}")
-        name = os.fspath(encoder) if not isinstance(encoder, SentenceEncoder) else None
+        if name is None:
+            loaded = encoder if isinstance(encoder, SentenceEncoder) else None
+            name = str(encoder) if loaded is None else loaded.transformer.model.name_or_path
+        if name and Path(name).expanduser().exists():
+            name = str(Path(name).expanduser().absolute())
         model = encoder if isinstance(encoder, SentenceEncoder) else SentenceEncoder(encoder)
         similarity = similarity or model.similarity_fn_name
         if similarity not in ("cosine", "dot", "euclidean", "manhattan"):
@@ -208,8 +217,7 @@ class SearchIndex:
             for kind, text in (("query", query_prompt), ("document", document_prompt))
         }
         probe = _encoded(model, _PROBES, prompts["document"], check_batch_size(batch_size))
-        name = name or model.transformer.model.name_or_path or "(a model without a name)"
-        made = Listing(probe.shape[1], dtype, similarity, name, prompts, probe.tolist())
+        made = Listing(probe.shape[1], dtype, similarity, name or "", prompts, probe.tolist())
         with writing(folder):
             if folder.is_dir():
                 settle(folder)

@@ -234,6 +234,18 @@ def test_another_model_is_an_error(tmp_path: Path, folder: Path, encoder: Senten
         SearchIndex.open(tmp_path / "i", "./nothing-there").search("anna")
 
 
+def test_the_name_of_the_model(tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder is found from everywhere; what has no name is asked for."""
+    monkeypatch.chdir(folder.parent)
+    assert SearchIndex.build(folder.name, ["anna"], tmp_path / "i").model == str(folder)
+    monkeypatch.chdir(tmp_path)
+    assert SearchIndex.open("i").search("anna")[0].text == "anna"
+    assert SearchIndex.build(Table(np.eye(3)), [], tmp_path / "i", name="mine").model == "mine"
+    SearchIndex.build(Table(np.eye(3), name=""), ["a"], tmp_path / "i")
+    with pytest.raises(ValueError, match="a model without a name: give the encoder"):
+        SearchIndex.open("i").search("a")
+
+
 def test_an_empty_corpus(tmp_path: Path) -> None:
     index = SearchIndex.build(Table(np.eye(3)), [], tmp_path / "i")
     assert len(index) == 0
