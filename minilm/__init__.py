@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from .ops import backend as backend
     from .ops import explain as explain
     from .pipelines import pipeline as pipeline
+    from .search import SearchIndex as SearchIndex
     from .sentence import CrossEncoder as CrossEncoder
     from .sentence import SentenceEncoder as SentenceEncoder
     from .sentence import SentenceTransformer as SentenceTransformer
@@ -83,6 +84,7 @@ _HOME = {
         "explain",
     ),
     "pipelines": ("pipeline",),
+    "search": ("SearchIndex",),
     "sentence": (
         "CrossEncoder",
         "SentenceEncoder",

@@ -23,7 +23,7 @@ ORDER = (
         "generation",
         "seq2seq",
     ),
-    *("sentence", "util", "pipelines", "prompting", "training", "peft", "evaluation", "interpret"),
+    *("sentence", "util", "search", "prompting", "pipelines", "training", "peft", "evaluation", "interpret"),
     "conversion",
     *("serving", "integrations", "doctor", "cli", "__main__", ""),
 )

@@ -5,6 +5,7 @@ from .factory import ALIASES, DEFAULT_MODELS, TASKS, pipeline
 from .feature_extraction import FeatureExtractionPipeline
 from .fill_mask import FillMaskPipeline
 from .question_answering import QuestionAnsweringPipeline
+from .sentences import SentenceSimilarityPipeline, TextRankingPipeline
 from .text_classification import TextClassificationPipeline
 from .text_generation import TextGenerationPipeline
 from .token_classification import TokenClassificationPipeline
@@ -18,8 +19,10 @@ __all__ = [
     "FillMaskPipeline",
     "Pipeline",
     "QuestionAnsweringPipeline",
+    "SentenceSimilarityPipeline",
     "TextClassificationPipeline",
     "TextGenerationPipeline",
+    "TextRankingPipeline",
     "TokenClassificationPipeline",
     "ZeroShotClassificationPipeline",
     "pipeline",

@@ -41,7 +41,7 @@ class Pipeline(ABC, Generic[OptionsT]):
     """
 
     task: ClassVar[str]
-    model_class: ClassVar[type[PreTrainedModel]]
+    model_class: ClassVar[type[Any]]
     options_class: ClassVar[type[Any]]
     older_names: ClassVar[Mapping[str, str]] = {}
     """Older names of options in transformers -> current names."""

@@ -3,7 +3,8 @@
     ner = pipeline("ner", model="dslim/bert-base-NER", aggregation_strategy="simple")
     ner("Wolfgang lives in Berlin.")   # [{"entity_group": "PER", "score": ..., "word": "Wolfgang", ...}, ...]
 
-Results have transformers' structure and values. There is one file per task; their base class is in base.py.
+Results have transformers' structure and values. There is one file per task (sentences.py has two); their base
+class is in base.py.
 """
 
 from __future__ import annotations
@@ -15,16 +16,18 @@ import torch
 
 from ..differences import renamed
 from ..files import DEFAULT_DECODER, DEFAULT_ENCODER, resolve
-from ..model import HUB_OPTIONS, PreTrainedModel, read_config
+from ..model import HUB_OPTIONS, AutoModelForCausalLM, PreTrainedModel, read_config
+from ..sentence import CrossEncoder, SentenceEncoder
 from ..text import AutoTokenizer, Tokenizer
 from .base import Pipeline
 from .feature_extraction import FeatureExtractionPipeline
 from .fill_mask import FillMaskPipeline
 from .question_answering import QuestionAnsweringPipeline
+from .sentences import SentencePipeline, SentenceSimilarityPipeline, TextRankingPipeline
 from .text_classification import TextClassificationPipeline
 from .text_generation import TextGenerationPipeline
 from .token_classification import TokenClassificationPipeline
-from .zero_shot import ZeroShotClassificationPipeline
+from .zero_shot import PromptedZeroShotPipeline, ZeroShotClassificationPipeline
 
 TASKS: dict[str, type[Pipeline[Any]]] = {
     cls.task: cls
@@ -32,14 +35,20 @@ TASKS: dict[str, type[Pipeline[Any]]] = {
         FeatureExtractionPipeline,
         FillMaskPipeline,
         QuestionAnsweringPipeline,
+        SentenceSimilarityPipeline,
         TextClassificationPipeline,
         TextGenerationPipeline,
+        TextRankingPipeline,
         TokenClassificationPipeline,
         ZeroShotClassificationPipeline,
     )
 }
 ALIASES = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
-DEFAULT_MODELS = {"feature-extraction": DEFAULT_ENCODER, "text-generation": DEFAULT_DECODER}
+DEFAULT_MODELS = {
+    "feature-extraction": DEFAULT_ENCODER,
+    "sentence-similarity": DEFAULT_ENCODER,
+    "text-generation": DEFAULT_DECODER,
+}
 
 _HEADS = {
     "ForMaskedLM": "fill-mask",
@@ -57,7 +66,7 @@ _WITHOUT_EFFECT = ("trust_remote_code", "use_fast", "framework", "num_workers", 
 
 def pipeline(
     task: str | None = None,
-    model: str | os.PathLike[str] | PreTrainedModel | None = None,
+    model: str | os.PathLike[str] | PreTrainedModel | SentenceEncoder | CrossEncoder | None = None,
     *,
     tokenizer: str | os.PathLike[str] | Tokenizer | None = None,
     device: str | int | torch.device | None = None,
@@ -72,7 +81,10 @@ def pipeline(
     Args:
         task: one of `TASKS`, or an alias of one; None: the task that the model was trained for.
         model: a folder, a name on the hub, or a loaded model (with or without PEFT's adapters).
-            feature-extraction and text-generation have a default.
+            feature-extraction, sentence-similarity and text-generation have a default. For
+            sentence-similarity also a SentenceEncoder, for text-ranking a CrossEncoder.
+            zero-shot-classification takes models trained on NLI, sentence encoders, and causal language
+            models.
         tokenizer: None: the model's own.
         device: -1 is the CPU, another number a GPU; None: the GPU if there is one (a loaded model stays where
             it is).
@@ -100,11 +112,26 @@ def pipeline(
     model = _adapted(model)
     name = _name(_task_of(model, hub) if task is None else task)
     cls = TASKS[name]
+    model_class = cls.model_class
+    if issubclass(cls, SentencePipeline):
+        if tokenizer is not None:
+            raise ValueError(f"{name} uses the tokenizer of its model: tokenizer= has no effect")
+        made = {"dtype": dtype, "weights": weights, "model_kwargs": model_kwargs, **hub}
+        found = _of_sentences(model_class, name, model, device, made)
+        return cls(found, batch_size=batch_size, **options)
+    if cls is ZeroShotClassificationPipeline:
+        kind = _prompted(model, hub)
+        if kind is SentenceEncoder:
+            made = {"dtype": dtype, "weights": weights, "model_kwargs": model_kwargs, **hub}
+            found = _of_sentences(SentenceEncoder, name, model, device, made)
+            return PromptedZeroShotPipeline(found, batch_size=batch_size, **options)
+        cls = cls if kind is None else PromptedZeroShotPipeline
+        model_class = kind or model_class
     if isinstance(model, PreTrainedModel):
         base = cls is FeatureExtractionPipeline
-        if not isinstance(model, PreTrainedModel if base else cls.model_class):
+        if not isinstance(model, PreTrainedModel if base else model_class):
             raise ValueError(
-                f"{name} needs an {cls.model_class.__name__}, and the model is a {type(model).__name__}"
+                f"{name} needs an {model_class.__name__}, and the model is a {type(model).__name__}"
             )
         if weights is not None:
             raise ValueError("weights= applies to loading: give the model's name, not a loaded model")
@@ -121,13 +148,41 @@ def pipeline(
             **hub,
             **(model_kwargs or {}),
         }
-        loaded = cls.model_class.from_pretrained(model, **made)
+        loaded = model_class.from_pretrained(model, **made)
     if not isinstance(tokenizer, Tokenizer):
-        source = tokenizer or (loaded.name_or_path if isinstance(model, PreTrainedModel) else model)
+        source: Any = tokenizer or (loaded.name_or_path if isinstance(model, PreTrainedModel) else model)
         if not source:
             raise ValueError("a model that was not loaded from files needs a tokenizer=")
         tokenizer = AutoTokenizer.from_pretrained(source, **hub)
     return cls(loaded, tokenizer, batch_size=batch_size, **options)
+
+
+def _prompted(model: Any, hub: dict[str, Any]) -> Any:
+    """The class of a model that chooses among labels without a head: a sentence encoder, or a causal language
+    model. None for one that was trained on NLI, or cannot."""
+    if isinstance(model, (SentenceEncoder, AutoModelForCausalLM)):
+        return SentenceEncoder if isinstance(model, SentenceEncoder) else AutoModelForCausalLM
+    if isinstance(model, PreTrainedModel):
+        return None
+    config = read_config(resolve(model, files="config", **hub))
+    architecture = str((config.get("architectures") or [""])[0])
+    if architecture.endswith(("ForCausalLM", "LMHeadModel")):
+        return AutoModelForCausalLM
+    return SentenceEncoder if architecture.endswith("Model") else None
+
+
+def _of_sentences(kind: type[Any], task: str, model: Any, device: Any, options: dict[str, Any]) -> Any:
+    """The SentenceEncoder or CrossEncoder of a name, or a loaded one."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if isinstance(model, (str, os.PathLike)):
+        return kind(model, device=_device(device), **given)
+    if not isinstance(model, kind):
+        raise ValueError(
+            f"{task} needs a {kind.__name__} or its name, and the model is a {type(model).__name__}"
+        )
+    if given:
+        raise ValueError(f"{', '.join(given)}: only for a model that is loaded by name")
+    return model if device is None else model.to(_device(device))
 
 
 def _adapted(model: Any) -> Any:
@@ -155,9 +210,9 @@ def _device(device: str | int | torch.device | None) -> str | int | torch.device
     return "cpu" if device == -1 else device
 
 
-def _task_of(model: str | os.PathLike[str] | PreTrainedModel, hub: dict[str, Any]) -> str:
+def _task_of(model: Any, hub: dict[str, Any]) -> str:
     """The task of a model, by its class or the class in its config.json."""
-    if isinstance(model, PreTrainedModel):
+    if isinstance(model, (PreTrainedModel, SentenceEncoder, CrossEncoder)):
         for name, cls in TASKS.items():
             if isinstance(model, cls.model_class):
                 return name

@@ -1,18 +1,22 @@
-"""zero-shot-classification: labels that the model was not trained for, each tested as a hypothesis about the
-text (Yin et al. 2019, arXiv:1909.00161). The model was trained on natural language inference (NLI): whether
-one text follows from another."""
+"""zero-shot-classification: labels that the model was not trained for.
+
+A model trained on natural language inference (NLI: whether one text follows from another) tests each label as
+a hypothesis about the text (Yin et al. 2019, arXiv:1909.00161). A sentence encoder compares the text with the
+labels, and a causal language model scores them as its continuation (`minilm.prompting`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from ..model import AutoModelForSequenceClassification
-from ..sentence import Ran, Tokens
+from ..model import AutoModelForCausalLM, AutoModelForSequenceClassification
+from ..prompting import EmbeddingClassifier, LabelScorer
+from ..sentence import Ran, SentenceEncoder, Tokens, chunks
 from .base import Pipeline, Work
 
 
@@ -123,3 +127,96 @@ class ZeroShotClassificationPipeline(Pipeline[Options]):
             )
         against = [number for name, number in names.items() if name.startswith(("contra", "not"))]
         return found[0], against[0] if against else (len(names) - 1 if found[0] == 0 else 0)
+
+
+class PromptedZeroShotPipeline(ZeroShotClassificationPipeline):
+    """A text -> {"sequence", "labels", "scores"}, the most probable label first; the scores sum to 1.
+
+        classify = pipeline("zero-shot-classification", model="all-MiniLM-L6-v2")
+        classify("The striker scored twice.", ["sport", "politics"])
+
+    A sentence encoder compares the text with ``hypothesis_template`` for each label. A causal language model
+    reads the text, a line break, and the template up to ``{}``, and each label is scored as what follows;
+    after ``{}`` there may only be a full stop.
+
+    `multi_label` and `entailment` are refused: these models score labels against each other.
+    """
+
+    model: Any
+
+    def __init__(
+        self,
+        model: SentenceEncoder | AutoModelForCausalLM,
+        tokenizer: Any = None,
+        *,
+        batch_size: int | None = None,
+        **options: Any,
+    ) -> None:
+        self._classifier: tuple[Any, Any] = ((), None)
+        tokenizer = model.tokenizer if isinstance(model, SentenceEncoder) else tokenizer
+        super().__init__(model, tokenizer, batch_size=batch_size, **options)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return f"<{self.task} pipeline of a {type(self.model).__name__} on {self.device}>"
+
+    def parse(self, options: dict[str, Any]) -> Options:
+        """Options by name. Raises ValueError for those that only models trained on NLI have."""
+        parsed = super().parse(options)
+        if parsed.multi_label or parsed.entailment is not None:
+            wrong = "multi_label" if parsed.multi_label else "entailment"
+            raise ValueError(
+                f"{wrong} needs a model trained on NLI, and this is a {type(self.model).__name__}"
+            )
+        return parsed
+
+    def prepare(self, item: Any, options: Options) -> Work:
+        """Only the text."""
+        text = self.text(item)
+        if not text.strip():
+            raise ValueError(f"{self.task} needs a text, and got {item!r}")
+        return Work([], text)
+
+    def head(self, result: Ran, windows: Sequence[Tokens]) -> Sequence[Any]:
+        """Not used: the classifier runs in `results`."""
+        raise NotImplementedError
+
+    def results(
+        self, items: Iterable[Any], options: Options, batch_size: int, slab: int = 16
+    ) -> Iterator[Any]:
+        """The results, in the order of the inputs."""
+        classify = self._by(options, batch_size)
+        for chunk in chunks(items, batch_size * slab):
+            texts = [self.prepare(item, options).state for item in chunk]
+            for text, row in zip(texts, classify.probabilities(texts).tolist(), strict=True):
+                order = sorted(range(len(row)), key=lambda i: -row[i])
+                yield {
+                    "sequence": text,
+                    "labels": [options.labels[i] for i in order],
+                    "scores": [row[i] for i in order],
+                }
+
+    def _by(self, options: Options, batch_size: int) -> Any:
+        """The classifier for these labels; kept for the next call."""
+        labels, template = options.labels, options.hypothesis_template
+        if template.count("{}") != 1:
+            raise ValueError(f"hypothesis_template must have one {{}} for the label, and is {template!r:.80}")
+        if len(labels) < 2:
+            raise ValueError(
+                f"a {type(self.model).__name__} needs two or more candidate_labels, to score them against "
+                f"each other, and got {labels!r:.80}"
+            )
+        key = (tuple(labels), template, batch_size)
+        if self._classifier[0] != key:
+            self._classifier = (key, self._made(labels, template, batch_size))
+        return self._classifier[1]
+
+    def _made(self, labels: list[str], template: str, batch_size: int) -> Any:
+        if isinstance(self.model, SentenceEncoder):
+            return EmbeddingClassifier(self.model, labels, hypothesis=template, batch_size=batch_size)
+        before, _, after = template.partition("{}")
+        if after.strip(" .!?"):
+            raise ValueError(
+                f"for a causal language model hypothesis_template must end with {{}}, and is {template!r:.70}"
+            )
+        prompt = "{text}\n" + before.rstrip().replace("{", "{{").replace("}", "}}")
+        return LabelScorer(self.model, prompt, labels, tokenizer=self.tokenizer, batch_size=batch_size)

@@ -1,9 +1,10 @@
-"""Using a pre-trained model without training it: cloze, label scoring, few-shot prompts, pseudo-perplexity.
+"""Using a pre-trained model without training it: cloze, label scoring, embeddings, few-shot prompts.
 
 Each file is one method, and names its paper.
 """
 
 from .cloze import ClozeClassifier
+from .embedding import EmbeddingClassifier
 from .entities import PromptedEntities
 from .few_shot import FewShotTemplate
 from .labels import LabelScorer
@@ -12,6 +13,7 @@ from .templates import Template
 
 __all__ = [
     "ClozeClassifier",
+    "EmbeddingClassifier",
     "FewShotTemplate",
     "LabelScorer",
     "PromptedEntities",

@@ -150,6 +150,9 @@ class LabelScorer(PromptClassifier):
         )["input_ids"]
         if self._ends_with_eos and rows[0][-1:] == [self.tokenizer.eos_token_id]:
             rows = [row[:-1] for row in rows]  # tokenizers that append an end token
+        for label, row in zip(self.labels, rows[1:], strict=True):
+            if row == rows[0]:
+                raise ValueError(f"the label {label!r} has no token after the prompt {text!r:.60}")
         shared = _shared(rows)
         if any(len(row) == shared for row in rows[1:]):
             shared -= 1  # the label merged with the last token of the prompt

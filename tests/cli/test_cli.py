@@ -24,6 +24,7 @@ from minilm.cli.results import quantity, size
 GROUP: Any = typer.main.get_command(app)
 COMMANDS = sorted(GROUP.commands)
 RUN_MODELS = ["chat", "classify", "embed", "fill-mask", "generate", "ner", "qa", "similar"]
+RUN_MODELS += ["index", "search"]
 
 
 @pytest.fixture(scope="module")

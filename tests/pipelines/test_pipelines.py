@@ -314,4 +314,5 @@ def test_bad_calls(folders: Any) -> None:
     assert set(TASKS) == {
         *("feature-extraction", "fill-mask", "text-classification", "token-classification"),
         *("question-answering", "text-generation", "zero-shot-classification"),
+        *("sentence-similarity", "text-ranking"),
     }

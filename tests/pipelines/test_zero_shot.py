@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import TEXTS, save_model
+from tiny_models import TEXTS, save_decoder, save_model
 
-from minilm import pipeline
+import minilm
+from minilm import SentenceEncoder, pipeline
+from minilm.prompting import EmbeddingClassifier, LabelScorer
 
 NLI = {"id2label": {0: "CONTRADICTION", 1: "neutral", 2: "ENTAILMENT"}}
 NLI["label2id"] = {name: number for number, name in NLI["id2label"].items()}  # type: ignore[misc]
@@ -101,3 +103,43 @@ def test_errors(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="and none is 'maybe'"):
         other("tea", LABELS, entailment="maybe")
     assert other("tea", LABELS, entailment="yes")["labels"]
+
+
+def test_sentence_encoders_and_language_models(tmp_path: Path) -> None:
+    """A model without a trained head chooses by similarity, or by what follows."""
+    encoder = SentenceEncoder(save_model(tmp_path / "encoder", "bert"), device="cpu")
+    by_similarity = EmbeddingClassifier(encoder, LABELS, hypothesis="the {} is old")
+    causal = save_decoder(tmp_path / "causal", "llama")
+    by_score = LabelScorer(causal, "{text}\nthe", LABELS)
+    model = minilm.AutoModelForCausalLM.from_pretrained(causal)
+    texts = [TEXTS[0], TEXTS[1], TEXTS[4]]
+    for given, classifier, template in (
+        (tmp_path / "encoder", by_similarity, "the {} is old"),
+        (encoder, by_similarity, "the {} is old"),
+        (causal, by_score, "the {}."),
+        (model, by_score, "the {}."),
+    ):
+        pipe = pipeline("zero-shot-classification", model=given, device="cpu", hypothesis_template=template)
+        expected = classifier.probabilities(texts)
+        for found in (pipe(texts, LABELS), list(pipe(iter(texts), LABELS)), [pipe(t, LABELS) for t in texts]):
+            for one, text, row in zip(found, texts, expected.tolist(), strict=True):
+                assert one["sequence"] == text
+                assert one["scores"] == sorted(one["scores"], reverse=True)
+                scores = dict(zip(one["labels"], one["scores"], strict=True))
+                assert scores == pytest.approx(dict(zip(LABELS, row, strict=True)), abs=1e-5)
+        with pytest.raises(ValueError, match="multi_label needs a model trained on NLI, and this is a"):
+            pipe(texts, LABELS, multi_label=True)
+        with pytest.raises(ValueError, match="two or more candidate_labels"):
+            pipe(texts, ["tea"])
+        with pytest.raises(ValueError, match=r"must have one \{\} for the label"):
+            pipe(texts, LABELS, hypothesis_template="the label")
+        with pytest.raises(ValueError, match="zero-shot-classification needs a text"):
+            pipe(" ", LABELS)
+    with pytest.raises(ValueError, match=r"must end with \{\}, and is 'the \{\} is old'"):
+        pipeline("zero-shot-classification", model=causal)(texts, LABELS, hypothesis_template="the {} is old")
+
+
+def test_a_masked_language_model_has_no_way(tmp_path: Path) -> None:
+    folder = save_model(tmp_path, "bert", "ForMaskedLM")
+    with pytest.raises(ValueError, match="needs a model trained on NLI: its classes are LABEL_0, LABEL_1"):
+        pipeline("zero-shot-classification", model=folder, device="cpu")(TEXTS[0], LABELS)

@@ -3,6 +3,7 @@ each method."""
 
 from __future__ import annotations
 
+import json
 import math
 from functools import cache
 from pathlib import Path
@@ -339,3 +340,15 @@ def test_loaded_models_are_taken(masked: Path, causal: Path) -> None:
     assert ours.scores(["x"]).shape == (1, 2)
     decoder, words = AutoModelForCausalLM.from_pretrained(causal), AutoTokenizer.from_pretrained(causal)
     assert LabelScorer(decoder, "{text}", ["a", "b"], tokenizer=words).scores(["x"]).shape == (1, 2)
+
+
+def test_a_label_without_tokens(tmp_path: Path) -> None:
+    """Of a tokenizer that drops a character, such as a control character."""
+    folder = save_decoder(tmp_path, "llama")
+    file = folder / "tokenizer.json"
+    stored = json.loads(file.read_text(encoding="utf-8"))
+    stored["normalizer"] = {"type": "Replace", "pattern": {"String": " ~"}, "content": ""}
+    file.write_text(json.dumps(stored), encoding="utf-8")
+    scorer = LabelScorer(folder, "{text}", ["tea", "~"])
+    with pytest.raises(ValueError, match="the label '~' has no token after the prompt 'the green'"):
+        scorer.predict(["the green"])
