@@ -10,6 +10,11 @@ import torch
 import transformers
 from tiny_seq2seq import VOCABULARY, pair
 
+
+def slow(*names: str) -> list[Any]:
+    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+
+
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"max_new_tokens": 9, "eos_token_id": list(range(1, 15))},
@@ -29,7 +34,7 @@ def sources(pad: int, seed: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["t5", "umt5", "t5-gated-untied", "bart"])
+@pytest.mark.parametrize("name", [*slow("t5", "umt5", "t5-gated-untied"), "bart"])
 def test_tokens_as_in_transformers(name: str, tmp_path: Path) -> None:
     """Greedy and sampled; rows end at different steps; defaults, forced tokens and penalties."""
     theirs, ours = pair(name, tmp_path)
@@ -61,7 +66,7 @@ BEAMS: list[dict[str, Any]] = [
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", ["t5", "umt5", "bart"])
+@pytest.mark.parametrize("name", [*slow("t5", "umt5"), "bart"])
 def test_beams_as_in_transformers(name: str, tmp_path: Path) -> None:
     theirs, ours = pair(name, tmp_path)
     for seed, options in enumerate(BEAMS):

@@ -7,7 +7,7 @@ takes, and the special tokens around a text (its *frame*):
     bert          [CLS] A [SEP]      [CLS] A [SEP] B [SEP], the second text with token type 1
     roberta       <s> A </s>         <s> A </s> </s> B </s>
     xlm-roberta   the same, over sentencepiece
-    bos-eos       A, with <s> before and </s> after it as `add_bos_token` and `add_eos_token` say
+    bos-eos       A, with <s> before and </s> after it as `add_bos_token` and `add_eos_token` say (T5: </s>)
 """
 
 from __future__ import annotations
@@ -26,8 +26,10 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 @dataclass(frozen=True)
 class Family:
-    """`adds_bos`: the default of `add_bos_token` for vocabulary files that do not set it.
-    `mask_takes_space`: "a <mask>" is the tokens "a", "<mask>", without one for the space."""
+    """`adds_bos`, `adds_eos`: the defaults of `add_bos_token` and `add_eos_token` for vocabulary files that do
+    not set them. `mask_takes_space`: "a <mask>" is the tokens "a", "<mask>", without one for the space.
+    `sentinels`: tokens <extra_id_0>, ... after the pieces of a sentencepiece model, if no setting `extra_ids`
+    says how many."""
 
     name: str
     special_tokens: Mapping[str, str] = field(default_factory=dict)
@@ -35,6 +37,8 @@ class Family:
     padding_side: str = "right"
     frame: Literal["bert", "roberta", "xlm-roberta", "bos-eos"] = "bos-eos"
     adds_bos: bool = False
+    adds_eos: bool = False
+    sentinels: int = 0
     mask_takes_space: bool = False
 
 
@@ -54,6 +58,7 @@ _ROBERTA_TOKENS = {
     "cls_token": "<s>",
     "mask_token": "<mask>",
 }
+_T5_TOKENS = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
 _END = "<|endoftext|>"
 
 GENERIC = Family("PreTrainedTokenizerFast")
@@ -70,8 +75,11 @@ FAMILIES = {
         # In fairseq, which these models come from, and in transformers 4, <mask> includes the space before
         # it, and fill-mask depends on it; transformers 5 does not do so if there is only vocab.json.
         Family("RobertaTokenizer", _ROBERTA_TOKENS, frame="roberta", mask_takes_space=True),
+        Family("BartTokenizer", _ROBERTA_TOKENS, frame="roberta", mask_takes_space=True),
         Family("XLMRobertaTokenizer", _ROBERTA_TOKENS, frame="xlm-roberta", mask_takes_space=True),
         Family("CamembertTokenizer", _ROBERTA_TOKENS, frame="xlm-roberta", mask_takes_space=True),
+        Family("T5Tokenizer", _T5_TOKENS, adds_eos=True, sentinels=100),
+        Family("MT5Tokenizer", _T5_TOKENS, adds_eos=True, sentinels=100),
         Family("GPT2Tokenizer", {"unk_token": _END, "bos_token": _END, "eos_token": _END}),
         Family("Qwen2Tokenizer", {"unk_token": _END, "eos_token": _END, "pad_token": _END}),
         # add_bos_token is True by default, as in all sentencepiece-based Llamas; transformers 5 documents
@@ -91,6 +99,10 @@ _OF_MODEL_TYPE = {
     "roberta": "RobertaTokenizer",
     "xlm-roberta": "XLMRobertaTokenizer",
     "camembert": "CamembertTokenizer",
+    "bart": "BartTokenizer",
+    "t5": "T5Tokenizer",
+    "mt5": "T5Tokenizer",
+    "umt5": "T5Tokenizer",
     "gpt2": "GPT2Tokenizer",
     "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
 
+MAX_SENTINELS = 10_000
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model")
 
 
@@ -89,6 +90,8 @@ def load(
         backend = from_tokenizer_json(source, family, explicit, overrides)
     else:
         backend = _from_vocabulary(source, family, explicit, merges_file)
+        if family.sentinels and source.suffix == ".model":
+            _add_sentinels(backend, family, explicit, str(path))
     return _complete(backend, explicit, overrides, family, str(path))
 
 
@@ -123,7 +126,7 @@ def _complete(
     framed = backend.post_processor is not None
     for name, token, at, default in (
         ("add_bos_token", "bos_token", 0, family.adds_bos),
-        ("add_eos_token", "eos_token", -1, False),
+        ("add_eos_token", "eos_token", -1, family.adds_eos),
     ):
         if settings.get(name) is None:
             settings[name] = adds(backend, settings.get(token), at) if framed else default
@@ -173,7 +176,29 @@ def _guess(source: Path) -> Family:
         vocab = read_vocab_json(source)
         roberta = {"<s>", "<pad>", "</s>", "<unk>", "<mask>"} <= vocab.keys()
         return FAMILIES["RobertaTokenizer" if roberta else "GPT2Tokenizer"]
+    if source.name == "spiece.model":  # T5's, and those of other models
+        first = [piece.text for piece in read_sentencepiece(source).pieces[:3]]
+        return FAMILIES["T5Tokenizer"] if first == ["<pad>", "</s>", "<unk>"] else GENERIC
     return FAMILIES["LlamaTokenizer"] if source.name == "tokenizer.model" else GENERIC
+
+
+def _add_sentinels(backend: Backend, family: Family, settings: dict[str, Any], source: str) -> None:
+    """Add T5's sentinels to the pieces, the last one first."""
+    from tokenizers import AddedToken
+
+    count = settings.get("extra_ids")
+    count = family.sentinels if count is None else count
+    if type(count) is not int or not 0 <= count <= MAX_SENTINELS:
+        raise TokenizerError(
+            f"{source}: extra_ids is {count!r:.60}, expected a number from 0 to {MAX_SENTINELS}"
+        )
+    names = [f"<extra_id_{number}>" for number in reversed(range(count))]
+    backend.add_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    if isinstance(extra, list):
+        told = {token["content"] if isinstance(token, dict) else str(token) for token in extra}
+        settings.pop("additional_special_tokens", None)
+        settings["extra_special_tokens"] = [*extra, *(name for name in reversed(names) if name not in told)]
 
 
 def _from_vocabulary(
