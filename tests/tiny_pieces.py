@@ -7,46 +7,9 @@ import io
 import random
 from typing import Any
 
-ENGLISH = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "while",
-    "dogs",
-    "ran",
-    "over",
-    "hills",
-    "and",
-    "far",
-    "away",
-    "under",
-    "green",
-    "trees",
-    "near",
-    "water",
-]
-FRENCH = [
-    "le",
-    "chat",
-    "est",
-    "assis",
-    "sur",
-    "un",
-    "tapis",
-    "pendant",
-    "que",
-    "les",
-    "chiens",
-    "courent",
-    "loin",
-    "des",
-    "collines",
-    "vertes",
-    "été",
-]
+_EN = "the cat sat on a mat while dogs ran over hills and far away under green trees near water"
+_FR = "le chat est assis sur un tapis pendant que les chiens courent loin des collines vertes été"
+ENGLISH, FRENCH = _EN.split(), _FR.split()
 ODD = "ﬁne Ünïcode – “quotes” 日本語 123 4567 , . ! ? (x) [y] >>"
 
 TEXTS = [

@@ -135,9 +135,11 @@ class Seq2SeqModel(PreTrainedModel):
                 )
 
     def _embedded(self, given: Tensor, packed: Packed) -> Tensor:
-        tokens = packed.pack(given)
-        found: Tensor = tokens if tokens.is_floating_point() else self.body.embeddings.tokens(tokens)
-        return found.to(self.dtype) if tokens.is_floating_point() else found
+        tokens, scale = packed.pack(given), self.both.embedding_scale
+        if tokens.is_floating_point():
+            return tokens.to(self.dtype)
+        found: Tensor = self.body.embeddings.tokens(tokens)
+        return found if scale == 1 else found * scale
 
     def encode(
         self,
@@ -210,15 +212,19 @@ class Seq2SeqModel(PreTrainedModel):
 
     def _shifted(self, name: str, ids: Tensor) -> Tensor:
         """The decoder's input for labels: a start token, then all but the last; -100 is padding."""
+        wraps = self.both.wraps
         start, pad = self.config.get("decoder_start_token_id"), self.config.get("pad_token_id")
         for option, value in (("decoder_start_token_id", start), ("pad_token_id", pad)):
-            if value is None:
+            if value is None and not (wraps and option != "pad_token_id"):
                 raise ValueError(f"{name} cannot be shifted to the right: the configuration has no {option}")
         if ids.dim() != 2:
             raise ValueError(f"{name} must be integers [batch, tokens], and is {list(ids.shape)}")
-        first = ids.new_full((len(ids), 1), int(start))
-        shifted = torch.cat((first, ids[:, :-1]), 1)
-        return shifted.masked_fill(shifted == -100, int(pad))
+        ids = ids.masked_fill(ids == -100, int(pad))
+        if wraps:  # as transformers does: the tokens before the padding are counted
+            first = ids.gather(1, (ids != int(pad)).sum(1, keepdim=True).clamp(min=1) - 1)
+        else:
+            first = ids.new_full((len(ids), 1), int(start))
+        return torch.cat((first, ids[:, :-1]), 1)
 
     def run(
         self,

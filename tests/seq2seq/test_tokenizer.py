@@ -1,4 +1,4 @@
-"""The tokenizers of T5 checkpoints, from tokenizer.json or spiece.model: the end token, and the sentinels <extra_id_0>, ..."""
+"""The tokenizers of T5 checkpoints, from tokenizer.json or spiece.model: the end token and the sentinels."""
 
 from __future__ import annotations
 

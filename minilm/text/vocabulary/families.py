@@ -26,8 +26,8 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 @dataclass(frozen=True)
 class Family:
-    """`adds_bos`, `adds_eos`: the defaults of `add_bos_token` and `add_eos_token` for vocabulary files that do
-    not set them. `mask_takes_space`: "a <mask>" is the tokens "a", "<mask>", without one for the space.
+    """`adds_bos`, `adds_eos`: the defaults of `add_bos_token`, `add_eos_token` for vocabulary files without
+    them. `mask_takes_space`: "a <mask>" is the tokens "a", "<mask>", without one for the space.
     `sentinels`: tokens <extra_id_0>, ... after the pieces of a sentencepiece model, if no setting `extra_ids`
     says how many."""
 
