@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..families import ENCODER_DECODERS, Head, PretrainedConfig, family_of
+from ..families import ENCODER_DECODERS, Family, Head, PretrainedConfig, family_of
 from ..families.encoder_decoder import EncoderDecoderFamily
 from ..model import Packed, PreTrainedModel, check_columns, integers, pack
 from .cache import EncoderDecoderCache
@@ -384,7 +384,7 @@ def alias(name: str) -> type | None:
                 return class_of(head, model_type)
         if name == f"{family.class_prefix}Config":
             return type(name, (PretrainedConfig,), {"model_type": model_type, "__module__": "minilm"})
-        if name in (f"{family.class_prefix}Tokenizer", f"{family.class_prefix}TokenizerFast"):
+        if name.removesuffix("Fast") in _tokenizers(family):
             from ..text import AutoTokenizer, tokenizer_class
 
             return tokenizer_class(name) or AutoTokenizer
@@ -396,5 +396,12 @@ def alias_names() -> list[str]:
     names = []
     for family in map(family_of, ENCODER_DECODERS):
         names += [family.class_name(head) for head in ("base", *family.heads)]
-        names += [f"{family.class_prefix}{what}" for what in ("Config", "Tokenizer", "TokenizerFast")]
+        names.append(f"{family.class_prefix}Config")
+        names += [f"{name}{fast}" for name in _tokenizers(family) for fast in ("", "Fast")]
     return names
+
+
+def _tokenizers(family: Family) -> tuple[str, ...]:
+    """The names of the family's tokenizers."""
+    own = f"{family.class_prefix}Tokenizer"
+    return (own, "MBart50Tokenizer") if family.model_type == "mbart" else (own,)

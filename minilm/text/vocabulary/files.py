@@ -8,8 +8,8 @@ Padding or truncation stored in tokenizer.json is dropped: only the arguments of
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Backend
 
 MAX_SENTINELS = 10_000
+MARIAN_FILE = "source.spm"
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model")
 
 
@@ -46,6 +47,8 @@ class Parts:
     backend: Backend
     settings: dict[str, Any]
     family: Family = GENERIC
+    more: Any = None
+    """A `Marian` (`minilm.text.vocabulary.marian`), if the tokenizer is one."""
 
 
 def load(
@@ -83,6 +86,16 @@ def load(
         }
 
     explicit = {**config, **overrides}
+    for name in ("src_lang", "tgt_lang"):
+        if name in overrides and not family.languages:
+            raise TokenizerError(
+                f"{path}: {name}={overrides[name]!r:.40} has no effect, its texts have no language"
+            )
+    if source.name == MARIAN_FILE:
+        from .marian import read_marian
+
+        backend, marian = read_marian(source.parent, explicit)
+        return replace(_complete(backend, explicit, overrides, family, str(path)), more=marian)
     if source.suffix == ".gguf":
         backend, in_metadata = tokenizer_from_gguf(_read_gguf(source), source)
         explicit, family = {**in_metadata, **overrides}, GENERIC
@@ -92,6 +105,8 @@ def load(
         backend = _from_vocabulary(source, family, explicit, merges_file)
         if family.sentinels and source.suffix == ".model":
             _add_sentinels(backend, family, explicit, str(path))
+        if family.languages and source.suffix == ".model":
+            _list_special(explicit, family.languages)
     return _complete(backend, explicit, overrides, family, str(path))
 
 
@@ -133,19 +148,24 @@ def _complete(
         if not isinstance(settings[name], bool):
             raise TokenizerError(f"{source}: {name} is {settings[name]!r:.60}, expected true or false")
     asked = "add_bos_token" in overrides or "add_eos_token" in overrides
-    if not framed or (asked and family.frame == "bos-eos"):
+    if (not framed and not family.languages) or (asked and family.frame == "bos-eos"):  # MBartTokenizer does
         set_frame(backend, family.frame, settings)
     return Parts(backend, settings, family)
 
 
 def _vocabulary(folder: Path, family: Family) -> Path:
     """The file in `folder` that defines the pipeline."""
+    if family.frame == "marian" and has_file(folder / MARIAN_FILE, error=TokenizerError):
+        return folder / MARIAN_FILE
     if has_file(folder / "tokenizer.json", error=TokenizerError):
         return folder / "tokenizer.json"
     older = {
         "bert": ["vocab.txt"],
         "roberta": ["vocab.json"],
         "xlm-roberta": ["sentencepiece.bpe.model"],
+        "mbart": ["sentencepiece.bpe.model"],
+        "mbart-50": ["sentencepiece.bpe.model"],
+        "marian": [MARIAN_FILE],
         "bos-eos": [],
     }[family.frame]
     for name in (*older, *SENTENCEPIECE_FILES, "vocab.json", "vocab.txt"):
@@ -194,11 +214,16 @@ def _add_sentinels(backend: Backend, family: Family, settings: dict[str, Any], s
         )
     names = [f"<extra_id_{number}>" for number in reversed(range(count))]
     backend.add_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    _list_special(settings, names[::-1])
+
+
+def _list_special(settings: dict[str, Any], names: Sequence[str]) -> None:
+    """Add `names` to the special tokens without a name."""
     extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
     if isinstance(extra, list):
         told = {token["content"] if isinstance(token, dict) else str(token) for token in extra}
         settings.pop("additional_special_tokens", None)
-        settings["extra_special_tokens"] = [*extra, *(name for name in reversed(names) if name not in told)]
+        settings["extra_special_tokens"] = [*extra, *(name for name in names if name not in told)]
 
 
 def _from_vocabulary(
@@ -216,9 +241,12 @@ def _from_vocabulary(
             )
         model = read_sentencepiece(source)
         prefix = settings.get("add_prefix_space")
-        if family.frame == "xlm-roberta":
+        if family.frame in ("xlm-roberta", "mbart", "mbart-50"):
             return xlm_roberta(
-                model, add_prefix_space=prefix is not False, mask_token=token("mask_token", "<mask>")
+                model,
+                add_prefix_space=prefix is not False,
+                mask_token=token("mask_token", "<mask>"),
+                languages=family.languages,
             )
         if family.name == "LlamaTokenizer" and model.algorithm is Algorithm.BPE:
             return llama(
