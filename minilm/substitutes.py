@@ -3,7 +3,10 @@ not have."""
 
 from __future__ import annotations
 
-_SEQUENCE = "of the encoder-decoders, T5, mT5, umT5 and BART are supported: use transformers for others"
+_SEQUENCE = (
+    "of the encoder-decoders, T5, mT5, umT5, BART, mBART and Marian are supported: use transformers for "
+    "others"
+)
 _IMAGES = "minilm reads text only: use transformers for images and sound"
 _QUANTISED = (
     "from_pretrained(name, weights='int8'), 'q8_0' or 'q4_0' quantises while loading; `minilm quantize` "
@@ -16,7 +19,8 @@ _TRAINING = (
 )
 
 CLASSES = {
-    "MarianMTModel": _SEQUENCE,
+    "PegasusForConditionalGeneration": _SEQUENCE,
+    "M2M100ForConditionalGeneration": _SEQUENCE,
     "AutoProcessor": _IMAGES,
     "AutoImageProcessor": _IMAGES,
     "AutoFeatureExtractor": _IMAGES,

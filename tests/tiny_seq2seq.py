@@ -35,6 +35,15 @@ BART: dict[str, Any] = {
     "decoder_ffn_dim": 29,
     "max_position_embeddings": 40,
 }
+MARIAN: dict[str, Any] = {
+    **BART,
+    "decoder_vocab_size": VOCABULARY,
+    "activation_function": "swish",
+    "pad_token_id": VOCABULARY - 1,
+    "eos_token_id": 0,
+    "forced_eos_token_id": 0,
+    "decoder_start_token_id": VOCABULARY - 1,
+}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "t5": ("T5", T5),
     "t5-deeper-decoder": ("T5", {**T5, "num_layers": 1, "num_decoder_layers": 3}),
@@ -47,6 +56,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "mt5": ("MT5", T5),
     "umt5": ("UMT5", T5),
     "bart": ("Bart", BART),
+    "mbart": ("MBart", {**BART, "scale_embedding": True, "decoder_start_token_id": 2}),
+    "marian": ("Marian", MARIAN),
+    "marian-scaled": (
+        "Marian",
+        {**MARIAN, "scale_embedding": True, "d_model": 21, "decoder_attention_heads": 7},
+    ),
     "bart-scaled-relu": ("Bart", {**BART, "scale_embedding": True, "activation_function": "relu"}),
 }
 
@@ -57,15 +72,23 @@ def pair(name: str, folder: Path, what: str = "ForConditionalGeneration", **chan
     torch.manual_seed(len(name))
     config = getattr(transformers, f"{prefix}Config")(**{**options, **changes})
     config._attn_implementation = "eager"
-    theirs = getattr(transformers, f"{prefix}{what}")(config).eval()
+    theirs = getattr(transformers, class_name(name, what))(config).eval()
     with torch.no_grad():
         for key, parameter in (*theirs.named_parameters(), *theirs.named_buffers()):
+            if prefix == "Marian" and "positions" in key:
+                continue
             norm = "norm" in key and key.endswith("weight")
             parameter.copy_(torch.randn_like(parameter) * (0.3 if parameter.dim() > 1 else 0.2) + norm)
     if name == "t5-gated-untied":  # as in published files; transformers ties a new model
         theirs.lm_head.weight = torch.nn.Parameter(torch.randn_like(theirs.lm_head.weight) * 0.3)
     theirs.save_pretrained(folder)
-    return theirs, getattr(minilm, f"{prefix}{what}").from_pretrained(folder)
+    return theirs, getattr(minilm, class_name(name, what)).from_pretrained(folder)
+
+
+def class_name(name: str, what: str) -> str:
+    """The class of a case with this head."""
+    marian = name.startswith("marian") and what == "ForConditionalGeneration"
+    return "MarianMTModel" if marian else f"{CASES[name][0]}{what}"
 
 
 def batch(seed: int = 0, *, left: bool = True) -> dict[str, Tensor]:

@@ -9,6 +9,8 @@ right.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..config import ConfigError, ModelConfig
@@ -61,9 +63,9 @@ OFFSET = 2
 """Row of the position tables for the first token."""
 
 
-def translate(hf: Options) -> ModelConfig:
-    """BART's options -> the encoder's ModelConfig."""
-    return ModelConfig(
+def translate(hf: Options, **changes: Any) -> ModelConfig:
+    """BART's options -> the encoder's ModelConfig, with the `changes` of another family."""
+    config = ModelConfig(
         vocab_size=hf.vocab_size,
         hidden_size=hf.d_model,
         num_layers=hf.encoder_layers,
@@ -85,21 +87,29 @@ def translate(hf: Options) -> ModelConfig:
         attention_dropout=hf.attention_dropout,
         hidden_dropout=hf.dropout,
     )
+    return replace(config, **changes)
 
 
 def _head_size(hf: Options, name: str) -> int:
     heads = size(hf, name)
     if hf.d_model % heads:
-        raise ConfigError(f"bart: d_model {hf.d_model} is not a multiple of {name}, which is {heads}")
+        raise ConfigError(
+            f"{hf.model_type}: d_model {hf.d_model} is not a multiple of {name}, which is {heads}"
+        )
     return int(hf.d_model // heads)
 
 
-def sides(hf: Options) -> EncoderDecoderConfig:
-    """BART's options -> the configuration of both sides."""
-    encoder = translate(hf)
+def sides(
+    hf: Options, form: Mapping[str, Any] | None = None, *, reads_source: bool = True, **changes: Any
+) -> EncoderDecoderConfig:
+    """BART's options -> the configuration of both sides. `form` and `changes`: how another family differs, in
+    `ModelConfig` and `EncoderDecoderConfig`."""
+    encoder = translate(hf, **(form or {}))
     layers, heads = hf.decoder_layers, size(hf, "decoder_attention_heads")
     if not isinstance(layers, int) or isinstance(layers, bool) or not 0 <= layers <= MOST_LAYERS:
-        raise ConfigError(f"bart: decoder_layers must be from 0 to {MOST_LAYERS}, and is {layers!r}")
+        raise ConfigError(
+            f"{hf.model_type}: decoder_layers must be from 0 to {MOST_LAYERS}, and is {layers!r}"
+        )
     decoder = as_decoder(
         encoder,
         num_layers=layers,
@@ -114,10 +124,13 @@ def sides(hf: Options) -> EncoderDecoderConfig:
         embedding_scale=encoder.hidden_size**0.5 if hf.scale_embedding else 1.0,
         final_bias=True,
         inner_dropout=hf.activation_dropout,
+        reads_source=reads_source,
+        **changes,
     )
 
 
-def _body() -> tuple[Rule, ...]:
+def body(*, learned: bool = True, embedding_norm: bool = True, final_norm: bool = False) -> tuple[Rule, ...]:
+    """The rules of both sides: with `learned` positions, a norm after the embeddings, a norm at the end."""
     rules: list[Rule] = [
         copy(
             "shared.weight",
@@ -130,8 +143,11 @@ def _body() -> tuple[Rule, ...]:
     for side in ("encoder", "decoder"):
         theirs, ours = f"{side}.layers.{{i}}", f"body.{side}.layers.{{i}}"
         rules += [
-            copy(f"{side}.embed_positions.weight", f"body.{side}.positions.weight"),
-            *affine(f"{side}.layernorm_embedding", f"body.{side}.norm"),
+            copy(f"{side}.embed_positions.weight", f"body.{side}.positions.weight")
+            if learned
+            else ignore(f"{side}.embed_positions.weight", "sines and cosines, which are computed"),
+            *(affine(f"{side}.layernorm_embedding", f"body.{side}.embedding_norm") if embedding_norm else ()),
+            *(affine(f"{side}.layer_norm", f"body.{side}.norm") if final_norm else ()),
             *affine(f"{theirs}.self_attn.out_proj", f"{ours}.attention.out"),
             *affine(f"{theirs}.self_attn_layer_norm", f"{ours}.attention_norm"),
             *affine(f"{theirs}.fc1", f"{ours}.mlp.up"),
@@ -166,7 +182,7 @@ FAMILY = EncoderDecoderFamily(
         "num_hidden_layers": "encoder_layers",
         "initializer_range": "init_std",
     },
-    body=_body(),
+    body=body(),
     heads={
         "seq2seq-lm": (
             tied("lm_head.weight", "head.decoder.weight", "tied to the token embeddings"),

@@ -1,4 +1,4 @@
-"""`EncoderDecoderFamily`: what a family of encoder-decoders (T5, BART) adds to `Family`.
+"""`EncoderDecoderFamily`: what a family of encoder-decoders (T5, BART, Marian) adds to `Family`.
 
 Its configuration is a pair of `ModelConfig`, one a side, and the few options that concern both.
 """
@@ -21,16 +21,23 @@ class EncoderDecoderConfig:
     decoder: ModelConfig
     buckets: int = 0
     """Buckets of the relative position bias (T5, arXiv:1910.10683); 0: there is none, positions are
-    learned."""
+    learned or, with `sinusoids`, given."""
     max_distance: int = 128
     """Larger distances share the last bucket."""
     bias_per_layer: bool = False
     """Each layer has its own table of biases (umT5); False: the layers of a side share one."""
+    sinusoids: bool = False
+    """Positions are sines and cosines (Vaswani et al. 2017, arXiv:1706.03762), first all sines (Marian)."""
     embedding_scale: float = 1.0
     logits_scale: float = 1.0
     """The decoder's last hidden states are multiplied by it before the output matrix."""
     final_bias: bool = False
     """The logits have a bias that is not trained (BART's final_logits_bias)."""
+    reads_source: bool = False
+    """Without input of its own, the decoder reads the source, shifted to the right (BART)."""
+    wraps: bool = False
+    """A text that is shifted to the right begins with its last token, that of its language (mBART); False:
+    with decoder_start_token_id."""
     inner_dropout: float = 0.0
     """Dropout between the two matrices of the MLP."""
     last_dropout: float = 0.0
@@ -75,7 +82,7 @@ class EncoderDecoderFamily(Family):
             "seq2seq-lm": "ForConditionalGeneration",
             "sequence-classification": "ForSequenceClassification",
         }
-        return self.class_prefix + usual[head]
+        return self.class_names.get(head, self.class_prefix + usual[head])
 
 
 def size(hf: Options, name: str, most: int = LARGEST) -> int:

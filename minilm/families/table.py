@@ -29,7 +29,7 @@ FAMILIES: dict[str, str] = {
 }
 """config.json's model_type -> the file in this folder."""
 
-ENCODER_DECODERS: dict[str, str] = {"t5": "t5", "mt5": "mt5", "umt5": "umt5", "bart": "bart"}
+ENCODER_DECODERS = {name: name for name in ("t5", "mt5", "umt5", "bart", "mbart", "marian")}
 """The same for encoder-decoders (`minilm.seq2seq`)."""
 
 

@@ -35,6 +35,8 @@ VOCABULARY_FILES = (
     "spiece.model",
     "spm.model",
     "sentencepiece.bpe.model",
+    "source.spm",
+    "target.spm",
     "vocab.json",
     "merges.txt",
     "vocab.txt",

@@ -85,7 +85,7 @@ class Seq2SeqBase(Seq2SeqModel):
         """The decoder's input where none is given."""
         if labels is not None and self.can_generate():
             return self._shifted("labels", integers("labels", labels))
-        if not self.both.buckets and input_ids is not None:
+        if self.both.reads_source and input_ids is not None:
             return self._shifted("input_ids", integers("input_ids", input_ids))
         raise ValueError(
             "the decoder has no input: give decoder_input_ids, decoder_inputs_embeds or labels"

@@ -243,27 +243,38 @@ def normed(norm: Norm, x: Tensor) -> Tensor:
     return ops.layer_norm(x, weight, bias, norm.eps).to(norm.weight.dtype)
 
 
+def sinusoids(positions: Tensor, width: int) -> Tensor:
+    """Positions int64 [T] -> float64 [T, width]: sines of position / 10000^(2i / width), then cosines; one
+    sine more if the width is odd."""
+    pairs = torch.arange((width + 1) // 2, dtype=torch.float64, device=positions.device)
+    angles = positions[:, None] / 10_000.0 ** (2 * pairs / width)
+    return torch.cat((angles.sin(), angles[:, : width // 2].cos()), 1)
+
+
 class Stack(nn.Module):
     """One side: positions, layers and norm."""
 
     def __init__(self, both: EncoderDecoderConfig, config: ModelConfig) -> None:
         super().__init__()
         self.both, self.config = both, config
-        learned = not both.buckets
+        learned = not both.buckets and not both.sinusoids
         rows = config.max_positions + config.position_offset
         self.positions = Embedding(rows, config.hidden_size) if learned else None
+        self.embedding_norm = Norm(config) if config.embedding_norm else None
         shared = both.buckets and not both.bias_per_layer
         self.relative = RelativeBias(both, config.num_heads, both_ways=not config.causal) if shared else None
         self.layers = nn.ModuleList(Layer(both, config, layer) for layer in range(config.num_layers))
-        self.norm = Norm(config)
+        self.norm = Norm(config) if config.final_norm else None
         self.gradient_checkpointing = False
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:
         """Embedded tokens [T, C] -> hidden states [T, C]."""
         c = self.config
-        x = x * self.both.embedding_scale if self.both.embedding_scale != 1 else x
         if self.positions is not None:
-            x = normed(self.norm, x + self.positions(run.packed.positions + c.position_offset))
+            x = x + self.positions(run.packed.positions + c.position_offset)
+        elif self.both.sinusoids:
+            x = x + sinusoids(run.packed.positions, c.hidden_size).to(x.dtype)
+        x = x if self.embedding_norm is None else normed(self.embedding_norm, x)
         x = F.dropout(x, c.embedding_dropout, self.training)
         run.bias = None if self.relative is None else self.relative(run.packed, run.keys)
         again = self.gradient_checkpointing and torch.is_grad_enabled() and run.cache is None
@@ -274,7 +285,7 @@ class Stack(nn.Module):
                 x = checkpoint(layer, x, run, use_reentrant=False)
             else:
                 x = layer(x, run)
-        if c.final_norm:
+        if self.norm is not None:
             x = F.dropout(normed(self.norm, x), self.both.last_dropout, self.training)
         if run.hidden_states is not None:
             run.hidden_states.append(x)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ConfigError
-from ..families import ENCODER_DECODERS, Head, PretrainedConfig, family_of
+from ..families import ENCODER_DECODERS, Family, Head, PretrainedConfig, family_of
 from ..families.encoder_decoder import EncoderDecoderFamily
 from ..model import Packed, PreTrainedModel, check_columns, integers, pack
 from .cache import EncoderDecoderCache
@@ -135,9 +135,11 @@ class Seq2SeqModel(PreTrainedModel):
                 )
 
     def _embedded(self, given: Tensor, packed: Packed) -> Tensor:
-        tokens = packed.pack(given)
-        found: Tensor = tokens if tokens.is_floating_point() else self.body.embeddings.tokens(tokens)
-        return found.to(self.dtype) if tokens.is_floating_point() else found
+        tokens, scale = packed.pack(given), self.both.embedding_scale
+        if tokens.is_floating_point():
+            return tokens.to(self.dtype)
+        found: Tensor = self.body.embeddings.tokens(tokens)
+        return found if scale == 1 else found * scale
 
     def encode(
         self,
@@ -210,15 +212,19 @@ class Seq2SeqModel(PreTrainedModel):
 
     def _shifted(self, name: str, ids: Tensor) -> Tensor:
         """The decoder's input for labels: a start token, then all but the last; -100 is padding."""
+        wraps = self.both.wraps
         start, pad = self.config.get("decoder_start_token_id"), self.config.get("pad_token_id")
         for option, value in (("decoder_start_token_id", start), ("pad_token_id", pad)):
-            if value is None:
+            if value is None and not (wraps and option != "pad_token_id"):
                 raise ValueError(f"{name} cannot be shifted to the right: the configuration has no {option}")
         if ids.dim() != 2:
             raise ValueError(f"{name} must be integers [batch, tokens], and is {list(ids.shape)}")
-        first = ids.new_full((len(ids), 1), int(start))
-        shifted = torch.cat((first, ids[:, :-1]), 1)
-        return shifted.masked_fill(shifted == -100, int(pad))
+        ids = ids.masked_fill(ids == -100, int(pad))
+        if wraps:  # as transformers does: the tokens before the padding are counted
+            first = ids.gather(1, (ids != int(pad)).sum(1, keepdim=True).clamp(min=1) - 1)
+        else:
+            first = ids.new_full((len(ids), 1), int(start))
+        return torch.cat((first, ids[:, :-1]), 1)
 
     def run(
         self,
@@ -378,7 +384,7 @@ def alias(name: str) -> type | None:
                 return class_of(head, model_type)
         if name == f"{family.class_prefix}Config":
             return type(name, (PretrainedConfig,), {"model_type": model_type, "__module__": "minilm"})
-        if name in (f"{family.class_prefix}Tokenizer", f"{family.class_prefix}TokenizerFast"):
+        if name.removesuffix("Fast") in _tokenizers(family):
             from ..text import AutoTokenizer, tokenizer_class
 
             return tokenizer_class(name) or AutoTokenizer
@@ -390,5 +396,12 @@ def alias_names() -> list[str]:
     names = []
     for family in map(family_of, ENCODER_DECODERS):
         names += [family.class_name(head) for head in ("base", *family.heads)]
-        names += [f"{family.class_prefix}{what}" for what in ("Config", "Tokenizer", "TokenizerFast")]
+        names.append(f"{family.class_prefix}Config")
+        names += [f"{name}{fast}" for name in _tokenizers(family) for fast in ("", "Fast")]
     return names
+
+
+def _tokenizers(family: Family) -> tuple[str, ...]:
+    """The names of the family's tokenizers."""
+    own = f"{family.class_prefix}Tokenizer"
+    return (own, "MBart50Tokenizer") if family.model_type == "mbart" else (own,)

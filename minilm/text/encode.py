@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 UNLIMITED = int(1e30)
 """`model_max_length` of a tokenizer without a limit, as in transformers."""
 
+_TEXTS = ("self", "text", "text_pair", "text_target", "text_pair_target")
 _PADDING = {True: "longest", False: "do_not_pad", None: "do_not_pad"}
 _TRUNCATION = {True: "longest_first", False: "do_not_truncate", None: "do_not_truncate"}
 
@@ -38,6 +39,11 @@ class TextEncoder(Vocabulary):
     padding_side: str
     truncation_side: str
     split_special_tokens: bool
+    clean_up_tokenization_spaces: bool
+    chat_template: str | dict[str, str] | None
+    init_kwargs: dict[str, Any]
+    saved_class = "PreTrainedTokenizerFast"
+    """In tokenizer_config.json: with this one, transformers 4 and 5 both use tokenizer.json unchanged."""
     _lock: threading.Lock
     _warned: set[str]
 
@@ -45,6 +51,8 @@ class TextEncoder(Vocabulary):
         self,
         text: Any = None,
         text_pair: Any = None,
+        text_target: Any = None,
+        text_pair_target: Any = None,
         *,
         add_special_tokens: bool = True,
         padding: bool | str | None = False,
@@ -70,6 +78,8 @@ class TextEncoder(Vocabulary):
         Args:
             text, text_pair: strings or lists of strings; a list may also hold pairs. With
                 `is_split_into_words`, a list of words in place of each string.
+            text_target, text_pair_target: texts that the model is to write; their ids are the "labels", or,
+                without `text`, the input_ids.
             padding: True or "longest", "max_length", or False. On `padding_side`, to a `pad_to_multiple_of`.
             truncation: True or "longest_first", "only_first", "only_second", or False. A `max_length` alone
                 also turns truncation on.
@@ -82,6 +92,14 @@ class TextEncoder(Vocabulary):
 
         Returns lists for one text and lists of lists for several; tensors are [B, S] in both cases.
         """
+        if text_target is not None:
+            options = {name: value for name, value in locals().items() if name not in _TEXTS}
+            labels = self.targets()(text_target, text_pair_target, **options)
+            if text is None:
+                return labels
+            found = self(text, text_pair, **options)
+            found["labels"] = labels["input_ids"]
+            return found
         padding, truncation, max_length = self._strategies(
             padding, truncation, max_length, pad_to_multiple_of, verbose
         )
@@ -145,6 +163,10 @@ class TextEncoder(Vocabulary):
         return BatchEncoding(data, rows, return_tensors)
 
     encode_plus = batch_encode_plus = __call__  # older names, used in many tutorials
+
+    def targets(self) -> TextEncoder:
+        """The tokenizer of the texts that the model is to write: the same, except for translation."""
+        return self
 
     def encode(self, text: Any, text_pair: Any = None, **options: Any) -> Any:
         """The `input_ids` of `__call__`."""

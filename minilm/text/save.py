@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from ..files import FileError, saving
 from .vocabulary import TokenizerError, backend_errors
+
+if TYPE_CHECKING:
+    from .encode import TextEncoder
 
 # tokenizer.json already adds bos and eos; transformers would take these two settings as changes to it.
 _NOT_SAVED = (
@@ -20,7 +23,7 @@ _NOT_SAVED = (
     "is_local",
 )
 
-_READ_BESIDE = (
+LEFT_OVER = (
     "special_tokens_map.json",
     "added_tokens.json",
     "chat_template.jinja",
@@ -30,25 +33,7 @@ _READ_BESIDE = (
 tokenizer, they would change this one."""
 
 
-class Savable(Protocol):
-    """The parts of a `Tokenizer` that are saved."""
-
-    backend_tokenizer: Any
-    chat_template: str | dict[str, str] | None
-    init_kwargs: dict[str, Any]
-    extra_special_tokens: Any
-    model_max_length: int
-    model_input_names: list[str]
-    padding_side: str
-    truncation_side: str
-    clean_up_tokenization_spaces: bool
-    split_special_tokens: bool
-
-    @property
-    def special_tokens_map(self) -> dict[str, Any]: ...
-
-
-def save(tokenizer: Savable, folder: Path) -> tuple[str, ...]:
+def save(tokenizer: TextEncoder, folder: Path) -> tuple[str, ...]:
     """See `Tokenizer.save_pretrained`. All files are replaced together, and leftover files of an earlier
     tokenizer that would change this one are removed."""
     if folder.exists() and not folder.is_dir():
@@ -56,7 +41,7 @@ def save(tokenizer: Savable, folder: Path) -> tuple[str, ...]:
     with backend_errors("saving the tokenizer"):
         files = {"tokenizer.json": tokenizer.backend_tokenizer.to_str(pretty=True)}
     files["tokenizer_config.json"] = (
-        json.dumps(_config(tokenizer), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
+        json.dumps(settings_to_save(tokenizer), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
     )
     templates = tokenizer.chat_template
     for name, text in ({"default": templates} if isinstance(templates, str) else templates or {}).items():
@@ -68,7 +53,7 @@ def save(tokenizer: Savable, folder: Path) -> tuple[str, ...]:
         files[f"additional_chat_templates/{name}.jinja"] = text
 
     try:
-        with saving(folder, replaces=_READ_BESIDE) as new:
+        with saving(folder, replaces=LEFT_OVER) as new:
             for name, text in files.items():
                 (new / name).parent.mkdir(exist_ok=True)
                 (new / name).write_text(text, encoding="utf-8", newline="")
@@ -77,14 +62,14 @@ def save(tokenizer: Savable, folder: Path) -> tuple[str, ...]:
     return tuple(str(folder / name) for name in files)
 
 
-def _config(tokenizer: Savable) -> dict[str, Any]:
+def settings_to_save(tokenizer: TextEncoder) -> dict[str, Any]:
+    """The contents of tokenizer_config.json."""
     config = {key: value for key, value in tokenizer.init_kwargs.items() if key not in _NOT_SAVED}
     config.update(tokenizer.special_tokens_map)
     if tokenizer.extra_special_tokens:
         config["extra_special_tokens"] = tokenizer.extra_special_tokens
     config.update(
-        # With this class name, transformers 4 and 5 both use tokenizer.json unchanged.
-        tokenizer_class="PreTrainedTokenizerFast",
+        tokenizer_class=tokenizer.saved_class,
         model_max_length=tokenizer.model_max_length,
         model_input_names=tokenizer.model_input_names,
         padding_side=tokenizer.padding_side,

@@ -4,7 +4,6 @@
     batch = tokenizer(["a text", "another"], padding=True, truncation=True, return_tensors="pt")
     tokenizer.batch_decode(batch["input_ids"], skip_special_tokens=True)
 
-
 There is one class for all families. The checkpoint's files determine the pipeline of the `tokenizers` library
 (`minilm.text.vocabulary`), and the pipeline does the work.
 """
@@ -15,9 +14,10 @@ import os
 import sys
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..files import TOKENIZER_FILES, has_file, resolve
 from . import chat_template as chat
@@ -36,7 +36,7 @@ _SETTINGS = {
     *SPECIAL_TOKENS, "extra_special_tokens", "additional_special_tokens", "add_bos_token", "add_eos_token",
     "model_max_length", "max_len", "padding_side", "truncation_side", "model_input_names", "chat_template",
     "clean_up_tokenization_spaces", "split_special_tokens", "add_prefix_space", "trim_offsets", "legacy",
-    "do_lower_case", "strip_accents", "tokenize_chinese_chars",
+    "do_lower_case", "strip_accents", "tokenize_chinese_chars", "src_lang", "tgt_lang", "extra_ids",
 }  # fmt: skip
 # Arguments of transformers that ask for what minilm does anyway.
 _NO_EFFECT = {
@@ -62,6 +62,8 @@ class Tokenizer(TextEncoder):
     """The transformers class whose rules apply (set in subclasses from `tokenizer_class`); None: decided by
     the files."""
     is_fast = True
+    own_class: ClassVar[Callable[[str], type[Tokenizer]]]
+    """Name of a family -> the class of its tokenizers; `minilm.text` gives it."""
 
     def __init__(
         self,
@@ -119,8 +121,10 @@ class Tokenizer(TextEncoder):
         )
         if subfolder:
             path = path / subfolder
-        tokenizer = cls.__new__(cls)
         parts = load(path, overrides=settings, class_name=cls.class_name)
+        kind = cls.own_class(parts.family.name)
+        kind = cls if issubclass(cls, kind) else kind
+        tokenizer = kind.__new__(kind)
         tokenizer._set_up(parts, os.fspath(pretrained_model_name_or_path))
         return tokenizer
 
@@ -290,6 +294,16 @@ class Tokenizer(TextEncoder):
         own."""
         return chat.choose(self.chat_template, chat_template, tools)
 
+    @contextmanager
+    def as_target_tokenizer(self) -> Iterator[None]:
+        """Texts within the block are encoded as `text_target`, which is the newer way."""
+        before = dict(self.__dict__)
+        self.__dict__.update(self.targets().__dict__)
+        try:
+            yield
+        finally:
+            self.__dict__.update(before)
+
     # -- files
 
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> tuple[str, ...]:
@@ -369,9 +383,8 @@ def tokenizer_class(name: str) -> type[Tokenizer] | None:
         return Tokenizer
     if name.removesuffix("Fast") not in FAMILIES:
         return None
-    return type(
-        name, (Tokenizer,), {"class_name": name, "__module__": "minilm", "__doc__": Tokenizer.__doc__}
-    )
+    kind = Tokenizer.own_class(name.removesuffix("Fast"))
+    return type(name, (kind,), {"class_name": name, "__module__": "minilm", "__doc__": kind.__doc__})
 
 
 def _checked(settings: dict[str, Any]) -> dict[str, Any]:

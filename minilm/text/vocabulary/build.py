@@ -159,15 +159,18 @@ def plain_sentencepiece(model: SentencePieceModel) -> Backend:
     return backend
 
 
-def xlm_roberta(model: SentencePieceModel, *, add_prefix_space: bool, mask_token: str) -> Backend:
+def xlm_roberta(
+    model: SentencePieceModel, *, add_prefix_space: bool, mask_token: str, languages: Sequence[str] = ()
+) -> Backend:
     """XLM-RoBERTa's ids on a unigram model: fairseq put <s>, <pad>, </s>, <unk> first, so every piece after
-    sentencepiece's own <unk>, <s>, </s> is shifted by one, and <mask> is last."""
+    sentencepiece's own <unk>, <s>, </s> is shifted by one, and <mask> is last, after mBART's languages."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     if model.algorithm is not Algorithm.UNIGRAM:
         raise TokenizerError(f"{model.file}: expected a unigram model, found {model.algorithm.name}")
     first = [Piece(text, 0.0, Kind.CONTROL) for text in ("<s>", "<pad>", "</s>", "<unk>")]
-    pieces = [*first, *model.pieces[3:], Piece(mask_token, 0.0, Kind.CONTROL)]
+    last = [Piece(text, 0.0, Kind.CONTROL) for text in (*languages, mask_token)]
+    pieces = [*first, *model.pieces[3:], *last]
     with backend_errors(str(model.file)):
         backend = Tokenizer(models.Unigram([(piece.text, piece.score) for piece in pieces], 3, False))
         if model.charsmap:

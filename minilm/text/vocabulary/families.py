@@ -7,7 +7,10 @@ takes, and the special tokens around a text (its *frame*):
     bert          [CLS] A [SEP]      [CLS] A [SEP] B [SEP], the second text with token type 1
     roberta       <s> A </s>         <s> A </s> </s> B </s>
     xlm-roberta   the same, over sentencepiece
-    bos-eos       A, with <s> before and </s> after it as `add_bos_token` and `add_eos_token` say
+    bos-eos       A, with <s> before and </s> after it as `add_bos_token` and `add_eos_token` say (T5: </s>)
+    marian        A </s>             A B </s>
+    mbart         A </s> language    A B </s> language
+    mbart-50      language A </s>    language A B </s>
 """
 
 from __future__ import annotations
@@ -26,15 +29,21 @@ SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token
 
 @dataclass(frozen=True)
 class Family:
-    """`adds_bos`: the default of `add_bos_token` for vocabulary files that do not set it.
-    `mask_takes_space`: "a <mask>" is the tokens "a", "<mask>", without one for the space."""
+    """`adds_bos`, `adds_eos`: the defaults of `add_bos_token`, `add_eos_token` for vocabulary files without
+    them. `mask_takes_space`: "a <mask>" is the tokens "a", "<mask>", without one for the space.
+    `languages`: codes of languages after the pieces of a sentencepiece model, each a token.
+    `sentinels`: tokens <extra_id_0>, ... after the pieces of a sentencepiece model, if no setting `extra_ids`
+    says how many."""
 
     name: str
     special_tokens: Mapping[str, str] = field(default_factory=dict)
     input_names: tuple[str, ...] = ("input_ids", "attention_mask")
     padding_side: str = "right"
-    frame: Literal["bert", "roberta", "xlm-roberta", "bos-eos"] = "bos-eos"
+    frame: Literal["bert", "roberta", "xlm-roberta", "bos-eos", "marian", "mbart", "mbart-50"] = "bos-eos"
     adds_bos: bool = False
+    adds_eos: bool = False
+    sentinels: int = 0
+    languages: tuple[str, ...] = ()
     mask_takes_space: bool = False
 
 
@@ -54,6 +63,17 @@ _ROBERTA_TOKENS = {
     "cls_token": "<s>",
     "mask_token": "<mask>",
 }
+_T5_TOKENS = {"eos_token": "</s>", "unk_token": "<unk>", "pad_token": "<pad>"}
+_MBART = (
+    *("ar_AR", "cs_CZ", "de_DE", "en_XX", "es_XX", "et_EE", "fi_FI", "fr_XX", "gu_IN"),
+    *("hi_IN", "it_IT", "ja_XX", "kk_KZ", "ko_KR", "lt_LT", "lv_LV", "my_MM", "ne_NP"),
+    *("nl_XX", "ro_RO", "ru_RU", "si_LK", "tr_TR", "vi_VN", "zh_CN"),
+)
+_MBART_50 = (
+    *("af_ZA", "az_AZ", "bn_IN", "fa_IR", "he_IL", "hr_HR", "id_ID", "ka_GE", "km_KH"),
+    *("mk_MK", "ml_IN", "mn_MN", "mr_IN", "pl_PL", "ps_AF", "pt_XX", "sv_SE", "sw_KE"),
+    *("ta_IN", "te_IN", "th_TH", "tl_XX", "uk_UA", "ur_PK", "xh_ZA", "gl_ES", "sl_SI"),
+)
 _END = "<|endoftext|>"
 
 GENERIC = Family("PreTrainedTokenizerFast")
@@ -70,8 +90,20 @@ FAMILIES = {
         # In fairseq, which these models come from, and in transformers 4, <mask> includes the space before
         # it, and fill-mask depends on it; transformers 5 does not do so if there is only vocab.json.
         Family("RobertaTokenizer", _ROBERTA_TOKENS, frame="roberta", mask_takes_space=True),
+        Family("BartTokenizer", _ROBERTA_TOKENS, frame="roberta", mask_takes_space=True),
         Family("XLMRobertaTokenizer", _ROBERTA_TOKENS, frame="xlm-roberta", mask_takes_space=True),
         Family("CamembertTokenizer", _ROBERTA_TOKENS, frame="xlm-roberta", mask_takes_space=True),
+        Family("T5Tokenizer", _T5_TOKENS, adds_eos=True, sentinels=100),
+        Family("MT5Tokenizer", _T5_TOKENS, adds_eos=True, sentinels=100),
+        Family("MarianTokenizer", _T5_TOKENS, frame="marian"),
+        Family("MBartTokenizer", _ROBERTA_TOKENS, frame="mbart", mask_takes_space=True, languages=_MBART),
+        Family(
+            "MBart50Tokenizer",
+            {name: token for name, token in _ROBERTA_TOKENS.items() if name != "bos_token"},
+            frame="mbart-50",
+            mask_takes_space=True,
+            languages=(*_MBART, *_MBART_50),
+        ),
         Family("GPT2Tokenizer", {"unk_token": _END, "bos_token": _END, "eos_token": _END}),
         Family("Qwen2Tokenizer", {"unk_token": _END, "eos_token": _END, "pad_token": _END}),
         # add_bos_token is True by default, as in all sentencepiece-based Llamas; transformers 5 documents
@@ -91,6 +123,12 @@ _OF_MODEL_TYPE = {
     "roberta": "RobertaTokenizer",
     "xlm-roberta": "XLMRobertaTokenizer",
     "camembert": "CamembertTokenizer",
+    "bart": "BartTokenizer",
+    "mbart": "MBartTokenizer",
+    "marian": "MarianTokenizer",
+    "t5": "T5Tokenizer",
+    "mt5": "T5Tokenizer",
+    "umt5": "T5Tokenizer",
     "gpt2": "GPT2Tokenizer",
     "qwen2": "Qwen2Tokenizer",
     "qwen3": "Qwen2Tokenizer",
@@ -140,6 +178,14 @@ def set_frame(backend: Backend, frame: str, settings: Mapping[str, Any]) -> None
                 single=[bos[0], "$A", eos[0]],
                 pair=[bos[0], "$A", eos[0], eos[0], "$B", eos[0]],
                 special_tokens=[bos, eos],
+            )
+        elif frame in ("marian", "mbart", "mbart-50"):
+            end, language = [token("eos_token")], [] if frame == "marian" else [token("language")]
+            before, after = (language, end) if frame == "mbart-50" else ([], end + language)
+            backend.post_processor = processors.TemplateProcessing(
+                single=[*(text for text, _ in before), "$A", *(text for text, _ in after)],
+                pair=[*(text for text, _ in before), "$A", "$B", *(text for text, _ in after)],
+                special_tokens=[*before, *after],
             )
         else:
             before = [token("bos_token")] if settings.get("add_bos_token") else []

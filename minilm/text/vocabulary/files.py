@@ -8,8 +8,8 @@ Padding or truncation stored in tokenizer.json is dropped: only the arguments of
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Set
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from tokenizers import AddedToken
     from tokenizers import Tokenizer as Backend
 
+MAX_SENTINELS = 10_000
+MARIAN_FILE = "source.spm"
 SENTENCEPIECE_FILES = ("tokenizer.model", "spiece.model", "spm.model", "sentencepiece.bpe.model")
 
 
@@ -45,6 +47,8 @@ class Parts:
     backend: Backend
     settings: dict[str, Any]
     family: Family = GENERIC
+    more: Any = None
+    """A `Marian` (`minilm.text.vocabulary.marian`), if the tokenizer is one."""
 
 
 def load(
@@ -82,6 +86,16 @@ def load(
         }
 
     explicit = {**config, **overrides}
+    for name in ("src_lang", "tgt_lang"):
+        if name in overrides and not family.languages:
+            raise TokenizerError(
+                f"{path}: {name}={overrides[name]!r:.40} has no effect, its texts have no language"
+            )
+    if source.name == MARIAN_FILE:
+        from .marian import read_marian
+
+        backend, marian = read_marian(source.parent, explicit)
+        return replace(_complete(backend, explicit, overrides, family, str(path)), more=marian)
     if source.suffix == ".gguf":
         backend, in_metadata = tokenizer_from_gguf(_read_gguf(source), source)
         explicit, family = {**in_metadata, **overrides}, GENERIC
@@ -89,6 +103,10 @@ def load(
         backend = from_tokenizer_json(source, family, explicit, overrides)
     else:
         backend = _from_vocabulary(source, family, explicit, merges_file)
+        if family.sentinels and source.suffix == ".model":
+            _add_sentinels(backend, family, explicit, str(path))
+        if family.languages and source.suffix == ".model":
+            _list_special(explicit, family.languages)
     return _complete(backend, explicit, overrides, family, str(path))
 
 
@@ -123,26 +141,31 @@ def _complete(
     framed = backend.post_processor is not None
     for name, token, at, default in (
         ("add_bos_token", "bos_token", 0, family.adds_bos),
-        ("add_eos_token", "eos_token", -1, False),
+        ("add_eos_token", "eos_token", -1, family.adds_eos),
     ):
         if settings.get(name) is None:
             settings[name] = adds(backend, settings.get(token), at) if framed else default
         if not isinstance(settings[name], bool):
             raise TokenizerError(f"{source}: {name} is {settings[name]!r:.60}, expected true or false")
     asked = "add_bos_token" in overrides or "add_eos_token" in overrides
-    if not framed or (asked and family.frame == "bos-eos"):
+    if (not framed and not family.languages) or (asked and family.frame == "bos-eos"):  # MBartTokenizer does
         set_frame(backend, family.frame, settings)
     return Parts(backend, settings, family)
 
 
 def _vocabulary(folder: Path, family: Family) -> Path:
     """The file in `folder` that defines the pipeline."""
+    if family.frame == "marian" and has_file(folder / MARIAN_FILE, error=TokenizerError):
+        return folder / MARIAN_FILE
     if has_file(folder / "tokenizer.json", error=TokenizerError):
         return folder / "tokenizer.json"
     older = {
         "bert": ["vocab.txt"],
         "roberta": ["vocab.json"],
         "xlm-roberta": ["sentencepiece.bpe.model"],
+        "mbart": ["sentencepiece.bpe.model"],
+        "mbart-50": ["sentencepiece.bpe.model"],
+        "marian": [MARIAN_FILE],
         "bos-eos": [],
     }[family.frame]
     for name in (*older, *SENTENCEPIECE_FILES, "vocab.json", "vocab.txt"):
@@ -173,7 +196,34 @@ def _guess(source: Path) -> Family:
         vocab = read_vocab_json(source)
         roberta = {"<s>", "<pad>", "</s>", "<unk>", "<mask>"} <= vocab.keys()
         return FAMILIES["RobertaTokenizer" if roberta else "GPT2Tokenizer"]
+    if source.name == "spiece.model":  # T5's, and those of other models
+        first = [piece.text for piece in read_sentencepiece(source).pieces[:3]]
+        return FAMILIES["T5Tokenizer"] if first == ["<pad>", "</s>", "<unk>"] else GENERIC
     return FAMILIES["LlamaTokenizer"] if source.name == "tokenizer.model" else GENERIC
+
+
+def _add_sentinels(backend: Backend, family: Family, settings: dict[str, Any], source: str) -> None:
+    """Add T5's sentinels to the pieces, the last one first."""
+    from tokenizers import AddedToken
+
+    count = settings.get("extra_ids")
+    count = family.sentinels if count is None else count
+    if type(count) is not int or not 0 <= count <= MAX_SENTINELS:
+        raise TokenizerError(
+            f"{source}: extra_ids is {count!r:.60}, expected a number from 0 to {MAX_SENTINELS}"
+        )
+    names = [f"<extra_id_{number}>" for number in reversed(range(count))]
+    backend.add_tokens([AddedToken(name, normalized=False, special=True) for name in names])
+    _list_special(settings, names[::-1])
+
+
+def _list_special(settings: dict[str, Any], names: Sequence[str]) -> None:
+    """Add `names` to the special tokens without a name."""
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    if isinstance(extra, list):
+        told = {token["content"] if isinstance(token, dict) else str(token) for token in extra}
+        settings.pop("additional_special_tokens", None)
+        settings["extra_special_tokens"] = [*extra, *(name for name in names if name not in told)]
 
 
 def _from_vocabulary(
@@ -191,9 +241,12 @@ def _from_vocabulary(
             )
         model = read_sentencepiece(source)
         prefix = settings.get("add_prefix_space")
-        if family.frame == "xlm-roberta":
+        if family.frame in ("xlm-roberta", "mbart", "mbart-50"):
             return xlm_roberta(
-                model, add_prefix_space=prefix is not False, mask_token=token("mask_token", "<mask>")
+                model,
+                add_prefix_space=prefix is not False,
+                mask_token=token("mask_token", "<mask>"),
+                languages=family.languages,
             )
         if family.name == "LlamaTokenizer" and model.algorithm is Algorithm.BPE:
             return llama(
