@@ -141,6 +141,10 @@ class ModelConfig:
     for both (Phi) or 2 (GPT-NeoX)."""
     norm_plus_one: bool = False
     """RMSNorms multiply by 1 + weight, in float32 (Gemma)."""
+    norm_without_bias: bool = False
+    """LayerNorms have no bias (ModernBERT)."""
+    bare_first_layer: bool = False
+    """Attention of the first layer has no norm of its own before it (ModernBERT: the embeddings have one)."""
 
     # Embeddings
     positions: Literal["learned", "rope"] = "learned"
@@ -196,6 +200,10 @@ class ModelConfig:
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
+    inner_dropout: float = 0.0
+    """Before the second matrix of an MLP (ModernBERT)."""
+    attention_out_dropout: float = 0.0
+    """After attention's output matrix, next to `hidden_dropout` (ModernBERT)."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -217,7 +225,7 @@ class ModelConfig:
                     f"{name} must be at least 1 and at most {LARGEST}, and is {getattr(self, name)}"
                 )
         check_number("norm_eps", self.norm_eps, *NORM_EPS)
-        for name in ("embedding_dropout", "attention_dropout", "hidden_dropout"):
+        for name in (f.name for f in fields(self) if f.name.endswith("_dropout")):
             check_number(name, getattr(self, name), 0, 1)
         for name, least in _FACTORS.items():
             if getattr(self, name) is not None:

@@ -26,7 +26,7 @@ Head = Literal[
 MOST_LAYERS = 10_000
 
 RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps"), NORM_EPS),
+    **dict.fromkeys(("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps"), NORM_EPS),
     "rope_theta": ROPE_RANGES["theta"],
     "initializer_range": (0, 1e6),
 }
@@ -48,12 +48,16 @@ class Options(Protocol):
 class SequenceHead:
     """How the head for sequence classification computes logits from one vector per sequence."""
 
-    pool: Literal["first", "last"] = "first"
-    hidden: Literal["pooler", "tanh", "relu", None] = None
-    """The dense layer before the logits: the body's pooler, or a layer in the head with this activation."""
-    drop_input: bool = False
-    """Apply dropout also before that layer (RoBERTa)."""
+    pool: str = "first"
+    """first, last or mean; or the option that says it (`cls` is first)."""
+    hidden: str | None = None
+    """The dense layer before the logits: the body's pooler ("pooler"), or a layer in the head with this
+    activation, or with that of the option of this name."""
+    drop_input: bool | str = False
+    """Apply dropout also before that layer (RoBERTa); or the option with its own rate (DeBERTa)."""
     bias: bool = True
+    norm: bool = False
+    """A norm after that layer; heads for tokens have both, too (ModernBERT)."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ FAMILIES: dict[str, str] = {
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "modernbert": "modernbert",
 }
 """config.json's model_type -> the file in this folder."""
 

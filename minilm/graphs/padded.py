@@ -77,6 +77,11 @@ class Padded:
         """Index in T of the last token of each sequence, int64 [B]."""
         return self.last_where(None)
 
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over each sequence, [T, C] -> [B, C]."""
+        there = self.tokens_at()[..., None].to(x.dtype)
+        return (self.rows(x) * there).sum(1) / there.sum(1).clamp(min=1)
+
     def last_where(self, there: Tensor | None) -> Tensor:
         """Index in T of the last token of each sequence that `there`, bool [B, S], selects; its first token,
         if none is selected."""

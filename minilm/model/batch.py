@@ -83,6 +83,10 @@ class Packed:
         self._no_empty("last")
         return self.cu_seqlens[1:].long() - 1
 
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over each sequence, [T, C] -> [B, C]."""
+        return ops.pool(x, self.cu_seqlens)
+
     def last_where(self, there: Tensor) -> Tensor:
         """Packed index [B] of each row's last token that is `there`, bool [B, S]; the first, if none is."""
         found = [flags.nonzero().flatten() for flags in torch.split(self.pack(there), self.lengths)]
