@@ -91,6 +91,25 @@ class RopeConfig:
             raise ConfigError(f"beta_slow {low} must be less than beta_fast, which is {high}")
 
 
+@dataclass(frozen=True)
+class DistanceConfig:
+    """What scores of attention take from the distance of two tokens in DeBERTa (`minilm.disentangled`)."""
+
+    span: int
+    """Vectors of distances on each side; 0: there are none, only a convolution."""
+    max_distance: int | None = None
+    """Distances share vectors in logarithmic buckets up to it; None: each has its own, up to `span`."""
+    c2p: bool = False
+    p2c: bool = False
+    shared: bool = False
+    """Vectors are projected by the layer's matrices of queries and keys, not by others."""
+    norm: bool = False
+    conv_kernel: int = 0
+    """Width of a convolution beside the first layer (v2 xlarge); 0: there is none."""
+    conv_groups: int = 1
+    conv_activation: str = "tanh"
+
+
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (float, int),
@@ -147,7 +166,7 @@ class ModelConfig:
     """Attention of the first layer has no norm of its own before it (ModernBERT: the embeddings have one)."""
 
     # Embeddings
-    positions: Literal["learned", "rope"] = "learned"
+    positions: Literal["learned", "rope", "none"] = "learned"
     position_offset: int = 0
     """Row of the position table for the first token (RoBERTa: padding index + 1)."""
     positions_skip_padding_id: int | None = None
@@ -184,6 +203,8 @@ class ModelConfig:
     """Scores of layer i are divided by i + 1 as well (GPT-2's scale_attn_by_inverse_layer_idx)."""
     attention_soft_cap: float | None = None
     """Scores s become cap * tanh(s / cap) (Gemma 2)."""
+    distances: DistanceConfig | None = None
+    """Scores depend on the distance as well, by learned vectors (DeBERTa)."""
     windows: tuple[int | None, ...] = ()
     """For each layer, how many keys a query sees, itself included (sliding window), or None for all. () =
     None everywhere."""

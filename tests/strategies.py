@@ -19,6 +19,7 @@ from torch import Tensor
 ENCODERS = (
     *("bert", "roberta", "xlm-roberta", "camembert", "distilbert"),
     "modernbert",
+    "deberta-v2",
 )
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 PARTLY_TURNED = ("gpt_neox", "phi")
@@ -26,6 +27,7 @@ LATER = ("smollm3", "olmo2", *PARTLY_TURNED, *GEMMAS)
 SLOW = (
     *(*LATER, "camembert"),
     "modernbert",
+    "deberta-v2",
 )
 """Families whose cases run with the slow tests, apart from those of tests/families."""
 
@@ -212,7 +214,7 @@ def modernbert(draw: st.DrawFn) -> Config:
         "max_position_embeddings": draw(st.integers(LONGEST, 20)),
         "local_attention": draw(st.integers(0, 12)),
         "pad_token_id": draw(st.integers(0, vocabulary - 1)),
-        **{name: 1 for name in ("bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id")},
+        **dict.fromkeys(("bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"), 1),
         **spelled,
         **draw(
             _maybe(
@@ -239,6 +241,58 @@ def modernbert(draw: st.DrawFn) -> Config:
             )
         ),
     }
+
+
+@st.composite
+def deberta(draw: st.DrawFn) -> Config:
+    """DeBERTa v2 and v3."""
+    heads, head_dim, vocabulary = draw(st.integers(1, 3)), draw(st.integers(2, 6)), draw(VOCABULARY)
+    relative = draw(st.booleans())
+    config: Config = {
+        "model_type": "deberta-v2",
+        "vocab_size": vocabulary,
+        "hidden_size": heads * head_dim,
+        "num_attention_heads": heads,
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "intermediate_size": draw(st.integers(1, 50)),
+        "max_position_embeddings": draw(st.integers(LONGEST, 20)),
+        "pad_token_id": draw(st.integers(0, vocabulary - 1)),
+        "type_vocab_size": draw(st.integers(0, 3)),
+        "relative_attention": relative,
+        **draw(
+            _maybe(
+                {
+                    "hidden_act": st.sampled_from(ACTIVATIONS),
+                    "pooler_hidden_act": st.sampled_from(ACTIVATIONS),
+                    "layer_norm_eps": EPSILONS,
+                    "position_biased_input": st.booleans(),
+                    "pos_att_type": st.sampled_from(
+                        ["c2p|p2c", "p2c", ["c2p"], ["p2c", "c2p"], [], "C2P | p2c"]
+                    ),
+                    "share_att_key": st.booleans(),
+                    "legacy": st.booleans(),
+                    "tie_word_embeddings": st.booleans(),
+                    "hidden_dropout_prob": PROBABILITIES,
+                    "attention_probs_dropout_prob": PROBABILITIES,
+                    "pooler_dropout": PROBABILITIES,
+                    "cls_dropout": PROBABILITIES,
+                }
+            )
+        ),
+    }
+    if relative:
+        limits = st.sampled_from(
+            [{"position_buckets": 4, "max_relative_positions": 9}, {"position_buckets": -1}]
+        )
+        config |= draw(limits | st.just({"position_buckets": 5}) | st.just({"max_relative_positions": 3}))
+        config |= draw(_maybe({"norm_rel_ebd": st.sampled_from(["layer_norm", "none", "Layer_Norm | x"])}))
+    if draw(st.integers(0, 3)) == 0:
+        config |= {
+            "conv_kernel_size": draw(st.sampled_from([1, 3, 5])),
+            "conv_act": draw(st.sampled_from(ACTIVATIONS)),
+        }
+        config["conv_groups"] = draw(st.sampled_from([1, heads]))
+    return config
 
 
 @st.composite
@@ -529,6 +583,7 @@ def configs(family: str) -> st.SearchStrategy[Config]:
         "distilbert": distilbert,
         "gpt2": gpt2,
         "modernbert": modernbert,
+        "deberta-v2": deberta,
     }
     return own[family]() if family in own else llama(family)
 
@@ -555,7 +610,20 @@ SMALL: dict[str, Config] = {
         "intermediate_size": 17,
         "local_attention": 5,
         "pad_token_id": 0,
-        **{name: 1 for name in ("bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id")},
+        **dict.fromkeys(("bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"), 1),
+    },
+    "deberta-v2": {
+        "hidden_size": 12,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 2,
+        "intermediate_size": 17,
+        "relative_attention": True,
+        "position_buckets": 8,
+        "max_relative_positions": 20,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": "p2c|c2p",
+        "position_biased_input": False,
     },
     "distilbert": {"dim": 12, "n_heads": 3, "n_layers": 2, "hidden_dim": 17},
     "gpt2": {

@@ -91,6 +91,13 @@ class Family:
     head_prefixes: Mapping[Head, str] = field(default_factory=dict)
     """Heads whose checkpoints use another of `prefixes` for the body (Llama's question answering)."""
 
+    variant: Callable[[Family, Options], Family] | None = None
+    """Gives the family with other weight names, where an option changes them (DeBERTa's legacy)."""
+
+    def of(self, hf: Options) -> Family:
+        """The family for these options."""
+        return self if self.variant is None else self.variant(self, hf)
+
     def config(self, hf: Options) -> ModelConfig:
         """Translate the options. Raises ConfigError naming an option that is not supported."""
         for name, allowed in self.rejected.items():

@@ -144,8 +144,7 @@ FAMILY = Family(
     rejected={**NOT_A_DECODER, "sparse_prediction": (False,)},
     sequence_head=SequenceHead(pool="classifier_pooling", hidden="classifier_activation", norm=True),
     mlm_activation="classifier_activation",
-    head_dropout={
-        head: ("classifier_dropout",)
-        for head in ("sequence-classification", "token-classification", "question-answering")
-    },
+    head_dropout=dict.fromkeys(
+        ("sequence-classification", "token-classification", "question-answering"), ("classifier_dropout",)
+    ),
 )

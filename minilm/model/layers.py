@@ -137,6 +137,11 @@ class Attention(nn.Module):
         sizes = (config.q_size, config.kv_size) if config.qk_norm_of_all else (config.head_dim,) * 2
         self.q_norm = Norm(config, sizes[0]) if config.qk_norm else None
         self.k_norm = Norm(config, sizes[1]) if config.qk_norm else None
+        self.far: Any = None
+        if config.distances is not None:
+            from ..disentangled import projections
+
+            self.far = projections(config, Linear)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, C] -> q [T, H, D] and k, v [T, Hkv, D], before the rotary embedding."""
@@ -171,11 +176,14 @@ class Attention(nn.Module):
         c = self.config
         q, k, v = self.heads(x)
         q, k = self._rope_and_append(q, k, v, batch)
-        if batch.attentions is not None:
-            batch.attentions.append(self._maps(q, k, batch))
         packed, step = batch.packed, batch.step
         kind = self.kind()
-        if step is None or step.fresh:
+        scores = None if self.far is None else self.far(q, k, batch.distances, self.heads)
+        if batch.attentions is not None:
+            batch.attentions.append(self._maps(q, k, batch) if scores is None else scores.maps(**kind))
+        if scores is not None:
+            out = scores.attend(v, dropout_p=c.attention_dropout if self.training else 0.0, **kind)
+        elif step is None or step.fresh:
             out = packed.attend(q, k, v, dropout_p=c.attention_dropout if self.training else 0.0, **kind)
         elif c.attention_soft_cap is not None:  # the op for pages has none
             assert batch.cache is not None

@@ -41,6 +41,7 @@ UNKNOWN = {
     "qk_norm_of_all": "norm of q and k over all heads",
     "qkv_by_head": "qkv matrix in the order of heads",
     "attention_soft_cap": "soft cap of the scores",
+    "distances": "scores by distances",
     "bare_first_layer": "first layer without a norm before attention",
     "norm_without_bias": "LayerNorm without a bias",
 }

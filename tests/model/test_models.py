@@ -112,7 +112,7 @@ WIDE = 64
 def unlimited(config: Config) -> Config:
     """Windows count tokens here and columns in transformers: those that cannot be left out see all."""
     windows = {
-        **dict.fromkeys(GEMMAS[1:], {"sliding_window": WIDE}),
+        **{key: {"sliding_window": WIDE} for key in GEMMAS[1:]},
         "modernbert": {"local_attention": 2 * WIDE},
     }
     return {**config, **windows.get(config["model_type"], {})}
