@@ -91,6 +91,25 @@ class RopeConfig:
             raise ConfigError(f"beta_slow {low} must be less than beta_fast, which is {high}")
 
 
+@dataclass(frozen=True)
+class DistanceConfig:
+    """What scores of attention take from the distance of two tokens in DeBERTa (`minilm.disentangled`)."""
+
+    span: int
+    """Vectors of distances on each side; 0: there are none, only a convolution."""
+    max_distance: int | None = None
+    """Distances share vectors in logarithmic buckets up to it; None: each has its own, up to `span`."""
+    c2p: bool = False
+    p2c: bool = False
+    shared: bool = False
+    """Vectors are projected by the layer's matrices of queries and keys, not by others."""
+    norm: bool = False
+    conv_kernel: int = 0
+    """Width of a convolution beside the first layer (v2 xlarge); 0: there is none."""
+    conv_groups: int = 1
+    conv_activation: str = "tanh"
+
+
 _KINDS: dict[str, tuple[type, ...]] = {
     "int": (int,),
     "float": (float, int),
@@ -141,9 +160,13 @@ class ModelConfig:
     for both (Phi) or 2 (GPT-NeoX)."""
     norm_plus_one: bool = False
     """RMSNorms multiply by 1 + weight, in float32 (Gemma)."""
+    norm_without_bias: bool = False
+    """LayerNorms have no bias (ModernBERT)."""
+    bare_first_layer: bool = False
+    """Attention of the first layer has no norm of its own before it (ModernBERT: the embeddings have one)."""
 
     # Embeddings
-    positions: Literal["learned", "rope"] = "learned"
+    positions: Literal["learned", "rope", "none"] = "learned"
     position_offset: int = 0
     """Row of the position table for the first token (RoBERTa: padding index + 1)."""
     positions_skip_padding_id: int | None = None
@@ -180,6 +203,8 @@ class ModelConfig:
     """Scores of layer i are divided by i + 1 as well (GPT-2's scale_attn_by_inverse_layer_idx)."""
     attention_soft_cap: float | None = None
     """Scores s become cap * tanh(s / cap) (Gemma 2)."""
+    distances: DistanceConfig | None = None
+    """Scores depend on the distance as well, by learned vectors (DeBERTa)."""
     windows: tuple[int | None, ...] = ()
     """For each layer, how many keys a query sees, itself included (sliding window), or None for all. () =
     None everywhere."""
@@ -196,6 +221,10 @@ class ModelConfig:
     embedding_dropout: float = 0.0
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
+    inner_dropout: float = 0.0
+    """Before the second matrix of an MLP (ModernBERT)."""
+    attention_out_dropout: float = 0.0
+    """After attention's output matrix, next to `hidden_dropout` (ModernBERT)."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -217,7 +246,7 @@ class ModelConfig:
                     f"{name} must be at least 1 and at most {LARGEST}, and is {getattr(self, name)}"
                 )
         check_number("norm_eps", self.norm_eps, *NORM_EPS)
-        for name in ("embedding_dropout", "attention_dropout", "hidden_dropout"):
+        for name in (f.name for f in fields(self) if f.name.endswith("_dropout")):
             check_number(name, getattr(self, name), 0, 1)
         for name, least in _FACTORS.items():
             if getattr(self, name) is not None:

@@ -117,9 +117,10 @@ def arguments(config: Config, batch: Batch) -> dict[str, Tensor]:
         call["inputs_embeds"] = batch.vectors(hidden)
     else:
         call["input_ids"] = batch.ids(config)
-    if batch.with_types and family in ("bert", "roberta", "xlm-roberta", "camembert", "gpt2"):
-        kinds = config["vocab_size"] if family == "gpt2" else config.get("type_vocab_size", 2)
-        call["token_type_ids"] = batch.lay_out(batch.integers(0, kinds, 1))
+    if batch.with_types and family in ("bert", "roberta", "xlm-roberta", "camembert", "gpt2", "deberta-v2"):
+        usual = 0 if family == "deberta-v2" else 2
+        kinds = config["vocab_size"] if family == "gpt2" else config.get("type_vocab_size", usual)
+        call["token_type_ids"] = batch.lay_out(batch.integers(0, max(kinds, 1), 1))
     if batch.with_positions:
         table = config.get("n_positions", config.get("max_position_embeddings"))
         first = first_position(config)

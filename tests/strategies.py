@@ -16,12 +16,26 @@ from hypothesis import Phase, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-ENCODERS = ("bert", "roberta", "xlm-roberta", "camembert", "distilbert")
+ENCODERS = (
+    *("bert", "roberta", "xlm-roberta", "camembert", "distilbert"),
+    "modernbert",
+    "deberta-v2",
+)
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 PARTLY_TURNED = ("gpt_neox", "phi")
 LATER = ("smollm3", "olmo2", *PARTLY_TURNED, *GEMMAS)
-SLOW = (*LATER, "camembert")
-"""Families whose cases run with the slow tests, apart from those of tests/families/test_decoders.py."""
+SLOW = (
+    *(*LATER, "camembert"),
+    "modernbert",
+    "deberta-v2",
+)
+"""Families whose cases run with the slow tests, apart from those of tests/families."""
+
+WITHOUT_TABLE = (
+    "modernbert",
+    "deberta-v2",
+)
+"""Encoders without a position table."""
 
 DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "phi3", *LATER)
 FAMILIES = (*ENCODERS, *DECODERS)
@@ -153,6 +167,132 @@ def distilbert(draw: st.DrawFn) -> Config:
             )
         ),
     }
+
+
+@st.composite
+def modernbert(draw: st.DrawFn) -> Config:
+    """ModernBERT, in the spelling of transformers 4 or 5."""
+    heads, head_dim, vocabulary = draw(st.integers(1, 3)), 2 * draw(st.integers(1, 4)), draw(VOCABULARY)
+    layers, thetas = draw(st.integers(1, 4)), st.sampled_from([160_000.0, 500.0, 20.0])
+    spelled = draw(
+        _maybe(
+            {
+                "global_attn_every_n_layers": st.integers(1, 3),
+                "global_rope_theta": thetas,
+                "local_rope_theta": thetas,
+                "rope_scaling": st.just({"rope_type": "linear", "factor": 2.0}),
+                "layer_norm_eps": st.just(1e-5),
+                "position_embedding_type": st.just("absolute"),
+                "deterministic_flash_attn": st.booleans(),
+            }
+        )
+        | st.fixed_dictionaries(
+            {
+                "layer_types": st.lists(
+                    st.sampled_from(["full_attention", "sliding_attention"]), min_size=layers, max_size=layers
+                ),
+                "rope_parameters": st.fixed_dictionaries(
+                    {
+                        "full_attention": st.fixed_dictionaries(
+                            {"rope_type": st.just("default"), "rope_theta": thetas}
+                        ),
+                        "sliding_attention": st.fixed_dictionaries(
+                            {"rope_type": st.just("linear"), "factor": st.just(4.0), "rope_theta": thetas}
+                        ),
+                    }
+                ),
+            }
+        )
+    )
+    return {
+        "model_type": "modernbert",
+        "vocab_size": vocabulary,
+        "hidden_size": max(2, heads * head_dim),
+        "num_attention_heads": heads,
+        "num_hidden_layers": layers,
+        "intermediate_size": draw(st.integers(1, 50)),
+        "max_position_embeddings": draw(st.integers(LONGEST, 20)),
+        "local_attention": draw(st.integers(0, 12)),
+        "pad_token_id": draw(st.integers(0, vocabulary - 1)),
+        **dict.fromkeys(("bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"), 1),
+        **spelled,
+        **draw(
+            _maybe(
+                {
+                    "hidden_activation": st.sampled_from(ACTIVATIONS),
+                    "classifier_activation": st.sampled_from(ACTIVATIONS),
+                    "norm_eps": EPSILONS,
+                    "classifier_pooling": st.sampled_from(["cls", "mean"]),
+                    **dict.fromkeys(
+                        (
+                            *("norm_bias", "attention_bias", "mlp_bias", "decoder_bias", "classifier_bias"),
+                            "tie_word_embeddings",
+                        ),
+                        st.booleans(),
+                    ),
+                    **dict.fromkeys(
+                        (
+                            *("attention_dropout", "embedding_dropout", "mlp_dropout"),
+                            "classifier_dropout",
+                        ),
+                        PROBABILITIES,
+                    ),
+                }
+            )
+        ),
+    }
+
+
+@st.composite
+def deberta(draw: st.DrawFn) -> Config:
+    """DeBERTa v2 and v3."""
+    heads, head_dim, vocabulary = draw(st.integers(1, 3)), draw(st.integers(2, 6)), draw(VOCABULARY)
+    relative = draw(st.booleans())
+    config: Config = {
+        "model_type": "deberta-v2",
+        "vocab_size": vocabulary,
+        "hidden_size": heads * head_dim,
+        "num_attention_heads": heads,
+        "num_hidden_layers": draw(st.integers(1, 3)),
+        "intermediate_size": draw(st.integers(1, 50)),
+        "max_position_embeddings": draw(st.integers(LONGEST, 20)),
+        "pad_token_id": draw(st.integers(0, vocabulary - 1)),
+        "type_vocab_size": draw(st.integers(0, 3)),
+        "relative_attention": relative,
+        **draw(
+            _maybe(
+                {
+                    "hidden_act": st.sampled_from(ACTIVATIONS),
+                    "pooler_hidden_act": st.sampled_from(ACTIVATIONS),
+                    "layer_norm_eps": EPSILONS,
+                    "position_biased_input": st.booleans(),
+                    "pos_att_type": st.sampled_from(
+                        ["c2p|p2c", "p2c", ["c2p"], ["p2c", "c2p"], [], "C2P | p2c"]
+                    ),
+                    "share_att_key": st.booleans(),
+                    "legacy": st.booleans(),
+                    "tie_word_embeddings": st.booleans(),
+                    "hidden_dropout_prob": PROBABILITIES,
+                    "attention_probs_dropout_prob": PROBABILITIES,
+                    "pooler_dropout": PROBABILITIES,
+                    "cls_dropout": PROBABILITIES,
+                }
+            )
+        ),
+    }
+    if relative:
+        limits = st.sampled_from(
+            [{"position_buckets": 4, "max_relative_positions": 9}, {"position_buckets": -1}]
+        )
+        config |= draw(limits | st.just({"position_buckets": 5}) | st.just({"max_relative_positions": 3}))
+        config |= draw(_maybe({"norm_rel_ebd": st.sampled_from(["layer_norm", "none", "Layer_Norm | x"])}))
+    if draw(st.integers(0, 3)) == 0:
+        config |= {
+            "conv_kernel_size": draw(st.sampled_from([1, 3, 5])),
+            "conv_act": draw(st.sampled_from(ACTIVATIONS)),
+        }
+        config["conv_groups"] = draw(st.sampled_from([1, heads]))
+    return config
 
 
 @st.composite
@@ -439,11 +579,13 @@ def configs(family: str) -> st.SearchStrategy[Config]:
         return later(family)
     if family in ("bert", "roberta", "xlm-roberta", "camembert"):
         return bert(family)
-    return (
-        {"distilbert": distilbert, "gpt2": gpt2}[family]()
-        if family in ("distilbert", "gpt2")
-        else llama(family)
-    )
+    own = {
+        "distilbert": distilbert,
+        "gpt2": gpt2,
+        "modernbert": modernbert,
+        "deberta-v2": deberta,
+    }
+    return own[family]() if family in own else llama(family)
 
 
 SMALL: dict[str, Config] = {
@@ -460,6 +602,28 @@ SMALL: dict[str, Config] = {
         "num_attention_heads": 3,
         "num_hidden_layers": 2,
         "intermediate_size": 17,
+    },
+    "modernbert": {
+        "hidden_size": 12,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 3,
+        "intermediate_size": 17,
+        "local_attention": 5,
+        "pad_token_id": 0,
+        **dict.fromkeys(("bos_token_id", "cls_token_id", "eos_token_id", "sep_token_id"), 1),
+    },
+    "deberta-v2": {
+        "hidden_size": 12,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 2,
+        "intermediate_size": 17,
+        "relative_attention": True,
+        "position_buckets": 8,
+        "max_relative_positions": 20,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": "p2c|c2p",
+        "position_biased_input": False,
     },
     "distilbert": {"dim": 12, "n_heads": 3, "n_layers": 2, "hidden_dim": 17},
     "gpt2": {

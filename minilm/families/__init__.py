@@ -3,11 +3,11 @@
 To add a family, write a file with a ``FAMILY = Family(...)`` and add a line to `table.FAMILIES`.
 """
 
-from .family import Family, Head
+from .family import Family, Head, SequenceHead
 from .pretrained_config import PretrainedConfig
 from .table import ENCODER_DECODERS, FAMILIES, families, family_of
 
 __all__ = [
-    "ENCODER_DECODERS", "FAMILIES", "Family", "Head", "PretrainedConfig", "encoder_decoder", "families",
-    "family_of",
+    "ENCODER_DECODERS", "FAMILIES", "Family", "Head", "PretrainedConfig", "SequenceHead",
+    "encoder_decoder", "families", "family_of",
 ]  # fmt: skip

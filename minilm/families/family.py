@@ -26,7 +26,7 @@ Head = Literal[
 MOST_LAYERS = 10_000
 
 RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps"), NORM_EPS),
+    **dict.fromkeys(("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps"), NORM_EPS),
     "rope_theta": ROPE_RANGES["theta"],
     "initializer_range": (0, 1e6),
 }
@@ -48,12 +48,16 @@ class Options(Protocol):
 class SequenceHead:
     """How the head for sequence classification computes logits from one vector per sequence."""
 
-    pool: Literal["first", "last"] = "first"
-    hidden: Literal["pooler", "tanh", "relu", None] = None
-    """The dense layer before the logits: the body's pooler, or a layer in the head with this activation."""
-    drop_input: bool = False
-    """Apply dropout also before that layer (RoBERTa)."""
+    pool: str = "first"
+    """first, last or mean; or the option that says it (`cls` is first)."""
+    hidden: str | None = None
+    """The dense layer before the logits: the body's pooler ("pooler"), or a layer in the head with this
+    activation, or with that of the option of this name."""
+    drop_input: bool | str = False
+    """Apply dropout also before that layer (RoBERTa); or the option with its own rate (DeBERTa)."""
     bias: bool = True
+    norm: bool = False
+    """A norm after that layer; heads for tokens have both, too (ModernBERT)."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,13 @@ class Family:
     """Class names in transformers that do not follow the usual pattern (GPT2LMHeadModel)."""
     head_prefixes: Mapping[Head, str] = field(default_factory=dict)
     """Heads whose checkpoints use another of `prefixes` for the body (Llama's question answering)."""
+
+    variant: Callable[[Family, Options], Family] | None = None
+    """Gives the family with other weight names, where an option changes them (DeBERTa's legacy)."""
+
+    def of(self, hf: Options) -> Family:
+        """The family for these options."""
+        return self if self.variant is None else self.variant(self, hf)
 
     def config(self, hf: Options) -> ModelConfig:
         """Translate the options. Raises ConfigError naming an option that is not supported."""

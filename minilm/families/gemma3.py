@@ -30,11 +30,9 @@ DEFAULTS: dict[str, Any] = {
 KINDS = ("full_attention", "sliding_attention")
 
 
-def translate(hf: Options) -> ModelConfig:
-    """Gemma 3's options -> ModelConfig."""
-    every = hf.get("sliding_window_pattern", hf.get("_sliding_window_pattern", 6))
-    if not isinstance(every, int) or every < 1:
-        raise ConfigError(f"{hf.model_type}: sliding_window_pattern must be at least 1, and is {every!r}")
+def ropes(hf: Options, thetas: tuple[float, float]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The rope options of layers with full attention (with `rope_scaling`), and of those with a window.
+    `thetas`: the defaults of rope_theta."""
     given, scaling = hf.get("rope_parameters") or {}, hf.get("rope_scaling") or {}
     if isinstance(given, dict):  # beside those of the kinds, transformers writes some that say nothing
         given = {k: v for k, v in given.items() if k in KINDS or v not in (None, "default")}
@@ -43,11 +41,20 @@ def translate(hf: Options) -> ModelConfig:
             f"{hf.model_type}: rope_parameters must be options for {' and '.join(KINDS)}, and are "
             f"{given!r:.80}"
         )
-    thetas = hf.get("rope_theta", 1_000_000.0), hf.get("rope_local_base_freq", 10_000.0)
     pairs = zip(KINDS, thetas, strict=True)
     full, local = ({"rope_theta": theta, **(given.get(kind) or {})} for kind, theta in pairs)
+    return {**full, **scaling}, local
+
+
+def translate(hf: Options) -> ModelConfig:
+    """Gemma 3's options -> ModelConfig."""
+    every = hf.get("sliding_window_pattern", hf.get("_sliding_window_pattern", 6))
+    if not isinstance(every, int) or every < 1:
+        raise ConfigError(f"{hf.model_type}: sliding_window_pattern must be at least 1, and is {every!r}")
+    thetas = hf.get("rope_theta", 1_000_000.0), hf.get("rope_local_base_freq", 10_000.0)
+    full, local = ropes(hf, thetas)
     return replace(
-        gemma2.translate(hf, rope_config(hf, given={**full, **scaling}), every),
+        gemma2.translate(hf, rope_config(hf, given=full), every),
         local_rope=rope_config(hf, given=local),
         qk_norm=True,
     )

@@ -26,6 +26,8 @@ FAMILIES: dict[str, str] = {
     "gemma": "gemma",
     "gemma2": "gemma2",
     "gemma3_text": "gemma3",
+    "modernbert": "modernbert",
+    "deberta-v2": "deberta_v2",
 }
 """config.json's model_type -> the file in this folder."""
 

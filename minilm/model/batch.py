@@ -83,6 +83,10 @@ class Packed:
         self._no_empty("last")
         return self.cu_seqlens[1:].long() - 1
 
+    def mean(self, x: Tensor) -> Tensor:
+        """The mean over each sequence, [T, C] -> [B, C]."""
+        return ops.pool(x, self.cu_seqlens)
+
     def last_where(self, there: Tensor) -> Tensor:
         """Packed index [B] of each row's last token that is `there`, bool [B, S]; the first, if none is."""
         found = [flags.nonzero().flatten() for flags in torch.split(self.pack(there), self.lengths)]
@@ -199,6 +203,8 @@ class Batch:
     """cos and sin, [T, rotated channels / 2]."""
     local_rope: tuple[Tensor, Tensor] | None = None
     """The same for layers with a window, if they have their own."""
+    distances: Any = None
+    """The vectors of the distances of these tokens, if the family has them (`minilm.disentangled`)."""
     cache: KVCache | None = None
     rows: list[int] = field(default_factory=list)
     """The cache's row of each sequence."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from .. import ops
 from ..differences import said, tell
-from ..families import Head, PretrainedConfig
+from ..families import Head, PretrainedConfig, SequenceHead
 from ..graphs import in_graph
 from .batch import Batch, Packed, check_columns, integers
 from .layers import Linear, Norm
@@ -37,14 +37,16 @@ class MaskedLMHead(nn.Module):
 
     def __init__(self, model: PreTrainedModel, *, next_sentence: bool = False) -> None:
         super().__init__()
-        spec, family = model.spec, model.family
-        self.activation = family.mlm_activation or spec.activation
-        self.dense = Linear(spec.hidden_size, spec.hidden_size)
+        spec, family, options = model.spec, model.family, model.config
+        self.activation = options.get(family.mlm_activation or "", family.mlm_activation) or spec.activation
+        bias = bool(options.get("classifier_bias", True))
+        self.dense = Linear(spec.hidden_size, spec.hidden_size, bias=bias)
         self.norm = Norm(spec, eps=family.mlm_norm_eps)
         self.decoder = (
             None if spec.tie_word_embeddings else Linear(spec.hidden_size, spec.vocab_size, bias=False)
         )
-        self.bias = nn.Parameter(torch.zeros(spec.vocab_size))
+        biased = options.get("decoder_bias", True)
+        self.bias = nn.Parameter(torch.zeros(spec.vocab_size)) if biased else None
         self.next_sentence = Linear(spec.hidden_size, 2) if next_sentence else None
 
     def forward(self, hidden: Tensor, tokens: Tensor) -> Tensor:
@@ -129,25 +131,36 @@ class AutoModelForPreTraining(PreTrainedModel):
         }
 
 
-class ClassificationHead(nn.Module):
-    """One logit per class, after the family's dense layer if it has one."""
+class ScoreHead(nn.Module):
+    """`size` logits from a vector, of a sequence or of a token, after the dense layer of `style` if it has
+    one."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, size: int, style: SequenceHead) -> None:
         super().__init__()
-        style, size = model.family.sequence_head, model.spec.hidden_size
-        self.style = style
-        self.p = model.family.dropout("sequence-classification", model.config)
-        self.dense = Linear(size, size) if style.hidden in ("tanh", "relu") else None
-        self.out = Linear(size, model.config.num_labels, bias=style.bias)
+        width, options = model.spec.hidden_size, model.config
+        self.p = model.family.dropout(model.head_kind, options)
+        self.first_p = options.get(style.drop_input, 0.0) if isinstance(style.drop_input, str) else self.p
+        self.first_p *= bool(style.drop_input)
+        self.activation = options.get(style.hidden or "", style.hidden)
+        hidden = style.hidden not in (None, "pooler")
+        bias = bool(options.get("classifier_bias", True))
+        self.dense = Linear(width, width, bias=bias) if hidden else None
+        self.norm = Norm(model.spec) if style.norm else None
+        self.out = Linear(width, size, bias=style.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [B, C] -> [B, num_labels]."""
+        """x [..., C] -> [..., size]."""
         if self.dense is not None:
-            if self.style.drop_input:
-                x = F.dropout(x, self.p, self.training)
-            x = self.dense(x, self.style.hidden)
+            x = self.dense(F.dropout(x, self.first_p, self.training), self.activation)
+        x = x if self.norm is None else self.norm.norm(x)
         scores: Tensor = self.out(F.dropout(x, self.p, self.training))
         return scores
+
+
+def token_head(model: PreTrainedModel, size: int, *, bias: bool = True) -> ScoreHead:
+    """`size` logits for every token."""
+    style = model.family.sequence_head
+    return ScoreHead(model, size, style if style.norm else SequenceHead(bias=bias))
 
 
 class AutoModelForSequenceClassification(PreTrainedModel):
@@ -159,15 +172,18 @@ class AutoModelForSequenceClassification(PreTrainedModel):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         self.pooler = Pooler(self.spec.hidden_size) if self.family.sequence_head.hidden == "pooler" else None
-        self.head = ClassificationHead(self)
+        self.head = ScoreHead(self, config.num_labels, self.family.sequence_head)
         self.initialise()
 
     def answer(self, hidden: Tensor, batch: Batch, labels: Tensor | None) -> dict[str, Any]:
         """logits [B, num_labels]; labels int64 [B], or float [B] (regression), or float [B, num_labels]
         (multi-label)."""
+        pool = self.config.get(self.family.sequence_head.pool, self.family.sequence_head.pool)
         if self.pooler is not None:
             pooled = self.pooler(hidden, batch.packed)
-        elif self.family.sequence_head.pool == "first":
+        elif pool == "mean":
+            pooled = batch.packed.mean(hidden)
+        elif pool in ("first", "cls"):
             if batch.packed.padded_left:
                 tell("first-token")
             pooled = hidden[batch.packed.first()]
@@ -184,20 +200,6 @@ class AutoModelForSequenceClassification(PreTrainedModel):
         return batch.packed.last_where(batch.input_ids != pad)
 
 
-class TokenHead(nn.Module):
-    """Logits for every token."""
-
-    def __init__(self, model: PreTrainedModel, size: int, *, bias: bool = True) -> None:
-        super().__init__()
-        self.p = model.family.dropout(model.head_kind, model.config)
-        self.out = Linear(model.spec.hidden_size, size, bias=bias)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [T, C] -> [T, size]."""
-        scores: Tensor = self.out(F.dropout(hidden, self.p, self.training))
-        return scores
-
-
 class AutoModelForTokenClassification(PreTrainedModel):
     """Predicts a class for each token (named entities, parts of speech)."""
 
@@ -206,9 +208,8 @@ class AutoModelForTokenClassification(PreTrainedModel):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
-        self.head = TokenHead(
-            self, config.num_labels, bias=bool(config.get("token_classification_bias", True))
-        )
+        bias = bool(config.get("token_classification_bias", True))
+        self.head = token_head(self, config.num_labels, bias=bias)
         self.initialise()
 
     def answer(self, hidden: Tensor, batch: Batch, labels: Tensor | None) -> dict[str, Any]:
@@ -225,7 +226,7 @@ class AutoModelForQuestionAnswering(PreTrainedModel):
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
-        self.head = TokenHead(self, 2)
+        self.head = token_head(self, 2)
         self.initialise()
 
     def answer(

@@ -31,7 +31,7 @@ class Norm(nn.Module):
         self.rms = config.norm == "rms_norm"
         self.plus_one = config.norm_plus_one
         self.weight = nn.Parameter(torch.ones(size))
-        self.bias = None if self.rms else nn.Parameter(torch.zeros(size))
+        self.bias = None if self.rms or config.norm_without_bias else nn.Parameter(torch.zeros(size))
 
     def forward(self, x: Tensor, delta: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(norm(x + delta), x + delta); x, delta [T, C]."""
@@ -137,6 +137,11 @@ class Attention(nn.Module):
         sizes = (config.q_size, config.kv_size) if config.qk_norm_of_all else (config.head_dim,) * 2
         self.q_norm = Norm(config, sizes[0]) if config.qk_norm else None
         self.k_norm = Norm(config, sizes[1]) if config.qk_norm else None
+        self.far: Any = None
+        if config.distances is not None:
+            from ..disentangled import projections
+
+            self.far = projections(config, Linear)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, C] -> q [T, H, D] and k, v [T, Hkv, D], before the rotary embedding."""
@@ -171,11 +176,14 @@ class Attention(nn.Module):
         c = self.config
         q, k, v = self.heads(x)
         q, k = self._rope_and_append(q, k, v, batch)
-        if batch.attentions is not None:
-            batch.attentions.append(self._maps(q, k, batch))
         packed, step = batch.packed, batch.step
         kind = self.kind()
-        if step is None or step.fresh:
+        scores = None if self.far is None else self.far(q, k, batch.distances, self.heads)
+        if batch.attentions is not None:
+            batch.attentions.append(self._maps(q, k, batch) if scores is None else scores.maps(**kind))
+        if scores is not None:
+            out = scores.attend(v, dropout_p=c.attention_dropout if self.training else 0.0, **kind)
+        elif step is None or step.fresh:
             out = packed.attend(q, k, v, dropout_p=c.attention_dropout if self.training else 0.0, **kind)
         elif c.attention_soft_cap is not None:  # the op for pages has none
             assert batch.cache is not None
@@ -199,8 +207,7 @@ class Attention(nn.Module):
                 k_scales=k_scales,
                 v_scales=v_scales,
             )
-        projected: Tensor = self.out(out.flatten(1))
-        return projected
+        return F.dropout(self.out(out.flatten(1)), c.attention_out_dropout, self.training)
 
     def _rope_and_append(self, q: Tensor, k: Tensor, v: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         if batch.cache is None or batch.step is None:
@@ -244,7 +251,7 @@ class MLP(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.activation = config.activation
-        self.gated = config.gated_mlp
+        self.gated, self.p = config.gated_mlp, config.inner_dropout
         inner = config.intermediate_size
         self.up = Linear(config.hidden_size, 2 * inner if self.gated else inner, bias=config.mlp_bias)
         self.down = Linear(inner, config.hidden_size, bias=config.mlp_bias)
@@ -252,7 +259,7 @@ class MLP(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [T, C] -> [T, C]."""
         h = ops.gated(self.up(x), self.activation) if self.gated else self.up(x, self.activation)
-        y: Tensor = self.down(h)
+        y: Tensor = self.down(F.dropout(h, self.p, self.training))
         return y
 
 
@@ -272,7 +279,8 @@ class Block(nn.Module):
         self.dropout = config.hidden_dropout
         self.parallel = config.parallel_norms > 0
         first = config.pre_norm or not config.output_norm
-        self.attention_norm = Norm(config) if first else None
+        bare = config.bare_first_layer and layer == 0
+        self.attention_norm = Norm(config) if first and not bare else None
         self.attention = Attention(config, layer)
         self.attention_out_norm = Norm(config) if config.output_norm else None
         self.mlp_norm = Norm(config) if first and config.parallel_norms != 1 else None

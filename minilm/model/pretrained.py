@@ -62,7 +62,7 @@ class PreTrainedModel(ops.Whole, Checkpointed):
                 f"{type(self).__name__} is a {self.model_type} model, and the configuration is of a "
                 f"{config.model_type}: use the Auto class with this head, which takes both"
             )
-        self.family: Family = family_of(config.model_type)
+        self.family: Family = family_of(config.model_type).of(config)
         if self.head_kind != "base" and self.head_kind not in self.family.heads:
             kinds = ", ".join(self.family.heads)
             raise ValueError(f"{config.model_type} models have no {self.head_kind} head; they have: {kinds}")

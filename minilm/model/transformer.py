@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -9,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from ..config import ModelConfig
 from .batch import Batch
-from .layers import Block, Embeddings, Norm
+from .layers import Block, Embedding, Embeddings, Norm
 
 
 class Transformer(ops.Whole, nn.Module):
@@ -21,12 +23,19 @@ class Transformer(ops.Whole, nn.Module):
         self.embeddings = Embeddings(config)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
         self.norm = Norm(config) if config.final_norm else None
+        self.distances: Any = None
+        self.conv: Any = None
+        if config.distances is not None:
+            from ..disentangled import shared_parts
+
+            self.distances, self.conv = shared_parts(config, Embedding, Norm)
         self.gradient_checkpointing = False
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns the last hidden states, [T, C]; fills `batch.hidden_states` and `batch.attentions` if they
         are lists."""
         x: Tensor = self.embeddings(batch.tokens, batch.positions, batch.types)
+        batch.distances = None if self.distances is None else self.distances(batch.packed)
         result: Tensor = ops.run_whole("blocks", x.device, x.dtype, self, x, batch)
         return result
 
@@ -38,6 +47,7 @@ class Transformer(ops.Whole, nn.Module):
         returns the residual stream before that block.
         """
         delta: Tensor | None = None
+        embedded = x
         for block in self.layers if batch.stop is None else self.layers[: batch.stop]:
             if batch.hidden_states is not None:
                 batch.hidden_states.append(x if delta is None else x + delta)
@@ -45,6 +55,8 @@ class Transformer(ops.Whole, nn.Module):
                 x, delta = checkpoint(block, x, delta, batch, use_reentrant=False)
             else:
                 x, delta = block(x, delta, batch)
+            if self.conv is not None and block is self.layers[0]:
+                x = self.conv(embedded, x, batch.packed)
         if batch.stop is not None:
             return x if delta is None else x + delta
         if self.norm is not None:

@@ -41,6 +41,9 @@ UNKNOWN = {
     "qk_norm_of_all": "norm of q and k over all heads",
     "qkv_by_head": "qkv matrix in the order of heads",
     "attention_soft_cap": "soft cap of the scores",
+    "distances": "scores by distances",
+    "bare_first_layer": "first layer without a norm before attention",
+    "norm_without_bias": "LayerNorm without a bias",
 }
 """Traits of `ModelConfig` that csrc/cpu/transformer.cpp lacks: a model with one runs by its modules."""
 
@@ -269,8 +272,8 @@ def _obstacle(body: Transformer, modules: list[nn.Module]) -> str | None:
     if reason is None and hooked(modules):
         reason = "a module has forward hooks"
     if reason is None and any(m.training for m in modules):
-        rates = [config.hidden_dropout, config.attention_dropout]
-        rates += [block.dropout for block in body.layers if isinstance(block, Block)]
+        rates = [config.hidden_dropout, config.attention_dropout, config.attention_out_dropout]
+        rates += [rate for b in body.layers if isinstance(b, Block) for rate in (b.dropout, b.mlp.p)]
         if any(rates):
             reason = "dropout is on (model.eval() turns it off)"
     return reason

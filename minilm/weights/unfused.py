@@ -87,7 +87,7 @@ class _Unfusing:
         self.prefix: str = family.prefix(head)
         self.linear: type[nn.Linear] = type(model.body.layers[0].attention.out)
         self.tokens = model.body.embeddings.tokens
-        OWN.update((self.linear, type(self.tokens)))
+        OWN.update((self.linear, type(self.tokens), nn.Conv1d))
         base = BaseNode(model) if self.prefix else Node()
         self.base = base
         self.top = Node()
@@ -170,7 +170,7 @@ class _Unfusing:
             else:
                 self._put(paths[0], module)
                 relay = LinearRelay(self.model, paths[0])
-        elif isinstance(module, nn.Embedding):
+        elif isinstance(module, (nn.Embedding, nn.Conv1d)):
             self._put(paths[0], module)
             relay = (TableRelay if name == "types" else Relay)(self.model, paths[0])
         else:

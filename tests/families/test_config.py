@@ -45,7 +45,7 @@ def test_defaults_are_transformers(family: str) -> None:
     `test_spec_is_the_same`."""
     ours, theirs = PretrainedConfig(model_type=family), transformers.AutoConfig.for_model(family)
     derived = {"num_key_value_heads", "head_dim", "layer_types", "rope_parameters", "sliding_window"}
-    derived |= {"no_rope_layers"}
+    derived |= {"no_rope_layers", "pooler_hidden_size"}
     for key in theirs.to_dict():
         if key in derived or key.startswith("_") or key not in ours:
             continue

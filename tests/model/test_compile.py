@@ -40,8 +40,9 @@ def problem(family: str) -> tuple[Any, Tensor, Packed]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "deberta-v2"])
 def test_body_is_one_graph(family: str) -> None:
+    """But that of DeBERTa, whose bias depends on the lengths; a whole model is one (`Padded`)."""
     model, tokens, packed = problem(family)
     compiled = torch.compile(model.run_packed, fullgraph=True, backend="eager")
     with torch.no_grad():

@@ -17,6 +17,7 @@ from strategies import (
     DECODERS,
     ENCODERS,
     FAMILIES,
+    WITHOUT_TABLE,
     Batch,
     Config,
     batches,
@@ -113,6 +114,7 @@ def test_loss_of_sequences_is_transformers(family: str) -> None:
         batch = replace(batch, left=batch.embedded and family in DECODERS)
         generator = torch.Generator().manual_seed(seed)
         rows = len(batch.lengths)
+        said = said or family == "deberta-v2"  # which has losses of its own, see docs/differences.md
         if kind == "number":
             num_labels = (
                 num_labels if said else 1
@@ -403,7 +405,7 @@ def test_wrong_arguments_are_refused(name: str, family: str) -> None:
         p.model(**call)
 
 
-@pytest.mark.parametrize("family", [*ENCODERS, "gpt2"])
+@pytest.mark.parametrize("family", [f for f in (*ENCODERS, "gpt2") if f not in WITHOUT_TABLE])
 def test_text_beyond_the_position_table_is_refused(family: str) -> None:
     """Naming both lengths."""
     with pair(small(family), "base") as p:

@@ -111,7 +111,11 @@ WIDE = 64
 
 def unlimited(config: Config) -> Config:
     """Windows count tokens here and columns in transformers: those that cannot be left out see all."""
-    return {**config, "sliding_window": WIDE} if config["model_type"] in GEMMAS[1:] else config
+    windows = {
+        **{key: {"sliding_window": WIDE} for key in GEMMAS[1:]},
+        "modernbert": {"local_attention": 2 * WIDE},
+    }
+    return {**config, **windows.get(config["model_type"], {})}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

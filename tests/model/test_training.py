@@ -26,6 +26,10 @@ NO_DROPOUT = {
     "xlm-roberta": ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
     "camembert": ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
     "distilbert": ("dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout"),
+    "deberta-v2": (
+        *("hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_dropout"),
+    ),
+    "modernbert": ("attention_dropout", "embedding_dropout", "mlp_dropout", "classifier_dropout"),
     "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout"),
     "llama": ("attention_dropout", "classifier_dropout"),
     "mistral": ("attention_dropout", "classifier_dropout"),

@@ -186,6 +186,31 @@ def xlm_roberta(
     return backend
 
 
+def deberta(model: SentencePieceModel, settings: Mapping[str, Any], mask_token: str) -> Backend:
+    """DeBERTa's unigram model: the characters that the file replaces (transformers 5 leaves them as they
+    are), white space as one space, NFC, and with `split_by_punct` punctuation by itself. The mask is no piece
+    of the file, but the next id."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    if model.algorithm is not Algorithm.UNIGRAM:
+        raise TokenizerError(f"{model.file}: expected a unigram model, found {model.algorithm.name}")
+    with backend_errors(str(model.file)):
+        pieces = [(piece.text, piece.score) for piece in model.pieces]
+        backend = Tokenizer(models.Unigram(pieces, model.unk_id, False))
+        backend.add_tokens([AddedToken(mask_token, normalized=False, special=True)])
+        steps: list[Any] = [normalizers.Lowercase()] if settings.get("do_lower_case") else []
+        steps += [normalizers.Precompiled(model.charsmap)] if model.charsmap else []
+        spaces = normalizers.Replace(Regex(r"\s{2,}|[\n\r\t]"), " ")
+        steps += [spaces, normalizers.NFC(), normalizers.Strip(left=False, right=True)]
+        backend.normalizer = normalizers.Sequence(steps)
+        scheme = "first" if settings.get("add_prefix_space") is False else "always"
+        split = [pre_tokenizers.Punctuation("isolated")] if settings.get("split_by_punct") else []
+        spaced = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=scheme)
+        backend.pre_tokenizer = pre_tokenizers.Sequence([*split, spaced])
+        backend.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme=scheme)
+    return backend
+
+
 def _sentencepiece_backend(model: SentencePieceModel) -> Backend:
     from tokenizers import AddedToken, Tokenizer, models
 

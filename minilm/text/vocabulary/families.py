@@ -87,6 +87,12 @@ FAMILIES = {
             frame="bert",
         ),
         Family("DistilBertTokenizer", _BERT_TOKENS, frame="bert"),
+        Family(
+            "DebertaV2Tokenizer",
+            {**_BERT_TOKENS, "bos_token": "[CLS]", "eos_token": "[SEP]"},
+            input_names=("input_ids", "token_type_ids", "attention_mask"),
+            frame="bert",
+        ),
         # In fairseq, which these models come from, and in transformers 4, <mask> includes the space before
         # it, and fill-mask depends on it; transformers 5 does not do so if there is only vocab.json.
         Family("RobertaTokenizer", _ROBERTA_TOKENS, frame="roberta", mask_takes_space=True),
@@ -120,6 +126,7 @@ FAMILIES = {
 _OF_MODEL_TYPE = {
     "bert": "BertTokenizer",
     "distilbert": "DistilBertTokenizer",
+    "deberta-v2": "DebertaV2Tokenizer",
     "roberta": "RobertaTokenizer",
     "xlm-roberta": "XLMRobertaTokenizer",
     "camembert": "CamembertTokenizer",

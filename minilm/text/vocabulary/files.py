@@ -17,6 +17,7 @@ from ...files import MOST_CONFIG, MOST_TEMPLATE, has_file, read_json, read_text
 from .build import (
     SPLITTINGS,
     byte_level_bpe,
+    deberta,
     llama,
     plain_sentencepiece,
     read_merges,
@@ -240,6 +241,8 @@ def _from_vocabulary(
                 "write it with transformers' save_pretrained"
             )
         model = read_sentencepiece(source)
+        if family.name == "DebertaV2Tokenizer":
+            return deberta(model, settings, token("mask_token", "[MASK]"))
         prefix = settings.get("add_prefix_space")
         if family.frame in ("xlm-roberta", "mbart", "mbart-50"):
             return xlm_roberta(

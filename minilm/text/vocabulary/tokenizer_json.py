@@ -40,7 +40,8 @@ def from_tokenizer_json(
     data = read_json(path, error=TokenizerError)
     check(data, str(path), known=tuple(pattern for kind in SPLITTINGS.values() for pattern in kind.patterns))
     before = copy.deepcopy([data.get(name) for name in _STEPS])
-    _apply(data, settings, overrides if family is GENERIC else settings)
+    without = "first" if family.name == "DebertaV2Tokenizer" else "never"
+    _apply(data, settings, overrides if family is GENERIC else settings, without)
     if family.name == "LlamaTokenizer":
         _as_llama(data, settings)
     with backend_errors(f"{path}: not a file of the tokenizers library"):
@@ -55,8 +56,11 @@ def from_tokenizer_json(
     return backend
 
 
-def _apply(data: Mapping[str, Any], settings: Mapping[str, Any], names: Collection[str]) -> None:
-    """Change the steps in `data` by those `settings` whose names are in `names`."""
+def _apply(
+    data: Mapping[str, Any], settings: Mapping[str, Any], names: Collection[str], without: str
+) -> None:
+    """Change the steps in `data` by those `settings` whose names are in `names`. `without`: Metaspace's
+    prepend_scheme for add_prefix_space = false."""
     for step in _steps(data, "normalizer", "normalizers"):
         if step.get("type") == "BertNormalizer":
             step.update({key: settings[name] for name, key in _BERT_NORMALIZER.items() if name in names})
@@ -70,7 +74,7 @@ def _apply(data: Mapping[str, Any], settings: Mapping[str, Any], names: Collecti
     ):
         if step.get("type") == "Metaspace":
             step.pop("add_prefix_space", None)  # the older name of prepend_scheme
-            step["prepend_scheme"] = "always" if prefix else "never"
+            step["prepend_scheme"] = "always" if prefix else without
         elif "add_prefix_space" in step:
             step["add_prefix_space"] = prefix
 
