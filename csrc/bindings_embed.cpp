@@ -50,11 +50,12 @@ struct Part {
   void add(int64_t token, float* y) const { table.add(numbers == nullptr ? 0 : numbers[token], y); }
 };
 
-// norm(token + type + position), float32 [T, C]; without norm_weight there is no norm.
+// norm(factor token + type + position), float32 [T, C]; without norm_weight there is no norm.
 Tensor embed(const Tensor& tokens, const Tensor& table, std::optional<Tensor> scale,
              std::optional<Tensor> minimum, std::optional<Tensor> types, std::optional<Tensor> type_table,
              std::optional<Tensor> positions, std::optional<Tensor> position_table,
-             std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps, bool rms) {
+             std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps, bool rms,
+             double factor) {
   check(tokens.is_cpu() && tokens.dim() == 1, "tokens must be int64 [T]");
   const int64_t count = tokens.size(0);
   check(table.dim() == 2, "a table must be [rows, C]");
@@ -92,12 +93,18 @@ Tensor embed(const Tensor& tokens, const Tensor& table, std::optional<Tensor> sc
     layer.channels = layer.x_stride = root.channels = root.x_stride = root.y_stride = channels;
     layer.eps = root.eps = eps;
   }
+  const auto times = static_cast<float>(factor);
   const int64_t grain = std::max<int64_t>(1, 32768 / channels);
   minilm::parallel(count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       float* row = out + token * channels;
       std::fill(row, row + channels, 0.0f);
-      for (const Part& part : parts) part.add(token, row);
+      for (const Part& part : parts) {
+        part.add(token, row);
+        if (&part == parts.data() && times != 1.0f) {
+          std::transform(row, row + channels, row, [&](float value) { return value * times; });
+        }
+      }
     }
     if (norm_weight.has_value())
       rms ? kernels.rms_norm(root, begin, end) : kernels.layer_norm(layer, begin, end);
@@ -111,7 +118,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minilm, m) {
   m.def(
       "embed(Tensor tokens, Tensor table, Tensor? scale, Tensor? minimum, Tensor? types, Tensor? type_table,"
       " Tensor? positions, Tensor? position_table, Tensor? norm_weight, Tensor? norm_bias, float eps,"
-      " bool rms) -> Tensor");
+      " bool rms, float factor=1) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minilm, CPU, m) { m.impl("embed", TORCH_BOX(&embed)); }

@@ -21,7 +21,8 @@ GEMMAS = ("gemma", "gemma2", "gemma3_text")
 PARTLY_TURNED = ("gpt_neox", "phi")
 LATER = ("smollm3", "olmo2", *PARTLY_TURNED, *GEMMAS)
 SLOW = (*LATER, "camembert")
-"""Families whose cases run with the slow tests, apart from those of tests/families/test_decoders.py."""
+OWN = ("test_decoders", "test_traits", "test_arena")
+"""Families whose cases run with the slow tests, apart from those of these files, which are about them."""
 
 DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "phi3", *LATER)
 FAMILIES = (*ENCODERS, *DECODERS)
