@@ -18,6 +18,7 @@ from torch import Tensor
 from minilm import ops
 from minilm.cache import KVCache
 from minilm.model import angle_table
+from minilm.native import released
 from minilm.native import steps as decode_step
 from minilm.ops.quantized import quantise
 from minilm.quantized import QuantizedEmbedding, QuantizedLinear
@@ -153,6 +154,31 @@ def test_quantised_weights_are_close(family: str, format: str) -> None:
         expected, actual = make("reference"), make("native")
         error = (actual - expected).norm() / expected.norm()
         assert 0 < error < QUANTISED_ERROR[format]
+
+
+def test_a_matrix_in_the_order_of_heads_is_packed_once() -> None:
+    """A layer that runs alone uses the packed form; released planes come back bit by bit."""
+    model = model_of("gpt_neox")
+    expected = run(model, FEW)
+    with ops.backend("native", blocks="torch"), torch.no_grad():
+        torch.testing.assert_close(model.run_packed(*batch(FEW)), expected, atol=1e-5, rtol=1e-5)
+    assert torch.equal(run(model, FEW), expected)
+    model = quantised("gpt_neox", "q8_0")
+    layer = model.body.layers[1].attention.qkv
+    planes = layer.codes.clone(), layer.scale.clone()
+    run(model, FEW)
+    assert released.form_of(layer) is not None
+    assert torch.equal(layer.codes, planes[0])
+    assert torch.equal(layer.scale, planes[1])
+
+
+def test_a_resized_table_has_a_bias_as_long() -> None:
+    model = model_of("phi")
+    model.resize_token_embeddings(50)
+    cache = begun(model, [12, 9])
+    actual = go_on(model, cache)
+    assert actual.shape[-1] == 50
+    torch.testing.assert_close(actual, go_on(model, cache, "reference"), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "gemma2", "gemma3_text"])
