@@ -87,7 +87,7 @@ void run_decode(const AttentionParams& p, int64_t sequences, int64_t max_keys) {
 
 Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& cu_seqlens_q,
                  const Tensor& cu_seqlens_k, double scale, bool causal, std::optional<int64_t> window,
-                 bool pairs) {
+                 bool pairs, double soft_cap) {
   const char* op = "attention";
   check_tensor(op, "q", q, ScalarType::Float, {-1, -1, -1});
   check_tensor(op, "k", k, ScalarType::Float, {-1, -1, q.size(2)});
@@ -95,8 +95,10 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor
   AttentionParams p = {};
   set_heads(op, p, q, k.size(1));
   p.window = check_window(op, window);
+  STD_TORCH_CHECK(soft_cap >= 0, op, ": soft_cap must be above 0, or 0 for none, and is ", soft_cap);
   p.causal = causal;
   p.pairs = pairs;
+  p.soft_cap = static_cast<float>(soft_cap);
   p.scale = static_cast<float>(scale);
   const Tensor q_ends = check_ends(op, "cu_seqlens_q", cu_seqlens_q, q.size(0));
   const Tensor k_ends = check_ends(op, "cu_seqlens_k", cu_seqlens_k, k.size(0));
@@ -199,7 +201,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
 STABLE_TORCH_LIBRARY_FRAGMENT(minilm, m) {
   m.def(
       "attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, float scale,"
-      " bool causal, int? window, bool pairs=False) -> Tensor");
+      " bool causal, int? window, bool pairs=False, float soft_cap=0) -> Tensor");
   m.def(
       "paged_attention(Tensor q, Tensor k_pages, Tensor v_pages, Tensor block_table, Tensor cu_seqlens_q,"
       " Tensor context_lens, float scale, int? window, Tensor? k_scales=None, Tensor? v_scales=None,"

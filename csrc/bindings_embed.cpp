@@ -50,13 +50,13 @@ struct Part {
   void add(int64_t token, float* y) const { table.add(numbers == nullptr ? 0 : numbers[token], y); }
 };
 
-// norm(token + type + position), float32 [T, C]; without norm_weight there is no norm. With a
+// norm(factor token + type + position), float32 [T, C]; without norm_weight there is no norm. With a
 // packed_format the table is that of tokens as the output matrix is packed.
 Tensor embed(const Tensor& tokens, const Tensor& table, std::optional<Tensor> scale,
              std::optional<Tensor> minimum, std::optional<Tensor> types, std::optional<Tensor> type_table,
              std::optional<Tensor> positions, std::optional<Tensor> position_table,
              std::optional<Tensor> norm_weight, std::optional<Tensor> norm_bias, double eps, bool rms,
-             int64_t packed_format, int64_t packed_rows, int64_t packed_channels) {
+             double factor, int64_t packed_format, int64_t packed_rows, int64_t packed_channels) {
   check(tokens.is_cpu() && tokens.dim() == 1, "tokens must be int64 [T]");
   const int64_t count = tokens.size(0);
   const bool packed = packed_format >= 0;
@@ -99,12 +99,18 @@ Tensor embed(const Tensor& tokens, const Tensor& table, std::optional<Tensor> sc
     layer.channels = layer.x_stride = root.channels = root.x_stride = root.y_stride = channels;
     layer.eps = root.eps = eps;
   }
+  const auto times = static_cast<float>(factor);
   const int64_t grain = std::max<int64_t>(1, 32768 / channels);
   minilm::parallel(count, grain, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       float* row = out + token * channels;
       std::fill(row, row + channels, 0.0f);
-      for (const Part& part : parts) part.add(token, row);
+      for (const Part& part : parts) {
+        part.add(token, row);
+        if (&part == parts.data() && times != 1.0f) {
+          std::transform(row, row + channels, row, [&](float value) { return value * times; });
+        }
+      }
     }
     if (norm_weight.has_value())
       rms ? kernels.rms_norm(root, begin, end) : kernels.layer_norm(layer, begin, end);
@@ -118,7 +124,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minilm, m) {
   m.def(
       "embed(Tensor tokens, Tensor table, Tensor? scale, Tensor? minimum, Tensor? types, Tensor? type_table,"
       " Tensor? positions, Tensor? position_table, Tensor? norm_weight, Tensor? norm_bias, float eps,"
-      " bool rms, int packed_format=-1, int packed_rows=0, int packed_channels=0) -> Tensor");
+      " bool rms, float factor=1, int packed_format=-1, int packed_rows=0, int packed_channels=0) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minilm, CPU, m) { m.impl("embed", TORCH_BOX(&embed)); }

@@ -43,7 +43,7 @@ class Turned {
     p_.cos = data<float>(angles.cos);
     p_.sin = data<float>(angles.sin);
     p_.heads = x.size(1);
-    p_.head_dim = x.size(2);
+    p_.head_dim = p_.rotated = x.size(2);
     p_.stride = size_;
   }
   void rows(int64_t begin, int64_t end) const {

@@ -83,14 +83,17 @@ class Call {
     }
   }
 
-  void set_rope(const Tensor& cos, const Tensor& sin) {
-    for (const Tensor* angles : {&cos, &sin}) {
-      check(w.head_dim % 2 == 0 && plain(*angles, ScalarType::Float, 2) && angles->size(0) == p.tokens &&
-                angles->size(1) == w.head_dim / 2,
-            "cos and sin must be float32 [T, D / 2]");
+  void set_rope(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin, const float*& to_cos,
+                const float*& to_sin) {
+    check(cos.has_value() == sin.has_value(), "cos and sin come together");
+    if (!cos.has_value()) return;
+    for (const Tensor* angles : {&*cos, &*sin}) {
+      check(w.rotated % 2 == 0 && plain(*angles, ScalarType::Float, 2) && angles->size(0) == p.tokens &&
+                angles->size(1) == w.rotated / 2,
+            "cos and sin must be float32 [T, R / 2] for R channels that are turned");
     }
-    p.cos = data<float>(cos);
-    p.sin = data<float>(sin);
+    to_cos = data<float>(*cos);
+    to_sin = data<float>(*sin);
   }
 
   // `steps`: new tokens of each sequence. A call reads one; more than 1 means that the same call also feeds
@@ -203,7 +206,8 @@ Tensor transformer(const Tensor& embedded, const Tensor& arena, const Tensor& la
                    const Tensor& cu_seqlens, std::optional<Tensor> cos, std::optional<Tensor> sin,
                    std::optional<Tensor> k_cache, std::optional<Tensor> v_cache, std::optional<Tensor> slots,
                    std::optional<Tensor> block_table, std::optional<Tensor> context_lens, bool fresh,
-                   std::optional<Tensor> k_scales, std::optional<Tensor> v_scales) {
+                   std::optional<Tensor> k_scales, std::optional<Tensor> v_scales,
+                   std::optional<Tensor> local_cos, std::optional<Tensor> local_sin) {
   Call call(arena, layout);
   check(plain(embedded, ScalarType::Float, 2) && embedded.size(1) == call.w.channels,
         "x must be float32 [T, C]");
@@ -214,8 +218,8 @@ Tensor transformer(const Tensor& embedded, const Tensor& arena, const Tensor& la
   check(ends[0] == 0 && ends[count - 1] == tokens && std::is_sorted(ends, ends + count),
         "cu_seqlens must grow from 0 to the number of tokens");
   call.set_sequences(ends, count - 1, tokens);
-  check(cos.has_value() == sin.has_value(), "cos and sin come together");
-  if (cos.has_value()) call.set_rope(*cos, *sin);
+  call.set_rope(cos, sin, call.p.cos, call.p.sin);
+  call.set_rope(local_cos, local_sin, call.p.local_cos, call.p.local_sin);
   if (k_cache.has_value()) {
     check(v_cache.has_value() && slots.has_value() && block_table.has_value() && context_lens.has_value(),
           "the tensors of the cache come together");
@@ -226,27 +230,52 @@ Tensor transformer(const Tensor& embedded, const Tensor& arena, const Tensor& la
   return x;
 }
 
-// The input of the first block: a token's vector, that of its position if these are learned, and its angles.
-class Inputs {
+// The angles of every position, by one rope, and memory for those of the tokens of a step.
+class Angles {
  public:
-  Inputs(const VectorTable& tokens, const std::optional<Tensor>& positions, int64_t offset,
-         const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
-         const minilm::TransformerWeights& w)
-      : tokens_(tokens), offset_(offset), channels_(w.channels), half_(cos.has_value() ? w.head_dim / 2 : 0) {
-    if (positions.has_value()) positions_.emplace(*positions, std::nullopt, std::nullopt, w.channels);
-    check(offset >= 0 && offset < (int64_t{1} << 31), "the positions have an impossible offset");
+  Angles(const std::optional<Tensor>& cos, const std::optional<Tensor>& sin,
+         const minilm::TransformerWeights& w, int64_t batch)
+      : half_(cos.has_value() ? w.rotated / 2 : 0), batch_(batch), here_(2 * batch * half_) {
     check(cos.has_value() == sin.has_value(), "cos and sin come together");
     if (!cos.has_value()) return;
     for (const Tensor* angles : {&*cos, &*sin}) {
-      check(w.head_dim % 2 == 0 && plain(*angles, ScalarType::Float, 2) && angles->size(1) == half_,
-            "cos and sin must be float32 [positions, D / 2]");
+      check(w.rotated % 2 == 0 && plain(*angles, ScalarType::Float, 2) && angles->size(1) == half_,
+            "cos and sin must be float32 [positions, R / 2] for R channels that are turned");
     }
     cos_ = data<float>(*cos);
     sin_ = data<float>(*sin);
-    angles_ = std::min(cos->size(0), sin->size(0));
+    count_ = std::min(cos->size(0), sin->size(0));
   }
 
-  int64_t angles() const { return half_; }
+  void check_place(int64_t place) const {
+    check(half_ == 0 || (place >= 0 && place < count_), "a position is beyond the table of angles");
+  }
+  // Token `b` stands at a checked place.
+  void put(int64_t b, int64_t place) {
+    std::copy_n(cos_ + place * half_, half_, here_.data() + b * half_);
+    std::copy_n(sin_ + place * half_, half_, here_.data() + (batch_ + b) * half_);
+  }
+  // [batch, R / 2], or null.
+  const float* cos() const { return half_ > 0 ? here_.data() : nullptr; }
+  const float* sin() const { return half_ > 0 ? here_.data() + batch_ * half_ : nullptr; }
+
+ private:
+  int64_t half_, batch_, count_ = 0;
+  std::vector<float> here_;
+  const float* cos_ = nullptr;
+  const float* sin_ = nullptr;
+};
+
+// The input of the first block: a token's vector, times a factor, and that of its position if these are
+// learned.
+class Inputs {
+ public:
+  Inputs(const VectorTable& tokens, float factor, const std::optional<Tensor>& positions, int64_t offset,
+         int64_t channels)
+      : tokens_(tokens), factor_(factor), offset_(offset), channels_(channels) {
+    if (positions.has_value()) positions_.emplace(*positions, std::nullopt, std::nullopt, channels);
+    check(offset >= 0 && offset < (int64_t{1} << 31), "the positions have an impossible offset");
+  }
 
   void check_token(int64_t token) const {
     check(token >= 0 && token < tokens_.rows(), "a token is not in the vocabulary");
@@ -254,38 +283,37 @@ class Inputs {
   void check_place(int64_t place) const {
     check(!positions_.has_value() || (place >= 0 && place + offset_ < positions_->rows()),
           "a position is beyond the table of positions");
-    check(half_ == 0 || (place >= 0 && place < angles_), "a position is beyond the table of angles");
   }
 
-  // For a checked token and position. x: [C]; cos, sin: [angles()].
-  void write(int64_t token, int64_t place, float* x, float* cos, float* sin) const {
+  // For a checked token and position. x: [C].
+  void write(int64_t token, int64_t place, float* x) const {
     std::fill(x, x + channels_, 0.0f);
     tokens_.add(token, x);
+    if (factor_ != 1.0f) std::transform(x, x + channels_, x, [&](float value) { return value * factor_; });
     if (positions_.has_value()) positions_->add(place + offset_, x);
-    std::copy_n(cos_ + place * half_, half_, cos);
-    std::copy_n(sin_ + place * half_, half_, sin);
   }
 
  private:
   const VectorTable& tokens_;
+  float factor_;
   std::optional<VectorTable> positions_;
-  int64_t offset_, channels_, half_, angles_ = 0;
-  const float* cos_ = nullptr;
-  const float* sin_ = nullptr;
+  int64_t offset_, channels_;
 };
 
 // tokens [B], the newest of each sequence -> the logits [B, V] of the next token, and the most likely tokens,
 // int64 [steps, B]: one step, or as many as `slots` [B * steps] and context_lens have room for, each feeding
 // its most likely token to the next. A step that gives one of `ends` is the last. Logits are those of the
-// last step; the tokens of steps that did not run are -1.
+// last step; the tokens of steps that did not run are -1. Token vectors are multiplied by `factor`; logits
+// get `head_bias` [V] and are then capped (`head_soft_cap`; 0: they are not).
 std::tuple<Tensor, Tensor> decode_steps(
     const Tensor& tokens, const Tensor& table, std::optional<Tensor> scale, std::optional<Tensor> minimum,
     std::optional<Tensor> position_table, int64_t position_offset, std::optional<Tensor> cos,
     std::optional<Tensor> sin, const Tensor& arena, const Tensor& layout, const Tensor& head,
     int64_t head_format, int64_t vocabulary, int64_t logits_format, const Tensor& ends, const Tensor& k_cache,
     const Tensor& v_cache, const Tensor& slots, const Tensor& block_table, const Tensor& context_lens,
-    std::optional<Tensor> k_scales, std::optional<Tensor> v_scales, int64_t packed_format,
-    int64_t packed_rows) {
+    std::optional<Tensor> k_scales, std::optional<Tensor> v_scales, std::optional<Tensor> local_cos,
+    std::optional<Tensor> local_sin, double factor, std::optional<Tensor> head_bias, double head_soft_cap,
+    int64_t packed_format, int64_t packed_rows) {
   Call call(arena, layout);
   const int64_t channels = call.w.channels;
   check(plain(tokens, ScalarType::Long, 1), "tokens must be int64 [B]");
@@ -300,12 +328,15 @@ std::tuple<Tensor, Tensor> decode_steps(
 
   const VectorTable vectors = packed_format >= 0 ? VectorTable(table, packed_format, packed_rows, channels)
                                                  : VectorTable(table, scale, minimum, channels);
-  const Inputs inputs(vectors, position_table, position_offset, cos, sin, call.w);
+  const Inputs inputs(vectors, static_cast<float>(factor), position_table, position_offset, channels);
+  Angles usual(cos, sin, call.w, batch), local(local_cos, local_sin, call.w, batch);
   std::vector<int64_t> current(data<int64_t>(tokens), data<int64_t>(tokens) + batch);
   std::vector<int32_t> contexts(call.p.context_lens, call.p.context_lens + batch);
   for (int64_t b = 0; b < batch; ++b) {
     inputs.check_token(current[b]);
     inputs.check_place(contexts[b] - 1);
+    usual.check_place(contexts[b] - 1);
+    local.check_place(contexts[b] - 1);
     contexts[b] -= static_cast<int32_t>(steps);  // what the sequence has before
   }
   check(steps == 1 || vocabulary <= vectors.rows(), "tokens may come that have no vector");
@@ -325,28 +356,35 @@ std::tuple<Tensor, Tensor> decode_steps(
             head.size(0) == kernels.packed_bytes(last.format, channels, last.places),
         "the head was not packed for this format and these sizes");
   last.packed = head.const_data_ptr();
+  check(
+      !head_bias.has_value() || (plain(*head_bias, ScalarType::Float, 1) && head_bias->size(0) == vocabulary),
+      "the bias of the head must be float32 [V]");
 
   Tensor logits = torch::stable::new_empty(tokens, {batch, vocabulary}, ScalarType::Float);
   Tensor best = torch::stable::new_empty(tokens, {steps, batch});
   if (batch == 0) return {logits, best};
   auto* found = static_cast<int64_t*>(best.mutable_data_ptr());
   std::fill(found, found + steps * batch, -1);
-  const int64_t half = inputs.angles();
-  std::vector<float> x(batch * channels), angles(2 * batch * half);
+  std::vector<float> x(batch * channels);
   std::vector<int64_t> places(batch);
-  call.p.cos = half > 0 ? angles.data() : nullptr;
-  call.p.sin = half > 0 ? angles.data() + batch * half : nullptr;
+  call.p.cos = usual.cos();
+  call.p.sin = usual.sin();
+  call.p.local_cos = local.cos();
+  call.p.local_sin = local.sin();
   call.p.slots = places.data();
   call.p.context_lens = contexts.data();
   call.p.head = &last;
+  call.p.head_bias = head_bias.has_value() ? data<float>(*head_bias) : nullptr;
+  call.p.head_soft_cap = static_cast<float>(head_soft_cap);
   call.p.logits = static_cast<float*>(logits.mutable_data_ptr());
   constexpr DType kRounded[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
   call.p.logits_dtype = kRounded[logits_format];
   const int64_t* last_tokens = data<int64_t>(ends);
   for (int64_t step = 0; step < steps; ++step, found += batch) {
     for (int64_t b = 0; b < batch; ++b) {
-      float* cos_here = angles.data() + b * half;
-      inputs.write(current[b], contexts[b], x.data() + b * channels, cos_here, cos_here + batch * half);
+      inputs.write(current[b], contexts[b], x.data() + b * channels);
+      usual.put(b, contexts[b]);
+      local.put(b, contexts[b]);
       contexts[b] += 1;
       places[b] = data<int64_t>(slots)[b * steps + step];
     }
@@ -365,14 +403,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(minilm, m) {
   m.def(
       "transformer(Tensor embedded, Tensor arena, Tensor layout, Tensor cu_seqlens, Tensor? cos, Tensor? sin,"
       " Tensor(a!)? k_cache, Tensor(b!)? v_cache, Tensor? slots, Tensor? block_table, Tensor? context_lens,"
-      " bool fresh, Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None) -> Tensor");
+      " bool fresh, Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None, Tensor? local_cos=None,"
+      " Tensor? local_sin=None) -> Tensor");
   m.def(
       "decode_steps(Tensor tokens, Tensor table, Tensor? scale, Tensor? minimum, Tensor? position_table,"
       " int position_offset, Tensor? cos, Tensor? sin, Tensor arena, Tensor layout, Tensor head,"
       " int head_format, int vocabulary, int logits_format, Tensor ends, Tensor(a!) k_cache,"
       " Tensor(b!) v_cache, Tensor slots, Tensor block_table, Tensor context_lens,"
-      " Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None, int packed_format=-1, int packed_rows=0)"
-      " -> (Tensor, Tensor)");
+      " Tensor(c!)? k_scales=None, Tensor(d!)? v_scales=None, Tensor? local_cos=None, Tensor? local_sin=None,"
+      " float factor=1, Tensor? head_bias=None, float head_soft_cap=0, int packed_format=-1,"
+      " int packed_rows=0) -> (Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(minilm, CPU, m) {

@@ -60,9 +60,9 @@ struct RopeParams {
   float* q;          // [T, H, D]: row t at q + t * stride
   float* k;          // [T, Hkv, D], the same stride
   const float* v;    // the same; null with k_pages null
-  const float* cos;  // [T, D / 2]; null: nothing is turned
+  const float* cos;  // [T, rotated / 2]; null: nothing is turned
   const float* sin;
-  const float* q_norm;  // [D], RMSNorm of each head before it is turned; null: none
+  const float* q_norm;  // RMSNorm before rope, of each head, [D], or of all of them, [H D]; null: none
   const float* k_norm;
   void* k_pages;  // [slots, Hkv, D], cache_dtype; null: nothing is appended
   void* v_pages;
@@ -73,6 +73,8 @@ struct RopeParams {
   std::int64_t heads;
   std::int64_t kv_heads;
   std::int64_t head_dim;
+  std::int64_t rotated;  // the first so many channels of a head are turned; even
+  bool norm_of_all;      // q_norm and k_norm are of all heads at once
   float eps;
   DType cache_dtype;
 };
@@ -99,6 +101,7 @@ struct AttentionParams {
   std::int64_t head_dim;
   std::int64_t window;  // 0: none
   float scale;
+  float soft_cap;  // scores s become soft_cap tanh(s / soft_cap); 0: they do not
   bool causal;
   bool pairs;  // what is multiplied is rounded to bfloat16, where the instruction set has such products
   DType cache_dtype;  // of pages
@@ -177,24 +180,38 @@ struct PackedWeight {
   std::int64_t columns;
 };
 
+// Weight and bias (null for RMSNorm) of a norm, [C]; a null weight: there is none.
+using Norm = const float* [2];
+
+// The norms of a sub-layer f: x = sum(x + added(f(read(x)))).
+struct SubLayerNorms {
+  Norm read, added, sum;
+};
+
+enum class Turns : std::int32_t { kNot = 0, kByRope = 1, kByLocalRope = 2 };
+
 // One block: the weights, and the settings that differ between layers.
 struct BlockWeights {
   PackedWeight qkv, out, up, down;  // up: gate and up in alternating panels, where the MLP is gated
-  const float* attention_norm[2];   // weight, bias (null for RMSNorm)
-  const float* mlp_norm[2];
-  const float* q_norm;  // [D] or null
+  SubLayerNorms attention, mlp;
+  const float* q_norm;  // [D], or [H D] with qk_norm_of_all; null: none
   const float* k_norm;
   std::int64_t window;  // 0: none
   float scale;
+  Turns turns;  // by which angles q and k are turned
 };
 
 struct TransformerWeights {
   const BlockWeights* blocks;
-  const float* final_norm[2];  // null: none
+  Norm final_norm;
   std::int64_t layers, channels, heads, kv_heads, head_dim, inner;
+  std::int64_t rotated;  // channels of a head that rope turns
   float eps;
+  float soft_cap;  // of the scores; 0: none
   Activation activation;
-  bool gated, pre_norm, rms, causal;
+  bool gated, rms, causal;
+  bool parallel;  // attention and MLP read the same x
+  bool qk_norm_of_all;
 };
 
 // One forward pass of packed sequences through all blocks.
@@ -207,8 +224,10 @@ struct TransformerParams {
   const TransformerWeights* weights;
   float* x;                        // [T, C]: the embeddings, then the hidden states
   const std::int32_t* cu_seqlens;  // [B + 1]
-  const float* cos;                // [T, D / 2] or null
+  const float* cos;                // [T, rotated / 2] or null
   const float* sin;
+  const float* local_cos;  // the same for layers with a rope of their own
+  const float* local_sin;
   char* k_pages;  // [layers, pages, page_size, Hkv, D] or null: no cache
   char* v_pages;
   float* k_scales;  // [layers, pages, page_size, Hkv], of a cache of kInt8; else null
@@ -227,6 +246,8 @@ struct TransformerParams {
   bool fresh;                // no sequence had a past: attention looks at the new tokens only
   bool one_each;             // not fresh, and one new token for each sequence: a decode step
   const PackedWeight* head;  // [V, C], applied to the result; null: nothing is
+  const float* head_bias;    // [V], added to the logits; null: none
+  float head_soft_cap;       // logits s become head_soft_cap tanh(s / head_soft_cap); 0: they do not
   float* logits;             // [T, V]
   DType logits_dtype;        // they are rounded to it
   std::int64_t* best;        // [T]: the first of the highest logits; the first NaN, if there is one

@@ -23,7 +23,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from strategies import SLOW
+from strategies import OWN, SLOW
 
 if not torch.cuda.is_available():  # before anything imports triton: its kernels run as NumPy
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -49,7 +49,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if getattr(getattr(item, "obj", None), "is_hypothesis_test", False):
             item.add_marker(pytest.mark.drawn)
         family = getattr(getattr(item, "callspec", None), "params", {}).get("family")
-        if family in SLOW and item.path.stem != "test_decoders":
+        if family in SLOW and item.path.stem not in OWN:
             item.add_marker(pytest.mark.slow)
     if torch.cuda.is_available():
         return

@@ -30,6 +30,17 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 """Heads of 20 and 10, 77 inner channels: nothing fills whole panels."""
 
+LATER: dict[str, dict[str, Any]] = {
+    "smollm3": {**ODD, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10},
+    "olmo2": {**ODD, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10},
+    "gpt_neox": {**ODD, "rotary_pct": 0.3},
+    "phi": {**ODD, "num_key_value_heads": 1, "partial_rotary_factor": 0.5},
+    "gemma": {**ODD, "num_attention_heads": 4, "num_key_value_heads": 1, "head_dim": 20},
+    "gemma2": {**ODD, "num_key_value_heads": 1, "head_dim": 20, "sliding_window": 5},
+    "gemma3_text": {**ODD, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10},
+}
+"""Families with other norms, ropes and heads, which have tests of their own."""
+
 DECODERS = [family for family in SIZES if family not in ENCODERS]
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
 """Sizes of a model that every quantised format can hold."""
@@ -41,7 +52,7 @@ bits."""
 
 def model_of(family: str, **options: Any) -> Any:
     """A random model, with norms and biases that can be seen, for sequences as long as the tests have."""
-    config = small(family, **{**SIZES[family], **options})
+    config = small(family, **{**(SIZES | LATER)[family], **options})
     config |= {"n_positions": 400} if family == "gpt2" else {"max_position_embeddings": 400}
     head: Any = "masked-lm" if family in ENCODERS else "causal-lm"
     model = MODELS[head].from_config(minilm.PretrainedConfig.from_dict(config))

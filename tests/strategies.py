@@ -29,7 +29,8 @@ SLOW = (
     "modernbert",
     "deberta-v2",
 )
-"""Families whose cases run with the slow tests, apart from those of tests/families."""
+OWN = ("test_decoders", "test_traits", "test_arena")
+"""Families whose cases run with the slow tests, apart from those of these files, which are about them."""
 
 WITHOUT_TABLE = (
     "modernbert",

@@ -5,10 +5,10 @@ with ThreadSanitizer.
 
 First it runs the driver of csrc/tests with one to four threads, with each sanitizer. ThreadSanitizer is only
 used here, with the kernels and cpu/team.h, since PyTorch's thread pool does not support it. Then it runs
-tests/ops/test_native*.py and tests/native/test_steps.py on a package that is built with the sanitizers into
-build/sanitize, separate from the installed one. Instruction sets are limited to AVX2, since compiling
-attention's checks for AVX-512 takes many minutes, and the sources are the same. Any finding of a sanitizer
-ends the run with an error.
+tests/ops/test_native*.py, and of tests/native test_steps.py and test_traits.py, on a package that is built
+with the sanitizers into build/sanitize, separate from the installed one. Instruction sets are limited to
+AVX2, since compiling attention's checks for AVX-512 takes many minutes, and the sources are the same. Any
+finding of a sanitizer ends the run with an error.
 """
 
 from __future__ import annotations
@@ -74,7 +74,8 @@ def main() -> int:
     library = build_package(compiler, run_driver(compiler, FLAGS, "driver"))
     environment = os.environ | preloaded(compiler) | {"PYTHONPATH": str(library)}
     folder = ROOT / "tests"
-    files = [*sorted((folder / "ops").glob("test_native*.py")), folder / "native" / "test_steps.py"]
+    files = sorted((folder / "ops").glob("test_native*.py"))
+    files += [folder / "native" / name for name in ("test_steps.py", "test_traits.py")]
     tests = [str(file) for file in files]
     # The driver covers the other instruction sets. Compilers must not run with the sanitizers, so tests
     # that start one are excluded.

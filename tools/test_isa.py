@@ -35,7 +35,8 @@ PROCESSORS: dict[str, dict[str, str]] = {
 FILES = (
     "attention_maps", "attention_scores", "blocks", "cache", "cross_encoder", "embed", "engine",
     "generate", "golden", "heads", "linear_cross_entropy", "llm", "models", "native*", "ops", "pool",
-    "properties", "quantized*", "sentence", "steps", "training", "triton_*",
+    "properties", "quantized*", "sentence", "steps", "training", "traits",
+    "triton_*",
 )  # fmt: skip
 
 

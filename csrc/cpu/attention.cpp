@@ -15,6 +15,8 @@
 // about 12 for the exponential, so exponentials matter for small heads. Bytes: q, k, v and out once, from
 // cache; the scores of a block, 4 kPanel bytes per key, stay in the first- or second-level cache.
 //
+// With a soft cap c, s is first q k^T scale / c, and then c tanh(s).
+//
 // With `pairs`, if the instruction set multiplies pairs of bfloat16: queries, keys, probabilities and values
 // are rounded to bfloat16; a 32-bit word of K has two channels, one of p two keys. The loops are the same,
 // with half the steps.
@@ -261,6 +263,11 @@ void values(int queries, const float* weights, std::int64_t step, std::int64_t k
   if constexpr (R < kTileRows) values<kPairs, V, R + 1>(queries, weights, step, keys, v, stride, tile);
 }
 
+// `count` scores, whole vectors, in units of the cap, to the base-2 logarithms that the softmax expects.
+__attribute__((noinline)) void cap_scores(float* scores, std::int64_t count, float limit) {
+  for (std::int64_t i = 0; i < count; i += kLanes<float>) store(scores + i, limit * tanh(load(scores + i)));
+}
+
 // The inputs of one head of one sequence, and memory for a block of queries.
 struct Head {
   const float* q;
@@ -276,7 +283,9 @@ template <bool kPairs, int W>
 void block(const AttentionParams& p, const Head& h, std::int64_t query, int count) {
   constexpr int L = kLanes<float>, kStep = W * L;
   constexpr float kLog2E = 1.44269504088896341f;
-  to_panel<W, kPairs>(h.q + query * p.q_stride, p.q_stride, count, p.head_dim, p.scale * kLog2E, h.panel);
+  const bool capped = p.soft_cap > 0;
+  to_panel<W, kPairs>(h.q + query * p.q_stride, p.q_stride, count, p.head_dim,
+                      capped ? p.scale / p.soft_cap : p.scale * kLog2E, h.panel);
 
   // Together the queries see the keys [from, last): both ends grow with the query. Tiles begin at multiples
   // of their height, so that sums over keys do not depend on what else is in the block.
@@ -299,6 +308,7 @@ void block(const AttentionParams& p, const Head& h, std::int64_t query, int coun
     const int n = static_cast<int>(least(kTileRows, last - key));
     float* scores = h.scores + (key - from) * kStep;
     score<kPairs, W>(n, {h.k.first + key * h.k.stride, h.k.stride}, h.panel, words, scores);
+    if (capped) cap_scores(scores, n * kStep, p.soft_cap * kLog2E);
     for (int i = 0; i < n; ++i) {
 #pragma GCC unroll 2
       for (int w = 0; w < W; ++w) {

@@ -256,6 +256,7 @@ void stretch(const AttentionParams& p, std::int64_t sequence, std::int64_t first
   if (kCodes) scale_rows(p, p.k_scales, sequence, first, last, scores);
   for (std::int64_t head = 0; head < p.heads; ++head) {
     float* partial = partials + head * stride;
+    if (p.soft_cap > 0) cap(scores + head * kChunk, last - first, p.soft_cap);
     exponentials(scores + head * kChunk, last - first, partial + statistics_at(p));
     for (std::int64_t d = 0; d < p.head_dim; ++d) partial[d] = 0;
   }

@@ -144,6 +144,16 @@ inline F32 tanh(F32 x) {
   return u < 0.0625f ? x + x * (u * p) : far;
 }
 
+// x[0, count) to limit tanh(x / limit), vector by vector; `count` may end within one.
+inline void cap(float* x, std::int64_t count, float limit) {
+  const float inverse = 1.0f / limit;
+  std::int64_t i = 0;
+  for (; i + kLanes<float> <= count; i += kLanes<float>) store(x + i, limit * tanh(load(x + i) * inverse));
+  if (i < count)
+    store(x + i, limit * tanh(load(x + i, static_cast<int>(count - i)) * inverse),
+          static_cast<int>(count - i));
+}
+
 inline F32 activate(Activation activation, F32 x) {
   switch (activation) {
     case Activation::kNone:

@@ -1,7 +1,8 @@
 // Rotary embedding (Su et al. 2021, arXiv:2104.09864) of q and k, in place, and the append of k and v to the
-// pages of the cache, in one pass over the rows of the fused projection.
+// pages of the cache, in one pass over the rows of the fused projection. The first R channels of a head are
+// turned, in most families all of its D.
 //
-//   (x_i, x_{i + D/2})  ->  (x_i cos_i - x_{i + D/2} sin_i,  x_{i + D/2} cos_i + x_i sin_i)     i < D / 2
+//   (x_i, x_{i + R/2})  ->  (x_i cos_i - x_{i + R/2} sin_i,  x_{i + R/2} cos_i + x_i sin_i)     i < R / 2
 //
 //   row t:   q 0 | q 1 | ... | k 0 | ... | v 0 | ...        slot s of the pages:   k 0 | k 1 | ...
 //
@@ -95,7 +96,9 @@ void append_rows(const AppendParams& p, std::int64_t begin, std::int64_t end) {
 }
 
 void rope(const RopeParams& p, std::int64_t begin, std::int64_t end) {
-  const std::int64_t half = p.head_dim / 2;
+  const std::int64_t half = p.rotated / 2;
+  const float* q_norm = p.norm_of_all ? nullptr : p.q_norm;
+  const float* k_norm = p.norm_of_all ? nullptr : p.k_norm;
   const AppendParams keys = {p.cache_dtype, p.k,       p.stride,   p.kv_heads,
                              p.head_dim,    p.k_pages, p.k_scales, p.slots};
   const AppendParams values = {p.cache_dtype, p.v,       p.stride,   p.kv_heads,
@@ -103,10 +106,12 @@ void rope(const RopeParams& p, std::int64_t begin, std::int64_t end) {
   for (std::int64_t row = begin; row < end; ++row) {
     float* q = p.q + row * p.stride;
     float* k = p.k + row * p.stride;
+    if (p.norm_of_all && p.q_norm != nullptr) normalise(q, p.q_norm, p.heads * p.head_dim, p.eps);
+    if (p.norm_of_all && p.k_norm != nullptr) normalise(k, p.k_norm, p.kv_heads * p.head_dim, p.eps);
     for (std::int64_t head = 0; head < p.heads + p.kv_heads; ++head) {
       const bool is_key = head >= p.heads;
       float* x = is_key ? k + (head - p.heads) * p.head_dim : q + head * p.head_dim;
-      const float* norm = is_key ? p.k_norm : p.q_norm;
+      const float* norm = is_key ? k_norm : q_norm;
       if (norm != nullptr) normalise(x, norm, p.head_dim, p.eps);
       if (p.cos != nullptr) turn(x, p.cos + row * half, p.sin + row * half, half);
     }

@@ -34,6 +34,12 @@ inline void write(T* p, Raw<T> raw, int n) {
   n == kLanes<Accumulator<T>> ? store(p, raw) : store(p, raw, n);
 }
 
+// to[0, count) += x[0, count)
+inline void add_rows(const float* x, float* to, std::int64_t count) {
+  for_each_vector<float>(
+      count, [&](std::int64_t i, int n, int) { write(to + i, read(to + i, n) + read(x + i, n), n); });
+}
+
 // x[0, count) to the nearest that a T can be.
 template <typename T>
 inline void round_to(float* x, std::int64_t count) {

@@ -1,10 +1,13 @@
 // All blocks of a Transformer, on packed sequences, in one call and one parallel region. It computes what
 // minilm/model/layers.py defines; performance layer, skip on first reading.
 //
-//   before norm (Llama, GPT-2)                 after norm (BERT)
-//     h = norm(x);  q, k, v = rope(h Wqkv)       q, k, v = x Wqkv
-//     x += attention(q, k, v) Wout               x = norm(x + attention(q, k, v) Wout)
-//     h = norm(x);  x += act(h Wup) Wdown        x = norm(x + act(x Wup) Wdown)
+//   q, k, v = rope(read(x) Wqkv)
+//   x = sum(x + added(attention(q, k, v) Wout))
+//   x = sum'(x + added'(act(read'(x) Wup) Wdown))
+//
+// read, added and sum are norms, of which each family has some (`SubLayerNorms`): Llama and GPT-2 have read,
+// BERT has sum, OLMo 2 added, Gemma 2 read and added. In parallel blocks (GPT-NeoX, Phi), both sub-layers
+// read the same x: then the MLP's first half comes before attention's sum.
 //
 // There are three ways to split the work between threads, and all run the same code (`Steps`), on different
 // Parts:
@@ -31,6 +34,7 @@
 #include <type_traits>
 
 #include "cpu/attention.h"
+#include "cpu/keys.h"
 #include "cpu/linear.h"
 #include "cpu/norms.h"
 #include "cpu/rows.h"
@@ -43,7 +47,7 @@ constexpr std::int64_t kBlockRows = 96;
 constexpr std::int64_t kFewRows = 48;     // a thread; below, its weights' panels are split and not the rows
 constexpr std::int64_t kManyTasks = 8;    // a thread, of whole sequences: their lengths even out
 constexpr std::int64_t kRowsForEach = 4;  // up to here threads do not share the work on rows
-constexpr std::int64_t kPhasesALayer = 14;
+constexpr std::int64_t kPhasesALayer = 15;
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -52,6 +56,7 @@ struct Part {
   std::int64_t first, rows;
   float* h;           // [rows, C]: what the norm gives
   float* mid;         // [rows, F]
+  float* added;       // [rows, C]: what a sub-layer adds, where it has a norm of that
   float* attended;    // [rows, H D], of a decode step
   char* prepared;     // rows as a linear layer wants them, if not as they are
   float* statistics;  // [2 rows]
@@ -119,8 +124,16 @@ struct Each {
 
 std::int64_t qkv_columns(const TransformerWeights& w) { return (w.heads + 2 * w.kv_heads) * w.head_dim; }
 
+bool any_added_norm(const TransformerWeights& w) {
+  for (std::int64_t layer = 0; layer < w.layers; ++layer) {
+    const BlockWeights& block = w.blocks[layer];
+    if (block.attention.added[0] != nullptr || block.mlp.added[0] != nullptr) return true;
+  }
+  return false;
+}
+
 std::int64_t part_floats(const TransformerWeights& w) {
-  return w.channels + w.inner + 2 + w.heads * w.head_dim;
+  return w.channels + w.inner + 2 + w.heads * w.head_dim + (any_added_norm(w) ? w.channels : 0);
 }
 
 // Memory of one call.
@@ -158,6 +171,7 @@ AttentionParams attention_params(const TransformerParams& p) {
   a.kv_heads = w.kv_heads;
   a.head_dim = w.head_dim;
   a.causal = w.causal;
+  a.soft_cap = w.soft_cap;
   a.cache_dtype = p.cache_dtype;
   if (p.fresh) {
     a.cu_k = p.cu_seqlens;
@@ -203,6 +217,7 @@ Part part_of(const TransformerParams& p, const Workspace& s, char* memory, std::
   part.mid = part.h + s.block_rows * w.channels;
   part.statistics = part.mid + s.block_rows * w.inner;
   part.attended = part.statistics + s.block_rows * 2;
+  part.added = part.attended + s.block_rows * w.heads * w.head_dim;
   part.prepared = memory + round_up(s.block_rows * part_floats(w) * 4, 64);
   return part;
 }
@@ -219,10 +234,10 @@ struct Steps {
 
   float* x() { return p.x + part.first * w.channels; }
 
-  void norm_rows(const float* const weights[2], float* y, std::int64_t begin, std::int64_t end) {
+  void norm_rows(const Norm& weights, const float* from, float* y, std::int64_t begin, std::int64_t end) {
     if (w.rms) {
       RmsNormParams n = {};
-      n.x = x();
+      n.x = from;
       n.weight = weights[0];
       n.y = y;
       n.channels = n.x_stride = n.y_stride = w.channels;
@@ -230,7 +245,7 @@ struct Steps {
       rms_norm(n, begin, end);
     } else {
       LayerNormParams n = {};
-      n.x = x();
+      n.x = from;
       n.weight = weights[0];
       n.bias = weights[1];
       n.y = y;
@@ -243,20 +258,16 @@ struct Steps {
   }
 
   // x = norm(x), which all threads read.
-  void norm_x(const float* const weights[2]) {
+  void norm_x(const Norm& weights) {
     crew.shared_rows(part.rows,
-                     [&](std::int64_t begin, std::int64_t end) { norm_rows(weights, x(), begin, end); });
+                     [&](std::int64_t begin, std::int64_t end) { norm_rows(weights, x(), x(), begin, end); });
   }
 
-  // The norm of x in the part's own memory, for the step that it comes before.
-  auto norm_to_h(const float* const weights[2]) {
-    return [this, weights](std::int64_t begin, std::int64_t end) { norm_rows(weights, part.h, begin, end); };
-  }
-
-  // y (+)= activation(input W^T + bias); before(begin, end) makes rows of the input, if it is not there yet.
-  template <typename Before>
+  // y (+)= activation(input W^T + bias); before(begin, end) makes rows of the input, if it is not there yet,
+  // and after(begin, end) changes columns of y while they are in cache.
+  template <typename Before, typename After = Nothing>
   void apply(const PackedWeight& weight, const float* input, float* y, Activation activation, bool gated,
-             bool accumulate, Before before) {
+             bool accumulate, Before before, After after = {}) {
     LinearParams l = {};
     l.format = weight.format;
     l.activation = activation;
@@ -284,24 +295,54 @@ struct Steps {
             prepare_rows(weight.format, input, weight.in, weight.in, begin, end, part.prepared);
           }
         },
-        [&](std::int64_t begin, std::int64_t end) { linear(l, begin, end); });
+        [&](std::int64_t begin, std::int64_t end) {
+          linear(l, begin, end);
+          after(begin * kPanel, least(end * kPanel, weight.columns));
+        });
+  }
+
+  // y = activation(read(x) W^T + bias): a sub-layer's first half.
+  void begin_from_x(const Norm& read, const PackedWeight& weight, float* y, Activation activation,
+                    bool gated) {
+    if (read[0] == nullptr) {
+      apply(weight, x(), y, activation, gated, false, Nothing{});
+      return;
+    }
+    apply(weight, part.h, y, activation, gated, false,
+          [this, &read](std::int64_t begin, std::int64_t end) { norm_rows(read, x(), part.h, begin, end); });
+  }
+
+  // x = sum(x + added(input W^T + bias)): its end.
+  template <typename Before>
+  void add_to_x(const SubLayerNorms& norms, const PackedWeight& weight, const float* input, Before before) {
+    if (norms.added[0] == nullptr) {
+      apply(weight, input, x(), Activation::kNone, false, true, before);
+    } else {
+      apply(weight, input, part.added, Activation::kNone, false, false, before);
+      crew.shared_rows(part.rows, [&](std::int64_t begin, std::int64_t end) {
+        norm_rows(norms.added, part.added, part.added, begin, end);
+        add_rows(part.added + begin * w.channels, x() + begin * w.channels, (end - begin) * w.channels);
+      });
+    }
+    if (norms.sum[0] != nullptr) norm_x(norms.sum);
   }
 
   void project(std::int64_t layer) {
     const BlockWeights& block = w.blocks[layer];
     float* rows = qkv + part.first * qkv_columns(w);
-    if (w.pre_norm) {
-      apply(block.qkv, part.h, rows, Activation::kNone, false, false, norm_to_h(block.attention_norm));
-    } else {
-      apply(block.qkv, x(), rows, Activation::kNone, false, false, Nothing{});
-    }
-    if (p.cos == nullptr && p.k_pages == nullptr && block.q_norm == nullptr) return;
+    begin_from_x(block.attention.read, block.qkv, rows, Activation::kNone, false);
+    const bool local = block.turns == Turns::kByLocalRope;
+    const float* cos = block.turns == Turns::kNot ? nullptr : local ? p.local_cos : p.cos;
+    const float* sin = local ? p.local_sin : p.sin;
+    if (cos == nullptr && p.k_pages == nullptr && block.q_norm == nullptr && block.k_norm == nullptr) return;
     RopeParams r = {};
     r.q = rows;
     r.k = rows + w.heads * w.head_dim;
     r.v = r.k + w.kv_heads * w.head_dim;
-    r.cos = p.cos == nullptr ? nullptr : p.cos + part.first * (w.head_dim / 2);
-    r.sin = p.sin == nullptr ? nullptr : p.sin + part.first * (w.head_dim / 2);
+    if (cos != nullptr) {
+      r.cos = cos + part.first * (w.rotated / 2);
+      r.sin = sin + part.first * (w.rotated / 2);
+    }
     r.q_norm = block.q_norm;
     r.k_norm = block.k_norm;
     r.eps = w.eps;
@@ -309,6 +350,8 @@ struct Steps {
     r.heads = w.heads;
     r.kv_heads = w.kv_heads;
     r.head_dim = w.head_dim;
+    r.rotated = w.rotated;
+    r.norm_of_all = w.qk_norm_of_all;
     r.cache_dtype = p.cache_dtype;
     if (p.k_pages != nullptr) {
       r.k_pages = p.k_pages + layer * p.layer_bytes;
@@ -326,22 +369,24 @@ struct Steps {
   template <typename Before>
   void finish(std::int64_t layer, Before before) {
     const BlockWeights& block = w.blocks[layer];
-    float* from = attended + part.first * w.heads * w.head_dim;
-    apply(block.out, from, x(), Activation::kNone, false, true, before);
-    if (w.pre_norm) {
-      apply(block.up, part.h, part.mid, w.activation, w.gated, false, norm_to_h(block.mlp_norm));
-    } else {
-      norm_x(block.attention_norm);
-      apply(block.up, x(), part.mid, w.activation, w.gated, false, Nothing{});
-    }
-    apply(block.down, part.mid, x(), Activation::kNone, false, true, Nothing{});
-    if (!w.pre_norm) norm_x(block.mlp_norm);
+    const float* from = attended + part.first * w.heads * w.head_dim;
+    if (w.parallel) begin_from_x(block.mlp.read, block.up, part.mid, w.activation, w.gated);
+    add_to_x(block.attention, block.out, from, before);
+    if (!w.parallel) begin_from_x(block.mlp.read, block.up, part.mid, w.activation, w.gated);
+    add_to_x(block.mlp, block.down, part.mid, Nothing{});
     if (layer + 1 == w.layers && w.final_norm[0] != nullptr) norm_x(w.final_norm);
   }
 
   void score() {
     const std::int64_t vocabulary = p.head->columns;
-    apply(*p.head, x(), p.logits, Activation::kNone, false, false, Nothing{});
+    apply(*p.head, x(), p.logits, Activation::kNone, false, false, Nothing{},
+          [&](std::int64_t begin, std::int64_t end) {
+            for (std::int64_t row = 0; row < part.rows; ++row) {
+              float* logits = p.logits + row * vocabulary;
+              if (p.head_bias != nullptr) add_rows(p.head_bias + begin, logits + begin, end - begin);
+              if (p.head_soft_cap > 0) cap(logits + begin, end - begin, p.head_soft_cap);
+            }
+          });
     crew.shared_rows(part.rows, [&](std::int64_t begin, std::int64_t end) {
       for (std::int64_t row = begin; row < end; ++row) {
         float* logits = p.logits + row * vocabulary;
@@ -506,9 +551,11 @@ Waited transformer(const TransformerParams& p) {
 
   const Attention attention = {p, s, team, qkv, attended, scratch, partials};
   if (s.blocks == 0 && s.parts > 1) {
-    // The threads' parts have all but `mid` for themselves: its columns come from all of them.
+    // The threads' parts have all but `mid` and `added` for themselves: their columns come from all of them.
     Part part = part_of(p, s, part_memory, 0, p.tokens);
-    part.mid = part_of(p, s, part_memory - thread * s.part, 0, p.tokens).mid;
+    const Part first = part_of(p, s, part_memory - thread * s.part, 0, p.tokens);
+    part.mid = first.mid;
+    part.added = first.added;
     few_rows(p, attention,
              Steps<Each>{p, w, {team, p.threads}, part, qkv, p.one_each ? part.attended : attended});
     return team.waited();

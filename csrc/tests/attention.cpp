@@ -6,33 +6,40 @@
 namespace minilm::tests {
 namespace {
 
-void check_rope(std::int64_t tokens, std::int64_t heads, std::int64_t kv_heads, std::int64_t size, bool norms,
-                DType cache) {
+enum class Norms { kNone, kOfEach, kOfAll };
+
+void check_rope(std::int64_t tokens, std::int64_t heads, std::int64_t kv_heads, std::int64_t size,
+                std::int64_t rotated, Norms norms, DType cache) {
   const std::int64_t q_size = heads * size, kv_size = kv_heads * size, stride = q_size + 2 * kv_size + 5;
   Floats rows = random_floats(tokens * stride);
-  const Floats before = rows, cos = random_floats(tokens * size / 2), sin = random_floats(tokens * size / 2);
-  const Floats norm = random_floats(size);
+  const Floats before = rows, cos = random_floats(tokens * rotated / 2),
+               sin = random_floats(tokens * rotated / 2);
+  const Floats q_norm = random_floats(q_size), k_norm = random_floats(q_size);
   Array keys(cache, (tokens + 4) * kv_size), values(cache, (tokens + 4) * kv_size);
   Floats k_scales((tokens + 4) * kv_heads), v_scales((tokens + 4) * kv_heads);
   std::vector<std::int64_t> slots;
   for (std::int64_t t = 0; t < tokens; ++t) slots.push_back(tokens + 2 - t);
   RopeParams p = {};
   p.q = rows.data(), p.k = p.q + q_size, p.v = p.k + kv_size, p.cos = cos.data(), p.sin = sin.data();
-  p.q_norm = norms ? norm.data() : nullptr, p.k_norm = p.q_norm, p.eps = 1e-6f;
+  if (norms != Norms::kNone) p.q_norm = q_norm.data(), p.k_norm = k_norm.data();
+  p.eps = 1e-6f, p.norm_of_all = norms == Norms::kOfAll, p.rotated = rotated;
   p.k_pages = keys.bytes.data(), p.v_pages = values.bytes.data(), p.slots = slots.data();
   p.k_scales = k_scales.data(), p.v_scales = v_scales.data();
   p.stride = stride, p.heads = heads, p.kv_heads = kv_heads, p.head_dim = size, p.cache_dtype = cache;
   cpu_kernels().rope(p, 0, tokens);
   for (std::int64_t t = 0; t < tokens; ++t) {
     const float* row = rows.data() + t * stride;
+    Doubles all(before.begin() + t * stride, before.begin() + t * stride + q_size + kv_size);
+    if (norms == Norms::kOfAll) {
+      root_norm(all.data(), q_norm.data(), q_size, 1e-6);
+      root_norm(all.data() + q_size, k_norm.data(), kv_size, 1e-6);
+    }
     for (std::int64_t head = 0; head < heads + kv_heads; ++head) {
-      Doubles x(before.begin() + t * stride + head * size, before.begin() + t * stride + (head + 1) * size);
-      if (norms) {
-        double squares = 0;
-        for (const double v : x) squares += v * v / static_cast<double>(size);
-        for (std::int64_t i = 0; i < size; ++i) x[i] *= norm[i] / std::sqrt(squares + 1e-6);
+      double* x = all.data() + head * size;
+      if (norms == Norms::kOfEach) {
+        root_norm(x, head < heads ? q_norm.data() : k_norm.data(), size, 1e-6);
       }
-      turn(x.data(), cos.data() + t * size / 2, sin.data() + t * size / 2, size);
+      turn(x, cos.data() + t * rotated / 2, sin.data() + t * rotated / 2, rotated);
       for (std::int64_t i = 0; i < size; ++i) expect("rope", row[head * size + i], x[i], 1e-5);
     }
     for (std::int64_t i = 0; i < kv_size; ++i) {
@@ -66,7 +73,8 @@ struct Batch {
   std::int64_t heads, kv_heads, size;
 };
 
-void check_attention(const Batch& b, bool causal, std::int64_t window, bool paged, DType cache, bool pairs) {
+void check_attention(const Batch& b, bool causal, std::int64_t window, float soft_cap, bool paged,
+                     DType cache, bool pairs) {
   const std::int64_t sequences = static_cast<std::int64_t>(b.queries.size()), page_size = 4;
   std::vector<std::int32_t> cu_q = {0}, cu_k = {0};
   std::int32_t longest = 0;
@@ -92,7 +100,7 @@ void check_attention(const Batch& b, bool causal, std::int64_t window, bool page
   p.q = q.data(), p.k = k.bytes.data(), p.v = v.bytes.data(), p.out = out.data(), p.cu_q = cu_q.data();
   p.q_stride = b.heads * b.size, p.kv_stride = kv_size, p.heads = b.heads, p.kv_heads = b.kv_heads;
   p.head_dim = b.size, p.window = window, p.scale = 0.3f, p.causal = causal, p.cache_dtype = cache;
-  p.pairs = pairs;
+  p.pairs = pairs, p.soft_cap = soft_cap;
   if (type == DType::kInt8) p.k_scales = k_scales.data(), p.v_scales = v_scales.data();
   if (paged) {
     p.block_table = table.data(), p.context = b.keys.data(), p.table_width = width, p.page_size = page_size;
@@ -120,7 +128,7 @@ void check_attention(const Batch& b, bool causal, std::int64_t window, bool page
           return scale * (value ? v : k).values[slot * kv_size + kv_head * b.size + i];
         };
         const bool rounds = pairs && has_pairs();
-        const Doubles want = attended(q.data() + from, b.keys[s], b.size, 0.3f, seen, at, rounds);
+        const Doubles want = attended(q.data() + from, b.keys[s], b.size, 0.3f, soft_cap, seen, at, rounds);
         // A probability near the middle between two of bfloat16 may be rounded to the other of them.
         const double allowed = rounds ? 1.0 / 256 : 2e-6;
         for (std::int64_t i = 0; i < b.size; ++i) {
@@ -136,15 +144,21 @@ void check_attention(const Batch& b, bool causal, std::int64_t window, bool page
 
 void check_rope_and_attention() {
   for (const DType cache : {DType::kFloat32, DType::kBFloat16, DType::kFloat16, DType::kInt8}) {
-    check_rope(5, 3, 1, 8, false, cache);
-    check_rope(4, 4, 2, 22, true, cache);
+    check_rope(5, 3, 1, 8, 8, Norms::kNone, cache);
+    check_rope(4, 4, 2, 22, 22, Norms::kOfEach, cache);
+    check_rope(3, 4, 2, 22, 10, Norms::kOfAll, cache);
+    check_rope(3, 3, 3, 9, 4, Norms::kNone, cache);
     for (const Batch& b : {Batch{{3, 1, 7}, {3, 1, 7}, 4, 2, 8}, Batch{{1, 2, 15}, {33, 2, 40}, 6, 2, 20},
                            Batch{{1, 1}, {1, 300}, 3, 3, 32}, Batch{{14}, {14}, 2, 1, 64}}) {
       for (const bool causal : {false, true}) {
         for (const std::int64_t window : {0, 3}) {
           for (const bool pairs : {false, true}) {
-            check_attention(b, causal, window, true, cache, pairs);
-            if (cache == DType::kFloat32) check_attention(b, causal, window, false, cache, pairs);
+            for (const float soft_cap : {0.0f, 1.5f}) {
+              check_attention(b, causal, window, soft_cap, true, cache, pairs);
+              if (cache == DType::kFloat32) {
+                check_attention(b, causal, window, soft_cap, false, cache, pairs);
+              }
+            }
           }
         }
       }

@@ -9,57 +9,86 @@
 namespace minilm::tests {
 namespace {
 
+// What a decoder has beyond Llama.
+struct Traits {
+  bool read = true, added = false;  // norms of what a sub-layer reads and adds
+  bool parallel = false;
+  bool local = false;        // the first layer has a rope of its own, the second none
+  bool norm_of_all = false;  // of q and k
+  std::int64_t rotated = 6;
+  float soft_cap = 0, head_soft_cap = 0;
+};
+
 struct Model {
   bool decoder;  // before-norms, RMSNorm, rope, a gated MLP, causal; else as BERT
+  Traits traits;
   std::int64_t channels = 24, heads = 4, kv_heads, size = 6, inner = 40, layers = 2;
   std::vector<Weight> linear;  // qkv, out, up, down of each layer
   Weight head;                 // logits of 37 tokens
-  std::vector<Floats> norms;   // weight and bias of both norms of each layer
+  std::vector<Floats> norms;   // of each layer: weight and bias of four norms, then those of q and k
+  Floats final_norm, head_bias;
   std::vector<BlockWeights> blocks;
   TransformerWeights weights = {};
 
-  Model(bool decoder, Format format, Format head_format)
-      : decoder(decoder), kv_heads(decoder ? 2 : 4), head(head_format, 37, channels, false, false) {
+  Model(bool decoder, Format format, Format head_format, Traits more = {})
+      : decoder(decoder),
+        traits(more),
+        kv_heads(decoder ? 2 : 4),
+        head(head_format, 37, channels, false, false) {
     const std::int64_t all = (heads + 2 * kv_heads) * size;
     for (std::int64_t layer = 0; layer < layers; ++layer) {
       linear.emplace_back(format, all, channels, false, !decoder);
       linear.emplace_back(format, channels, heads * size, false, !decoder);
       linear.emplace_back(format, decoder ? 2 * inner : inner, channels, decoder, !decoder);
       linear.emplace_back(format, channels, inner, false, !decoder);
-      for (int i = 0; i < 4; ++i) norms.push_back(random_floats(channels, 0.5f, i % 2 ? 0.0f : 1.0f));
+      for (int i = 0; i < 8; ++i) norms.push_back(random_floats(channels, 0.5f, i % 2 ? 0.0f : 1.0f));
+      norms.push_back(random_floats(heads * size, 0.5f, 1));
+      norms.push_back(random_floats(kv_heads * size, 0.5f, 1));
     }
-    norms.push_back(random_floats(channels, 0.5f, 1));
+    final_norm = random_floats(channels, 0.5f, 1);
+    head_bias = random_floats(37);
     for (std::int64_t layer = 0; layer < layers; ++layer) {
       const auto packed = [&](std::int64_t i) {
         const Weight& w = linear[4 * layer + i];
         return PackedWeight{w.packed.data(), w.format, w.in, w.places, w.columns};
       };
-      const auto norm = [&](std::int64_t i) { return norms[4 * layer + i].data(); };
+      const auto vector = [&](std::int64_t i) { return norms[10 * layer + i].data(); };
+      const auto set = [&](Norm& norm, std::int64_t i) {
+        norm[0] = vector(2 * i), norm[1] = decoder ? nullptr : vector(2 * i + 1);
+      };
       BlockWeights block = {};
       block.qkv = packed(0), block.out = packed(1), block.up = packed(2), block.down = packed(3);
-      block.attention_norm[0] = norm(0), block.attention_norm[1] = decoder ? nullptr : norm(1);
-      block.mlp_norm[0] = norm(2), block.mlp_norm[1] = decoder ? nullptr : norm(3);
+      if (!decoder) set(block.attention.sum, 0), set(block.mlp.sum, 1);
+      if (decoder && traits.read) set(block.attention.read, 0), set(block.mlp.read, 1);
+      if (traits.added) set(block.attention.added, 2), set(block.mlp.added, 3);
+      if (traits.norm_of_all) block.q_norm = vector(8), block.k_norm = vector(9);
       block.scale = 0.4f;
+      block.turns = !traits.local ? Turns::kByRope : layer == 0 ? Turns::kByLocalRope : Turns::kNot;
       blocks.push_back(block);
     }
-    weights.blocks = blocks.data(), weights.final_norm[0] = decoder ? norms.back().data() : nullptr;
+    weights.blocks = blocks.data(), weights.final_norm[0] = decoder ? final_norm.data() : nullptr;
     weights.layers = layers, weights.channels = channels, weights.heads = heads, weights.kv_heads = kv_heads;
     weights.head_dim = size, weights.inner = inner, weights.eps = 1e-5f;
     weights.activation = decoder ? Activation::kSilu : Activation::kGelu;
-    weights.gated = weights.pre_norm = weights.rms = weights.causal = decoder;
+    weights.gated = weights.rms = weights.causal = decoder;
+    weights.parallel = traits.parallel, weights.qk_norm_of_all = traits.norm_of_all;
+    weights.rotated = traits.rotated, weights.soft_cap = traits.soft_cap;
   }
 
-  // A number near the middle between two of bfloat16 may be rounded to the other of them.
-  double tolerance() const { return linear[0].rounds() ? 1e-2 : 1e-4; }
+  // A number near the middle between two of bfloat16 may be rounded to the other of them, which a norm of it
+  // may enlarge.
+  double tolerance() const { return !linear[0].rounds() ? 1e-4 : traits.added ? 4e-2 : 1e-2; }
 
-  void angles(std::int64_t place, Floats& cos, Floats& sin) const {
-    for (std::int64_t i = 0; i < size / 2; ++i) {
-      cos.push_back(std::cos(static_cast<float>(place) / static_cast<float>(i + 1)));
-      sin.push_back(std::sin(static_cast<float>(place) / static_cast<float>(i + 1)));
+  void angles(std::int64_t place, bool local, Floats& cos, Floats& sin) const {
+    for (std::int64_t i = 0; i < traits.rotated / 2; ++i) {
+      const float angle = static_cast<float>(place) / static_cast<float>(local ? i + 3 : i + 1);
+      cos.push_back(std::cos(angle)), sin.push_back(std::sin(angle));
     }
   }
 
-  void norm(Floats& x, const float* weight, const float* bias) const {
+  void norm(Floats& x, const Norm& parameters) const {
+    const float *weight = parameters[0], *bias = parameters[1];
+    if (weight == nullptr) return;
     for (std::size_t first = 0; first < x.size(); first += channels) {
       double mean = 0, squares = 0;
       const double n = static_cast<double>(channels);
@@ -78,20 +107,27 @@ struct Model {
   Floats forward(Floats x, std::int64_t alone) const {
     const std::int64_t n = static_cast<std::int64_t>(x.size()) / channels,
                        all = (heads + 2 * kv_heads) * size;
-    const auto add = [&](Floats& to, const Doubles& y) {
-      for (std::size_t i = 0; i < to.size(); ++i) to[i] += static_cast<float>(y[i]);
+    const auto add = [&](Floats& to, const Doubles& y, const SubLayerNorms& norms) {
+      Floats rows(y.begin(), y.end());
+      norm(rows, norms.added);
+      for (std::size_t i = 0; i < to.size(); ++i) to[i] += rows[i];
+      norm(to, norms.sum);
     };
     for (std::int64_t layer = 0; layer < layers; ++layer) {
       const BlockWeights& block = blocks[layer];
       const Weight* w = &linear[4 * layer];
       Floats h = x;
-      if (decoder) norm(h, block.attention_norm[0], nullptr);
+      norm(h, block.attention.read);
       Doubles qkv = w[0].times(h, Activation::kNone);
       for (std::int64_t t = 0; t < n && decoder; ++t) {
         Floats cos, sin;
-        angles(t, cos, sin);
-        for (std::int64_t head = 0; head < heads + kv_heads; ++head) {
-          turn(&qkv[t * all + head * size], cos.data(), sin.data(), size);
+        angles(t, block.turns == Turns::kByLocalRope, cos, sin);
+        if (block.q_norm != nullptr) {
+          root_norm(&qkv[t * all], block.q_norm, heads * size, 1e-5);
+          root_norm(&qkv[t * all + heads * size], block.k_norm, kv_heads * size, 1e-5);
+        }
+        for (std::int64_t head = 0; head < heads + kv_heads && block.turns != Turns::kNot; ++head) {
+          turn(&qkv[t * all + head * size], cos.data(), sin.data(), traits.rotated);
         }
       }
       Floats mixed(n * heads * size);
@@ -103,21 +139,21 @@ struct Model {
             return qkv[key * all + (heads + (value ? kv_heads : 0) + head / (heads / kv_heads)) * size + i];
           };
           const auto seen = [&](std::int64_t key) { return !decoder || key <= t; };
-          const Doubles out = attended(q.data(), n, size, 0.4f, seen, at, w[0].rounds() && t != alone);
+          const Doubles out =
+              attended(q.data(), n, size, 0.4f, traits.soft_cap, seen, at, w[0].rounds() && t != alone);
           for (std::int64_t i = 0; i < size; ++i) {
             mixed[(t * heads + head) * size + i] = static_cast<float>(out[i]);
           }
         }
       }
-      add(x, w[1].times(mixed, Activation::kNone));
-      if (!decoder) norm(x, block.attention_norm[0], block.attention_norm[1]);
-      h = x;
-      if (decoder) norm(h, block.mlp_norm[0], nullptr);
+      if (traits.parallel) h = x;
+      add(x, w[1].times(mixed, Activation::kNone), block.attention);
+      if (!traits.parallel) h = x;
+      norm(h, block.mlp.read);
       const Doubles mid = w[2].times(h, weights.activation);
-      add(x, w[3].times(Floats(mid.begin(), mid.end()), Activation::kNone));
-      if (!decoder) norm(x, block.mlp_norm[0], block.mlp_norm[1]);
+      add(x, w[3].times(Floats(mid.begin(), mid.end()), Activation::kNone), block.mlp);
     }
-    if (decoder) norm(x, norms.back().data(), nullptr);
+    norm(x, weights.final_norm);
     return x;
   }
 };
@@ -143,7 +179,7 @@ void check_transformer(const Model& m, const std::vector<std::int64_t>& lengths,
   for (int step = in_pieces ? 0 : 3; step < 4; ++step) {
     std::vector<std::int32_t> ends = {0}, context;
     std::vector<std::int64_t> slots;
-    Floats rows, cos, sin;
+    Floats rows, cos, sin, local_cos, local_sin;
     std::int64_t most = 0;
     bool fresh = true, one_each = true;
     for (std::int64_t s = 0; s < sequences; ++s) {
@@ -153,7 +189,8 @@ void check_transformer(const Model& m, const std::vector<std::int64_t>& lengths,
       for (std::int64_t t = done[s]; t < done[s] + count; ++t) {
         rows.insert(rows.end(), x[s].begin() + t * m.channels, x[s].begin() + (t + 1) * m.channels);
         slots.push_back(table[s * width + t / page_size] * page_size + t % page_size);
-        m.angles(t, cos, sin);
+        m.angles(t, false, cos, sin);
+        m.angles(t, true, local_cos, local_sin);
       }
       one_each = one_each && count == 1;
       ends.push_back(ends.back() + static_cast<std::int32_t>(count));
@@ -165,6 +202,7 @@ void check_transformer(const Model& m, const std::vector<std::int64_t>& lengths,
     p.tokens = ends.back(), p.sequences = sequences, p.max_keys = most, p.threads = threads;
     p.fresh = fresh, p.one_each = !fresh && one_each, p.cache_dtype = DType::kFloat32;
     if (m.decoder) p.cos = cos.data(), p.sin = sin.data();
+    if (m.traits.local) p.local_cos = local_cos.data(), p.local_sin = local_sin.data();
     if (m.decoder) {
       p.k_pages = reinterpret_cast<char*>(k_pages.data()),
       p.v_pages = reinterpret_cast<char*>(v_pages.data());
@@ -175,6 +213,8 @@ void check_transformer(const Model& m, const std::vector<std::int64_t>& lengths,
     Floats logits(p.one_each ? p.tokens * m.head.columns : 0);
     std::vector<std::int64_t> best(p.one_each ? p.tokens : 0);
     if (p.one_each && sequences < 48) p.head = &head, p.logits = logits.data(), p.best = best.data();
+    const float limit = m.traits.head_soft_cap;
+    if (limit > 0) p.head_bias = m.head_bias.data(), p.head_soft_cap = limit;
     std::vector<char> workspace(cpu_kernels().transformer_workspace(p) + 64);
     p.workspace = workspace.data() + (64 - reinterpret_cast<std::uintptr_t>(workspace.data()) % 64) % 64;
     std::vector<std::thread> team;
@@ -183,7 +223,11 @@ void check_transformer(const Model& m, const std::vector<std::int64_t>& lengths,
     for (std::thread& thread : team) thread.join();
     if (p.head != nullptr) {
       const Doubles scores = m.head.times(rows, Activation::kNone);
-      for (std::size_t i = 0; i < logits.size(); ++i) expect("logits", logits[i], scores[i], 1e-4);
+      for (std::size_t i = 0; i < logits.size(); ++i) {
+        const double score =
+            limit > 0 ? limit * std::tanh((scores[i] + m.head_bias[i % 37]) / limit) : scores[i];
+        expect("logits", logits[i], score, 1e-4);
+      }
       for (std::size_t row = 0; row < best.size(); ++row) {
         const auto first = logits.begin() + row * m.head.columns;
         const auto highest = std::max_element(first, first + m.head.columns);  // the first of them
@@ -208,6 +252,14 @@ void check_transformers() {
       quantised_head(true, Format::kFloat32, Format::kInt8),
       half_encoder(false, Format::kBFloat16, Format::kBFloat16),
       half_decoder(true, Format::kBFloat16, Format::kBFloat16);
+  Traits traits[3];
+  traits[0].added = traits[0].local = true, traits[0].soft_cap = 1.5f, traits[0].head_soft_cap = 2;
+  traits[1].added = traits[1].norm_of_all = true, traits[1].read = false, traits[1].rotated = 2;
+  traits[2].parallel = true, traits[2].rotated = 4;
+  std::vector<Model> others;
+  others.reserve(4);
+  for (const Traits& some : traits) others.emplace_back(true, Format::kFloat32, Format::kFloat32, some);
+  others.emplace_back(true, Format::kBFloat16, Format::kInt8, traits[0]);
   std::vector<std::int64_t> short_ones(60);
   for (int i = 0; i < 60; ++i) short_ones[i] = 6 + 7 * i % 36;
   for (const int threads : {1, 2, 3, 4}) {
@@ -219,6 +271,12 @@ void check_transformers() {
     check_transformer(decoder, {300, 7}, true, threads);
     check_transformer(quantised_head, {9, 6, 20, 11, 7}, true, threads);
     check_transformer(quantised_head, {9, 6}, true, threads);
+    for (const Model& other : others) {
+      check_transformer(other, {9, 6}, true, threads);
+      check_transformer(other, {9, 6, 20, 11, 7}, true, threads);
+      check_transformer(other, {60, 6, 90, 8}, true, threads);
+      check_transformer(other, std::vector<std::int64_t>(50 * threads, 7), true, threads);
+    }
     check_transformer(half_encoder, {60, 3, 90, 8}, false, threads);
     check_transformer(half_decoder, {9, 6, 20}, true, threads);
     check_transformer(decoder, std::vector<std::int64_t>(50 * threads, 7), true, threads);

@@ -12,49 +12,30 @@ else that affects the result is checked at each call (`state`).
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..config import ModelConfig
 from ..model import MLP, Attention, Batch, Block, Linear, Norm, Packed, Transformer
 from ..ops.backends import native, packed, watch
 from ..quantized import QuantizedLinear
 from . import released
+from .arena import Arena, Writer, first_blocks, linears_of
 from .state import Structure, hooked, made_of, other_code, own_code
 
-ALIGNMENT = 64
 CACHES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 """Supported dtypes of keys and values."""
-HEADER = 14
-"""Length of the layout's header; the last two entries are the offsets of the final norm."""
 
-
-UNKNOWN = {
-    "output_norm": "norms of what the sub-layers add",
-    "parallel_norms": "sub-layers side by side",
-    "local_rope": "second rope for layers with a window",
-    "layers_without_rope": "layers without rope",
-    "qk_norm_of_all": "norm of q and k over all heads",
-    "qkv_by_head": "qkv matrix in the order of heads",
-    "attention_soft_cap": "soft cap of the scores",
+UNKNOWN: dict[str, str] = {
     "distances": "scores by distances",
     "bare_first_layer": "first layer without a norm before attention",
     "norm_without_bias": "LayerNorm without a bias",
 }
-"""Traits of `ModelConfig` that csrc/cpu/transformer.cpp lacks: a model with one runs by its modules."""
-
-
-class Arena(NamedTuple):
-    """The packed weights of all blocks of a body, in one buffer."""
-
-    weights: Tensor
-    """uint8."""
-    layout: Tensor
-    """int64: offsets and sizes of the parts."""
+"""Traits of `ModelConfig` that csrc/cpu/transformer.cpp lacks, and what they are: a model with one runs by
+its modules."""
 
 
 def obstacle(body: Transformer, x: Tensor, batch: Batch) -> str | Callable[..., Tensor]:
@@ -104,6 +85,7 @@ def run_blocks(body: Transformer, x: Tensor, batch: Batch, *, arena: Arena | Non
         raise RuntimeError(f"the blocks cannot run natively: {found}")
     weights, layout = found
     cos, sin = batch.rope if batch.rope is not None else (None, None)
+    local_cos, local_sin = batch.local_rope if batch.local_rope is not None else (None, None)
     cache, step = batch.cache, batch.step
     stored: tuple[Tensor | None, ...] = (None,) * 5
     if cache is not None and step is not None:
@@ -111,22 +93,17 @@ def run_blocks(body: Transformer, x: Tensor, batch: Batch, *, arena: Arena | Non
     y: Tensor = torch.ops.minilm.transformer.default(
         x.float().contiguous(),
         weights,
-        layout if batch.stop is None else _first(layout, batch.stop, len(body.layers)),
+        layout if batch.stop is None else first_blocks(layout, batch.stop),
         batch.packed.cu_seqlens,
         cos,
         sin,
         *stored,
         step is None or step.fresh,
         *(() if cache is None else cache.scale_stores()),
+        local_cos=local_cos,
+        local_sin=local_sin,
     )
     return y.to(x.dtype)
-
-
-def _first(layout: Tensor, blocks: int, of: int) -> Tensor:
-    """The layout of the first blocks, without a final norm."""
-    part = layout[: HEADER + (len(layout) - HEADER) // of * blocks].clone()
-    part[0], part[HEADER - 2 : HEADER] = blocks, -1
-    return part
 
 
 class _Blocks:
@@ -178,7 +155,7 @@ class _Blocks:
         if self.arena is None:
             self._restore(body)
             self.watch = watch.Watch(self.tensors)
-            writer = _Writer(body)
+            writer = Writer(body)
             self.arena = writer.write()
             self.keys = writer.share(self.arena.weights)
             self._release(body, writer.layers)
@@ -250,7 +227,7 @@ def _settings(body: Transformer) -> list[object]:
     found: list[object] = [body.config, *_first_settings(body)]
     for block in body.layers:
         assert isinstance(block, Block)
-        found += [block.attention.scale, block.attention.window]
+        found += [block.attention.scale, block.attention.window, block.attention.layer]
     return found
 
 
@@ -279,7 +256,18 @@ def _obstacle(body: Transformer, modules: list[nn.Module]) -> str | None:
     return reason
 
 
-_PARTS = {"attention": Attention, "mlp": MLP, "attention_norm": Norm, "mlp_norm": Norm}
+def _parts(config: ModelConfig) -> dict[str, type]:
+    """The parts of a block, and what they are."""
+    first = config.pre_norm or not config.output_norm
+    kinds: dict[bool, type] = {True: Norm, False: type(None)}
+    return {
+        "attention": Attention,
+        "mlp": MLP,
+        "attention_norm": kinds[first],
+        "attention_out_norm": kinds[config.output_norm],
+        "mlp_norm": kinds[first and config.parallel_norms != 1],
+        "mlp_out_norm": kinds[config.output_norm],
+    }
 
 
 def _refusal(body: Transformer) -> str | None:
@@ -289,8 +277,8 @@ def _refusal(body: Transformer) -> str | None:
     for name, what in UNKNOWN.items():
         if getattr(config, name):
             return f"the extension has no {what}"
-    if config.rotated != config.head_dim:
-        return "the extension has no rope on a part of a head"
+    if config.qk_norm and config.norm != "rms_norm":
+        return "the extension has no LayerNorm of q and k"
     if len(body.layers) != config.num_layers:
         return f"there are {len(body.layers)} layers, and the configuration has {config.num_layers}"
     if body.norm is not None and type(body.norm) is not Norm:
@@ -300,13 +288,13 @@ def _refusal(body: Transformer) -> str | None:
     for block in body.layers:
         if type(block) is not Block:
             return f"a layer was replaced by a {type(block).__name__}"
-        for part, kind in _PARTS.items():
+        for part, kind in _parts(config).items():
             if type(getattr(block, part)) is not kind:
                 return f"a layer's {part} was replaced by a {type(getattr(block, part)).__name__}"
         reason = _refused_settings(body, block)
         if reason is not None:
             return reason
-        for linear in _linears(block):
+        for linear in linears_of(block):
             reason = _refused_linear(linear)
             if reason is not None:
                 return reason
@@ -326,16 +314,17 @@ def _refused_settings(body: Transformer, block: Block) -> str | None:
     for norm in (attention.q_norm, attention.k_norm):
         if norm is not None and type(norm) is not Norm:
             return f"a norm of q or k was replaced by a {type(norm).__name__}"
-    if (attention.q_norm is None) != (attention.k_norm is None):
-        return "only one of q and k has a norm"
+    if (attention.q_norm is not None, attention.k_norm is not None) != (config.qk_norm,) * 2:
+        return "the norms of q and k are not the configuration's"
     if attention.config is not config and attention.config != config:
         return "a layer's attention has another configuration"
     if mlp.activation != activation:
         return f"a layer has the activation {mlp.activation}, and another {activation}"
-    if mlp.gated != config.gated_mlp or block.pre_norm != config.pre_norm:
+    placed = block.pre_norm, block.parallel
+    if mlp.gated != config.gated_mlp or placed != (config.pre_norm, config.parallel_norms > 0):
         return "a layer's MLP or the place of its norms is not the configuration's"
-    norms = [block.attention_norm, block.mlp_norm, attention.q_norm, attention.k_norm, body.norm]
-    for norm in norms:
+    norms = [block.attention_norm, block.attention_out_norm, block.mlp_norm, block.mlp_out_norm]
+    for norm in (*norms, attention.q_norm, attention.k_norm, body.norm):
         if norm is not None and norm.eps != eps:
             return f"a norm has the eps {norm.eps}, and another {eps}"
         if norm is not None and (norm.rms, norm.plus_one) != (
@@ -366,103 +355,3 @@ def _refused_linear(linear: nn.Module) -> str | None:
     if weight is not None and weight.device.type != "cpu":
         return "the weights are not on the CPU"
     return None
-
-
-def _linears(block: Block) -> tuple[nn.Module, ...]:
-    return block.attention.qkv, block.attention.out, block.mlp.up, block.mlp.down
-
-
-class _Writer:
-    """Packs the weights of a body into an arena, and records their offsets in the order in which
-    csrc/bindings_transformer.cpp reads them."""
-
-    def __init__(self, body: Transformer) -> None:
-        self.body = body
-        self.numbers: list[int] = []
-        self.pieces: list[tuple[int, Callable[[], Tensor]]] = []
-        """Size in bytes, and what makes it."""
-        self.size = 0
-        self.shared: list[tuple[nn.Module, packed.Sources, packed.Packed, int, int]] = []
-        """Per linear layer: it, its tensors, how it is packed, its offset and size in bytes."""
-        self.layers: list[tuple[nn.Module, packed.Packed]] = []
-        """The linear layers, and their parts of the arena."""
-
-    def write(self) -> Arena:
-        c = self.body.config
-        activation, eps = _first_settings(self.body)
-        self.numbers += [
-            c.num_layers,
-            c.hidden_size,
-            c.num_heads,
-            c.num_kv_heads,
-            c.head_dim,
-            c.intermediate_size,
-        ]
-        self.numbers += [
-            packed.ACTIVATIONS[activation],
-            c.gated_mlp,
-            c.pre_norm,
-            c.norm == "rms_norm",
-            c.causal,
-        ]
-        self.real(eps)
-        self.norm(self.body.norm)
-        for block in self.body.layers:
-            assert isinstance(block, Block)
-            attention = block.attention
-            for linear in _linears(block):
-                self.weight(linear, gated=linear is block.mlp.up and c.gated_mlp)
-            self.norm(block.attention_norm)
-            self.norm(block.mlp_norm)
-            for norm in (attention.q_norm, attention.k_norm):
-                self.scale(norm)
-            self.numbers.append(attention.window or 0)
-            self.real(attention.scale)
-        arena = torch.empty(self.size, dtype=torch.uint8)
-        packed.prefer_large_pages(arena)
-        at = 0
-        while self.pieces:
-            size, make = self.pieces.pop(0)  # one after the other, so that none is twice for long
-            arena[at : at + size] = make()
-            at += -(-size // ALIGNMENT) * ALIGNMENT
-        return Arena(arena, torch.tensor(self.numbers))
-
-    def share(self, arena: Tensor) -> list[Tensor]:
-        """Let layers that run one by one use the arena; returns the keys of its parts in `packed.kept`."""
-        keys = []
-        for linear, sources, made, at, size in self.shared:
-            form = made._replace(data=arena[at : at + size])
-            packed.share(sources, form)
-            self.layers.append((linear, form))
-            keys.append(sources[0])
-        self.shared.clear()
-        return keys
-
-    def weight(self, linear: nn.Module, *, gated: bool) -> None:
-        assert isinstance(linear, Linear | QuantizedLinear)
-        matrix = linear.weight if isinstance(linear, Linear) else linear.quantized
-        made, size = packed.shape_of(matrix, gated=gated)
-        self.numbers += [made.format, made.places, self.size]
-        sources, bias = packed.sources_of(matrix, linear.bias), linear.bias
-        self.shared.append((linear, sources, made, self.size, size))
-        self.piece(size, lambda: packed.pack(matrix, bias, gated=gated).data)
-
-    def norm(self, norm: Norm | None) -> None:
-        self.scale(norm)
-        self.vector(None if norm is None else norm.bias)
-
-    def scale(self, norm: Norm | None) -> None:
-        self.vector(None if norm is None else norm.weight, 1.0 if norm is not None and norm.plus_one else 0.0)
-
-    def vector(self, vector: Tensor | None, plus: float = 0.0) -> None:
-        self.numbers.append(-1 if vector is None else self.size)
-        if vector is not None:
-            given = vector.detach()
-            self.piece(4 * given.numel(), lambda: (given.float() + plus).contiguous().view(torch.uint8))
-
-    def real(self, value: float) -> None:
-        self.numbers.append(struct.unpack("I", struct.pack("f", value))[0])
-
-    def piece(self, size: int, make: Callable[[], Tensor]) -> None:
-        self.pieces.append((size, make))
-        self.size += -(-size // ALIGNMENT) * ALIGNMENT

@@ -6,6 +6,8 @@ a short text, half a dozen Python calls would take as long as a layer.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -24,8 +26,6 @@ def obstacle(embeddings: Embeddings, *_: object) -> str | None:
         return "dropout is on (model.eval() turns it off)"
     if torch.is_grad_enabled() and any(p.requires_grad for p in embeddings.parameters()):
         return "gradients are enabled (torch.inference_mode() or torch.no_grad() disables them)"
-    if embeddings.config.embedding_scale is not None:
-        return "the extension has no factor for the token vectors"
     reason = other_code()
     if reason is not None:
         return reason
@@ -76,6 +76,20 @@ def run_embed(embeddings: Embeddings, tokens: Tensor, positions: Tensor, types: 
         None if norm is None or norm.bias is None else norm.bias.float(),
         0.0 if norm is None else norm.eps,
         norm is not None and norm.rms,
+        factor(embeddings),
         *sizes,
     )
     return y.to(dtype)
+
+
+def factor(embeddings: Embeddings) -> float:
+    """What token vectors are multiplied by (see `Embeddings.by_modules`)."""
+    scale, table = embeddings.config.embedding_scale, embeddings.tokens
+    if scale is None:
+        return 1.0
+    return _rounded(scale, (table.like if isinstance(table, QuantizedEmbedding) else table.weight).dtype)
+
+
+@lru_cache(maxsize=64)
+def _rounded(value: float, dtype: torch.dtype) -> float:
+    return float(torch.tensor(value, dtype=dtype, device="cpu"))

@@ -40,7 +40,7 @@ SETTINGS: dict[type, tuple[str, ...]] = {
     Embedding: ("max_norm",),
     Transformer: ("config",),
     Block: ("pre_norm", "parallel", "dropout"),
-    Attention: ("config", "scale", "window"),
+    Attention: ("config", "layer", "scale", "window"),
     MLP: ("activation", "gated"),
     Norm: ("eps", "rms", "plus_one"),
     Embeddings: ("config",),

@@ -33,6 +33,8 @@ from ..model import (
 from ..ops.backends import native, packed, watch
 from ..quantized import QuantizedEmbedding, QuantizedLinear
 from . import blocks, released
+from .arena import Arena
+from .embed import factor
 from .state import Structure, hooked, made_of, own_code
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -46,7 +48,7 @@ def run_steps(
     steps: int,
     ends: frozenset[int],
     *,
-    found: tuple[blocks.Arena, _Ends] | None = None,
+    found: tuple[Arena, _Ends] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `AutoModelForCausalLM.steps`; in one call. `found`: the result of `look`."""
     if found is None:
@@ -56,14 +58,15 @@ def run_steps(
         found = looked
     (arena, layout), frame = found
     assert frame.head is not None
-    spec, dtype = model.spec, model.dtype
+    spec, dtype, bias = model.spec, model.dtype, model.head.bias
     with cache.restored(rows):
         room = cache.extend(rows, [steps] * len(rows))
-        cos = sin = None
-        if spec.rope is not None:
-            cos, sin = angle_table(
-                spec.rope, spec.head_dim, max(512, 1 << (room.max_context - 1).bit_length())
-            )
+        positions = max(512, 1 << (room.max_context - 1).bit_length())
+        angles = [
+            (None, None) if rope is None else angle_table(rope, spec.rotated, positions)
+            for rope in (spec.rope, spec.local_rope)
+        ]
+        (cos, sin), (local_cos, local_sin) = angles
         logits, best = torch.ops.minilm.decode_steps.default(
             tokens.contiguous(),
             *frame.table,
@@ -82,8 +85,14 @@ def run_steps(
             room.slots,
             room.block_table,
             room.context_lens,
-            *(cache.scale_stores() or (None, None)),
-            *frame.packed_table,
+            *cache.scale_stores(),
+            local_cos=local_cos,
+            local_sin=local_sin,
+            factor=factor(model.body.embeddings),
+            head_bias=None if bias is None else bias.detach().float().contiguous(),
+            head_soft_cap=model.head.soft_cap or 0.0,
+            packed_format=frame.packed_table[0],
+            packed_rows=frame.packed_table[1],
         )
     if steps > 1 and len(rows):
         made = int((best[:, 0] >= 0).sum())
@@ -154,7 +163,7 @@ def obstacle(
     return found if isinstance(found, str) else partial(run_steps, found=found)
 
 
-def look(model: AutoModelForCausalLM, cache: KVCache | None = None) -> str | tuple[blocks.Arena, _Ends]:
+def look(model: AutoModelForCausalLM, cache: KVCache | None = None) -> str | tuple[Arena, _Ends]:
     """The packed parts for a step in the current state of the model, or the reason why it needs the
     modules."""
     made = made_of(model)
@@ -258,13 +267,10 @@ def _refusal(model: AutoModelForCausalLM) -> str | None:
         return "a module has forward hooks"
     if embeddings.training and embeddings.config.embedding_dropout:
         return "dropout is on (model.eval() turns it off)"
-    if embeddings.config.embedding_scale is not None:
-        return "the extension has no factor for the token vectors"
-    if head.bias is not None or head.soft_cap is not None:
-        return "the extension has no bias and no soft cap of the logits"
     if embeddings.types is not None or embeddings.norm is not None:
         return "the embeddings have more than token and position tables"
-    if model.spec.rope is not None and model.spec.rope.type == "dynamic":
+    ropes = (rope for rope in (model.spec.rope, model.spec.local_rope) if rope is not None)
+    if any(rope.type == "dynamic" for rope in ropes):
         return "dynamic rope changes with the length of the sequence"
     for owner in (tokens, positions, decoder):
         if getattr(owner, "max_norm", None) is not None:

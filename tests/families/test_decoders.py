@@ -74,7 +74,7 @@ TRAITS: dict[str, Any] = {
     "qkv_by_head": True,
     "attention_soft_cap": 0.3,
     "head_bias": True,
-    "head_soft_cap": 0.5,
+    "head_soft_cap": 3.0,
 }
 """Options of ModelConfig that these families brought."""
 
@@ -240,33 +240,28 @@ def test_every_trait_is_known_to_the_native_passes() -> None:
         *("intermediate_size", "max_positions", "causal", "pre_norm", "norm", "norm_eps", "activation"),
         *("gated_mlp", "norm_plus_one", "positions", "position_offset", "positions_skip_padding_id", "rope"),
         *("type_vocab_size", "types_are_tokens", "embedding_norm", "final_norm", "qkv_bias", "out_bias"),
-        *("mlp_bias", "qk_norm", "attention_scale", "scale_by_inverse_layer", "windows"),
+        *("mlp_bias", "qk_norm", "attention_scale", "scale_by_inverse_layer", "windows", "output_norm"),
+        *("parallel_norms", "rotary_dim", "local_rope", "layers_without_rope", "qk_norm_of_all"),
+        *("qkv_by_head", "attention_soft_cap", "embedding_scale", "head_bias", "head_soft_cap"),
         *("tie_word_embeddings", "pad_token_id", "embedding_dropout", "attention_dropout", "hidden_dropout"),
     }
-    elsewhere = {"rotary_dim", "embedding_scale", "head_bias", "head_soft_cap"}  # by conditions of their own
     refused = set(blocks.UNKNOWN)
-    assert computed | refused | elsewhere == {field.name for field in fields(ModelConfig)}
+    assert computed | refused == {field.name for field in fields(ModelConfig)}
     assert not computed & refused
 
 
-@pytest.mark.parametrize("family", [f for f in LATER if f != "gemma"])
-def test_explain_says_why_the_modules_ran(family: str) -> None:
+@pytest.mark.parametrize("family", LATER)
+def test_prompts_and_steps_run_natively(family: str) -> None:
     require_extension()
     model = class_of(minilm, family, "causal-lm")(PretrainedConfig.from_dict(config_of(family))).eval()
-    minilm.explain(reset=True)
-    scores(model)
-    told = minilm.explain()
-    assert "native" not in told.backends("blocks")
-    assert "not native: the extension has no" in str(told)
-
-
-def test_gemma_runs_natively() -> None:
-    require_extension()
-    model = minilm.GemmaForCausalLM(PretrainedConfig.from_dict(config_of("gemma"))).eval()
     randomise(model, 0)
     minilm.explain(reset=True)
     scores(model)
-    assert minilm.explain().backends("blocks") == {"native"}
+    with torch.no_grad():
+        model.generate(tokens()[0][:1], max_new_tokens=4, eos_token_id=None)
+    told = minilm.explain()
+    for op in ("embed", "blocks", "decode_step"):
+        assert told.backends(op) == {"native"}
 
 
 def test_fresh_norms_change_nothing() -> None:

@@ -36,6 +36,7 @@ import minilm
 from minilm import ops
 from minilm.model.batch import pack
 from minilm.native import blocks as fused
+from minilm.native.arena import Arena
 
 FEW = [5, 1, 0, 3]
 MANY = [33, 1, 250, 0, 16, 101]
@@ -447,7 +448,7 @@ def raw(family: str = "llama", layers: int = 1) -> dict[str, Any]:
     """Arguments of one call with a cache."""
     model = model_of(family, num_hidden_layers=layers)
     found = fused.look(model.body)
-    assert isinstance(found, fused.Arena)
+    assert isinstance(found, Arena)
     pages = [torch.zeros(layers, 3, 4, 2, 20) for _ in range(2)]
     return {
         "embedded": torch.randn(5, 40, generator=torch.Generator().manual_seed(0)),
@@ -580,7 +581,7 @@ def test_no_number_of_the_layout_leads_out_of_the_arena(family: str) -> None:
 def without_cache(family: str) -> dict[str, Any]:
     model = model_of(family, **({"n_layer": 1} if family == "gpt2" else {"num_hidden_layers": 1}))
     found = fused.look(model.body)
-    assert isinstance(found, fused.Arena)
+    assert isinstance(found, Arena)
     rope = (torch.ones(5, 5), torch.zeros(5, 5)) if family == "qwen3" else (None, None)
     return {
         "embedded": torch.randn(5, 40, generator=torch.Generator().manual_seed(0)),

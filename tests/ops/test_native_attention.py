@@ -635,7 +635,6 @@ def attention_call(**options: Any) -> Any:
         ({"lse": True}, "has no log-sum-exp"),
         ({"bias": torch.zeros(2, 4, 4)}, "has no bias"),
         ({"alibi_slopes": torch.ones(2)}, "has no ALiBi"),
-        ({"soft_cap": 5.0}, "has no soft-cap"),
     ],
 )
 def test_attention_that_cannot_be_native_says_why(options: dict[str, Any], reason: str) -> None:

@@ -55,10 +55,12 @@ def attention(
     causal: bool,
     window: int | None,
     dropout_p: float,
+    *,
+    soft_cap: float | None = None,
 ) -> tuple[Tensor, None]:
     """See `minilm.ops.attend`; the log-sum-exp is not computed."""
-    out = torch.ops.minilm.attention.default(q, k, v, cu_seqlens_q, cu_seqlens_k, scale, causal, window)
-    return out, None
+    ends, capped = (cu_seqlens_q, cu_seqlens_k), {} if soft_cap is None else {"soft_cap": soft_cap}
+    return torch.ops.minilm.attention.default(q, k, v, *ends, scale, causal, window, **capped), None
 
 
 def paged_attention(
@@ -106,7 +108,6 @@ def supports_attention(traits: Any) -> str | None:
         ("log-sum-exp", traits.lse),
         ("bias", traits.bias is not None),
         ("ALiBi", traits.alibi),
-        ("soft-cap", traits.soft_cap),
     ):
         if asked:
             return f"the extension's attention has no {name}"

@@ -45,6 +45,9 @@ class Packed(NamedTuple):
     """Number of outputs; for a gated layer half of the weight's rows."""
     gated: bool = False
     """Whether panels of gate and up alternate."""
+    heads: int = 0
+    """Of a matrix whose rows are q, k and v of one head after the other: how many heads; the panels have q of
+    all heads, then k, then v. Otherwise 0."""
 
 
 def panel_width() -> int:
@@ -90,25 +93,30 @@ def trim() -> None:
         importlib.import_module("minilm._C").trim()
 
 
-def places(rows: int, gated: bool) -> Tensor:
+def places(rows: int, gated: bool, heads: int = 0) -> Tensor:
     """The row of the weight at each place of the panels, int32; -1: padding.
 
-    If gated, the weight has the rows of gate, then those of up; panels of both alternate.
+    If gated, the weight has the rows of gate, then those of up; panels of both alternate. `heads`: see
+    `Packed`.
     """
     width = panel_width()
     columns = rows // 2 if gated else rows
     order = torch.full((-(-columns // width) * width,), -1, dtype=torch.int32)
     order[:columns] = torch.arange(columns, dtype=torch.int32)
+    if heads:
+        order[:columns] = order[:columns].view(heads, 3, -1).transpose(0, 1).flatten()
     if not gated:
         return order
     up = torch.where(order < 0, -1, order + columns)
     return torch.stack([order.view(-1, width), up.view(-1, width)], dim=1).flatten()
 
 
-def pack(weight: Tensor | QuantizedWeight, bias: Tensor | None, *, gated: bool = False) -> Packed:
-    """Pack a weight [out, in] of a dtype or format in `FORMATS`, and its bias [out]."""
+def pack(
+    weight: Tensor | QuantizedWeight, bias: Tensor | None, *, gated: bool = False, heads: int = 0
+) -> Packed:
+    """Pack a weight [out, in] of a dtype or format in `FORMATS`, and its bias [out]; see `Packed`."""
     rows = weight.shape[0]
-    order = places(rows, gated)
+    order = places(rows, gated, heads)
     scales = minimums = None
     with torch.no_grad():
         if isinstance(weight, QuantizedWeight):
@@ -129,16 +137,16 @@ def pack(weight: Tensor | QuantizedWeight, bias: Tensor | None, *, gated: bool =
             code,
             columns,
         )
-    return Packed(data, code, len(order), rows // 2 if gated else rows, gated)
+    return Packed(data, code, len(order), rows // 2 if gated else rows, gated, heads)
 
 
-def shape_of(weight: Tensor | QuantizedWeight, *, gated: bool = False) -> tuple[Packed, int]:
+def shape_of(weight: Tensor | QuantizedWeight, *, gated: bool = False, heads: int = 0) -> tuple[Packed, int]:
     """What `pack` gives for a weight, without its data, and the data's size in bytes."""
     rows, columns = weight.shape
     code = FORMATS[weight.format if isinstance(weight, QuantizedWeight) else weight.dtype]
     order = len(places(rows, gated))
     size = importlib.import_module("minilm._C").packed_bytes(code, columns, order)
-    return Packed(torch.empty(0), code, order, rows // 2 if gated else rows, gated), int(size)
+    return Packed(torch.empty(0), code, order, rows // 2 if gated else rows, gated, heads), int(size)
 
 
 def unpack(packed: Packed, format: str, rows: int, columns: int) -> QuantizedWeight:
@@ -146,7 +154,7 @@ def unpack(packed: Packed, format: str, rows: int, columns: int) -> QuantizedWei
     weight = empty(format, rows, columns, "cpu")
     torch.ops.minilm.unpack_linear.default(
         packed.data,
-        places(rows, packed.gated),
+        places(rows, packed.gated, packed.heads),
         packed.format,
         columns,
         weight.codes,
@@ -233,7 +241,9 @@ def product(x: Tensor, packed: Packed, activation: str | None) -> Tensor:
         panels = y.view(len(y), -1, 2, panel_width()).transpose(1, 2).reshape(len(y), 2, -1)
         columns = 2 * packed.columns
         y = panels[..., : packed.columns].reshape(len(y), columns)
-    return y.view(*x.shape[:-1], columns).to(x.dtype)  # type: ignore[no-any-return]
+    if packed.heads:
+        y = y.view(len(y), 3, packed.heads, -1).transpose(1, 2)
+    return y.reshape(*x.shape[:-1], columns).to(x.dtype)  # type: ignore[no-any-return]
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -311,7 +321,7 @@ def _decode_steps_fake(tokens: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]
 
 def _embed_fake(tokens: Tensor, table: Tensor, *arguments: Any) -> Tensor:
     if table.dim() == 1:  # packed
-        channels = arguments[12]
+        channels = arguments[13]
     else:
         channels = table.shape[1] * (2 if table.dtype == torch.uint8 else 1)
     return tokens.new_empty(tokens.shape[0], channels, dtype=torch.float32)
