@@ -48,8 +48,8 @@ class Labels:
         str | None,
         typer.Option(
             metavar="HOW",
-            help="With --labels: embed (similarity, the default), score (a causal language model; SmolLM2-135M-Instruct unless --model names one), cloze (a "
-            "masked language model) or nli.",
+            help="With --labels: embed (similarity, the default), score (a causal language model, by default "
+            f"{DECODER}), cloze (a masked language model) or nli.",
         ),
     ] = None
     template: Annotated[
