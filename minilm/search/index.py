@@ -18,6 +18,7 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
@@ -310,9 +311,9 @@ class SearchIndex:
             if any(isinstance(query, str) for query in listed):
                 raise TypeError("the queries must all be texts or all be vectors")
         try:
-            is_list = isinstance(queries, (list, tuple)) and isinstance(queries[0], Tensor)
-            found = torch.stack(list(queries)) if is_list else torch.as_tensor(queries)
-            found = found.detach().cpu().double()
+            if isinstance(queries, (list, tuple)) and isinstance(queries[0], (Tensor, np.ndarray)):
+                queries = torch.stack([torch.as_tensor(row) for row in queries])
+            found = torch.as_tensor(queries).detach().cpu().double()
         except (TypeError, ValueError, RuntimeError) as problem:
             raise TypeError(f"the queries must be texts or vectors [N, D]: {problem}") from None
         if found.dim() not in (1, 2) or found.shape[-1] != self.dimension:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import re
 import shlex
 from pathlib import Path
@@ -63,3 +64,29 @@ def test_the_programs_say_what_the_page_says(program: str) -> None:
     exec("\n".join(lines), scope)
     call, _, said = last.partition("  # ")
     assert eval(call, scope) == ast.literal_eval(said)
+
+
+@pytest.mark.slow
+def test_the_figures_of_the_page() -> None:
+    """Those of the sentence encoder, and of the language model without examples. Other processors may round
+    one or two sentences to the other side."""
+    lines = (ROOT / "examples" / "data" / "news.jsonl").read_text(encoding="utf-8").splitlines()
+    news = [json.loads(line) for line in lines]
+    test = [row for row in news if row["day"] > 2]
+    shown = [(row["text"], row["sentiment"]) for row in news if row["day"] <= 2]
+    topics, moods = ["sport", "politics", "business", "weather"], ["positive", "negative"]
+    described = {"positive": "good news", "negative": "bad news"}
+    scorer = prompting.LabelScorer("SmolLM2-135M-Instruct", "News: {text}\nSentiment:", moods)
+    encoder = minilm.SentenceEncoder("all-MiniLM-L6-v2")
+    for classifier, field, told in (
+        (prompting.EmbeddingClassifier(encoder, topics, hypothesis="This is about {}."), "topic", 33),
+        (prompting.EmbeddingClassifier(encoder, described), "sentiment", 24),
+        (prompting.EmbeddingClassifier(encoder, described, examples=shown), "sentiment", 30),
+        (scorer, "sentiment", 34),
+    ):
+        found = classifier.predict([row["text"] for row in test])
+        right = sum(label == row[field] for label, row in zip(found, test, strict=True))
+        assert abs(right - told) <= 2, (field, right, told)
+        assert f"{told} {field}s" in " ".join(PAGE.split()) or f"and {told} with the 12 examples" in PAGE
+    assert len(test) == 36
+    assert len(shown) == 12

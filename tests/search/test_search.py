@@ -249,6 +249,23 @@ def test_the_name_of_the_model(tmp_path: Path, folder: Path, monkeypatch: pytest
         SearchIndex.open("i").search("a")
 
 
+def test_kinds_of_queries(tmp_path: Path) -> None:
+    """One, or several: lists, arrays, tensors, generators of vectors or of texts."""
+    index = made(tmp_path / "i", np.eye(3))
+    one = index.search("text 1", 2)
+    assert [hit.id for hit in one] == [1, 0]
+    row = np.eye(3)[1]
+    for single in (row, row.tolist(), torch.tensor(row), torch.tensor(row).bfloat16(), row.astype(np.int8)):
+        assert index.search(single, 2) == one
+    rows = np.eye(3)[[1, 0]]
+    several: list[Any] = [rows, rows.tolist(), list(rows), torch.tensor(rows), list(torch.tensor(rows))]
+    several += [iter(rows), ["text 1", "text 0"], iter(["text 1", "text 0"]), np.array(["text 1", "text 0"])]
+    for queries in several:
+        found = index.search(queries, 2)
+        assert [[hit.id for hit in hits] for hits in found] == [[1, 0], [0, 1]]
+    assert index.search(np.zeros((0, 3))) == []
+
+
 def test_an_empty_corpus(tmp_path: Path) -> None:
     index = SearchIndex.build(Table(np.eye(3)), [], tmp_path / "i")
     assert len(index) == 0
