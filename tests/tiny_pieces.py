@@ -84,3 +84,12 @@ def mbart(folder: Path, name: str = "MBartTokenizer", **settings: Any) -> Path:
     (folder / "config.json").write_text('{"model_type": "mbart"}')
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, **settings}))
     return folder
+
+
+def t5(folder: Path, **settings: Any) -> Path:
+    """A folder of a T5 tokenizer with only spiece.model."""
+    folder.mkdir(exist_ok=True)
+    (folder / "spiece.model").write_bytes(model(**T5))
+    settings = {"tokenizer_class": "T5Tokenizer", "model_max_length": 40, "extra_ids": 5, **settings}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return folder

@@ -25,7 +25,7 @@ class Seq2SeqBase(Seq2SeqModel):
     head_kind: ClassVar[Head] = "base"
     output_class: ClassVar[type[ModelOutput]] = Seq2SeqModelOutput
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig, add_pooling_layer: bool = False) -> None:
         super().__init__(config)
         self.initialise()
 
@@ -108,7 +108,7 @@ class EncoderModel(Seq2SeqModel):
     head_kind: ClassVar[Head] = "encoder"
     with_decoder: ClassVar[bool] = False
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig, add_pooling_layer: bool = False) -> None:
         super().__init__(config)
         self.initialise()
 
@@ -244,6 +244,11 @@ class Seq2SeqForSequenceClassification(Seq2SeqBase):
         states = packed.pad(hidden)
         logits = self.head(states[torch.arange(len(states), device=states.device), last])
         return {"loss": classification_loss(self.config, logits, labels), "logits": logits}
+
+    def answer(self, hidden: Tensor, batch: Any, labels: Tensor | None) -> dict[str, Any]:
+        """The same for the body's states of a `Reading`, [T, C]."""
+        ids = batch.packed.pad(batch.tokens + 1) - 1  # -1 at padding
+        return self.results(hidden, batch.packed, labels, ids)
 
 
 GENERAL.update(

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_pieces
-import torch
 import transformers
 from tiny_pieces import marian, mbart
-from tiny_seq2seq import BART, MARIAN, T5
+from tiny_pieces import t5 as t5_folder
+from tiny_seq2seq import with_tokenizer
 
 import minilm
 
@@ -20,26 +18,10 @@ ENDS = list(range(3, 20))
 """So many end tokens that texts end at different places."""
 
 
-def save(kind: str, folder: Path, tokenizer: Any, **options: Any) -> Any:
+def save(kind: str, folder: Path, **options: Any) -> Any:
     """A random model of transformers, saved next to its tokenizer's files."""
-    names = {
-        "t5": ("T5ForConditionalGeneration", T5),
-        "bart": ("BartForConditionalGeneration", BART),
-        "mbart": ("MBartForConditionalGeneration", BART),
-        "marian": ("MarianMTModel", MARIAN),
-    }
-    class_name, sizes = names[kind]
-    cls = getattr(transformers, class_name)
-    options = {"vocab_size": len(tokenizer), "decoder_vocab_size": len(tokenizer), **options}
-    config = cls.config_class(**{**sizes, **options})
-    torch.manual_seed(len(kind))
-    model = cls(config).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "positions" not in name:
-                parameter.copy_(torch.randn_like(parameter) * 0.3 + ("norm" in name and "weight" in name))
-    model.save_pretrained(folder)
-    return model
+    with_tokenizer(kind, folder, **options)
+    return transformers.AutoModelForSeq2SeqLM.from_pretrained(folder).eval()
 
 
 TASKS = {
@@ -51,10 +33,8 @@ TASKS = {
 @pytest.fixture(scope="module")
 def t5(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
     folder = tmp_path_factory.mktemp("t5")
-    (folder / "spiece.model").write_bytes(tiny_pieces.model(**tiny_pieces.T5))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"model_max_length": 40, "extra_ids": 5}))
-    tokenizer = transformers.T5Tokenizer.from_pretrained(folder)
-    return folder, save("t5", folder, tokenizer, task_specific_params=TASKS), tokenizer
+    tokenizer = transformers.T5Tokenizer.from_pretrained(t5_folder(folder))
+    return folder, save("t5", folder, task_specific_params=TASKS), tokenizer
 
 
 def written(model: Any, tokenizer: Any, text: str, **options: Any) -> list[list[int]]:
@@ -126,7 +106,7 @@ def test_languages_of_mbart(tmp_path: Path) -> None:
     """The source's language is around the text, and the translation begins with its own."""
     folder = mbart(tmp_path, "MBart50Tokenizer")
     tokenizer = transformers.MBart50Tokenizer.from_pretrained(folder)
-    model = save("mbart", folder, tokenizer, decoder_start_token_id=2)
+    model = save("mbart", folder)
     pipe = minilm.pipeline("translation", model=str(folder), src_lang="fr_XX", tgt_lang="ro_RO", max_length=9)
     tokenizer.src_lang = "fr_XX"
     forced = tokenizer.convert_tokens_to_ids("ro_RO")
@@ -148,15 +128,8 @@ def test_long_texts_of_marian_are_translated_by_sentences(tmp_path: Path) -> Non
     """In parts that fit, each with the code of the language; a sentence that does not fit is an error."""
     folder = marian(tmp_path, model_max_length=15)
     tokenizer = transformers.MarianTokenizer.from_pretrained(folder)
-    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
-    ids = {
-        "pad_token_id": pad,
-        "eos_token_id": end,
-        "decoder_start_token_id": pad,
-        "forced_eos_token_id": end,
-    }
-    model = save("marian", folder, tokenizer, **ids)
-    model.generation_config.update(bad_words_ids=[[pad]], num_beams=2, max_length=11)
+    model = save("marian", folder)
+    model.generation_config.update(bad_words_ids=[[tokenizer.pad_token_id]], num_beams=2, max_length=11)
     model.save_pretrained(folder)
     pipe = minilm.pipeline("translation", model=str(folder))
     assert type(pipe.model).__name__ == "MarianMTModel"
@@ -194,13 +167,7 @@ def test_texts_that_are_too_long(t5: Any, tmp_path: Path) -> None:
         found = pipe([long, "a"])
     rows = written(model, tokenizer, long, max_length=5, num_beams=4)
     assert found[0] == texts_of(tokenizer, rows, "generated")[0]
-    for name in ("spiece.model", "tokenizer_config.json"):
-        (tmp_path / name).write_bytes((folder / name).read_bytes())
-    save("bart", tmp_path, tokenizer, max_position_embeddings=33)
-    settings = json.loads((tmp_path / "tokenizer_config.json").read_text())
-    (tmp_path / "tokenizer_config.json").write_text(
-        json.dumps({**settings, "tokenizer_class": "T5Tokenizer", "model_max_length": None})
-    )
+    save("bart", t5_folder(tmp_path, model_max_length=None), max_position_embeddings=33)
     pipe = minilm.pipeline("summarization", model=str(tmp_path), max_length=5)
     with pytest.raises(
         ValueError, match="has 61 tokens, and the model reads at most 33: truncation=True cuts it"
