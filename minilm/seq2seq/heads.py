@@ -167,6 +167,28 @@ class AutoModelForSeq2SeqLM(Seq2SeqBase):
         scores: Tensor = self.head(hidden, self.body.embeddings.tokens)
         return scores
 
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Any:
+        """As for other models; the bias of new tokens is 0."""
+        bias, self.head.bias = self.head.bias, None
+        try:
+            table = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        finally:
+            self.head.bias = bias
+        rows = self.spec.vocab_size
+        if bias is not None and bias.shape[1] != rows:
+            new = bias.new_zeros(1, rows)
+            kept = min(rows, bias.shape[1])
+            new[:, :kept] = bias.detach()[:, :kept]
+            self.head.bias = nn.Parameter(new, requires_grad=False)
+        if "decoder_vocab_size" in self.config:
+            self.config.decoder_vocab_size = rows
+        return table
+
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """labels int64 [B, T] -> the decoder's input [B, T] (for collators)."""
         return self._shifted("labels", integers("labels", labels))

@@ -9,6 +9,7 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from ...conversion import DTYPES, Summary
+from ...families import ENCODER_DECODERS
 from ..results import quantity, size
 
 if TYPE_CHECKING:
@@ -45,9 +46,9 @@ def _overview(summary: Summary) -> RenderableType:
     table.add_column(overflow="fold")
     spec = summary.spec
     family = summary.config.model_type
-    table.add_row(
-        "model", f"{family} {'decoder' if spec.causal else 'encoder'}, loaded by minilm.{summary.class_name}"
-    )
+    both = summary.config.model_type in ENCODER_DECODERS and summary.head != "encoder"
+    kind = "encoder-decoder" if both else "decoder" if spec.causal else "encoder"
+    table.add_row("model", f"{family} {kind}, loaded by minilm.{summary.class_name}")
     table.add_row("path", str(summary.path))
     files = [f"{name} ({size(count)})" for name, count in summary.files.items()]
     more = f" and {len(files) - 3} more, {size(sum(summary.files.values()))} in all" if len(files) > 3 else ""
