@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import ConfigError, ModelConfig
+from ..config import LARGEST, ConfigError, ModelConfig
 from ..families import ENCODER_DECODERS, Head, PretrainedConfig, family_of
 from ..files import MOST_CONFIG, Checkpoint, WeightError, has_file, open_checkpoint, read_json, resolve
 from ..model import MODELS, PreTrainedModel, as_dtype, read_config
@@ -120,7 +120,8 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, in JSON types."""
-        contexts = sorted({min(c, self.spec.max_positions) for c in (1, 512, self.spec.max_positions)})
+        longest = self.spec.max_positions
+        contexts = sorted({min(c, longest) for c in (1, 512, longest) if c != LARGEST})
         return {
             "name": self.name,
             "path": str(self.path),

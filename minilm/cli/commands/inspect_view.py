@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from ...config import LARGEST
 from ...conversion import DTYPES, Summary
 from ...families import ENCODER_DECODERS
 from ..results import quantity, size
@@ -62,7 +63,8 @@ def _overview(summary: Summary) -> RenderableType:
         table.add_row(
             "KV cache", f"a token: {kv}; {spec.max_positions:,} tokens: {full} in {_name(DTYPES[1])}"
         )
-    contexts = sorted({min(count, spec.max_positions) for count in (1, 512, spec.max_positions)})
+    longest = spec.max_positions
+    contexts = sorted({min(count, longest) for count in (1, 512, longest) if count != LARGEST})
     work = ", ".join(f"{quantity(summary.flops(count))} at context {count:,}" for count in contexts)
     table.add_row("FLOPs per token", f"{work} (matrix products of the forward pass)")
     table.add_row("tokenizer", summary.tokenizer or "none")
