@@ -388,7 +388,7 @@ _OF_FAMILIES: dict[tuple[Any, str], type[PreTrainedModel]] = {}
 
 def of_family(general: type[PreTrainedModel], model_type: str) -> type[PreTrainedModel]:
     """The class of one family's models with this head, under transformers' name, such as BertForMaskedLM."""
-    if model_type in ENCODER_DECODERS and general.head_kind in ("base", *family_of(model_type).heads):
+    if model_type in ENCODER_DECODERS:
         from ..seq2seq import class_of
 
         return class_of(general.head_kind, model_type)
