@@ -150,5 +150,5 @@ def test_bad_input(tmp_path: Path) -> None:
             ]
         )
     )
-    with pytest.raises(FileError, match="expected only a Transformer, and it lists Transformer, Dense"):
+    with pytest.raises(FileError, match="a Transformer and LogitScore, and it lists Transformer, Dense"):
         CrossEncoder(tmp_path)
