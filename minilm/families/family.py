@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from ..config import NORM_EPS, ROPE_RANGES, ConfigError, ModelConfig, check_number
@@ -124,11 +124,15 @@ class Family:
                 "are supported"
             )
         try:
-            return self.translate(hf)
+            spec = self.translate(hf)
         except ConfigError:
             raise
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
             raise ConfigError(f"{self.model_type}: the configuration cannot be read: {error}") from error
+        if hf.get("is_causal") is not False:
+            return spec
+        ahead = tuple(w and w + spec.causal for w in spec.windows)  # on both sides, their ends included
+        return replace(spec, causal=False, windows=ahead)
 
     def rules(self, head: Head) -> tuple[Rule, ...]:
         """All rules for a model with `head`: its own, and rules that skip the weights of other heads, with
