@@ -78,8 +78,15 @@ def load(
 
     if not has_file(path / "modules.json"):
         transformer = Transformer.load(path, "", device, model_options, tokenizer_options)
-        architectures = transformer.model.config.get("architectures") or [""]
-        decoder = architectures[0].endswith("ForCausalLM") or path.is_file()
+        architecture = str((transformer.model.config.get("architectures") or [""])[0])
+        causal = transformer.model.spec.causal
+        decoder = causal and (architecture.endswith("ForCausalLM") or path.is_file())
+        if causal and architecture.endswith("Model") and "LMHead" not in architecture:
+            raise FileError(
+                f"{path} has no modules.json, and a {architecture} whose tokens see only earlier ones may be "
+                "pooled by its last token or by their mean: SentenceEncoder(modules=[transformer, "
+                "Pooling(size, 'lasttoken')]) of minilm.sentence says which"
+            )
         pooling = Pooling(transformer.get_embedding_dimension(), "lasttoken" if decoder else "mean")
         logger.warning("%s has no modules.json: using %s pooling", name, pooling.modes[0])
         return [transformer, pooling], {}
