@@ -76,6 +76,8 @@ class Family:
     body: tuple[Rule, ...]
     heads: Mapping[Head, tuple[Rule, ...]]
     pooler: tuple[Rule, ...] = ()
+    base_pooler: bool = True
+    """The bare model has the pooler too, unless told otherwise."""
     attribute_map: Mapping[str, str] = field(default_factory=dict)
     """Standard names of options -> the family's own."""
     rejected: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)

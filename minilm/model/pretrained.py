@@ -425,7 +425,8 @@ class AutoModel(PreTrainedModel):
 
     def __init__(self, config: PretrainedConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
-        self.pooler = Pooler(self.spec.hidden_size) if self.family.pooler and add_pooling_layer else None
+        pools = self.family.pooler and self.family.base_pooler and add_pooling_layer
+        self.pooler = Pooler(self.spec.hidden_size) if pools else None
         self.initialise()
 
     @classmethod
