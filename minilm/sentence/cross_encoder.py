@@ -15,7 +15,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,9 @@ from .batching import (
 from .files import check_settings, default_device, hub_options, listed_modules
 from .modules import activation, write_json
 from .names import answering_to
-from .reranker import Judge, Settings
+
+if TYPE_CHECKING:
+    from .reranker import Judge
 
 logger = logging.getLogger(__name__)
 
@@ -152,6 +154,8 @@ class CrossEncoder(nn.Module):
         self.tokenizer = AutoTokenizer.from_pretrained(path, **tokenizer_options)
         self._judge: Judge | None = None
         if judges:
+            from .reranker import Judge, Settings
+
             size = self.model.spec.vocab_size
             made = (
                 Settings.of_tokenizer(self.tokenizer, name)
