@@ -269,6 +269,10 @@ class PreTrainedModel(ops.Whole, Checkpointed):
 
     def new_cache(self, rows: int = 0, *, dtype: torch.dtype | None = None) -> KVCache:
         """An empty KV cache with `rows` sequences on the model's device, in its dtype or another (int8)."""
+        if not self.spec.causal:
+            raise ValueError(
+                f"tokens of this {self.config.model_type} model see later ones: it cannot generate"
+            )
         return KVCache(self.spec, rows=rows, dtype=dtype or self.dtype, device=self.device)
 
     def _positions(
@@ -421,7 +425,8 @@ class AutoModel(PreTrainedModel):
 
     def __init__(self, config: PretrainedConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
-        self.pooler = Pooler(self.spec.hidden_size) if self.family.pooler and add_pooling_layer else None
+        pools = self.family.pooler and self.family.base_pooler and add_pooling_layer
+        self.pooler = Pooler(self.spec.hidden_size) if pools else None
         self.initialise()
 
     @classmethod
