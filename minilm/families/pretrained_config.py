@@ -40,6 +40,7 @@ NO_EFFECT = frozenset(
         "_attn_implementation",
         "_attn_implementation_autoset",
         "_name_or_path",
+        "_num_labels",
         "attn_implementation",
         "auto_map",
         "bad_words_ids",

@@ -139,7 +139,7 @@ class LMHead(nn.Module):
 
 
 class AutoModelForSeq2SeqLM(Seq2SeqBase):
-    """An encoder-decoder with a language-model head: writes a text for a text (T5, BART)."""
+    """An encoder-decoder with a language-model head: writes a text for a text (T5, BART, Marian)."""
 
     head_kind: ClassVar[Head] = "seq2seq-lm"
     output_class: ClassVar[type[ModelOutput]] = Seq2SeqLMOutput

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -356,3 +357,76 @@ def test_int8_is_as_exact_as_its_format(name: str, tmp_path: Path) -> None:
         format = (exact(**given).logits[seen].double() - wanted).abs().mean()
     assert count == 26
     assert format / 3 < (found - wanted).abs().mean() < 1.5 * format
+
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "marian": {
+        "_num_labels": 3,
+        "activation_function": "swish",
+        "add_bias_logits": False,
+        "add_final_layer_norm": False,
+        "bad_words_ids": [[98]],
+        "bos_token_id": 0,
+        "classif_dropout": 0.0,
+        "classifier_dropout": 0.0,
+        "decoder_vocab_size": 99,
+        "extra_pos_embeddings": 98,
+        "max_length": 512,
+        "normalize_before": False,
+        "normalize_embedding": False,
+        "num_beams": 4,
+        "num_hidden_layers": 3,
+        "scale_embedding": True,
+        "share_encoder_decoder_embeddings": True,
+        "static_position_embeddings": True,
+    },
+    "mbart": {
+        "_num_labels": 3,
+        "activation_function": "relu",
+        "add_bias_logits": False,
+        "add_final_layer_norm": True,
+        "classif_dropout": 0.0,
+        "early_stopping": True,
+        "forced_eos_token_id": 2,
+        "gradient_checkpointing": False,
+        "max_length": 200,
+        "normalize_before": True,
+        "normalize_embedding": True,
+        "num_beams": 5,
+        "num_hidden_layers": 3,
+        "output_past": True,
+        "static_position_embeddings": False,
+        "tokenizer_class": "MBart50Tokenizer",
+    },
+}
+"""Keys of published files, with their values except for sizes."""
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_configurations_say_nothing_unknown(name: str, tmp_path: Path) -> None:
+    sizes = CASES[name][1]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": name, **sizes, **PUBLISHED[name]}))
+    config = minilm.AutoConfig.from_pretrained(tmp_path)
+    model = minilm.AutoModelForSeq2SeqLM.from_config(config)
+    assert model.generation_config.num_beams == PUBLISHED[name]["num_beams"]
+    assert model.generation_config.max_length == PUBLISHED[name]["max_length"]
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "marian",
+            {"share_encoder_decoder_embeddings": False},
+            "share_encoder_decoder_embeddings=False is not",
+        ),
+        ("marian", {"normalize_before": True}, "marian: normalize_before=True is not supported"),
+        ("mbart", {"normalize_before": False}, "mbart: normalize_before=False is not supported"),
+        ("mbart", {"d_model": 25}, "mbart: d_model 25 is not a multiple of encoder_attention_heads"),
+    ],
+)
+def test_other_forms_of_bart_are_refused(name: str, options: dict[str, Any], message: str) -> None:
+    config = minilm.AutoConfig.for_model(name, **{**CASES[name][1], **options})
+    with pytest.raises(ConfigError, match=message):
+        minilm.AutoModelForSeq2SeqLM.from_config(config)
