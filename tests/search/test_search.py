@@ -102,7 +102,7 @@ def test_it_finds_what_semantic_search_finds(
 
 
 @pytest.mark.parametrize("similarity", sorted(SCORES))
-@pytest.mark.parametrize("step", [1, 7, 1000])
+@pytest.mark.parametrize("step", [7, 31, 1000])
 def test_equal_vectors_are_in_order_of_ids(similarity: str, step: int) -> None:
     """In float32, a matrix product gives equal rows different last digits, by their place in it."""
     rng = np.random.default_rng(5)
