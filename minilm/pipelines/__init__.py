@@ -2,11 +2,10 @@
 
 from .base import Pipeline
 from .factory import ALIASES, DEFAULT_MODELS, TASKS, pipeline
-from .feature_extraction import FeatureExtractionPipeline
+from .feature_extraction import FeatureExtractionPipeline, SentenceSimilarityPipeline
 from .fill_mask import FillMaskPipeline
 from .question_answering import QuestionAnsweringPipeline
-from .sentences import SentenceSimilarityPipeline, TextRankingPipeline
-from .text_classification import TextClassificationPipeline
+from .text_classification import TextClassificationPipeline, TextRankingPipeline
 from .text_generation import TextGenerationPipeline
 from .token_classification import TokenClassificationPipeline
 from .zero_shot import ZeroShotClassificationPipeline

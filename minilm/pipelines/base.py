@@ -165,6 +165,54 @@ class Pipeline(ABC, Generic[OptionsT]):
         return Work([tokens], cut=not silent and encoded["truncated"][0])
 
 
+class SentencePipeline(Pipeline[OptionsT]):
+    """A text compared with others: a SentenceEncoder or CrossEncoder encodes or scores them by itself."""
+
+    names: ClassVar[tuple[tuple[str, ...], tuple[str, ...]]]
+    """The keys of an input: of the one text, and of the several; the first of each is the usual one."""
+
+    def __init__(self, model: Any, *, batch_size: int | None = None, **options: Any) -> None:
+        super().__init__(model, model.tokenizer, batch_size=batch_size, **options)
+
+    def __repr__(self) -> str:
+        return f"<{self.task} pipeline of a {type(self.model).__name__} on {self.device}>"
+
+    def pair(self, item: Any) -> tuple[str, list[str]]:
+        """The one text and the several of an input. Raises TypeError or ValueError."""
+        one, many = self.names
+        if not isinstance(item, Mapping):
+            raise TypeError(
+                f'{self.task} takes {{"{one[0]}": text, "{many[0]}": [text, ...]}}, and got '
+                f"{type(item).__name__}: {item!r:.60}"
+            )
+        keys = [key for key in item if key in one], [key for key in item if key in many]
+        if any(len(found) != 1 for found in keys) or len(item) != 2:
+            raise ValueError(
+                f'{self.task} takes the keys "{one[0]}" and "{many[0]}", and got {list(item)!r:.80}'
+            )
+        texts = item[keys[1][0]]
+        if isinstance(texts, str) or not isinstance(texts, Sequence):
+            raise TypeError(f"{self.task}: {keys[1][0]} must be a list of texts, and is {texts!r:.60}")
+        return self.text(item[keys[0][0]]), [self.text(text) for text in texts]
+
+    def head(self, result: Ran, windows: Sequence[Tokens]) -> Sequence[Any]:
+        """Not used: the model runs in `results`."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def scored(self, works: list[Work], batch_size: int) -> list[list[float]]:
+        """The scores of the texts of each input."""
+
+    def results(
+        self, items: Iterable[Any], options: OptionsT, batch_size: int, slab: int = 16
+    ) -> Iterator[Any]:
+        """The results, in the order of the inputs."""
+        for chunk in chunks(items, slab):
+            works = [self.prepare(item, options) for item in chunk]
+            for work, scores in zip(works, self.scored(works, batch_size), strict=True):
+                yield self.finish(work, scores, options)
+
+
 def split(packed: Tensor, batch: Batch) -> list[Tensor]:
     """[T, ...] on the device -> float32 [tokens, ...] per window, on the CPU."""
     return list(torch.split(packed.float().cpu(), batch.packed.lengths))

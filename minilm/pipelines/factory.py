@@ -3,8 +3,8 @@
     ner = pipeline("ner", model="dslim/bert-base-NER", aggregation_strategy="simple")
     ner("Wolfgang lives in Berlin.")   # [{"entity_group": "PER", "score": ..., "word": "Wolfgang", ...}, ...]
 
-Results have transformers' structure and values. There is one file per task (sentences.py has two); their base
-class is in base.py.
+Results have transformers' structure and values. There is one file per task (sentence-similarity is in
+feature_extraction.py, text-ranking in text_classification.py); their base class is in base.py.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ from ..files import DEFAULT_DECODER, DEFAULT_ENCODER, resolve
 from ..model import HUB_OPTIONS, AutoModelForCausalLM, PreTrainedModel, read_config
 from ..sentence import CrossEncoder, SentenceEncoder
 from ..text import AutoTokenizer, Tokenizer
-from .base import Pipeline
-from .feature_extraction import FeatureExtractionPipeline
+from .base import Pipeline, SentencePipeline
+from .feature_extraction import FeatureExtractionPipeline, SentenceSimilarityPipeline
 from .fill_mask import FillMaskPipeline
 from .question_answering import QuestionAnsweringPipeline
-from .sentences import SentencePipeline, SentenceSimilarityPipeline, TextRankingPipeline
-from .text_classification import TextClassificationPipeline
+from .text_classification import TextClassificationPipeline, TextRankingPipeline
 from .text_generation import TextGenerationPipeline
 from .token_classification import TokenClassificationPipeline
 from .zero_shot import PromptedZeroShotPipeline, ZeroShotClassificationPipeline

@@ -1,4 +1,5 @@
-"""text-classification (sentiment-analysis): the classes of a text, or of a pair of texts."""
+"""text-classification (sentiment-analysis): the classes of a text, or of a pair of texts; and text-ranking:
+texts by their relevance to a query."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from torch import Tensor
 
 from ..differences import once
 from ..model import AutoModelForSequenceClassification
-from ..sentence import Ran, Tokens
-from .base import Pipeline, Work
+from ..sentence import CrossEncoder, Ran, Tokens
+from .base import Pipeline, SentencePipeline, Work
 
 Function = Literal["default", "sigmoid", "softmax", "none"]
 
@@ -105,3 +106,65 @@ class TextClassificationPipeline(Pipeline[Options]):
             if config.problem_type == "multi_label_classification" or config.num_labels == 1
             else "softmax"
         )
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """`top_k`: number of documents to return, best first; None: all. `return_documents`: add their texts."""
+
+    top_k: int | None = None
+    return_documents: bool = False
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and (not isinstance(self.top_k, int) or self.top_k < 1):
+            raise ValueError(f"top_k must be a positive integer or None, and is {self.top_k!r}")
+
+
+class TextRankingPipeline(SentencePipeline[Ranking]):
+    """{"query": text, "documents": [text, ...]} -> the documents by their relevance, best first, as
+    `CrossEncoder.rank` returns them: [{"corpus_id": number, "score": ...}, ...], with `return_documents` also
+    "text". A pair, {"text": query, "text_pair": document} -> its score, a float.
+
+        rank = pipeline("text-ranking", model="cross-encoder/ms-marco-MiniLM-L6-v2")
+        rank({"query": "Who lives in Berlin?", "documents": ["Paris is old.", "Berlin is full of people."]})
+
+    A task of the hub without a pipeline in transformers. The scores are those of `CrossEncoder.predict`.
+    Other names are accepted too: source_sentence or source for the query, texts or sentences for the
+    documents.
+    """
+
+    task = "text-ranking"
+    model_class = CrossEncoder
+    options_class = Ranking
+    names = (("query", "source_sentence", "source"), ("documents", "texts", "sentences"))
+
+    def __init__(self, model: Any, *, batch_size: int | None = None, **options: Any) -> None:
+        if model.num_labels != 1:
+            raise ValueError(
+                f"text-ranking needs a model with one score per pair, and this one has {model.num_labels}"
+            )
+        super().__init__(model, batch_size=batch_size, **options)
+
+    def prepare(self, item: Any, options: Ranking) -> Work:
+        """The query and its documents; of a pair, one."""
+        if isinstance(item, Mapping) and set(item) == {"text", "text_pair"}:
+            return Work([], (self.text(item["text"]), [self.text(item["text_pair"])], True))
+        return Work([], (*self.pair(item), False))
+
+    def scored(self, works: list[Work], batch_size: int) -> list[list[float]]:
+        """All pairs go through the model together."""
+        pairs = [
+            (query, document) for query, documents, _ in (w.state for w in works) for document in documents
+        ]
+        model: Any = self.model
+        scores = iter(model.predict(pairs, batch_size, show_progress_bar=False).tolist())
+        return [[next(scores) for _ in work.state[1]] for work in works]
+
+    def finish(self, work: Work, outputs: list[Any], options: Ranking) -> Any:
+        """The ranking, or the score of a pair."""
+        _, documents, is_pair = work.state
+        if is_pair:
+            return outputs[0]
+        order = sorted(range(len(outputs)), key=lambda number: -outputs[number])[: options.top_k]
+        more = {n: {"text": documents[n]} if options.return_documents else {} for n in order}
+        return [{"corpus_id": n, "score": outputs[n], **more[n]} for n in order]

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from ..model import AutoModelForCausalLM, AutoModelForSequenceClassification
-from ..prompting import EmbeddingClassifier, LabelScorer
 from ..sentence import Ran, SentenceEncoder, Tokens, chunks
 from .base import Pipeline, Work
 
@@ -211,6 +210,8 @@ class PromptedZeroShotPipeline(ZeroShotClassificationPipeline):
         return self._classifier[1]
 
     def _made(self, labels: list[str], template: str, batch_size: int) -> Any:
+        from ..prompting import EmbeddingClassifier, LabelScorer  # only this way of classifying needs them
+
         if isinstance(self.model, SentenceEncoder):
             return EmbeddingClassifier(self.model, labels, hypothesis=template, batch_size=batch_size)
         before, _, after = template.partition("{}")

@@ -343,7 +343,7 @@ class SearchIndex:
         if not like >= _SAME:
             raise ValueError(
                 f"{told}, and {named} gives other vectors (cosine {like:.3f} for the same text, expected "
-                f"{_SAME} or more): search with the model of the index, or build the index anew"
+                f"{_SAME} or more): search with the model and weights of the index, or build it anew"
             )
 
 

@@ -143,6 +143,7 @@ def test_errors(models: dict[str, Path], examples: Path, tmp_path: Path) -> None
     assert "No such file" in said("--examples", tmp_path / "none.tsv")
 
 
+@pytest.mark.slow
 def test_tables(models: dict[str, Path]) -> None:
     terminal = Terminal("classify", "-m", models["embed"], "--labels", ASKED, *ITEMS)
     assert terminal.finish() == 0

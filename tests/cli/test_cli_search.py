@@ -94,6 +94,7 @@ def test_errors(tmp_path: Path, encoder: Path) -> None:
     assert "the index is empty" in failure("search", tmp_path / "empty", "one")
 
 
+@pytest.mark.slow
 def test_tables(tmp_path: Path, encoder: Path) -> None:
     terminal = Terminal("index", tmp_path / "i", "--model", encoder, *TEXTS)
     assert terminal.finish() == 0
