@@ -153,12 +153,12 @@ class Companion(nn.Module):
 
     def get_submodule(self, target: str) -> nn.Module:
         """As in PyTorch. The output matrix of an unfused model is returned as a linear layer."""
-        found = super().get_submodule(target)
-        if self.is_unfused:
-            from .weights import OutputMatrix
+        if not self.is_unfused or not target:
+            return super().get_submodule(target)
+        from .weights import OutputMatrix, walk
 
-            return found.as_linear() if isinstance(found, OutputMatrix) else found
-        return found
+        found: Any = walk(self, tuple(target.split(".")))  # the tree's `head` (ModernBERT), not minilm's
+        return found.as_linear() if isinstance(found, OutputMatrix) else found
 
     def train(self, mode: bool = True) -> Any:
         """As in PyTorch."""

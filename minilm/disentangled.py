@@ -1,4 +1,4 @@
-"""DeBERTa's disentangled attention (He et al. 2020, arXiv:2006.03654): scores from contents and distances.
+"""DeBERTa's disentangled attention (arXiv:2006.03654): scores from contents and distances.
 
 Each distance of two tokens, or bucket of distances, has a vector, which all layers share; a layer projects
 the vectors to keys K and queries Q of positions. The score of query i and key j, at the distance d = i - j,

@@ -27,7 +27,7 @@ from .stored import (
 )
 
 if TYPE_CHECKING:
-    from .relays import OutputMatrix
+    from .relays import OutputMatrix, walk
     from .unfused import foreign, fuse_modules, tied_names, unfuse_modules
 
 __all__ = [
@@ -61,10 +61,11 @@ __all__ = [
     "tied_names",
     "transpose",
     "unfuse_modules",
+    "walk",
     "weight_map",
 ]
 
-_LATE = ("OutputMatrix", "foreign", "fuse_modules", "tied_names", "unfuse_modules")
+_LATE = ("OutputMatrix", "foreign", "fuse_modules", "tied_names", "unfuse_modules", "walk")
 
 
 def __getattr__(name: str) -> Any:

@@ -60,7 +60,7 @@ def real(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("head", ["base", "masked-lm"])
+@pytest.mark.parametrize("head", [pytest.param("base", marks=pytest.mark.slow), "masked-lm"])
 def test_results_are_those_of_transformers(head: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """States, maps and logits; with little memory for the bias too; saved, transformers reads the same."""
     show = {"output_hidden_states": True, "output_attentions": True}

@@ -47,7 +47,9 @@ def real(x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("head", heads_of("modernbert"))
-@pytest.mark.parametrize("options", [{}, WITH_BIASES], ids=["usual", "biases"])
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, marks=pytest.mark.slow, id="usual"), pytest.param(WITH_BIASES, id="biases")]
+)
 def test_results_are_those_of_transformers(head: Any, options: dict[str, Any]) -> None:
     """Of the heads, each layer's states and maps; saved, transformers reads the same again."""
     show = {"output_hidden_states": True, "output_attentions": True}

@@ -9,7 +9,8 @@ import pytest
 import torch
 import transformers
 from close import assert_close
-from pairs import class_of, randomise
+from pairs import class_of, pair, randomise
+from strategies import small
 from torch import Tensor
 
 import minilm
@@ -410,3 +411,23 @@ def test_the_folder_of_an_adapter_is_no_model(tmp_path: Path) -> None:
     auto = peft.AutoPeftModel
     found = auto.from_pretrained(tmp_path / "adapter", import_allowlist=["minilm"])
     assert type(found.get_base_model()) is minilm.BertForSequenceClassification
+
+
+@pytest.mark.parametrize("kind", ["modernbert", "deberta-v2", "nomic_bert"])
+def test_newer_encoders(kind: str) -> None:
+    """Adapters of all linear layers, also of ModernBERT's `head.dense`: transformers computes the same with
+    them, and merged they stay."""
+    options = {"conv_kernel_size": 3, "share_att_key": False} if kind == "deberta-v2" else {}
+    ids = torch.randint(3, 41, (3, 11), generator=torch.Generator().manual_seed(0))
+    with pair(small(kind, **options), "sequence-classification", 3) as p, torch.no_grad():
+        before = p.model(ids).logits
+        settings = peft.LoraConfig(
+            task_type="SEQ_CLS", target_modules="all-linear", r=2, init_lora_weights=False
+        )
+        adapted = peft.get_peft_model(p.model, settings)
+        adapted.save_pretrained(str(p.folder / "adapter"))
+        theirs = peft.PeftModel.from_pretrained(p.reference, str(p.folder / "adapter")).eval()
+        expected = theirs(input_ids=ids).logits
+        assert_close(adapted.eval()(input_ids=ids).logits, expected, atol=1e-4)
+        assert float((expected - before).abs().max()) > 1e-2
+        assert_close(adapted.merge_and_unload().fuse()(input_ids=ids).logits, expected, atol=1e-4)

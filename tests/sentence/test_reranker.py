@@ -71,7 +71,14 @@ def both(folder: Path, **options: Any) -> tuple[CrossEncoder, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:1 of . pairs have more than:UserWarning")
-@pytest.mark.parametrize("template", [None, FLAT, STRUCTURED], ids=["plain", "flat", "structured"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        pytest.param(None, id="plain", marks=pytest.mark.slow),
+        pytest.param(FLAT, id="flat"),
+        pytest.param(STRUCTURED, id="structured", marks=pytest.mark.slow),
+    ],
+)
 def test_scores_of_a_causal_model(tmp_path: Path, template: str | None) -> None:
     """Of a folder without modules.json, and of what each library saves; a long pair keeps the template's
     end."""
