@@ -232,15 +232,8 @@ class ModelConfig:
             value = getattr(self, f.name)
             if None not in kinds and not any(type(value) in kind for kind in kinds if kind):
                 raise ConfigError(f"{f.name} must be of type {f.type}, and is {value!r}")
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "num_heads",
-            "num_kv_heads",
-            "head_dim",
-            "intermediate_size",
-            "max_positions",
-        ):
+        sizes = ("vocab_size", "hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size")
+        for name in (*sizes, "max_positions"):
             if not 1 <= getattr(self, name) <= LARGEST:
                 raise ConfigError(
                     f"{name} must be at least 1 and at most {LARGEST}, and is {getattr(self, name)}"

@@ -117,7 +117,8 @@ def arguments(config: Config, batch: Batch) -> dict[str, Tensor]:
         call["inputs_embeds"] = batch.vectors(hidden)
     else:
         call["input_ids"] = batch.ids(config)
-    if batch.with_types and family in ("bert", "roberta", "xlm-roberta", "camembert", "gpt2", "deberta-v2"):
+    typed = ("bert", "roberta", "xlm-roberta", "camembert", "gpt2", "deberta-v2", "nomic_bert")
+    if batch.with_types and family in typed:
         usual = 0 if family == "deberta-v2" else 2
         kinds = config["vocab_size"] if family == "gpt2" else config.get("type_vocab_size", usual)
         call["token_type_ids"] = batch.lay_out(batch.integers(0, max(kinds, 1), 1))

@@ -20,6 +20,7 @@ ENCODERS = (
     *("bert", "roberta", "xlm-roberta", "camembert", "distilbert"),
     "modernbert",
     "deberta-v2",
+    "nomic_bert",
 )
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 PARTLY_TURNED = ("gpt_neox", "phi")
@@ -28,6 +29,7 @@ SLOW = (
     *(*LATER, "camembert"),
     "modernbert",
     "deberta-v2",
+    "nomic_bert",
 )
 OWN = ("test_decoders", "test_traits", "test_arena")
 """Families whose cases run with the slow tests, apart from those of these files, which are about them."""
@@ -35,6 +37,7 @@ OWN = ("test_decoders", "test_traits", "test_arena")
 WITHOUT_TABLE = (
     "modernbert",
     "deberta-v2",
+    "nomic_bert",
 )
 """Encoders without a position table."""
 
@@ -294,6 +297,42 @@ def deberta(draw: st.DrawFn) -> Config:
         }
         config["conv_groups"] = draw(st.sampled_from([1, heads]))
     return config
+
+
+@st.composite
+def nomic(draw: st.DrawFn) -> Config:
+    """NomicBERT."""
+    heads, usual, vocabulary = draw(st.integers(1, 3)), 2 * draw(st.integers(1, 4)), draw(VOCABULARY)
+    head_dim, positions = draw(st.sampled_from([None, 2, 6])), draw(st.integers(LONGEST, 20))
+    return {
+        "model_type": "nomic_bert",
+        "vocab_size": vocabulary,
+        "hidden_size": heads * usual,
+        "num_attention_heads": heads,
+        "num_hidden_layers": draw(st.integers(0, 3)),
+        "intermediate_size": draw(st.integers(1, 50)),
+        "max_position_embeddings": positions,
+        "pad_token_id": draw(st.integers(0, vocabulary - 1)),
+        **({} if head_dim is None else {"head_dim": head_dim}),
+        **draw(
+            _maybe(
+                {
+                    "hidden_act": st.sampled_from(ACTIVATIONS),
+                    "layer_norm_eps": EPSILONS,
+                    "type_vocab_size": st.integers(1, 3),
+                    "hidden_dropout_prob": PROBABILITIES,
+                    "attention_probs_dropout_prob": PROBABILITIES,
+                    "classifier_dropout": st.none() | PROBABILITIES,
+                    "rope_parameters": st.sampled_from(
+                        [
+                            {"rope_type": "default", "rope_theta": 50.0},
+                            {"rope_type": "linear", "factor": 2.0, "rope_theta": 1000.0},
+                        ]
+                    ),
+                }
+            )
+        ),
+    }
 
 
 @st.composite
@@ -585,6 +624,7 @@ def configs(family: str) -> st.SearchStrategy[Config]:
         "gpt2": gpt2,
         "modernbert": modernbert,
         "deberta-v2": deberta,
+        "nomic_bert": nomic,
     }
     return own[family]() if family in own else llama(family)
 
@@ -625,6 +665,13 @@ SMALL: dict[str, Config] = {
         "share_att_key": True,
         "pos_att_type": "p2c|c2p",
         "position_biased_input": False,
+    },
+    "nomic_bert": {
+        "hidden_size": 12,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 2,
+        "intermediate_size": 17,
+        "pad_token_id": 0,
     },
     "distilbert": {"dim": 12, "n_heads": 3, "n_layers": 2, "hidden_dim": 17},
     "gpt2": {

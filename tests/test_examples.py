@@ -4,6 +4,7 @@ listed in its README."""
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import runpy
@@ -70,6 +71,25 @@ SHOWN: dict[str, tuple[str, ...]] = {
         r"step  29  loss 0\.0",
         r"praise +an excellent walk\n.*complaint +the service .*\n.*praise +we .*\n.*complaint +never again",
     ),
+    "retrieve_then_answer": (
+        r"^How many people live on Tarnholm\?\n +0\.\d\d  .*312",
+        r"\nWhat is the capital of Peru\?\n +0\.\d\d  \(not in the documents\)\n",
+        r"\nwith passages: 1[2-5] of 15 answers are right\nwithout: [0-3] of 15 answers are right\n",
+        r"\nnot in the documents: [45] of 5 recognised\n$",
+    ),
+    "customer_service": (
+        r"^> Somebody stole my bike!\nTell the police .*\[0\.\d\d, threshold 0\.3\d\]\n",
+        r"\n> Do you have a job for me\?\n\(a colleague will answer you\)  ",
+        r"\n26 other questions: right answer 1[5-7], .* in vain [1-4], wrong answer [3-6]\n$",
+    ),
+    "news_alarm": (
+        r"^day 1 +█+ +33% bad\n(day [2-5] .* bad\n){4}day 6 .* bad  ALARM, mostly \w+\nday 7 .* ALARM",
+        r"\nday 8 .* bad\nsentiment: (29|3[0-2]) of 36 are right\ntopic: 3[2-4] of 36 are right\n$",
+    ),
+    "recommend_books": (
+        r"^Dracula\n    because you like Carmilla \(0\.\d\d\)\n",
+        r"\n1[4-6] of 18 hidden books are among the first five; by chance 2\.6\n$",
+    ),
     "what_ran": (
         r"auto +\d+ texts/s, at most \d\.\de-0[5-9] from",
         r"reference +\d+ texts/s, at most 0\.0e\+00 from",
@@ -91,6 +111,10 @@ OPTIONS: dict[str, list[str]] = {
     "semantic_search": [str(FOLDER / "README.md"), "a question", "--model", "MODEL"],
     "cluster_sentences": ["--model", "MODEL", "--threshold", "0.9"],
     "what_ran": ["MODEL"],
+    "retrieve_then_answer": ["DECODER", "--encoder", "ENCODER"],
+    "customer_service": ["--model", "MODEL", "a question"],
+    "news_alarm": ["--model", "MODEL"],
+    "recommend_books": ["--model", "MODEL", "--likes", "Emma"],
     "quantize_and_compare": ["MODEL"],
     "constrained_answers": ["MODEL"],
     "classify_by_prompt": ["MODEL"],
@@ -112,7 +136,8 @@ def test_they_run(
 ) -> None:
     """With a small random model, as an argument names it."""
     model = models["decoder" if name in DECODERS else "encoder"]
-    arguments = [model if value == "MODEL" else value for value in OPTIONS[name]]
+    named = {"MODEL": model, "DECODER": models["decoder"], "ENCODER": models["encoder"]}
+    arguments = [named.get(value, value) for value in OPTIONS[name]]
     monkeypatch.setattr(sys, "argv", [name, *arguments])
     runpy.run_path(str(PROGRAMS[name]), run_name="__main__")
     assert len(capsys.readouterr().out.splitlines()) >= 3
@@ -160,3 +185,25 @@ def test_the_list_is_complete() -> None:
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_they_are_short(name: str) -> None:
     assert 15 <= len(PROGRAMS[name].read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+
+
+def test_the_data_is_whole() -> None:
+    """Small, as JSON lines, each file named in the README; what refers to another file finds it there."""
+    rows = {
+        path.name: [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        for path in sorted((FOLDER / "data").iterdir())
+    }
+    assert set(re.findall(r"`(\w+\.jsonl)`", LIST)) == set(rows)
+    assert all(5 < len(found) < 100 for found in rows.values())
+    for found in rows.values():
+        assert len({tuple(row) for row in found}) == 1, "the same fields"
+        assert len({json.dumps(row) for row in found}) == len(found), "nothing twice"
+    known = {entry["id"] for entry in rows["faq.jsonl"]}
+    asked = {question["id"] for question in rows["faq_questions.jsonl"]}
+    assert asked == {*known, None}
+    titles = [book["title"] for book in rows["books.jsonl"]]
+    assert all(title in titles for reader in rows["readers.jsonl"] for title in reader["likes"])
+    for question in rows["island_questions.jsonl"]:
+        assert (question["passage"] is None) == (not question["answers"])
+        if question["answers"]:
+            assert question["answers"][0] in rows["island.jsonl"][question["passage"]]["text"]

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny_pieces
+import tiny_seq2seq
 import torch
 import torch.nn.functional as F
 import transformers
@@ -106,6 +108,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Models:
     )
     feelings = {0: "NEGATIVE", 1: "POSITIVE"}
     return {
+        "marian": str(tiny_seq2seq.with_tokenizer("marian", tiny_pieces.marian(top / "marian"))),
+        "t5": str(tiny_seq2seq.with_tokenizer("t5", tiny_pieces.t5(top / "t5"))),
         "encoder": str(resolve(DEFAULT_ENCODER)),
         "mlm": save_bert(top / "mlm", "BertForMaskedLM", 1),
         "classifier": save_bert(top / "classifier", "BertForSequenceClassification", 2, id2label=feelings),
@@ -510,6 +514,41 @@ def ready_made(lib: Any, folders: Models) -> Any:
     ]
 
 
+def translate(lib: Any, folders: Models) -> Any:
+    """Chapter 7 of the course: sources and targets, a collator, the loss, and translations by beams."""
+    tokenizer = lib.AutoTokenizer.from_pretrained(folders["marian"])
+    model = lib.AutoModelForSeq2SeqLM.from_pretrained(folders["marian"]).eval()
+    sources, targets = ["the cat sat on a mat.", "dogs ran far away"], ["le chat est assis", "les chiens"]
+    made = tokenizer(sources, text_target=targets, max_length=12, truncation=True)
+    rows = [{key: value[row] for key, value in made.items()} for row in range(2)]
+    collator = transformers.DataCollatorForSeq2Seq(tokenizer, model=model, return_tensors="pt")
+    batch = collator(rows)
+    loss = model(**batch).loss.item()
+    written = model.generate(
+        batch["input_ids"], attention_mask=batch["attention_mask"], num_beams=3, max_length=9
+    )
+    texts = tokenizer.batch_decode(written, skip_special_tokens=True)
+    return dict(batch), loss, written, texts, type(model).__name__, type(tokenizer).__name__
+
+
+def summarise(lib: Any, folders: Models) -> Any:
+    """T5 with a prefix, a few new tokens and one step of training."""
+    tokenizer = lib.T5Tokenizer.from_pretrained(folders["t5"])
+    model = lib.T5ForConditionalGeneration.from_pretrained(folders["t5"]).eval()
+    inputs = tokenizer("the cat: dogs ran over hills", return_tensors="pt", max_length=9, truncation=True)
+    written = model.generate(**inputs, max_new_tokens=7, min_new_tokens=2, num_beams=2, length_penalty=2.0)
+    labels = tokenizer(text_target="dogs ran", return_tensors="pt").input_ids
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    losses = []
+    for _ in range(3):
+        loss = model(**inputs, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return inputs["input_ids"], written, tokenizer.decode(written[0], skip_special_tokens=True), losses
+
+
 EXAMPLES: Sequence[Example] = (
     *(
         sentence_embeddings,
@@ -539,7 +578,7 @@ EXAMPLES: Sequence[Example] = (
         input_vectors,
         tokens,
     ),
-    ready_made,
+    *(ready_made, translate, summarise),
 )
 
 

@@ -108,3 +108,23 @@ def batch(seed: int = 0, *, left: bool = True) -> dict[str, Tensor]:
         "decoder_input_ids": torch.randint(3, VOCABULARY, (3, 7), generator=generator),
         "decoder_attention_mask": decoder_mask,
     }
+
+
+def with_tokenizer(kind: str, folder: Path, what: str = "ForConditionalGeneration", **options: Any) -> Path:
+    """A random model of transformers in the folder of its tokenizer, with its vocabulary and end tokens."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    prefix, sizes = CASES[kind]
+    given = {**sizes, "vocab_size": len(tokenizer), **options}
+    if kind == "marian":
+        pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+        given.update(decoder_vocab_size=len(tokenizer), pad_token_id=pad, decoder_start_token_id=pad)
+        given.update(eos_token_id=end, forced_eos_token_id=end)
+    config = getattr(transformers, f"{prefix}Config")(**given)
+    torch.manual_seed(len(kind))
+    model = getattr(transformers, class_name(kind, what))(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "positions" not in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.3 + ("norm" in name and "weight" in name))
+    model.save_pretrained(folder)
+    return folder

@@ -93,9 +93,9 @@ def _options(
 
 
 def _add_commands() -> None:
-    from .commands import bench, encode, files, machine, quantize, searching, tasks, tune, write
+    from .commands import bench, encode, files, machine, quantize, tasks, tune, write
 
-    for module in (encode, searching, tasks, write, files, quantize, machine, bench, tune):
+    for module in (encode, tasks, write, files, quantize, machine, bench, tune):
         module.add_to(app)
 
 

@@ -32,9 +32,9 @@ from ..files import (
     resolve,
     saving,
 )
-from ..model import MODELS, PreTrainedModel, as_dtype, read_config
+from ..model import PreTrainedModel, as_dtype, read_config
 from ..weights import LoadReport
-from .summary import fitting_head, named_head, on_meta, planned
+from .summary import classes, fitting_head, named_head, on_meta, planned
 
 
 @dataclass(frozen=True)
@@ -122,16 +122,21 @@ def _load(path: Path, dtype: torch.dtype | str | None, weights: str) -> PreTrain
             head = fitting_head(config, checkpoint)
         missing = _initialised(on_meta(config, head), checkpoint)
     if head == "base" and missing and all(name.startswith("pooler.") for name in missing):
-        return MODELS[head].from_pretrained(path, dtype=dtype, weights=weights, add_pooling_layer=False)
+        return classes(config)[head].from_pretrained(
+            path, dtype=dtype, weights=weights, add_pooling_layer=False
+        )
     if missing:
         raise ValueError(
             f"{path}: the weights of {', '.join(missing)} are missing, so there is no model to convert"
         )
-    return MODELS[head].from_pretrained(path, dtype=dtype, weights=weights)
+    return classes(config)[head].from_pretrained(path, dtype=dtype, weights=weights)
 
 
 def _initialised(model: PreTrainedModel, checkpoint: Checkpoint) -> list[str]:
-    return [entry.target for entry in planned(model, checkpoint) if entry.transform == "initialised"]
+    # The bias of encoder-decoders is zero where a checkpoint has none.
+    known = {"head.bias"} if model.head_kind == "seq2seq-lm" else set()
+    found = (entry.target for entry in planned(model, checkpoint) if entry.transform == "initialised")
+    return [target for target in found if target not in known]
 
 
 def _write_tokenizer(path: Path, folder: Path) -> bool:

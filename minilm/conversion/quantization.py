@@ -16,8 +16,9 @@ from pathlib import Path
 import torch
 
 from ..evaluation import Likeness, likeness, perplexity
+from ..families import family_of
 from ..files import open_checkpoint, resolve
-from ..model import AutoModelForCausalLM
+from ..model import AutoModelForCausalLM, read_config
 from ..sentence import SentenceEncoder
 from ..text import AutoTokenizer
 from .checkpoints import Conversion, convert
@@ -45,7 +46,8 @@ class Quantization:
     """Bytes of the weight files of the source."""
     after: int
     error: Perplexities | Likeness | None
-    """Compared with the source in float32; None if there is no tokenizer."""
+    """Compared with the source in float32: a decoder's perplexity, or vectors of texts; None if there is no
+    tokenizer, and for encoder-decoders without an encoder alone."""
 
 
 def quantize(
@@ -69,7 +71,8 @@ def quantize(
     path, folder = resolve(source), Path(destination).expanduser()
     done = convert(path, folder, dtype=dtype, force=force, max_shard_size=max_shard_size, weights=weights)
     error: Perplexities | Likeness | None = None
-    if done.tokenizer:
+    writes = done.head == "seq2seq-lm" and "encoder" not in family_of(read_config(path).model_type).heads
+    if done.tokenizer and not writes:
         causal = done.head == "causal-lm"
         error = _perplexities(path, folder, texts, tokens) if causal else _likeness(path, folder, texts)
     return Quantization(done, _weight_bytes(path), _weight_bytes(folder), error)

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import ConfigError, ModelConfig
-from ..families import Head, PretrainedConfig, family_of
+from ..config import LARGEST, ConfigError, ModelConfig
+from ..families import ENCODER_DECODERS, Head, PretrainedConfig, family_of
 from ..files import MOST_CONFIG, Checkpoint, WeightError, has_file, open_checkpoint, read_json, resolve
 from ..model import MODELS, PreTrainedModel, as_dtype, read_config
 from ..ops import FORMATS
@@ -79,7 +79,7 @@ class Summary:
     @property
     def class_name(self) -> str:
         """The class that loads it, by transformers' name."""
-        return MODELS[self.head].__name__
+        return classes(self.config)[self.head].__name__
 
     def memory(self, dtype: torch.dtype) -> int:
         """Bytes of the weights in memory."""
@@ -120,7 +120,8 @@ class Summary:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it, in JSON types."""
-        contexts = sorted({min(c, self.spec.max_positions) for c in (1, 512, self.spec.max_positions)})
+        longest = self.spec.max_positions
+        contexts = sorted({min(c, longest) for c in (1, 512, longest) if c != LARGEST})
         return {
             "name": self.name,
             "path": str(self.path),
@@ -197,7 +198,7 @@ def named_head(config: PretrainedConfig) -> Head | None:
     """The head that the configuration's `architectures` name; None if minilm does not have it."""
     family = family_of(config.model_type)
     for name in config.get("architectures") or ():
-        for head in MODELS:
+        for head in classes(config):
             if (head == "base" or head in family.heads) and name == family.class_name(head):
                 return head
     return None
@@ -210,7 +211,7 @@ def fitting_head(config: PretrainedConfig, checkpoint: Checkpoint) -> Head:
     """
     best: tuple[int, int, Head] | None = None
     failure: WeightError | None = None
-    for head in MODELS:
+    for head in classes(config):
         if head != "base" and head not in family_of(config.model_type).heads:
             continue
         try:
@@ -230,7 +231,19 @@ def fitting_head(config: PretrainedConfig, checkpoint: Checkpoint) -> Head:
 def on_meta(config: PretrainedConfig, head: Head, **options: Any) -> PreTrainedModel:
     """The model on the meta device: shapes without values."""
     with torch.device("meta"):
-        return MODELS[head](config, **options)
+        return classes(config)[head](config, **options)
+
+
+def classes(config: PretrainedConfig) -> dict[Head, type[PreTrainedModel]]:
+    """Heads -> the classes that load them; for encoder-decoders those that write texts come first."""
+    if config.model_type not in ENCODER_DECODERS:
+        return MODELS
+    from ..seq2seq import AutoModelForSeq2SeqLM, class_of
+
+    found: dict[Head, type[PreTrainedModel]] = {"seq2seq-lm": AutoModelForSeq2SeqLM, **MODELS}
+    if "encoder" in family_of(config.model_type).heads:
+        found["encoder"] = class_of("encoder", config.model_type)
+    return found
 
 
 def planned(model: PreTrainedModel, checkpoint: Checkpoint) -> list[MapEntry]:

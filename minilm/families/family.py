@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
 from ..config import NORM_EPS, ROPE_RANGES, ConfigError, ModelConfig, check_number
@@ -76,6 +76,8 @@ class Family:
     body: tuple[Rule, ...]
     heads: Mapping[Head, tuple[Rule, ...]]
     pooler: tuple[Rule, ...] = ()
+    base_pooler: bool = True
+    """The bare model has the pooler too, unless told otherwise."""
     attribute_map: Mapping[str, str] = field(default_factory=dict)
     """Standard names of options -> the family's own."""
     rejected: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
@@ -124,11 +126,15 @@ class Family:
                 "are supported"
             )
         try:
-            return self.translate(hf)
+            spec = self.translate(hf)
         except ConfigError:
             raise
         except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError) as error:
             raise ConfigError(f"{self.model_type}: the configuration cannot be read: {error}") from error
+        if hf.get("is_causal") is not False:
+            return spec
+        ahead = tuple(w and w + spec.causal for w in spec.windows)  # on both sides, their ends included
+        return replace(spec, causal=False, windows=ahead)
 
     def rules(self, head: Head) -> tuple[Rule, ...]:
         """All rules for a model with `head`: its own, and rules that skip the weights of other heads, with

@@ -2,7 +2,8 @@
 caps, and two ropes.
 
 Five of six layers have a sliding window, and rope with a smaller theta; only the others, which see the whole
-text, have their frequencies scaled for long texts.
+text, have their frequencies scaled for long texts. EmbeddingGemma (arXiv:2509.20354) is such a model whose
+tokens see later ones, too (use_bidirectional_attention).
 """
 
 from __future__ import annotations
@@ -53,11 +54,15 @@ def translate(hf: Options) -> ModelConfig:
         raise ConfigError(f"{hf.model_type}: sliding_window_pattern must be at least 1, and is {every!r}")
     thetas = hf.get("rope_theta", 1_000_000.0), hf.get("rope_local_base_freq", 10_000.0)
     full, local = ropes(hf, thetas)
-    return replace(
+    spec = replace(
         gemma2.translate(hf, rope_config(hf, given=full), every),
         local_rope=rope_config(hf, given=local),
         qk_norm=True,
     )
+    if not hf.get("use_bidirectional_attention", False):
+        return spec
+    # the window is then on both sides: half of it on each
+    return replace(spec, causal=False, windows=tuple(w and w // 2 + 1 for w in spec.windows))
 
 
 FAMILY = replace(
@@ -73,5 +78,12 @@ FAMILY = replace(
     ),
     heads={head: gemma2.FAMILY.heads[head] for head in ("causal-lm", "sequence-classification")},
     class_names={"causal-lm": "Gemma3ForCausalLM"},
-    rejected={**gemma2.FAMILY.rejected, "attn_logit_softcapping": ()},  # transformers reads and ignores it
+    rejected={
+        **{
+            name: only
+            for name, only in gemma2.FAMILY.rejected.items()
+            if name != "use_bidirectional_attention"
+        },
+        "attn_logit_softcapping": (),  # transformers reads and ignores it
+    },
 )

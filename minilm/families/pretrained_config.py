@@ -25,6 +25,7 @@ COMMON: dict[str, Any] = {
     "dtype": None,
     "finetuning_task": None,
     "id2label": None,
+    "is_causal": None,
     "label2id": None,
     "output_attentions": False,
     "output_hidden_states": False,
@@ -285,10 +286,14 @@ class PretrainedConfig:
         )
         if "num_labels" in options and options.get("id2label") is None:
             config.num_labels = options["num_labels"]
-        for name in ("num_labels", *overrides):  # num_labels before id2label, which overrides it
-            if name in overrides:
-                setattr(config, name, overrides[name])
+        config.override(overrides)
         return config
+
+    def override(self, options: dict[str, Any]) -> None:
+        """Set several options, `num_labels` before `id2label`, which overrides it."""
+        for name in ("num_labels", *options):
+            if name in options:
+                setattr(self, name, options[name])
 
     def __repr__(self) -> str:
         return f"PretrainedConfig {self.to_json_string()}"

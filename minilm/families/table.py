@@ -28,6 +28,7 @@ FAMILIES: dict[str, str] = {
     "gemma3_text": "gemma3",
     "modernbert": "modernbert",
     "deberta-v2": "deberta_v2",
+    "nomic_bert": "nomic_bert",
 }
 """config.json's model_type -> the file in this folder."""
 

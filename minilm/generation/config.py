@@ -219,6 +219,11 @@ class GenerationConfig:
                 unused[name] = value
         return unused
 
+    @staticmethod
+    def _get_default_generation_params() -> dict[str, Any]:
+        """For transformers' Seq2SeqTrainer, which pads texts to the `max_length` that it sets."""
+        return {"max_length": 20}
+
     def to_json_string(self) -> str:
         """The contents of generation_config.json as text."""
         held = {**self.to_dict(), "minilm_version": __version__}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
@@ -13,14 +14,7 @@ import torch
 from ..companions import Companion, check_save_options
 from ..config import ConfigError, ModelConfig
 from ..families import Family, Head, PretrainedConfig
-from ..files import (
-    MOST_CONFIG,
-    has_file,
-    open_checkpoint,
-    read_json,
-    resolve,
-    saving,
-)
+from ..files import MOST_CONFIG, has_file, open_checkpoint, read_json, resolve, saving
 from ..quantized import describe, install, quantized_matrices, wanted_formats
 from ..substitutes import OPTIONS, instead
 from ..weights import (
@@ -198,12 +192,8 @@ class Checkpointed(Companion):
         hub = {k: options.pop(k) for k in HUB_OPTIONS if k in options}
         overrides = with_effect(options, WITHOUT_EFFECT)
         path = resolve(pretrained_model_name_or_path, **hub)
-        if config is None:
-            config = read_config(path)
-            _override(config, overrides)
-        elif overrides:
-            config = PretrainedConfig.from_dict(config.to_dict())
-            _override(config, overrides)
+        config = read_config(path) if config is None else deepcopy(config) if overrides else config
+        _override(config, overrides)
         target = as_device(device, device_map)
         heading = {} if add_pooling_layer else {"add_pooling_layer": False}
         with torch.device("meta"):
@@ -331,9 +321,7 @@ def _override(config: PretrainedConfig, overrides: dict[str, Any]) -> None:
             f"from_pretrained got {', '.join(unknown)}, which is neither one of its own options nor one "
             f"of a {config.model_type} configuration{instead(OPTIONS, unknown)}"
         )
-    for name in ("num_labels", *overrides):  # num_labels before id2label, which overrides it
-        if name in overrides:
-            setattr(config, name, overrides[name])
+    config.override(overrides)
 
 
 def _stored_dtype(config: PretrainedConfig, checkpoint: Any) -> torch.dtype:

@@ -269,6 +269,10 @@ class PreTrainedModel(ops.Whole, Checkpointed):
 
     def new_cache(self, rows: int = 0, *, dtype: torch.dtype | None = None) -> KVCache:
         """An empty KV cache with `rows` sequences on the model's device, in its dtype or another (int8)."""
+        if not self.spec.causal:
+            raise ValueError(
+                f"tokens of this {self.config.model_type} model see later ones: it cannot generate"
+            )
         return KVCache(self.spec, rows=rows, dtype=dtype or self.dtype, device=self.device)
 
     def _positions(
@@ -388,7 +392,7 @@ _OF_FAMILIES: dict[tuple[Any, str], type[PreTrainedModel]] = {}
 
 def of_family(general: type[PreTrainedModel], model_type: str) -> type[PreTrainedModel]:
     """The class of one family's models with this head, under transformers' name, such as BertForMaskedLM."""
-    if model_type in ENCODER_DECODERS and general.head_kind in ("base", *family_of(model_type).heads):
+    if model_type in ENCODER_DECODERS:
         from ..seq2seq import class_of
 
         return class_of(general.head_kind, model_type)
@@ -421,7 +425,8 @@ class AutoModel(PreTrainedModel):
 
     def __init__(self, config: PretrainedConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
-        self.pooler = Pooler(self.spec.hidden_size) if self.family.pooler and add_pooling_layer else None
+        pools = self.family.pooler and self.family.base_pooler and add_pooling_layer
+        self.pooler = Pooler(self.spec.hidden_size) if pools else None
         self.initialise()
 
     @classmethod

@@ -10,6 +10,7 @@ class is in base.py.
 from __future__ import annotations
 
 import os
+import re
 from typing import Any
 
 import torch
@@ -43,6 +44,12 @@ TASKS: dict[str, type[Pipeline[Any]]] = {
         ZeroShotClassificationPipeline,
     )
 }
+LATE = {
+    "summarization": "SummarizationPipeline",
+    "text2text-generation": "Text2TextGenerationPipeline",
+    "translation": "TranslationPipeline",
+}
+"""Tasks of encoder-decoders, whose file is imported when one is asked for -> their classes."""
 ALIASES = {"sentiment-analysis": "text-classification", "ner": "token-classification"}
 DEFAULT_MODELS = {
     "feature-extraction": DEFAULT_ENCODER,
@@ -57,6 +64,8 @@ _HEADS = {
     "ForTokenClassification": "token-classification",
     "ForCausalLM": "text-generation",
     "LMHeadModel": "text-generation",
+    "ForConditionalGeneration": "text2text-generation",
+    "MTModel": "translation",
     "Model": "feature-extraction",
 }
 """Suffix of a class name in config.json -> the task of such a model."""
@@ -79,7 +88,8 @@ def pipeline(
     """Create a pipeline for a task; call it with texts.
 
     Args:
-        task: one of `TASKS`, or an alias of one; None: the task that the model was trained for.
+        task: one of `TASKS` or `LATE`, or an alias of one; "translation_en_to_fr" is "translation" with its
+            languages; None: the task that the model was trained for.
         model: a folder, a name on the hub, or a loaded model (with or without PEFT's adapters).
             feature-extraction, sentence-similarity and text-generation have a default. For
             sentence-similarity also a SentenceEncoder, for text-ranking a CrossEncoder.
@@ -110,8 +120,11 @@ def pipeline(
                 f"{'pipeline' if task is None else task} needs a model=: a folder, or a name on the hub"
             )
     model = _adapted(model)
-    name = _name(_task_of(model, hub) if task is None else task)
-    cls = TASKS[name]
+    task = _task_of(model, hub) if task is None else task
+    name = _name(task)
+    cls = _class(name)
+    if name in LATE:
+        options["task"] = task
     model_class = cls.model_class
     if issubclass(cls, SentencePipeline):
         if tokenizer is not None:
@@ -199,9 +212,21 @@ def _adapted(model: Any) -> Any:
 
 def _name(task: str) -> str:
     name = ALIASES.get(task, task)
-    if name not in TASKS:
-        raise ValueError(f"unknown task {task!r}; the tasks are {', '.join(sorted([*TASKS, *ALIASES]))}")
+    if re.fullmatch("translation_.+_to_.+", str(name)):
+        name = "translation"
+    if name not in TASKS and name not in LATE:
+        known = ", ".join(sorted([*TASKS, *LATE, *ALIASES]))
+        raise ValueError(f"unknown task {task!r}; the tasks are {known} and translation_xx_to_yy")
     return name
+
+
+def _class(name: str) -> type[Pipeline[Any]]:
+    if name in TASKS:
+        return TASKS[name]
+    from . import text2text
+
+    found: type[Pipeline[Any]] = getattr(text2text, LATE[name])
+    return found
 
 
 def _device(device: str | int | torch.device | None) -> str | int | torch.device:
@@ -216,6 +241,8 @@ def _task_of(model: Any, hub: dict[str, Any]) -> str:
         for name, cls in TASKS.items():
             if isinstance(model, cls.model_class):
                 return name
+        if model.head_kind == "seq2seq-lm":
+            return "translation" if type(model).__name__ == "MarianMTModel" else "text2text-generation"
         raise ValueError(f"no task is known for {type(model).__name__}: give task=")
     config = read_config(resolve(model, files="config", **hub))
     architecture = str((config.get("architectures") or [""])[0])

@@ -18,13 +18,14 @@ from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
 from ..files import FileError, has_file, saving, settle
 from ..sentence import SentenceEncoder, check_batch_size, chunks, in_order
-from .nearest import nearest
+from .nearest import Block, nearest
 from .store import DTYPES, LIST, Listing, Segment, Writer, line_of, writing
 
 _CHUNK = 1024
@@ -140,7 +141,7 @@ class SearchIndex:
         parts, first = [torch.zeros(0, self.dimension)], 0
         for segment in self._segments:
             low, high = max(start - first, 0), min(end - first, segment.entry.rows)
-            parts += [segment.block(low, high)] if low < high else []
+            parts += [segment.block(low, high).scaled()] if low < high else []
             first += segment.entry.rows
         return torch.cat(parts)
 
@@ -310,9 +311,9 @@ class SearchIndex:
             if any(isinstance(query, str) for query in listed):
                 raise TypeError("the queries must all be texts or all be vectors")
         try:
-            is_list = isinstance(queries, (list, tuple)) and isinstance(queries[0], Tensor)
-            found = torch.stack(list(queries)) if is_list else torch.as_tensor(queries)
-            found = found.detach().cpu().double()
+            if isinstance(queries, (list, tuple)) and isinstance(queries[0], (Tensor, np.ndarray)):
+                queries = torch.stack([torch.as_tensor(row) for row in queries])
+            found = torch.as_tensor(queries).detach().cpu().double()
         except (TypeError, ValueError, RuntimeError) as problem:
             raise TypeError(f"the queries must be texts or vectors [N, D]: {problem}") from None
         if found.dim() not in (1, 2) or found.shape[-1] != self.dimension:
@@ -321,13 +322,11 @@ class SearchIndex:
             raise ValueError("a query has values that are not finite")
         return found.reshape(-1, self.dimension), found.dim() == 1
 
-    def _blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """All vectors; for cosine of length 1."""
+    def _blocks(self) -> Iterator[Block]:
+        """All vectors; for cosine of about the length 1."""
         first = 0
-        rounded = self.similarity == "cosine" and self.dtype != "float32"
         for segment in self._segments:
-            for start, block in segment.blocks():
-                yield first + start, normalize(block, dim=-1) if rounded else block
+            yield from (block._replace(first=first + block.first) for block in segment.blocks())
             first += segment.entry.rows
 
     def _check(self, model: SentenceEncoder) -> None:
@@ -399,7 +398,8 @@ def _fill(
             bad = int((~vectors.isfinite().all(-1)).nonzero()[0])
             raise ValueError(f"the vector of the text {list(places)[bad]!r:.60} is not finite")
         vectors = normalize(vectors, dim=-1) if made.similarity == "cosine" else vectors
-        writer.append(vectors[torch.tensor([places[text] for text, _ in chunk])], lines)
+        rows = vectors[torch.tensor([places[text] for text, _ in chunk])]
+        writer.append(rows, lines, unit=made.similarity == "cosine")
         done += len(chunk)
         if progress is not None:
             progress(len(chunk))

@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..files import MOST_CONFIG, FileError, file_size, read_json
+from .nearest import Block
 
 LIST = "index.json"
 DTYPES = ("float32", "float16", "int8")
@@ -156,16 +157,16 @@ class Segment:
             raise FileError(f"{file}: {size} bytes are more than the array has")
         return found
 
-    def block(self, start: int, end: int) -> Tensor:
-        """Vectors in float32, [end - start, D]."""
-        rows = torch.from_numpy(self.vectors[start:end]).float()
-        return rows if self.scales is None else rows * torch.from_numpy(self.scales[start:end])[:, None]
+    def block(self, start: int, end: int) -> Block:
+        """Some vectors."""
+        scales = None if self.scales is None else torch.from_numpy(self.scales[start:end])
+        return Block(start, torch.from_numpy(self.vectors[start:end]).float(), scales)
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """All vectors: the number of the first row, and rows."""
+    def blocks(self) -> Iterator[Block]:
+        """All vectors."""
         step = max(1, _BLOCK // self.vectors.shape[1])
         for start in range(0, self.entry.rows, step):
-            yield start, self.block(start, min(start + step, self.entry.rows))
+            yield self.block(start, min(start + step, self.entry.rows))
 
     def line(self, row: int) -> bytes:
         """The JSON line of a row."""
@@ -205,14 +206,17 @@ class Writer:
             stream.write(_header(self._shape(kind), number))
         self._put("places", np.zeros(1, dtype=np.int64))
 
-    def append(self, vectors: Tensor, lines: Sequence[bytes]) -> None:
-        """Vectors in float32 [N, D] and the line of each (`line_of`). Raises ValueError for a vector that the
-        dtype cannot hold."""
+    def append(self, vectors: Tensor, lines: Sequence[bytes], unit: bool = False) -> None:
+        """Vectors in float32 [N, D] and the line of each (`line_of`). `unit`: they have the length 1 (or 0),
+        and keep it in int8. Raises ValueError for a vector that the dtype cannot hold."""
         rows = vectors.numpy()
         if self.dtype == "int8":
             scales = np.abs(rows).max(axis=1) / np.float32(127)
-            self._put("scales", scales)
             rows = np.rint(rows / np.where(scales == 0, np.float32(1), scales)[:, None])
+            if unit:
+                lengths = np.sqrt((rows.astype(np.float64) ** 2).sum(axis=1))
+                scales = (1 / np.where(lengths == 0, np.inf, lengths)).astype(np.float32)
+            self._put("scales", scales)
         elif self.dtype == "float16" and len(rows) and np.abs(rows).max() > np.finfo(np.float16).max:
             raise ValueError(f"a vector has the value {np.abs(rows).max():g}, too large for float16")
         self._put("vectors", rows.astype(self.dtype))
@@ -228,8 +232,8 @@ class Writer:
 
     def merge(self, segment: Segment) -> None:
         """All rows of a segment, bit by bit."""
-        for start, block in segment.blocks():
-            end = start + len(block)
+        for block in segment.blocks():
+            start, end = block.first, block.first + len(block.rows)
             self._put("vectors", segment.vectors[start:end])
             if segment.scales is not None:
                 self._put("scales", segment.scales[start:end])

@@ -51,8 +51,8 @@ class SentenceEncoder(nn.Module):
 
     Args:
         model_name_or_path: a folder, one of the bundled models, or a name on the hub (without an owner: of
-            the owner sentence-transformers). A model without modules.json gets mean pooling (a decoder:
-            last-token pooling).
+            the owner sentence-transformers). A model without modules.json gets mean pooling (a causal
+            language model: last-token pooling), which is logged.
         modules: instead of a name, a `Transformer` and the modules after it.
         device: None: the GPU if there is one.
         dtype: of the weights; None: the checkpoint's.

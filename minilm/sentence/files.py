@@ -78,8 +78,15 @@ def load(
 
     if not has_file(path / "modules.json"):
         transformer = Transformer.load(path, "", device, model_options, tokenizer_options)
-        architectures = transformer.model.config.get("architectures") or [""]
-        decoder = architectures[0].endswith("ForCausalLM") or path.is_file()
+        architecture = str((transformer.model.config.get("architectures") or [""])[0])
+        causal = transformer.model.spec.causal
+        decoder = causal and (architecture.endswith("ForCausalLM") or path.is_file())
+        if causal and architecture.endswith("Model") and "LMHead" not in architecture:
+            raise FileError(
+                f"{path} has no modules.json, and a {architecture} whose tokens see only earlier ones may be "
+                "pooled by its last token or by their mean: SentenceEncoder(modules=[transformer, "
+                "Pooling(size, 'lasttoken')]) of minilm.sentence says which"
+            )
         pooling = Pooling(transformer.get_embedding_dimension(), "lasttoken" if decoder else "mean")
         logger.warning("%s has no modules.json: using %s pooling", name, pooling.modes[0])
         return [transformer, pooling], {}
@@ -88,7 +95,7 @@ def load(
     kind = stored.get("model_type", "SentenceTransformer")
     if kind != "SentenceTransformer":
         raise FileError(f"{file}: the model is a {kind}, expected a SentenceTransformer")
-    _check_settings(file, stored)
+    check_settings(file, stored)
     modules: list[nn.Module] = []
     for place, kind in listed_modules(path / "modules.json"):
         if kind == "Transformer":
@@ -98,7 +105,7 @@ def load(
     return modules, stored
 
 
-def _check_settings(file: Path, stored: dict[str, Any]) -> None:
+def check_settings(file: Path, stored: dict[str, Any]) -> None:
     """Raise FileError if a setting in config_sentence_transformers.json has a wrong type."""
     prompts, dimensions = stored.get("prompts") or {}, stored.get("truncate_dim")
     if not isinstance(prompts, dict) or not all(
@@ -112,8 +119,8 @@ def _check_settings(file: Path, stored: dict[str, Any]) -> None:
         raise FileError(f"{file}: truncate_dim must be a number from 1, and is {dimensions!r:.60}")
 
 
-def listed_modules(file: Path) -> list[tuple[str, str]]:
-    """The folder and the kind of each module in modules.json."""
+def listed_modules(file: Path, *also: str) -> list[tuple[str, str]]:
+    """The folder and the kind of each module in modules.json; `also`: kinds that only this caller has."""
     try:
         listed = read_json_value(file, limit=MOST_CONFIG)
         found = [(str(entry["path"]), str(entry["type"])) for entry in listed]
@@ -124,8 +131,8 @@ def listed_modules(file: Path) -> list[tuple[str, str]]:
         package, _, kind = name.rpartition(".")
         if package.partition(".")[0] != "sentence_transformers":
             raise FileError(f"{file}: the module {name} is the model's own code, which is never run")
-        if kind not in KINDS and kind != "Transformer":
-            supported = ", ".join(("Transformer", *KINDS))
+        if kind not in (*KINDS, *also, "Transformer"):
+            supported = ", ".join(("Transformer", *KINDS, *also))
             raise FileError(f"{file}: the module {name} is not supported; supported are {supported}")
         if (kind == "Transformer") != (index == 0):
             raise FileError(

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..files import MOST_CONFIG, FileError, has_file, open_checkpoint, read_json, saving
-from ..model import AutoModel
+from ..families import ENCODER_DECODERS, family_of
+from ..files import MOST_CONFIG, FileError, has_file, open_checkpoint, read_json, resolve, saving
+from ..model import AutoModel, PreTrainedModel
 from ..text import AutoTokenizer, Tokenizer
 from .batching import Tokens, tokenise, window
 from .modules import check_known, write_json
@@ -34,16 +35,16 @@ class Transformer(nn.Module):
 
     def __init__(
         self,
-        model: AutoModel | str,
+        model: PreTrainedModel | str,
         tokenizer: Tokenizer | None = None,
         max_seq_length: int | None = None,
         do_lower_case: bool = False,
     ) -> None:
         super().__init__()
-        if not isinstance(model, AutoModel):
-            model = AutoModel.from_pretrained(model)
-        self.model = model
-        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(model.name_or_path)
+        self.model: PreTrainedModel = (
+            model if isinstance(model, PreTrainedModel) else _class(model).from_pretrained(model)
+        )
+        self.tokenizer = tokenizer or AutoTokenizer.from_pretrained(self.model.name_or_path)
         self.do_lower_case = do_lower_case
         if do_lower_case:
             _lower_case(self.tokenizer)
@@ -72,12 +73,13 @@ class Transformer(nn.Module):
         with open_checkpoint(folder) as checkpoint:
             pooler = any("pooler." in name for name in checkpoint.tensors)
         # Keep a pooler of the checkpoint, so that saving loses nothing, but not a random one.
-        model = AutoModel.from_pretrained(folder, device=device, add_pooling_layer=pooler, **model_options)
+        options = {"device": device, "add_pooling_layer": pooler, **model_options}
+        model = _class(folder).from_pretrained(folder, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, **tokenizer_options)
         return cls(model, tokenizer, tokenizer_options.get("model_max_length") or longest, lower)
 
     @property
-    def auto_model(self) -> AutoModel:
+    def auto_model(self) -> PreTrainedModel:
         """The model, under sentence-transformers' name."""
         return self.model
 
@@ -131,6 +133,17 @@ class Transformer(nn.Module):
             self.model.save_pretrained(new)
             self.tokenizer.save_pretrained(new)
             write_json(new / "sentence_bert_config.json", config)
+
+
+def _class(path: Any) -> type[PreTrainedModel]:
+    """The class that embeds texts: of T5 the encoder alone, as in sentence-transformers."""
+    file = resolve(path, files="config") / "config.json"
+    model_type = read_json(file, limit=MOST_CONFIG).get("model_type") if has_file(file) else None
+    if model_type not in ENCODER_DECODERS or "encoder" not in family_of(model_type).heads:
+        return AutoModel
+    from ..seq2seq import class_of
+
+    return class_of("encoder", model_type)
 
 
 def _check(file: Path, config: dict[str, Any]) -> None:

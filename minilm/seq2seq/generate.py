@@ -38,7 +38,8 @@ from .pretrained import Seq2SeqModel
 
 OWN = frozenset({"decoder_start_token_id"})
 """Options of encoder-decoders beside those of every `generate`."""
-HARMLESS = (WITHOUT_EFFECT - OWN) | {"synced_gpus", "trust_remote_code", "return_dict"}
+HARMLESS = (WITHOUT_EFFECT - OWN) | {"synced_gpus", "trust_remote_code", "return_dict", "labels"}
+"""Options without effect; transformers' Seq2SeqTrainer gives labels."""
 FILTERS = ("temperature", "top_k", "top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h")
 NOT_YET = ("stop_strings", "max_time", "prefill_chunk_size")
 """Options of `generate` that only decoders have here."""

@@ -25,7 +25,7 @@ class Seq2SeqBase(Seq2SeqModel):
     head_kind: ClassVar[Head] = "base"
     output_class: ClassVar[type[ModelOutput]] = Seq2SeqModelOutput
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig, add_pooling_layer: bool = False) -> None:
         super().__init__(config)
         self.initialise()
 
@@ -108,7 +108,7 @@ class EncoderModel(Seq2SeqModel):
     head_kind: ClassVar[Head] = "encoder"
     with_decoder: ClassVar[bool] = False
 
-    def __init__(self, config: PretrainedConfig) -> None:
+    def __init__(self, config: PretrainedConfig, add_pooling_layer: bool = False) -> None:
         super().__init__(config)
         self.initialise()
 
@@ -166,6 +166,28 @@ class AutoModelForSeq2SeqLM(Seq2SeqBase):
         """hidden [T, C] -> [T, V]."""
         scores: Tensor = self.head(hidden, self.body.embeddings.tokens)
         return scores
+
+    def resize_token_embeddings(
+        self,
+        new_num_tokens: int | None = None,
+        pad_to_multiple_of: int | None = None,
+        mean_resizing: bool = True,
+    ) -> Any:
+        """As for other models; the bias of new tokens is 0."""
+        bias, self.head.bias = self.head.bias, None
+        try:
+            table = super().resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        finally:
+            self.head.bias = bias
+        rows = self.spec.vocab_size
+        if bias is not None and bias.shape[1] != rows:
+            new = bias.new_zeros(1, rows)
+            kept = min(rows, bias.shape[1])
+            new[:, :kept] = bias.detach()[:, :kept]
+            self.head.bias = nn.Parameter(new, requires_grad=False)
+        if "decoder_vocab_size" in self.config:
+            self.config.decoder_vocab_size = rows
+        return table
 
     def prepare_decoder_input_ids_from_labels(self, labels: Tensor) -> Tensor:
         """labels int64 [B, T] -> the decoder's input [B, T] (for collators)."""
@@ -244,6 +266,11 @@ class Seq2SeqForSequenceClassification(Seq2SeqBase):
         states = packed.pad(hidden)
         logits = self.head(states[torch.arange(len(states), device=states.device), last])
         return {"loss": classification_loss(self.config, logits, labels), "logits": logits}
+
+    def answer(self, hidden: Tensor, batch: Any, labels: Tensor | None) -> dict[str, Any]:
+        """The same for the body's states of a `Reading`, [T, C]."""
+        ids = batch.packed.pad(batch.tokens + 1) - 1  # -1 at padding
+        return self.results(hidden, batch.packed, labels, ids)
 
 
 GENERAL.update(

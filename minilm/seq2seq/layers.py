@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from ..config import ModelConfig
 from ..families.encoder_decoder import EncoderDecoderConfig
-from ..model import Embedding, Linear, Norm, Packed
+from ..model import Batch, Embedding, Linear, Norm, Packed
 from .cache import EncoderDecoderCache
 
 
@@ -35,6 +35,14 @@ class Pass:
     hidden_states: list[Tensor] | None = None
     attentions: list[Tensor] | None = None
     cross_attentions: list[Tensor] | None = None
+
+
+@dataclass
+class Reading(Batch):
+    """Packed texts to read, without writing one: for encoders, and for classifiers (BART)."""
+
+    written: Tensor | None = None
+    """The decoder's input, int64 [T]: the texts themselves, shifted to the right."""
 
 
 class RelativeBias(nn.Module):
@@ -306,9 +314,23 @@ class EncoderDecoder(nn.Module):
 
     def __init__(self, both: EncoderDecoderConfig, *, decoder: bool = True) -> None:
         super().__init__()
-        self.embeddings = Tables(both.encoder)
+        self.both, self.embeddings = both, Tables(both.encoder)
         self.encoder = Stack(both, both.encoder)
         self.decoder = Stack(both, both.decoder) if decoder else None
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """int64 [T] -> [T, C]."""
+        found: Tensor = self.embeddings.tokens(tokens)
+        return found if self.both.embedding_scale == 1 else found * self.both.embedding_scale
+
+    def forward(self, batch: Reading) -> Tensor:
+        """Hidden states [T, C] of the encoder or, if there is one, of the decoder."""
+        packed = batch.packed
+        memory: Tensor = self.encoder(self.embed(batch.tokens), Pass(packed, packed))
+        if self.decoder is None or batch.written is None:
+            return memory
+        hidden: Tensor = self.decoder(self.embed(batch.written), Pass(packed, packed, packed, memory))
+        return hidden
 
     @property
     def gradient_checkpointing(self) -> bool:

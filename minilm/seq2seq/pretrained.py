@@ -13,7 +13,7 @@ from ..families import ENCODER_DECODERS, Family, Head, PretrainedConfig, family_
 from ..families.encoder_decoder import EncoderDecoderFamily
 from ..model import Packed, PreTrainedModel, check_columns, integers, pack
 from .cache import EncoderDecoderCache
-from .layers import EncoderDecoder, Pass
+from .layers import EncoderDecoder, Pass, Reading
 from .outputs import EncoderOutput
 
 
@@ -30,8 +30,8 @@ class Seq2SeqModel(PreTrainedModel):
         general = cls.model_type is None and isinstance(config, PretrainedConfig)
         return nn.Module.__new__(class_of(cls.head_kind, config.model_type) if general else cls)
 
-    def __init__(self, config: PretrainedConfig) -> None:
-        nn.Module.__init__(self)
+    def __init__(self, config: PretrainedConfig, add_pooling_layer: bool = False) -> None:
+        nn.Module.__init__(self)  # without a pooler in any case, as other families without one
         if not isinstance(config, PretrainedConfig):
             raise TypeError(
                 f"config must be a PretrainedConfig, and is {type(config).__name__}: {config!r:.60}; to load "
@@ -135,11 +135,30 @@ class Seq2SeqModel(PreTrainedModel):
                 )
 
     def _embedded(self, given: Tensor, packed: Packed) -> Tensor:
-        tokens, scale = packed.pack(given), self.both.embedding_scale
-        if tokens.is_floating_point():
-            return tokens.to(self.dtype)
-        found: Tensor = self.body.embeddings.tokens(tokens)
-        return found if scale == 1 else found * scale
+        tokens = packed.pack(given)
+        return tokens.to(self.dtype) if tokens.is_floating_point() else self.body.embed(tokens)
+
+    def pack(  # type: ignore[override]
+        self,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+    ) -> Reading:
+        """Texts that are read, as one packed batch for the body: input_ids int64 [B, S], attention_mask
+        [B, S]. Raises ValueError for models whose decoder does not read the source (T5, Marian)."""
+        if token_type_ids is not None:
+            raise ValueError(
+                f"{self.config.model_type} models have no token types, and token_type_ids is given"
+            )
+        if self.with_decoder and not self.both.reads_source:
+            raise ValueError(
+                f"a {type(self).__name__} writes texts, and has no states of a text alone: "
+                f"{'its EncoderModel has' if 'encoder' in self.family.heads else 'its encoder has'}"
+            )
+        given, packed, _ = self._layout("", input_ids, attention_mask, None)
+        self._check_positions("input_ids", packed)
+        written = packed.pack(self._shifted("input_ids", given)) if self.with_decoder else None
+        return Reading(packed.pack(given), packed.positions, packed, input_ids=given, written=written)
 
     def encode(
         self,
@@ -366,7 +385,9 @@ def class_of(head: Head, model_type: str) -> type[Seq2SeqModel]:
     family = family_of(model_type)
     if head != "base" and head not in family.heads:
         kinds = ", ".join(family.heads)
-        raise ConfigError(f"{model_type} models have no {head} head; they have: {kinds}")
+        way = "; AutoModelForSeq2SeqLM, and pipeline('text2text-generation'), write texts for texts"
+        way = way if head == "causal-lm" else ""
+        raise ConfigError(f"{model_type} models have no {head} head; they have: {kinds}{way}")
     if (head, model_type) not in _CLASSES:
         general = GENERAL[head]
         about = {"__module__": "minilm", "__doc__": general.__doc__, "model_type": model_type}

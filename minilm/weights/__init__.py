@@ -14,7 +14,7 @@ from .loading import (
 )
 from .plan import UNFUSED
 from .quantized import KEEP
-from .rules import Rule, affine, copy, fuse, ignore, tied, transpose
+from .rules import Rule, affine, copy, fuse, ignore, older, tied, transpose
 from .stored import (
     CONFIG_KEY,
     CONFIG_RULE,
@@ -49,6 +49,7 @@ __all__ = [
     "ignore",
     "initialise",
     "load_weights",
+    "older",
     "own_rules",
     "resized",
     "save_weights",

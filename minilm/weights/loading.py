@@ -341,7 +341,8 @@ def stored_tensors(
     for name, parameter in parameters.items():
         if (parameter if isinstance(parameter, Tensor) else parameter.codes).is_meta:
             raise WeightError(f"{name} cannot be saved: it is on the meta device, which holds no values")
-        inverse = [(rule, match) for rule in rules if (match := rule.match_target(name))]
+        saved = (rule for rule in rules if not rule.older)
+        inverse = [(rule, match) for rule in saved if (match := rule.match_target(name))]
         if len(inverse) != 1:
             many = "more than one rule gives" if inverse else "no rule gives"
             raise WeightError(f"{name} cannot be saved: {many} its name in a checkpoint")

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Literal
 
@@ -38,7 +38,8 @@ class Rule:
     `sources` are the names in the checkpoint (several only for `fuse`), `also` other names under which the
     same tensor may be stored, `target` is the parameter of the model ("" for `ignore`), `sizes` the key in
     `model.fused_sizes()` for the rows of each source ("": equal parts), `reason` the text in the report if a
-    key is skipped, `write_also` whether saving writes the names of `also` too.
+    key is skipped, `write_also` whether saving writes the names of `also` too, `older` whether the names are
+    those of older files, which are read and never written.
     """
 
     transform: Transform
@@ -48,6 +49,7 @@ class Rule:
     sizes: str = ""
     reason: str = ""
     write_also: bool = False
+    older: bool = False
 
     def __post_init__(self) -> None:
         names = (*self.sources, *self.also, *([self.target] if self.target else []))
@@ -106,6 +108,11 @@ def copy(source: str, target: str, *, also: Sequence[str] = (), write_also: bool
 def affine(source: str, target: str) -> tuple[Rule, Rule]:
     """The weight and the bias of a linear layer or a norm: two copies, `.weight` and `.bias`."""
     return copy(f"{source}.weight", f"{target}.weight"), copy(f"{source}.bias", f"{target}.bias")
+
+
+def older(rule: Rule) -> Rule:
+    """A rule of older files, beside the one by which its target is saved."""
+    return replace(rule, older=True)
 
 
 def transpose(source: str, target: str) -> Rule:

@@ -214,7 +214,7 @@ def _norm(module: Any) -> nn.Module:
         made = RMSNorm(module.eps, module.plus_one)
     else:
         made = LayerNorm(module.weight.shape, eps=module.eps, device="meta")
-        made._parameters["bias"] = module._parameters["bias"]
+        made._parameters["bias"] = module._parameters.get("bias")
     made._parameters["weight"] = module._parameters["weight"]
     return made
 

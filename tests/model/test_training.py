@@ -29,6 +29,7 @@ NO_DROPOUT = {
     "deberta-v2": (
         *("hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_dropout"),
     ),
+    "nomic_bert": ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
     "modernbert": ("attention_dropout", "embedding_dropout", "mlp_dropout", "classifier_dropout"),
     "gpt2": ("resid_pdrop", "embd_pdrop", "attn_pdrop", "classifier_dropout"),
     "llama": ("attention_dropout", "classifier_dropout"),

@@ -103,7 +103,7 @@ def test_a_matrix_in_the_order_of_heads_is_as_given_for_who_asks_for_it(heads: i
         return rows.unflatten(-1, (heads, 3, size)).transpose(-3, -2).flatten(-3)
 
     expected = torch.nn.functional.linear(x, weight, bias)
-    torch.testing.assert_close(packed._apply(x, made, None), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(packed.product(x, made, None), expected, atol=1e-5, rtol=1e-5)
     stored = torch.ops.minilm.packed_linear(
         x.flatten(0, 1), made.data, made.format, made.columns, made.places, 0, False
     )

@@ -289,8 +289,10 @@ def test_an_untrained_head_is_announced(folders: Any, caplog: pytest.LogCaptureF
 def test_bad_calls(folders: Any) -> None:
     folder = folders("bert", "ForMaskedLM")
     with pytest.raises(
-        ValueError, match=r"unknown task 'translation'; the tasks are feature-extraction, fill-mask, ner"
+        ValueError, match=r"unknown task 'conversational'; the tasks are feature-extraction, fill-mask, ner"
     ):
+        pipeline("conversational", model=folder)
+    with pytest.raises(ValueError, match="bert models are not encoder-decoders, which are t5, mt5"):
         pipeline("translation", model=folder)
     with pytest.raises(ValueError, match="fill-mask needs a model="):
         pipeline("fill-mask")

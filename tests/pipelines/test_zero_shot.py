@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizer_folders
 import torch
 import transformers
 from tiny_models import TEXTS, save_decoder, save_model
+from tiny_seq2seq import with_tokenizer
 
 import minilm
 from minilm import SentenceEncoder, pipeline
@@ -43,6 +46,25 @@ def test_as_transformers(tmp_path: Path, family: str) -> None:
     same([ours(texts[0], "red tea, john")], [theirs(texts[0], "red tea, john")])
     same([ours(texts[0], candidate_labels="anna")], [theirs(texts[0], candidate_labels="anna")])
     same(ours(iter(texts), candidate_labels=LABELS, batch_size=3), theirs(texts, LABELS))
+
+
+def test_bart_as_transformers(tmp_path: Path) -> None:
+    """The kind of bart-large-mnli: the decoder's state at the last end token of each pair."""
+    shutil.copytree(tokenizer_folders.roberta(), tmp_path, dirs_exist_ok=True)
+    (tmp_path / "config.json").write_text('{"model_type": "bart"}')
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    with_tokenizer("bart", tmp_path, "ForSequenceClassification", **NLI, **ids, max_position_embeddings=200)
+    ours = pipeline("zero-shot-classification", model=tmp_path, device="cpu")
+    assert type(ours.model).__name__ == "BartForSequenceClassification"
+    theirs = transformers.pipeline("zero-shot-classification", model=str(tmp_path), device=-1)
+    texts = [TEXTS[0], TEXTS[2], TEXTS[4]]
+    for options in ({}, {"multi_label": True, "batch_size": 4}):
+        same(ours(texts, LABELS, **options), theirs(texts, LABELS, multi_label="multi_label" in options))
+    scores = pipeline("text-classification", model=tmp_path, device="cpu", top_k=None)(TEXTS[0])
+    expected = transformers.pipeline("text-classification", model=str(tmp_path), device=-1, top_k=None)
+    [found], [wanted] = scores, expected(TEXTS[0])
+    assert [score["label"] for score in found] == [score["label"] for score in wanted]
 
 
 def test_a_text_that_is_too_long_is_cut_and_the_labels_are_not(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from minilm import SentenceEncoder
 from minilm.files import FileError
 from minilm.search import Hit, SearchIndex
 from minilm.search.index import _PROBES
-from minilm.search.nearest import nearest
+from minilm.search.nearest import Block, nearest
 from minilm.sentence.util import cos_sim, dot_score, euclidean_sim, manhattan_sim, semantic_search
 
 SCORES = {"cosine": cos_sim, "dot": dot_score, "euclidean": euclidean_sim, "manhattan": manhattan_sim}
@@ -112,7 +112,7 @@ def test_equal_vectors_are_in_order_of_ids(similarity: str, step: int) -> None:
     if similarity == "cosine":
         corpus = torch.nn.functional.normalize(corpus, dim=-1)
     queries = torch.tensor(rng.normal(size=(70, 33)))
-    blocks = [(start, corpus[start : start + step]) for start in range(0, 97, step)]
+    blocks = [Block(start, corpus[start : start + step]) for start in range(0, 97, step)]
     for query, (rows, scores) in zip(queries, nearest(queries, blocks, 50, similarity), strict=True):
         order = SCORES[similarity](query, corpus.double())[0]
         first = [int(order[which == kind].mean() * 1e9) for kind in range(3)]
@@ -131,7 +131,10 @@ def test_fewer_bits(tmp_path: Path, dtype: str, similarity: str) -> None:
     kept = kept if similarity == "cosine" else corpus
     if dtype == "int8":
         scales = np.abs(kept).max(1, keepdims=True) / 127
-        rounded = np.rint(kept / np.where(scales == 0, 1, scales)) * scales
+        codes = np.rint(kept / np.where(scales == 0, 1, scales))
+        rounded = codes * scales
+        if similarity == "cosine":  # of length 1 again
+            rounded = codes / np.maximum(np.linalg.norm(codes, axis=1, keepdims=True), 1e-12)
         assert np.abs(rounded - kept).max() > 1e-4
     else:
         rounded = kept.astype(np.float16).astype(np.float32)
@@ -156,10 +159,10 @@ def test_memory_is_bounded_by_the_blocks(tmp_path: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(store, "_BLOCK", 40)
     index = made(tmp_path / "i", np.eye(9, 4) + 0.1)
-    sizes = [len(block) for _, block in index._blocks()]
+    sizes = [len(block.rows) for block in index._blocks()]
     assert sizes == [9]
     index = made(tmp_path / "i", np.random.default_rng(0).normal(size=(64, 4)))
-    assert [len(block) for _, block in index._blocks()] == [10] * 6 + [4]
+    assert [(b.first, len(b.rows)) for b in index._blocks()] == [(10 * n, 10) for n in range(6)] + [(60, 4)]
 
 
 # With a real encoder
@@ -244,6 +247,23 @@ def test_the_name_of_the_model(tmp_path: Path, folder: Path, monkeypatch: pytest
     SearchIndex.build(Table(np.eye(3), name=""), ["a"], tmp_path / "i")
     with pytest.raises(ValueError, match="a model without a name: give the encoder"):
         SearchIndex.open("i").search("a")
+
+
+def test_kinds_of_queries(tmp_path: Path) -> None:
+    """One, or several: lists, arrays, tensors, generators of vectors or of texts."""
+    index = made(tmp_path / "i", np.eye(3))
+    one = index.search("text 1", 2)
+    assert [hit.id for hit in one] == [1, 0]
+    row = np.eye(3)[1]
+    for single in (row, row.tolist(), torch.tensor(row), torch.tensor(row).bfloat16(), row.astype(np.int8)):
+        assert index.search(single, 2) == one
+    rows = np.eye(3)[[1, 0]]
+    several: list[Any] = [rows, rows.tolist(), list(rows), torch.tensor(rows), list(torch.tensor(rows))]
+    several += [iter(rows), ["text 1", "text 0"], iter(["text 1", "text 0"]), np.array(["text 1", "text 0"])]
+    for queries in several:
+        found = index.search(queries, 2)
+        assert [[hit.id for hit in hits] for hits in found] == [[1, 0], [0, 1]]
+    assert index.search(np.zeros((0, 3))) == []
 
 
 def test_an_empty_corpus(tmp_path: Path) -> None:

@@ -130,6 +130,24 @@ def test_a_base_model_gets_one_fresh_label(tmp_path: Path, caplog: pytest.LogCap
     assert CrossEncoder(tmp_path, num_labels=4, device="cpu").predict([("a", "b")]).shape == (1, 4)
 
 
+def test_prompts(tmp_path: Path) -> None:
+    """Before the first text of a pair; that of the files by default, kept when saving."""
+    folder = save(tmp_path / "a", num_labels=1)
+    theirs = sentence_transformers.CrossEncoder(
+        str(folder), device="cpu", prompts={"q": "who: ", "d": "the "}, default_prompt_name="q"
+    )
+    theirs.save_pretrained(str(tmp_path / "b"))
+    ours = CrossEncoder(tmp_path / "b", device="cpu")
+    ours.save_pretrained(tmp_path / "c")
+    for options in ({}, {"prompt_name": "d"}, {"prompt": "where "}, {"prompt": ""}):
+        expected = theirs.predict(PAIRS[:4], **options)
+        np.testing.assert_allclose(ours.predict(PAIRS[:4], **options), expected, atol=1e-5)
+        again = CrossEncoder(tmp_path / "c", device="cpu")
+        np.testing.assert_allclose(again.predict(PAIRS[:4], **options), expected, atol=1e-5)
+    with pytest.raises(ValueError, match="there is no prompt 'x'; the model has d, q"):
+        ours.predict(PAIRS[:1], prompt_name="x")
+
+
 def test_bad_input(tmp_path: Path) -> None:
     model = CrossEncoder(save(tmp_path, num_labels=2), device="cpu")
     for bad in ("text", 3, b"text"):
@@ -150,5 +168,5 @@ def test_bad_input(tmp_path: Path) -> None:
             ]
         )
     )
-    with pytest.raises(FileError, match="expected only a Transformer, and it lists Transformer, Dense"):
+    with pytest.raises(FileError, match="a Transformer and LogitScore, and it lists Transformer, Dense"):
         CrossEncoder(tmp_path)

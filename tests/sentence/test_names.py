@@ -152,8 +152,6 @@ def test_nothing_is_given_twice(ranker: Path, encoders: Any) -> None:
         encoders[0].encode(["a"], 3, batch_size=3)
     with pytest.raises(TypeError, match="takes at most 12 arguments by position"):
         encoders[0].encode(["a"], *[None] * 12)
-    with pytest.raises(TypeError, match="unexpected keyword argument 'prompt'"):
-        model.predict(PAIRS, prompt="query: ")
     with pytest.raises(TypeError, match="model_name_or_path"):
         CrossEncoder()  # type: ignore[call-arg]
     with pytest.raises(TypeError, match="unexpected keyword argument 'activationfn'"):

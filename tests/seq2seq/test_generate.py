@@ -12,7 +12,7 @@ from tiny_seq2seq import VOCABULARY, pair
 
 
 def slow(*names: str) -> list[Any]:
-    return [pytest.param(name, marks=pytest.mark.slow) for name in names]
+    return [pytest.param(name, 1, marks=pytest.mark.slow) for name in names]
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -34,12 +34,15 @@ def sources(pad: int, seed: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [*slow("t5", "umt5", "t5-gated-untied", "bart"), "mbart", "marian"])
-def test_tokens_as_in_transformers(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("marian", 3), *slow("marian", "t5", "umt5", "t5-gated-untied", "bart", "mbart")],
+)
+def test_tokens_as_in_transformers(name: str, part: int, tmp_path: Path) -> None:
     """Greedy and sampled; rows end at different steps; defaults, forced tokens and penalties."""
     theirs, ours = pair(name, tmp_path)
     ended = set()
-    for seed, options in enumerate(OPTIONS):
+    for seed, options in enumerate(OPTIONS[::part]):
         given = sources(theirs.config.pad_token_id, seed)
         for more in ({}, {"do_sample": True}, {"do_sample": True, "top_k": 5, "num_return_sequences": 2}):
             torch.manual_seed(seed)
@@ -48,7 +51,7 @@ def test_tokens_as_in_transformers(name: str, tmp_path: Path) -> None:
             found = ours.generate(**given, **options, **more)
             assert torch.equal(found, expected), (options, more)
             ended |= set((found == theirs.config.pad_token_id).sum(1).tolist())
-    assert len(ended) > 2  # some rows end before others
+    assert len(ended) > (2 if part == 1 else 1)  # some rows end before others
 
 
 FULL = {"return_dict_in_generate": True, "output_scores": True}
@@ -66,10 +69,10 @@ BEAMS: list[dict[str, Any]] = [
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [*slow("t5", "umt5", "bart"), "mbart", "marian"])
-def test_beams_as_in_transformers(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("name", "part"), [("mbart", 3), *slow("mbart", "t5", "umt5", "bart", "marian")])
+def test_beams_as_in_transformers(name: str, part: int, tmp_path: Path) -> None:
     theirs, ours = pair(name, tmp_path)
-    for seed, options in enumerate(BEAMS):
+    for seed, options in enumerate(BEAMS[::part]):
         given = sources(theirs.config.pad_token_id, seed)
         if "encoder_no_repeat_ngram_size" in options:  # transformers counts padding
             pad = theirs.config.pad_token_id  # which may be drawn as a token too

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import pickle
-import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,32 +11,9 @@ import pytest
 import sentencepiece
 import tiny_pieces
 import transformers
+from tiny_pieces import CODES, marian, mbart
 
 import minilm
-
-CODES = [">>fr<<", ">>pt_br<<"]
-
-
-def pieces(model: bytes) -> list[str]:
-    found = sentencepiece.SentencePieceProcessor(model_proto=model)
-    return [found.id_to_piece(index) for index in range(found.get_piece_size())]
-
-
-def marian(folder: Path, lacks: tuple[str, ...] = (), codes: list[str] = CODES, **settings: Any) -> Path:
-    """A folder of an OPUS-MT model; vocab.json is in no model's order and lacks some pieces."""
-    folder.mkdir(exist_ok=True)
-    both: list[str] = []
-    for name, language in (("source", "en"), ("target", "fr")):
-        (folder / f"{name}.spm").write_bytes(tiny_pieces.model(language))
-        both += pieces(tiny_pieces.model(language))
-    own = [piece for piece in dict.fromkeys(both) if piece not in ("<s>", "</s>", "<unk>", *lacks)]
-    random.Random(3).shuffle(own)
-    vocab = ["</s>", "<unk>", *codes, *own, "<pad>"]
-    (folder / "vocab.json").write_text(json.dumps({piece: index for index, piece in enumerate(vocab)}))
-    (folder / "config.json").write_text('{"model_type": "marian"}')
-    settings = {"source_lang": "en", "target_lang": "fr", **settings}
-    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 @pytest.mark.filterwarnings("ignore:.*sacremoses")
@@ -117,14 +92,6 @@ def test_damaged_folders_of_marian(change: Any, message: str, tmp_path: Path) ->
     change(marian(tmp_path))
     with pytest.raises(ValueError, match=message):
         minilm.AutoTokenizer.from_pretrained(tmp_path)
-
-
-def mbart(folder: Path, name: str = "MBartTokenizer", **settings: Any) -> Path:
-    folder.mkdir(exist_ok=True)
-    (folder / "sentencepiece.bpe.model").write_bytes(tiny_pieces.model("both"))
-    (folder / "config.json").write_text('{"model_type": "mbart"}')
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": name, **settings}))
-    return folder
 
 
 @pytest.mark.parametrize("name", ["MBartTokenizer", "MBart50Tokenizer"])

@@ -8,7 +8,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from ...config import LARGEST
 from ...conversion import DTYPES, Summary
+from ...families import ENCODER_DECODERS
 from ..results import quantity, size
 
 if TYPE_CHECKING:
@@ -45,9 +47,9 @@ def _overview(summary: Summary) -> RenderableType:
     table.add_column(overflow="fold")
     spec = summary.spec
     family = summary.config.model_type
-    table.add_row(
-        "model", f"{family} {'decoder' if spec.causal else 'encoder'}, loaded by minilm.{summary.class_name}"
-    )
+    both = summary.config.model_type in ENCODER_DECODERS and summary.head != "encoder"
+    kind = "encoder-decoder" if both else "decoder" if spec.causal else "encoder"
+    table.add_row("model", f"{family} {kind}, loaded by minilm.{summary.class_name}")
     table.add_row("path", str(summary.path))
     files = [f"{name} ({size(count)})" for name, count in summary.files.items()]
     more = f" and {len(files) - 3} more, {size(sum(summary.files.values()))} in all" if len(files) > 3 else ""
@@ -61,7 +63,8 @@ def _overview(summary: Summary) -> RenderableType:
         table.add_row(
             "KV cache", f"a token: {kv}; {spec.max_positions:,} tokens: {full} in {_name(DTYPES[1])}"
         )
-    contexts = sorted({min(count, spec.max_positions) for count in (1, 512, spec.max_positions)})
+    longest = spec.max_positions
+    contexts = sorted({min(count, longest) for count in (1, 512, longest) if count != LARGEST})
     work = ", ".join(f"{quantity(summary.flops(count))} at context {count:,}" for count in contexts)
     table.add_row("FLOPs per token", f"{work} (matrix products of the forward pass)")
     table.add_row("tokenizer", summary.tokenizer or "none")

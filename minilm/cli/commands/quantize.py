@@ -85,7 +85,8 @@ def quantize(
             max_shard_size=max_shard_size,
         )
     if done.error is None:
-        warn(f"{source} has no tokenizer, so the error was not measured")
+        why = "writes texts for texts" if done.conversion.tokenizer else "has no tokenizer"
+        warn(f"{source} {why}, so the error was not measured")
     if as_json:
         typer.echo(json.dumps(_record(done), ensure_ascii=False))
         return

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import CommandError, warn
+from ..labels import Labels
 from ..options import ENCODER, Encoder, Runtime, command
 from ..results import Output, Record
 from ..texts import FieldOption, FileOption, Texts, chunks, read_items
@@ -47,6 +48,8 @@ def add_to(app: typer.Typer) -> None:
         examples="""
             minilm classify --model distilbert-base-uncased-finetuned-sst-2-english "What a film!"
             minilm classify --model models/nli "A man eats." --pair "Somebody eats." --top-k 3
+            minilm classify --labels sport,politics,weather "Rain is expected in the north."
+            minilm classify --labels good,bad --method score --examples rated.tsv --file reviews.txt
             """,
     )(classify)
     command(
@@ -115,14 +118,21 @@ def classify(
     ] = 1,
     untrained: Untrained = False,
     batch_size: BatchSize = 8,
+    choice: Labels,
     out: Output,
     run: Runtime,
 ) -> None:
     """Classify texts: sentiment, topic, entailment, or whatever the model was trained for.
 
-    Needs a model with a sequence-classification head; the default model has none.
+    Needs a model with a sequence-classification head; the default model has none. With --labels or --examples
+    no such head is needed: the model chooses among labels that it was not trained for (docs/prompting.md).
     """
     out.check()
+    if choice.asked:
+        if pair is not None or untrained:
+            raise CommandError(f"{'--untrained' if pair is None else '--pair'} has no effect with --labels")
+        _classify_by_labels(choice, source, model, top_k, batch_size, out, run)
+        return
     items = source.read()
     with run.running(model) as device:
         pipe = _pipeline("text-classification", model, device, run, untrained)
@@ -138,6 +148,23 @@ def classify(
                     result = {"label": best["label"], "score": best["score"]}
                     ranked = {"labels": answer} if top_k > 1 else {}
                     write({**item.record, "text": item.text, **paired, **result, **ranked})
+
+
+def _classify_by_labels(
+    choice: Labels, source: Texts, model: str, top_k: int, batch_size: int, out: Output, run: Runtime
+) -> None:
+    items = source.read()
+    labels, model, load = choice.loaded(model, source.field, run, batch_size)
+    with run.running(model) as device:
+        answers = load(device)
+        with out.writer(_class_table) as write:
+            for chunk in chunks(items, CHUNK):
+                rows = answers([item.text for item in chunk])
+                for item, row in zip(chunk, rows, strict=True):
+                    order = sorted(range(len(row)), key=lambda i: -row[i])[:top_k]
+                    answer = [{"label": labels[i], "score": row[i]} for i in order]
+                    ranked = {"labels": answer} if top_k > 1 else {}
+                    write({**item.record, "text": item.text, **answer[0], **ranked})
 
 
 def ner(

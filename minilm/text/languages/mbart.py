@@ -78,9 +78,14 @@ class MBartTokenizer(Tokenizer):
 
     def targets(self) -> MBartTokenizer:
         """The same tokenizer, for texts in `tgt_lang`."""
+        code = self._target or self._source
+        return self if code is None else self.reading(code)
+
+    def reading(self, code: str) -> MBartTokenizer:
+        """The same tokenizer, for texts in one language."""
         view = copy.copy(self)
         view._lock = self._lock
-        view._language = self._target or self._source
+        view._language = self._known("src_lang", code)
         return view
 
     def _encode_batch(self, *arguments: Any, **options: Any) -> Any:

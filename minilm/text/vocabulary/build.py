@@ -6,7 +6,7 @@ work the same for all.
 
     vocab.txt                    WordPiece                     BERT, DistilBERT
     vocab.json + merges.txt      byte-level BPE                GPT-2, RoBERTa, Qwen2
-    sentencepiece models, GGUF   BPE or unigram over "▁word"   Llama 1 and 2, Mistral, XLM-RoBERTa
+    sentencepiece models, GGUF   BPE or unigram over "▁word"   Llama 1 and 2, Mistral, XLM-RoBERTa, DeBERTa
 """
 
 from __future__ import annotations
