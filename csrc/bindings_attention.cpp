@@ -87,8 +87,8 @@ void run_paged(const AttentionParams& p, int64_t sequences, int64_t tokens, int6
   share_out(heads * chunks, [&] {
     std::shared_ptr<float[]> scratch(new float[size]);
     return [&, scratch](int64_t i) {
-      const int64_t head = i / chunks;
-      kernels.paged_chunk(p, head / p.kv_heads, head % p.kv_heads, i % chunks, chunks, partials.get(),
+      const int64_t sequence = i / p.kv_heads / chunks;  // the heads of a chunk one after the other
+      kernels.paged_chunk(p, sequence, i % p.kv_heads, i / p.kv_heads % chunks, chunks, partials.get(),
                           scratch.get());
     };
   });

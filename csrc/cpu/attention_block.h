@@ -60,6 +60,8 @@ inline F32 channels_of(const AttentionParams& p, const T* row, float scale, std:
 // The keys or values [begin, end) of one head, copied to `memory`: in float32, pairs of channels, or pairs of
 // keys.
 enum class Copy { kFloats, kChannels, kKeys };
+// Rows that are asked for before they are copied: hardware prefetchers do not detect the pattern.
+constexpr std::int64_t kCopiesAhead = 16;
 template <typename T>
 Rows copied(const AttentionParams& p, Copy copy, const void* base, const float* scales, std::int64_t sequence,
             std::int64_t kv_head, std::int64_t begin, std::int64_t end, float* memory) {
@@ -73,6 +75,12 @@ Rows copied(const AttentionParams& p, Copy copy, const void* base, const float* 
     const T* row = row_of<T>(p, base, sequence, key, kv_head);
     const float scale = scale_at(key);
     float* to = memory + (key - begin) / per_row * stride;
+    for (std::int64_t ahead = key + kCopiesAhead; ahead < least(key + kCopiesAhead + per_row, end); ++ahead) {
+      const char* next = reinterpret_cast<const char*>(row_of<T>(p, base, sequence, ahead, kv_head));
+      for (std::int64_t byte = 0; byte < p.head_dim * std::int64_t{sizeof(T)}; byte += 64) {
+        __builtin_prefetch(next + byte, 0, 2);
+      }
+    }
     if (copy == Copy::kFloats) {
       for (std::int64_t d = 0; d < p.head_dim; d += L) store(to + d, channels_of(p, row, scale, d));
     } else if (copy == Copy::kChannels) {
@@ -334,7 +342,7 @@ void block(const AttentionParams& p, const Block& b, Sees sees, Out out) {
 
   for (int q = 0, tiles = (b.count + kTileRows - 1) / kTileRows; q < b.count; --tiles) {
     const int rows = (b.count - q + tiles - 1) / tiles;  // of nearly equal height
-    constexpr std::int64_t kKeys = kPairs ? 2 : 1;     // of a row; rows begin at multiples of it
+    constexpr std::int64_t kKeys = kPairs ? 2 : 1;       // of a row; rows begin at multiples of it
     const std::int64_t begin = sees_from_begin(q).first / kKeys;
     const std::int64_t end = (sees_from_begin(q + rows - 1).last + kKeys - 1) / kKeys;
     const float* weights = b.scores + (begin - from / kKeys) * kStep + q;

@@ -29,8 +29,8 @@ struct CpuKernels {
   std::int64_t (*attention_scratch)(const AttentionParams& params, std::int64_t max_keys);
   void (*attention)(const AttentionParams& params, std::int64_t sequence, std::int64_t head, float* scratch);
 
-  // Some queries over pages: all chunks of keys for all key heads, then every query and head; or all blocks of
-  // queries. See cpu/attention.h.
+  // Some queries over pages: all chunks of keys for all key heads, then every query and head; or all blocks
+  // of queries. See cpu/attention.h.
   std::int64_t (*paged_chunks)(std::int64_t keys);
   std::int64_t (*paged_blocks)(const AttentionParams& params, std::int64_t queries);
   std::int64_t (*paged_partial)(const AttentionParams& params);

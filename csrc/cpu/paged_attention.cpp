@@ -2,8 +2,8 @@
 // speculation): softmax(scale q k^T) v with a bound on memory, whatever the context.
 //
 // A row is a query of one head. The rows of all heads that share a key head are taken together, token after
-// token, in blocks of kPanel; keys and values are read a chunk of kPagedKeys at a time, copied to float32 once
-// for all rows of a task, and used as in attention.cpp:
+// token, in blocks of kPanel; keys and values are read a chunk of kPagedKeys at a time, copied to float32
+// once for all rows of a task, and used as in attention.cpp:
 //
 //   per chunk   m = max(s), l = sum exp(s - m), o = sum exp(s - m) v           with s = scale q k
 //   per row     the chunks' results merged, one after the other: M = max(M, m),
@@ -140,7 +140,7 @@ void rows_on_chunk(const AttentionParams& p, const Sequence& s, std::int64_t fir
     float* row(int i) const { return to(first + i); }
   };
   const Out out = {to, first, statistics_at(p)};
-  kCanPair && p.pairs ? block_of<kCanPair>(p, b, sees, out) : block_of<false>(p, b, sees, out);
+  kCanPair&& p.pairs ? block_of<kCanPair>(p, b, sees, out) : block_of<false>(p, b, sees, out);
 }
 
 }  // namespace

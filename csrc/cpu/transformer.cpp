@@ -472,12 +472,13 @@ struct Attention {
       return;
     }
     const std::int64_t chunks = paged_chunks(p.max_keys);
-    team.run(heads * chunks, [&](std::int64_t i) {
-      const std::int64_t head = i / chunks;
-      paged_chunk(a, head / a.kv_heads, head % a.kv_heads, i % chunks, chunks, partials, scratch);
+    team.run(heads * chunks, [&](std::int64_t i) {  // the heads of a chunk one after the other
+      const std::int64_t sequence = i / a.kv_heads / chunks;
+      paged_chunk(a, sequence, i % a.kv_heads, i / a.kv_heads % chunks, chunks, partials, scratch);
     });
     team.run(p.sequences * a.heads, [&](std::int64_t i) {
-      const std::int64_t sequence = i / a.heads, queries = p.cu_seqlens[sequence + 1] - p.cu_seqlens[sequence];
+      const std::int64_t sequence = i / a.heads,
+                         queries = p.cu_seqlens[sequence + 1] - p.cu_seqlens[sequence];
       for (std::int64_t query = 0; query < queries; ++query) {
         paged_merge(a, sequence, query, i % a.heads, chunks, partials);
       }

@@ -102,7 +102,8 @@ void over_pages(AttentionParams p, const Batch& b, std::int64_t longest) {
       }
     }
   }
-  for (std::size_t i = 0; i < by_blocks.size(); ++i) expect("the other order of work", by_blocks[i], out[i], 0);
+  for (std::size_t i = 0; i < by_blocks.size(); ++i)
+    expect("the other order of work", by_blocks[i], out[i], 0);
 }
 
 void check_attention(const Batch& b, bool causal, std::int64_t window, float soft_cap, bool paged,
