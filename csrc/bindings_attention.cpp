@@ -63,6 +63,45 @@ void run(const AttentionParams& p, int64_t sequences, int64_t max_keys) {
   });
 }
 
+// The same over pages.
+void run_paged(const AttentionParams& p, int64_t sequences, int64_t tokens, int64_t max_keys) {
+  const auto& kernels = cpu_kernels();
+  const int64_t chunks = kernels.paged_chunks(max_keys), size = kernels.paged_scratch(p);
+  const int64_t floats = tokens * p.heads * chunks * kernels.paged_partial(p);
+  const int64_t heads = sequences * p.kv_heads;
+  if (floats > minilm::kMostPartials) {
+    int64_t most = 0;
+    for (int64_t b = 0; b < sequences; ++b) {
+      most = std::max(most, kernels.paged_blocks(p, p.cu_q[b + 1] - p.cu_q[b]));
+    }
+    share_out(heads * most, [&] {
+      std::shared_ptr<float[]> scratch(new float[size]);
+      return [&, scratch](int64_t i) {
+        const int64_t head = i / most;
+        kernels.paged_block(p, head / p.kv_heads, head % p.kv_heads, i % most, scratch.get());
+      };
+    });
+    return;
+  }
+  const std::unique_ptr<float[]> partials(new float[floats]);
+  share_out(heads * chunks, [&] {
+    std::shared_ptr<float[]> scratch(new float[size]);
+    return [&, scratch](int64_t i) {
+      const int64_t sequence = i / p.kv_heads / chunks;  // the heads of a chunk one after the other
+      kernels.paged_chunk(p, sequence, i % p.kv_heads, i / p.kv_heads % chunks, chunks, partials.get(),
+                          scratch.get());
+    };
+  });
+  share_out(sequences * p.heads, [&] {
+    return [&](int64_t i) {
+      const int64_t sequence = i / p.heads;
+      for (int64_t query = 0; query < p.cu_q[sequence + 1] - p.cu_q[sequence]; ++query) {
+        kernels.paged_merge(p, sequence, query, i % p.heads, chunks, partials.get());
+      }
+    };
+  });
+}
+
 // The same if every sequence has one query: stretches of keys are tasks, so that threads share a long
 // context.
 void run_decode(const AttentionParams& p, int64_t sequences, int64_t max_keys) {
@@ -191,7 +230,7 @@ Tensor paged_attention(const Tensor& q, const Tensor& k_pages, const Tensor& v_p
   p.k = k_pages.const_data_ptr();
   p.v = v_pages.const_data_ptr();
   p.out = static_cast<float*>(out.mutable_data_ptr());
-  one_each ? run_decode(p, sequences, max_keys) : run(p, sequences, max_keys);
+  one_each ? run_decode(p, sequences, max_keys) : run_paged(p, sequences, q.size(0), max_keys);
   return out;
 }
 

@@ -107,6 +107,10 @@ struct AttentionParams {
   DType cache_dtype;  // of pages
 };
 
+// Floats of partial results that attention of few queries over pages may leave; with more, a task is a block
+// of queries (cpu/paged_attention.cpp).
+constexpr std::int64_t kMostPartials = std::int64_t{1} << 20;
+
 // Formats of the weights of a linear layer.
 enum class Format : std::int32_t {
   kFloat32 = 0,

@@ -25,9 +25,22 @@ struct CpuKernels {
   void (*rope)(const RopeParams& params, std::int64_t begin, std::int64_t end);
   void (*append_rows)(const AppendParams& params, std::int64_t begin, std::int64_t end);
 
-  // One head of one sequence; scratch: attention_scratch floats.
+  // Packed rows: one head of one sequence; scratch: attention_scratch floats.
   std::int64_t (*attention_scratch)(const AttentionParams& params, std::int64_t max_keys);
   void (*attention)(const AttentionParams& params, std::int64_t sequence, std::int64_t head, float* scratch);
+
+  // Some queries over pages: all chunks of keys for all key heads, then every query and head; or all blocks
+  // of queries. See cpu/attention.h.
+  std::int64_t (*paged_chunks)(std::int64_t keys);
+  std::int64_t (*paged_blocks)(const AttentionParams& params, std::int64_t queries);
+  std::int64_t (*paged_partial)(const AttentionParams& params);
+  std::int64_t (*paged_scratch)(const AttentionParams& params);
+  void (*paged_chunk)(const AttentionParams& params, std::int64_t sequence, std::int64_t kv_head,
+                      std::int64_t chunk, std::int64_t chunks, float* partials, float* scratch);
+  void (*paged_merge)(const AttentionParams& params, std::int64_t sequence, std::int64_t query,
+                      std::int64_t head, std::int64_t chunks, float* partials);
+  void (*paged_block)(const AttentionParams& params, std::int64_t sequence, std::int64_t kv_head,
+                      std::int64_t block, float* scratch);
 
   // Decoding: every stretch of keys of a sequence, then every head. The sequence's partial results take
   // decode_partials floats, a thread's scratch decode_scratch.

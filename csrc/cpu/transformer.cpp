@@ -47,7 +47,7 @@ constexpr std::int64_t kBlockRows = 96;
 constexpr std::int64_t kFewRows = 48;     // a thread; below, its weights' panels are split and not the rows
 constexpr std::int64_t kManyTasks = 8;    // a thread, of whole sequences: their lengths even out
 constexpr std::int64_t kRowsForEach = 4;  // up to here threads do not share the work on rows
-constexpr std::int64_t kPhasesALayer = 15;
+constexpr std::int64_t kPhasesALayer = 16;
 
 inline std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -140,6 +140,7 @@ std::int64_t part_floats(const TransformerWeights& w) {
 struct Workspace {
   std::int64_t blocks, block_rows;                                // of rows; blocks == 0: few rows
   bool whole;                                                     // a block's sequences are a task
+  bool many_queries;                                              // over pages: blocks of them are tasks
   std::int64_t counters, qkv, attended, part, scratch, partials;  // bytes of each
   std::int64_t parts;
 };
@@ -202,8 +203,18 @@ Workspace workspace_of(const TransformerParams& p) {
   s.attended = round_up(p.tokens * w.heads * w.head_dim * 4, 64);
   s.part = round_up(s.block_rows * part_floats(w) * 4, 64) + round_up(s.block_rows * prepared_bytes(p), 64);
   const AttentionParams a = attention_params(p);
-  s.scratch = round_up((p.one_each ? decode_scratch(a) : attention_scratch(a, p.max_keys)) * 4, 64);
-  s.partials = p.one_each ? round_up(p.sequences * decode_partials(a, p.max_keys) * 4, 64) : 0;
+  std::int64_t scratch = attention_scratch(a, p.max_keys), partials = 0;
+  if (p.one_each) {
+    scratch = decode_scratch(a);
+    partials = p.sequences * decode_partials(a, p.max_keys);
+  } else if (!p.fresh) {
+    scratch = paged_scratch(a);
+    partials = p.tokens * w.heads * paged_chunks(p.max_keys) * paged_partial(a);
+    s.many_queries = partials > kMostPartials;
+    if (s.many_queries) partials = 0;
+  }
+  s.scratch = round_up(scratch * 4, 64);
+  s.partials = round_up(partials * 4, 64);
   return s;
 }
 
@@ -433,16 +444,44 @@ struct Attention {
   void run(std::int64_t layer) const {
     const TransformerWeights& w = *p.weights;
     const AttentionParams a = params(layer);
-    if (!p.one_each) {
+    if (p.fresh) {
       team.run(p.sequences * w.heads,
                [&](std::int64_t i) { attention(a, i / w.heads, i % w.heads, scratch); });
       return;
     }
+    if (!p.one_each) return over_pages(a);
     const std::int64_t most = most_stretches(p.max_keys);
     team.run(p.sequences * most, [&](std::int64_t i) {
       const std::int64_t sequence = i / most, number = i % most;
       if (number >= stretches(p.context_lens[sequence])) return;
       decode(a, sequence, number, partials + sequence * of_one(), scratch);
+    });
+  }
+
+  void over_pages(const AttentionParams& a) const {
+    const std::int64_t heads = p.sequences * a.kv_heads;
+    if (s.many_queries) {
+      std::int64_t most = 0;
+      for (std::int64_t b = 0; b < p.sequences; ++b) {
+        const std::int64_t blocks = paged_blocks(a, p.cu_seqlens[b + 1] - p.cu_seqlens[b]);
+        most = blocks > most ? blocks : most;
+      }
+      team.run(heads * most, [&](std::int64_t i) {
+        paged_block(a, i / most / a.kv_heads, i / most % a.kv_heads, i % most, scratch);
+      });
+      return;
+    }
+    const std::int64_t chunks = paged_chunks(p.max_keys);
+    team.run(heads * chunks, [&](std::int64_t i) {  // the heads of a chunk one after the other
+      const std::int64_t sequence = i / a.kv_heads / chunks;
+      paged_chunk(a, sequence, i % a.kv_heads, i / a.kv_heads % chunks, chunks, partials, scratch);
+    });
+    team.run(p.sequences * a.heads, [&](std::int64_t i) {
+      const std::int64_t sequence = i / a.heads,
+                         queries = p.cu_seqlens[sequence + 1] - p.cu_seqlens[sequence];
+      for (std::int64_t query = 0; query < queries; ++query) {
+        paged_merge(a, sequence, query, i % a.heads, chunks, partials);
+      }
     });
   }
 

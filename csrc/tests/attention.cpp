@@ -73,6 +73,39 @@ struct Batch {
   std::int64_t heads, kv_heads, size;
 };
 
+// By chunks of keys, and by blocks of queries, which must give the same bits.
+void over_pages(AttentionParams p, const Batch& b, std::int64_t longest) {
+  const auto& kernels = cpu_kernels();
+  const auto sequences = static_cast<std::int64_t>(b.queries.size());
+  const std::int64_t chunks = kernels.paged_chunks(longest), tokens = p.cu_q[sequences];
+  Floats scratch(kernels.paged_scratch(p)), by_blocks(tokens * b.heads * b.size);
+  float* out = p.out;
+  p.out = by_blocks.data();
+  for (std::int64_t s = 0; s < sequences; ++s) {
+    for (std::int64_t head = 0; head < b.kv_heads; ++head) {
+      for (std::int64_t block = 0; block < kernels.paged_blocks(p, b.queries[s]); ++block) {
+        kernels.paged_block(p, s, head, block, scratch.data());
+      }
+    }
+  }
+  p.out = out;
+  Floats partials(tokens * b.heads * chunks * kernels.paged_partial(p));
+  for (std::int64_t s = 0; s < sequences; ++s) {
+    for (std::int64_t head = 0; head < b.kv_heads; ++head) {
+      for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+        kernels.paged_chunk(p, s, head, chunk, chunks, partials.data(), scratch.data());
+      }
+    }
+    for (std::int64_t query = 0; query < b.queries[s]; ++query) {
+      for (std::int64_t head = 0; head < b.heads; ++head) {
+        kernels.paged_merge(p, s, query, head, chunks, partials.data());
+      }
+    }
+  }
+  for (std::size_t i = 0; i < by_blocks.size(); ++i)
+    expect("the other order of work", by_blocks[i], out[i], 0);
+}
+
 void check_attention(const Batch& b, bool causal, std::int64_t window, float soft_cap, bool paged,
                      DType cache, bool pairs) {
   const std::int64_t sequences = static_cast<std::int64_t>(b.queries.size()), page_size = 4;
@@ -107,9 +140,13 @@ void check_attention(const Batch& b, bool causal, std::int64_t window, float sof
   } else {
     p.cu_k = cu_k.data();
   }
-  Floats scratch(cpu_kernels().attention_scratch(p, longest));
-  for (std::int64_t s = 0; s < sequences; ++s) {
-    for (std::int64_t head = 0; head < b.heads; ++head) cpu_kernels().attention(p, s, head, scratch.data());
+  if (paged) {
+    over_pages(p, b, longest);
+  } else {
+    Floats scratch(cpu_kernels().attention_scratch(p, longest));
+    for (std::int64_t s = 0; s < sequences; ++s) {
+      for (std::int64_t head = 0; head < b.heads; ++head) cpu_kernels().attention(p, s, head, scratch.data());
+    }
   }
   for (std::int64_t s = 0; s < sequences; ++s) {
     for (std::int64_t query = 0; query < b.queries[s]; ++query) {

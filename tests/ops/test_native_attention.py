@@ -290,20 +290,81 @@ def test_a_step_of_decoding_does_not_depend_on_batch_threads_or_pages(dtype: tor
     assert torch.equal(again, whole)
 
 
-def test_a_prompt_in_parts_is_bitwise_the_prompt() -> None:
-    """Read from pages, in any parts of more than one token."""
-    k_pages, v_pages, table, _ = paged([150], 2, 20, 16, torch.float32, 0)
-    q = random(150, 4, 20, seed=1)
+@pytest.mark.parametrize("window", [None, 60, 300])
+@pytest.mark.parametrize("pairs", [False, True])
+@pytest.mark.parametrize(("length", "size"), [(150, 20), (620, 20), (1030, 34)])
+def test_a_prompt_in_parts_is_bitwise_the_prompt(
+    length: int, size: int, pairs: bool, window: int | None
+) -> None:
+    """Read from pages, in any parts of more than one token. The longest is cut into blocks of queries, and
+    its parts into chunks of keys."""
+    k_pages, v_pages, table, _ = paged([length], 2, size, 16, torch.bfloat16, 0)
+    q = random(length, 6, size, seed=1)
 
     def run(first: int, last: int) -> Tensor:
         part = q[first:last], k_pages, v_pages, table, ends([last - first])
         context = torch.tensor([last], dtype=torch.int32)
-        out: Tensor = torch.ops.minilm.paged_attention(*part, context, 0.2, 60)
+        out: Tensor = torch.ops.minilm.paged_attention(*part, context, 0.2, window, None, None, pairs)
         return out
 
-    whole = run(0, 150)
-    for cut in (2, 31, 100, 148):
-        assert torch.equal(torch.cat((run(0, cut), run(cut, 150))), whole)
+    whole = run(0, length)
+    assert length < 1000 or length * 6 * -(-length // 256) * 64 > 1 << 20
+    for cut in (2, 31, 100, 255, 256, 257, 512, length - 2):
+        if cut < length:
+            assert torch.equal(torch.cat((run(0, cut), run(cut, length))), whole)
+
+
+@pytest.mark.parametrize("dtype", [*CACHES, torch.int8], ids=str)
+def test_new_tokens_over_pages_do_not_depend_on_batch_threads_or_pages(dtype: torch.dtype) -> None:
+    contexts, new = [5, 700, 512, 1, 300, 257], [5, 2, 30, 1, 0, 2]
+    scales: Any = ()
+    k_pages, v_pages, table, context = paged(contexts, 2, 20, 16, torch.float32, 0)
+    if dtype == torch.int8:
+        scales = tuple(random(*k_pages.shape[:3], seed=s).abs() / 100 for s in (7, 8))
+        k_pages, v_pages = ((p.nan_to_num() * 40).clamp(-127, 127).to(torch.int8) for p in (k_pages, v_pages))
+    else:
+        k_pages, v_pages = k_pages.to(dtype), v_pages.to(dtype)
+    q, at = random(sum(new), 10, 20, seed=1), ends(new)
+
+    def run(rows: slice = slice(None), queries: slice = slice(None), at: Tensor = at) -> Tensor:
+        part = q[queries], k_pages, v_pages, table[rows], at, context[rows]
+        out: Tensor = torch.ops.minilm.paged_attention(*part, 0.2, None, *scales)
+        return out
+
+    whole = run()
+    assert whole.isfinite().all()
+    assert all(torch.equal(whole, other) for other in with_threads(run))
+    for row, (first, last) in enumerate(zip(at.tolist(), at.tolist()[1:], strict=False)):
+        if new[row] > 1:  # one query alone is a step of decoding
+            own = run(slice(row, row + 1), slice(first, last), ends([last - first]))
+            assert torch.equal(own, whole[first:last])
+
+
+def test_few_queries_see_what_the_reference_sees_in_a_long_context() -> None:
+    contexts, new = [1500, 900, 300], [3, 40, 2]
+    for window in (None, 5, 300, 1100):
+        for dtype in (torch.float32, torch.float16):
+            pages = paged(contexts, 2, 33, 16, dtype, 2)
+            q = random(sum(new), 6, 33, seed=4)
+            rest = ends(new), pages[3], max(new), max(contexts)
+            with ops.backend("native"):
+                out = ops.paged_attention(q, *pages[:3], *rest, scale=0.4, window=window)
+            wide = [p.double() for p in pages[:2]]
+            exact = reference.paged_attention(q.double(), *wide, pages[2], *rest, 0.4, window)
+            torch.testing.assert_close(out.double(), exact, atol=3e-6, rtol=3e-6)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+def test_nan_over_pages_stays_in_its_head(window: int | None) -> None:
+    """Of a value, in the queries that see its key."""
+    k_pages, v_pages, table, context = paged([700], 2, 20, 16, torch.float32, 0)
+    q, at = random(9, 4, 20, seed=1), ends([9])
+    clean = torch.ops.minilm.paged_attention(q, k_pages, v_pages, table, at, context, 0.2, window)
+    v_pages[table[0, 600 // 16], 600 % 16, 1, 7] = torch.nan
+    out = torch.ops.minilm.paged_attention(q, k_pages, v_pages, table, at, context, 0.2, window)
+    assert out[:, 2:, 7].isnan().all()
+    out[:, 2:, 7] = clean[:, 2:, 7]
+    assert torch.equal(out, clean)
 
 
 def test_nan_stays_in_its_sequence_and_head() -> None:
