@@ -18,6 +18,7 @@ ORDER = (
         "quantized",
         "text",
         "chat_template",
+        "relative",
         "model",
         "native",
         "generation",

@@ -49,10 +49,10 @@ class SequenceHead:
     """How the head for sequence classification computes logits from one vector per sequence."""
 
     pool: Literal["first", "last"] = "first"
-    hidden: Literal["pooler", "tanh", "relu", None] = None
+    hidden: Literal["pooler", "tanh", "relu", "gelu", None] = None
     """The dense layer before the logits: the body's pooler, or a layer in the head with this activation."""
     drop_input: bool = False
-    """Apply dropout also before that layer (RoBERTa)."""
+    """Apply dropout also before that layer (RoBERTa, ELECTRA)."""
     bias: bool = True
 
 

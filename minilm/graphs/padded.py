@@ -138,13 +138,15 @@ class Padded:
         window: int | None,
         dropout_p: float,
         soft_cap: float | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
-        """`minilm.ops.attention` within each row: q [T, H, D], k, v [T, Hkv, D] -> [T, H, D]."""
+        """`minilm.ops.attention` within each row: q [T, H, D], k, v [T, Hkv, D] -> [T, H, D]; bias [H, S, S]
+        for the columns."""
         if self.kept is not None:
             self.kept.append((k, v))
         queries, keys, values = self._heads(q, k, v)
-        if soft_cap is not None:
-            p = self._probabilities(queries, keys, scale, causal, window, soft_cap).to(q.dtype)
+        if soft_cap is not None or bias is not None:
+            p = self._probabilities(queries, keys, scale, causal, window, soft_cap, bias).to(q.dtype)
             return (F.dropout(p, dropout_p, dropout_p > 0) @ values).transpose(1, 2).flatten(0, 1)
         seen = self._seen(causal, window)
         out = F.scaled_dot_product_attention(
@@ -161,10 +163,11 @@ class Padded:
         causal: bool,
         window: int | None,
         soft_cap: float | None = None,
+        bias: Tensor | None = None,
     ) -> Tensor:
         """The attention probabilities, [B, H, S, S], zero in the rows of padding."""
         queries, keys = self._heads(q, k)
-        probabilities = self._probabilities(queries, keys, scale, causal, window, soft_cap).to(q.dtype)
+        probabilities = self._probabilities(queries, keys, scale, causal, window, soft_cap, bias).to(q.dtype)
         real = self.real
         return probabilities if real is None else probabilities.masked_fill(~real[:, None, :, None], 0)
 
@@ -176,11 +179,14 @@ class Padded:
         causal: bool,
         window: int | None,
         soft_cap: float | None,
+        bias: Tensor | None,
     ) -> Tensor:
         scores = queries @ keys.transpose(2, 3)
         scores = (scores if scores.dtype == torch.float64 else scores.float()) * scale
         if soft_cap is not None:
             scores = soft_cap * torch.tanh(scores / soft_cap)
+        if bias is not None:
+            scores = scores + bias
         seen = self._seen(causal, window)
         if causal and seen is None:
             seen = torch.ones_like(scores[0, 0], dtype=torch.bool).tril()

@@ -19,7 +19,7 @@ from .heads import (
     token_loss,
 )
 from .layers import MLP, Attention, Block, Embedding, Embeddings, Linear, Norm
-from .loading import HUB_OPTIONS, as_device, as_dtype, read_config, with_effect
+from .loading import HUB_OPTIONS, as_device, as_dtype, read_config
 from .outputs import ModelOutput
 from .pretrained import AutoModel, PreTrainedModel
 from .rope import angle_table, angles
@@ -33,5 +33,4 @@ __all__ = [
     "Linear", "ModelOutput", "Norm", "Packed", "PreTrainedModel", "PretrainedConfig",
     "Transformer", "alias", "alias_names", "angle_table", "angles", "as_device",
     "as_dtype", "check_columns", "classification_loss", "integers", "pack", "read_config", "token_loss",
-    "with_effect",
 ]  # fmt: skip

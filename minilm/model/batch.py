@@ -199,6 +199,8 @@ class Batch:
     """cos and sin, [T, rotated channels / 2]."""
     local_rope: tuple[Tensor, Tensor] | None = None
     """The same for layers with a window, if they have their own."""
+    biased: Any = None
+    """Attention with a bias by distance (`minilm.relative`), if the family has one."""
     cache: KVCache | None = None
     rows: list[int] = field(default_factory=list)
     """The cache's row of each sequence."""

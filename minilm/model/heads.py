@@ -20,6 +20,8 @@ from ..graphs import in_graph
 from .batch import Batch, Packed, check_columns, integers
 from .layers import Linear, Norm
 from .outputs import (
+    AlbertForPreTrainingOutput,
+    ElectraForPreTrainingOutput,
     MaskedLMOutput,
     ModelOutput,
     NextSentencePredictorOutput,
@@ -32,18 +34,16 @@ from .pretrained import Pooler, PreTrainedModel
 
 
 class MaskedLMHead(nn.Module):
-    """norm(act(W x + b)), then a logit for each token of the vocabulary. With `next_sentence` it also holds
-    the next-sentence layer."""
+    """norm(act(W x + b)), as wide as the token table, then a logit for each token of the vocabulary. With
+    `next_sentence` it also holds the next-sentence layer."""
 
     def __init__(self, model: PreTrainedModel, *, next_sentence: bool = False) -> None:
         super().__init__()
-        spec, family = model.spec, model.family
+        spec, family, size = model.spec, model.family, model.spec.table_size
         self.activation = family.mlm_activation or spec.activation
-        self.dense = Linear(spec.hidden_size, spec.hidden_size)
-        self.norm = Norm(spec, eps=family.mlm_norm_eps)
-        self.decoder = (
-            None if spec.tie_word_embeddings else Linear(spec.hidden_size, spec.vocab_size, bias=False)
-        )
+        self.dense = Linear(spec.hidden_size, size)
+        self.norm = Norm(spec, size, eps=family.mlm_norm_eps)
+        self.decoder = None if spec.tie_word_embeddings else Linear(size, spec.vocab_size, bias=False)
         self.bias = nn.Parameter(torch.zeros(spec.vocab_size))
         self.next_sentence = Linear(spec.hidden_size, 2) if next_sentence else None
 
@@ -70,14 +70,6 @@ class AutoModelForMaskedLM(PreTrainedModel):
         return {"loss": token_loss(logits, labels, batch.packed), "logits": batch.packed.pad(logits)}
 
 
-class NextSentenceHead(nn.Module):
-    """Two logits from the pooled first token."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.next_sentence = Linear(size, 2)
-
-
 class AutoModelForNextSentencePrediction(PreTrainedModel):
     """Predicts whether the second text follows the first (0) or is a random one (1)."""
 
@@ -87,27 +79,31 @@ class AutoModelForNextSentencePrediction(PreTrainedModel):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         self.pooler = Pooler(self.spec.hidden_size)
-        self.head = NextSentenceHead(self.spec.hidden_size)
+        self.head = nn.ModuleDict({"next_sentence": Linear(self.spec.hidden_size, 2)})
         self.initialise()
 
     def answer(self, hidden: Tensor, batch: Batch, labels: Tensor | None) -> dict[str, Any]:
         """logits [B, 2]; labels int64 [B]."""
-        logits = self.head.next_sentence(self.pooler(hidden, batch.packed))
+        logits = self.head["next_sentence"](self.pooler(hidden, batch.packed))
         loss = None if labels is None else ops.cross_entropy(logits, labels.view(-1))
         return {"loss": loss, "logits": logits}
 
 
 class AutoModelForPreTraining(PreTrainedModel):
-    """BERT's two pre-training heads: masked tokens and next sentence."""
+    """BERT's two pre-training heads: masked tokens and next sentence. ALBERT and ELECTRA have others."""
 
     head_kind: ClassVar[Head] = "pre-training"
     output_class: ClassVar[type[ModelOutput]] = PreTrainingOutput
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
-        self.pooler = Pooler(self.spec.hidden_size)
-        self.head = MaskedLMHead(self, next_sentence=True)
+        self.head, self.p = self.make_head(), self.family.dropout(self.head_kind, config)
         self.initialise()
+
+    def make_head(self) -> Any:
+        """The head, and a pooler if it needs one."""
+        self.pooler = Pooler(self.spec.hidden_size)
+        return MaskedLMHead(self, next_sentence=True)
 
     def answer(
         self, hidden: Tensor, batch: Batch, labels: Tensor | None, next_sentence_label: Tensor | None = None
@@ -115,8 +111,7 @@ class AutoModelForPreTraining(PreTrainedModel):
         """prediction_logits [B, S, V] and seq_relationship_logits [B, 2]; the loss is the sum of both losses,
         if both have labels."""
         logits = self.head(hidden, self.body.embeddings.tokens.weight)
-        assert self.head.next_sentence is not None
-        scores = self.head.next_sentence(self.pooler(hidden, batch.packed))
+        scores = self.head.next_sentence(F.dropout(self.pooler(hidden, batch.packed), self.p, self.training))
         loss = None
         if labels is not None and next_sentence_label is not None:
             tokens = token_loss(logits, labels, batch.packed)
@@ -129,6 +124,21 @@ class AutoModelForPreTraining(PreTrainedModel):
         }
 
 
+class SentenceOrder(AutoModelForPreTraining):
+    """ALBERT's two: masked tokens, and whether the second text follows the first (0) or they are swapped
+    (1)."""
+
+    output_class: ClassVar[type[ModelOutput]] = AlbertForPreTrainingOutput
+
+    def answer(
+        self, hidden: Tensor, batch: Batch, labels: Tensor | None, sentence_order_label: Tensor | None = None
+    ) -> dict[str, Any]:
+        """As for BERT, with sop_logits [B, 2] for the order."""
+        fields = super().answer(hidden, batch, labels, sentence_order_label)
+        fields["sop_logits"] = fields.pop("seq_relationship_logits")
+        return fields
+
+
 class ClassificationHead(nn.Module):
     """One logit per class, after the family's dense layer if it has one."""
 
@@ -137,7 +147,7 @@ class ClassificationHead(nn.Module):
         style, size = model.family.sequence_head, model.spec.hidden_size
         self.style = style
         self.p = model.family.dropout("sequence-classification", model.config)
-        self.dense = Linear(size, size) if style.hidden in ("tanh", "relu") else None
+        self.dense = Linear(size, size) if style.hidden in ("tanh", "relu", "gelu") else None
         self.out = Linear(size, model.config.num_labels, bias=style.bias)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -185,15 +195,21 @@ class AutoModelForSequenceClassification(PreTrainedModel):
 
 
 class TokenHead(nn.Module):
-    """Logits for every token."""
+    """Logits for every token; `activation`: after a dense layer with it."""
 
-    def __init__(self, model: PreTrainedModel, size: int, *, bias: bool = True) -> None:
+    def __init__(
+        self, model: PreTrainedModel, size: int, *, bias: bool = True, activation: str | None = None
+    ) -> None:
         super().__init__()
+        width, self.activation = model.spec.hidden_size, activation
         self.p = model.family.dropout(model.head_kind, model.config)
-        self.out = Linear(model.spec.hidden_size, size, bias=bias)
+        self.dense = Linear(width, width) if activation is not None else None
+        self.out = Linear(width, size, bias=bias)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [T, C] -> [T, size]."""
+        if self.dense is not None:
+            hidden = self.dense(hidden, self.activation)
         scores: Tensor = self.out(F.dropout(hidden, self.p, self.training))
         return scores
 
@@ -215,6 +231,35 @@ class AutoModelForTokenClassification(PreTrainedModel):
         """logits [B, S, num_labels]; labels int64 [B, S]."""
         logits = self.head(hidden)
         return {"loss": token_loss(logits, labels, batch.packed), "logits": batch.packed.pad(logits)}
+
+
+class ReplacedTokens(AutoModelForPreTraining):
+    """ELECTRA's discriminator: whether each token is the text's own (0) or a generator's (1)."""
+
+    output_class: ClassVar[type[ModelOutput]] = ElectraForPreTrainingOutput
+
+    def make_head(self) -> Any:
+        return TokenHead(self, 1, activation=self.spec.activation)
+
+    def answer(self, hidden: Tensor, batch: Batch, labels: Tensor | None) -> dict[str, Any]:  # type: ignore[override]
+        """logits [B, S], the log odds of a replaced token; labels int64 or bool [B, S], -100 does not count.
+        Raises ValueError for labels other than 0, 1 and -100."""
+        logits, packed, loss = self.head(hidden).squeeze(-1), batch.packed, None
+        if labels is not None:
+            labels = integers("labels", labels.long() if labels.dtype == torch.bool else labels)
+            check_columns("labels", labels, packed.batch, packed.columns)
+            targets = packed.targets(labels.to(logits.device), False)
+            counts = targets != -100
+            if not in_graph() and bool((counts & (targets != 0) & (targets != 1)).any()):
+                low, high = int(targets[counts].min()), int(targets.max())
+                raise ValueError(f"labels must be 0, 1 (replaced) or -100, and are from {low} to {high}")
+            odds = logits if logits.dtype == torch.float64 else logits.float()
+            each = F.binary_cross_entropy_with_logits(odds, targets.to(odds.dtype), reduction="none")
+            loss = torch.where(counts, each, 0.0).sum() / counts.sum()
+        return {"loss": loss, "logits": packed.pad(logits)}
+
+
+AutoModelForPreTraining.variants = {"albert": SentenceOrder, "electra": ReplacedTokens}
 
 
 class AutoModelForQuestionAnswering(PreTrainedModel):

@@ -84,16 +84,18 @@ class Embeddings(nn.Module):
         super().__init__()
         self.config = config
         padding = config.pad_token_id if config.pad_token_id in range(config.vocab_size) else None
-        self.tokens = Embedding(config.vocab_size, config.hidden_size, padding_idx=padding)
+        size = config.table_size
+        self.tokens = Embedding(config.vocab_size, size, padding_idx=padding)
         learned = config.positions == "learned"
         rows = config.max_positions + config.position_offset
         skipped = config.positions_skip_padding_id
-        self.positions = Embedding(rows, config.hidden_size, padding_idx=skipped) if learned else None
-        self.types = Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
-        self.norm = Norm(config) if config.embedding_norm else None
+        self.positions = Embedding(rows, size, padding_idx=skipped) if learned else None
+        self.types = Embedding(config.type_vocab_size, size) if config.type_vocab_size else None
+        self.norm = Norm(config, size) if config.embedding_norm else None
 
     def forward(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
-        """tokens int64 [T], or float [T, C] already embedded; positions, types int64 [T]. Returns [T, C]."""
+        """tokens int64 [T], or float [T, C] already embedded; positions, types int64 [T]. Returns [T, C], C
+        those of the tables."""
         if tokens.is_floating_point() or (self.config.types_are_tokens and types is not None):
             return self.by_modules(tokens, positions, types)
         table = self.tokens.like if isinstance(self.tokens, QuantizedEmbedding) else self.tokens.weight
@@ -176,7 +178,9 @@ class Attention(nn.Module):
         packed, step = batch.packed, batch.step
         kind = self.kind()
         if step is None or step.fresh:
-            out = packed.attend(q, k, v, dropout_p=c.attention_dropout if self.training else 0.0, **kind)
+            out = (batch.biased or packed).attend(
+                q, k, v, dropout_p=c.attention_dropout if self.training else 0.0, **kind
+            )
         elif c.attention_soft_cap is not None:  # the op for pages has none
             assert batch.cache is not None
             k, v = batch.cache.packed(self.layer, batch.rows, q.dtype)
@@ -223,8 +227,8 @@ class Attention(nn.Module):
         """The attention probabilities in transformers' layout, [B, H, S, context], zero at padding."""
         packed: Any = batch.packed
         kind = self.kind()
-        if isinstance(packed, Padded):
-            return packed.maps(q, k, **kind)
+        if batch.biased is not None or isinstance(packed, Padded):
+            return (batch.biased or packed).maps(q, k, **kind)  # type: ignore[no-any-return]
         context, cu_k = packed.columns, packed.cu_seqlens
         if batch.cache is not None and batch.step is not None and not batch.step.fresh:
             k, cu_k = batch.cache.packed(self.layer, batch.rows, q.dtype)[0], batch.step.ends

@@ -104,6 +104,22 @@ class PreTrainingOutput(ModelOutput):
 
 
 @dataclass
+class AlbertForPreTrainingOutput(ModelOutput):
+    """prediction_logits [B, S, V]; sop_logits [B, 2]: in order, swapped."""
+
+    loss: Tensor | None = None
+    prediction_logits: Tensor | None = None
+    sop_logits: Tensor | None = None
+    hidden_states: Tensors | None = None
+    attentions: Tensors | None = None
+
+
+@dataclass
+class ElectraForPreTrainingOutput(MaskedLMOutput):
+    """logits [B, S]: above 0 for a replaced token."""
+
+
+@dataclass
 class NextSentencePredictorOutput(MaskedLMOutput):
     """logits [B, 2]: is the next sentence, is a random sentence."""
 

@@ -41,6 +41,8 @@ class PreTrainedModel(ops.Whole, Checkpointed):
     body: Transformer
     model_type: ClassVar[str | None] = None
     """Set in the classes of one family (`of_family`)."""
+    variants: ClassVar[dict[str, type[PreTrainedModel]]] = {}
+    """Subclasses for the families whose head of this kind is another one."""
 
     def __new__(cls, config: Any = None, *arguments: Any, **options: Any) -> PreTrainedModel:
         """``AutoModelForMaskedLM(config)`` with a BERT configuration creates a `BertForMaskedLM`."""
@@ -232,7 +234,7 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         return hidden
 
     def _check_vectors(self, x: Tensor) -> None:
-        size = self.spec.hidden_size
+        size = self.spec.table_size
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != size or not x.is_floating_point():
             what = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"inputs_embeds must be floats, [batch, tokens, {size}], and is {what}")
@@ -395,7 +397,7 @@ def of_family(general: type[PreTrainedModel], model_type: str) -> type[PreTraine
     if (general, model_type) not in _OF_FAMILIES:
         about = {"__module__": "minilm", "__doc__": general.__doc__, "model_type": model_type}
         name = family_of(model_type).class_name(general.head_kind)
-        _OF_FAMILIES[general, model_type] = type(name, (general,), about)
+        _OF_FAMILIES[general, model_type] = type(name, (general.variants.get(model_type, general),), about)
     return _OF_FAMILIES[general, model_type]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -9,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from ..config import ModelConfig
 from .batch import Batch
-from .layers import Block, Embeddings, Norm
+from .layers import Block, Embeddings, Linear, Norm
 
 
 class Transformer(ops.Whole, nn.Module):
@@ -19,7 +21,15 @@ class Transformer(ops.Whole, nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.project = Linear(config.table_size, config.hidden_size) if config.embedding_size else None
+        self.relative: Any = None
+        if config.relative_buckets:
+            from ..relative import RelativeBias
+
+            self.relative = RelativeBias(config.relative_buckets, config.num_heads, both_ways=True)
+        layers = range(config.num_layers)
+        shared = [Block(config, 0)] * len(layers) if config.shared_layers else None
+        self.layers = nn.ModuleList(shared or (Block(config, layer) for layer in layers))
         self.norm = Norm(config) if config.final_norm else None
         self.gradient_checkpointing = False
 
@@ -27,6 +37,10 @@ class Transformer(ops.Whole, nn.Module):
         """Returns the last hidden states, [T, C]; fills `batch.hidden_states` and `batch.attentions` if they
         are lists."""
         x: Tensor = self.embeddings(batch.tokens, batch.positions, batch.types)
+        if self.project is not None:
+            x = self.project(x)
+        if self.relative is not None:
+            batch.biased = self.relative.biased(batch.packed)
         result: Tensor = ops.run_whole("blocks", x.device, x.dtype, self, x, batch)
         return result
 

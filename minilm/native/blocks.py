@@ -41,6 +41,7 @@ UNKNOWN = {
     "qk_norm_of_all": "norm of q and k over all heads",
     "qkv_by_head": "qkv matrix in the order of heads",
     "attention_soft_cap": "soft cap of the scores",
+    "relative_buckets": "bias of the scores by distance",
 }
 """Traits of `ModelConfig` that csrc/cpu/transformer.cpp lacks: a model with one runs by its modules."""
 
@@ -388,9 +389,13 @@ class _Writer:
         ]
         self.real(eps)
         self.norm(self.body.norm)
+        written: dict[nn.Module, list[int]] = {}
         for block in self.body.layers:
             assert isinstance(block, Block)
-            attention = block.attention
+            if block in written:  # layers that share their weights share their place
+                self.numbers += written[block]
+                continue
+            attention, start = block.attention, len(self.numbers)
             for linear in _linears(block):
                 self.weight(linear, gated=linear is block.mlp.up and c.gated_mlp)
             self.norm(block.attention_norm)
@@ -399,6 +404,7 @@ class _Writer:
                 self.scale(norm)
             self.numbers.append(attention.window or 0)
             self.real(attention.scale)
+            written[block] = self.numbers[start:]
         arena = torch.empty(self.size, dtype=torch.uint8)
         packed.prefer_large_pages(arena)
         at = 0

@@ -87,7 +87,8 @@ class _Unfusing:
         self.prefix: str = family.prefix(head)
         self.linear: type[nn.Linear] = type(model.body.layers[0].attention.out)
         self.tokens = model.body.embeddings.tokens
-        OWN.update((self.linear, type(self.tokens)))
+        relative = getattr(model.body, "relative", None)
+        OWN.update((self.linear, type(self.tokens), *(() if relative is None else (type(relative),))))
         base = BaseNode(model) if self.prefix else Node()
         self.base = base
         self.top = Node()

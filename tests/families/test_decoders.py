@@ -242,6 +242,7 @@ def test_every_trait_is_known_to_the_native_passes() -> None:
         *("type_vocab_size", "types_are_tokens", "embedding_norm", "final_norm", "qkv_bias", "out_bias"),
         *("mlp_bias", "qk_norm", "attention_scale", "scale_by_inverse_layer", "windows"),
         *("tie_word_embeddings", "pad_token_id", "embedding_dropout", "attention_dropout", "hidden_dropout"),
+        *("embedding_size", "shared_layers"),
     }
     elsewhere = {"rotary_dim", "embedding_scale", "head_bias", "head_soft_cap"}  # by conditions of their own
     refused = set(blocks.UNKNOWN)
