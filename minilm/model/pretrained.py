@@ -441,5 +441,5 @@ class AutoModel(PreTrainedModel):
         """last_hidden_state [B, S, C] and pooler_output [B, C]."""
         if labels is not None:
             raise TypeError("a model without a head takes no labels")
-        pooled = None if self.pooler is None else self.pooler(hidden, batch.packed)
+        pooled = None if self.pooler is None else self.whole_pooler(hidden, batch.packed)
         return {"last_hidden_state": batch.packed.pad(hidden), "pooler_output": pooled}
