@@ -103,7 +103,8 @@ def save_model(
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             wide = "embeddings" in name or name.startswith(("classifier", "qa_outputs", "pre_classifier"))
-            wide &= family == "roberta" or not name.startswith("classifier.dense")
+            if family in ("mpnet", "electra"):
+                wide &= not name.endswith(("classifier.dense.weight", "embeddings_project.weight"))
             parameter.normal_(0.0, 0.1 if name.endswith("bias") else 1.0 if wide else spread)
             if "norm" in name.lower() and name.endswith("weight"):
                 parameter.add_(1.0)

@@ -369,5 +369,5 @@ def test_all_mpnet_base_v2(tmp_path: Path) -> None:
     assert model.max_seq_length == 384
     for size in (1, 3, 8):
         np.testing.assert_allclose(model.encode(SENTENCES, batch_size=size), expected, atol=1e-5, rtol=0)
-    half = SentenceEncoder(folder, device="cpu", model_kwargs={"weights": "int8"}).encode(SENTENCES)
-    assert (half * expected).sum(1).min() > 0.99
+    rounded = SentenceEncoder(folder, device="cpu", model_kwargs={"weights": "q8_0"}).encode(SENTENCES)
+    assert (rounded * expected).sum(1).min() > 0.998
