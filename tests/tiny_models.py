@@ -98,7 +98,7 @@ def save_model(
         config.pad_token_id, config.bos_token_id, config.eos_token_id = 1, 0, 2
     prefixes = {"bert": "Bert", "distilbert": "DistilBert", "mpnet": "MPNet", "electra": "Electra"}
     prefix = prefixes.get(family, "Roberta")
-    if family == "electra":  # two more layers in a row, in which rounding grows; seeds below 12 know few classes
+    if family == "electra":  # rounding would grow, and seeds below 12 know few classes
         seed, spread = seed + 12, spread * 0.6
     torch.manual_seed(seed)
     model = getattr(transformers, prefix + head)(config)
