@@ -98,7 +98,9 @@ def save_model(
         config.pad_token_id, config.bos_token_id, config.eos_token_id = 1, 0, 2
     prefixes = {"bert": "Bert", "distilbert": "DistilBert", "mpnet": "MPNet", "electra": "Electra"}
     prefix = prefixes.get(family, "Roberta")
-    torch.manual_seed(seed + (family == "electra"))  # for which 0 draws a model that knows one class alone
+    if family == "electra":  # rounding would grow, and seeds below 12 know few classes
+        seed, spread = seed + 12, spread * 0.6
+    torch.manual_seed(seed)
     model = getattr(transformers, prefix + head)(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
