@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .graphs import in_graph
-from .weights import CONFIG_KEY, UNFUSED, config_tensor, resized, stored_tensors
+from .weights import CONFIG_KEY, POOLER, UNFUSED, config_tensor, resized, stored_tensors
 
 if TYPE_CHECKING:
     from .config import ModelConfig
@@ -150,6 +150,11 @@ class Companion(nn.Module):
     def _inputs_for_generation(self, input_ids: Tensor, **options: Any) -> dict[str, Any]:
         """The arguments of `forward` for these prompts."""
         return {"input_ids": input_ids, **options}
+
+    @property
+    def whole_pooler(self) -> Any:
+        """The pooler; not its layer alone, which may have that name in an unfused model (ALBERT)."""
+        return self.__dict__.get(POOLER) or getattr(self, "pooler", None)
 
     def get_submodule(self, target: str) -> nn.Module:
         """As in PyTorch. The output matrix of an unfused model is returned as a linear layer."""

@@ -93,7 +93,7 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class DistanceConfig:
-    """What scores of attention take from the distance of two tokens in DeBERTa (`minilm.disentangled`)."""
+    """What scores of attention take from the distance of two tokens in DeBERTa (`minilm.distances`)."""
 
     span: int
     """Vectors of distances on each side; 0: there are none, only a convolution."""
@@ -184,7 +184,12 @@ class ModelConfig:
     embedding_scale: float | None = None
     """Vectors of the token table are multiplied by it, rounded to their dtype (Gemma: sqrt(C))."""
     embedding_norm: bool = False
+    embedding_size: int | None = None
+    """Channels of the tables and of their norm, where a projection to `hidden_size` follows (ALBERT, ELECTRA
+    small); None: there is no projection."""
     final_norm: bool = False
+    shared_layers: bool = False
+    """All layers are one block with the same weights (ALBERT)."""
 
     # Biases, and options of attention
     qkv_bias: bool = True
@@ -205,6 +210,8 @@ class ModelConfig:
     """Scores s become cap * tanh(s / cap) (Gemma 2)."""
     distances: DistanceConfig | None = None
     """Scores depend on the distance as well, by learned vectors (DeBERTa)."""
+    relative_buckets: int = 0
+    """Scores get a learned number per head for each of so many buckets of distances (MPNet); 0: none."""
     windows: tuple[int | None, ...] = ()
     """For each layer, how many keys a query sees, itself included (sliding window), or None for all. () =
     None everywhere."""
@@ -244,7 +251,9 @@ class ModelConfig:
         for name, least in _FACTORS.items():
             if getattr(self, name) is not None:
                 check_number(name, getattr(self, name), least, 1e6)
-        for name in ("position_offset", "type_vocab_size"):
+        if self.embedding_size is not None and not 1 <= self.embedding_size <= LARGEST:
+            raise ConfigError(f"embedding_size must be from 1 to {LARGEST}, and is {self.embedding_size}")
+        for name in ("position_offset", "type_vocab_size", "relative_buckets"):
             if not 0 <= getattr(self, name) <= LARGEST:
                 raise ConfigError(f"{name} must be from 0 to {LARGEST}, and is {getattr(self, name)}")
         if self.num_layers < 0:
@@ -285,6 +294,11 @@ class ModelConfig:
     def rotated(self) -> int:
         """Number of channels of each head that rope rotates."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def table_size(self) -> int:
+        """Channels of the tables, and of `inputs_embeds`."""
+        return self.hidden_size if self.embedding_size is None else self.embedding_size
 
     @property
     def q_size(self) -> int:

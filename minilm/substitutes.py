@@ -1,7 +1,12 @@
 """Suggestions for error messages: what to use in place of names and options of transformers that minilm does
-not have."""
+not have.
+
+Also the options of `from_pretrained` that minilm accepts without effect."""
 
 from __future__ import annotations
+
+import warnings
+from typing import Any
 
 _SEQUENCE = (
     "of the encoder-decoders, T5, mT5, umT5, BART, mBART and Marian are supported: use transformers for "
@@ -65,3 +70,30 @@ def instead(table: dict[str, str], names: list[str]) -> str:
     """The part of an error message "; load_in_8bit: weights='int8' ..." for those of the names that are in
     the table."""
     return "".join(f"; {name}: {table[name]}" for name in names if name in table)
+
+
+WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "adapter_kwargs": (None, {}),
+    "attn_implementation": (None,),
+    "force_download": (None, False),
+    "low_cpu_mem_usage": (None, True),
+    "proxies": (None, {}),
+    "resume_download": (None, False),
+    "trust_remote_code": (None, False),
+    "use_auth_token": (None,),
+    "use_fast": (None, True),
+    "use_safetensors": (None, True),
+    "weights_only": (None, True),
+}
+"""Options of transformers' `from_pretrained` that are accepted and have no effect -> the values that need no
+warning, because they ask for what minilm does anyway."""
+
+
+def with_effect(options: dict[str, Any], table: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
+    """The options that are not in `table`. One warning names those in it whose value asks for something that
+    minilm does not do."""
+    idle = [f"{k}={v!r}" for k, v in options.items() if k in table and not any(v == w for w in table[k])]
+    if idle:
+        verb = "has" if len(idle) == 1 else "have"
+        warnings.warn(f"{', '.join(idle)} {verb} no effect in minilm", UserWarning, stacklevel=3)
+    return {name: value for name, value in options.items() if name not in table}

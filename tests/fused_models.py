@@ -40,6 +40,14 @@ LATER: dict[str, dict[str, Any]] = {
     "gemma3_text": {**ODD, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 10},
 }
 """Families with other norms, ropes and heads, which have tests of their own."""
+BIDIRECTIONAL: dict[str, dict[str, Any]] = {
+    "modernbert": {**ODD, "num_hidden_layers": 4, "local_attention": 10},
+    "nomic_bert": {**ODD, "head_dim": 10},
+    "electra": {**ODD, "embedding_size": 24},
+    "albert": {**ODD, "embedding_size": 24, "num_hidden_layers": 3},
+}
+"""Encoders: with windows on both sides, norms without biases and none before the first attention; with rope;
+with narrow tables; with one block for all layers."""
 
 DECODERS = [family for family in SIZES if family not in ENCODERS]
 WIDE = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
@@ -52,7 +60,7 @@ bits."""
 
 def model_of(family: str, **options: Any) -> Any:
     """A random model, with norms and biases that can be seen, for sequences as long as the tests have."""
-    config = small(family, **{**(SIZES | LATER)[family], **options})
+    config = small(family, **{**(SIZES | LATER | BIDIRECTIONAL)[family], **options})
     config |= {"n_positions": 400} if family == "gpt2" else {"max_position_embeddings": 400}
     head: Any = "masked-lm" if family in ENCODERS else "causal-lm"
     model = MODELS[head].from_config(minilm.PretrainedConfig.from_dict(config))
@@ -62,7 +70,7 @@ def model_of(family: str, **options: Any) -> Any:
 
 def quantise_blocks(model: Any, format: str) -> None:
     """Exchange the linear layers of all blocks for quantised ones."""
-    for block in model.body.layers:
+    for block in dict.fromkeys(model.body.layers):  # ALBERT's is one
         for owner, name in (
             (block.attention, "qkv"),
             (block.attention, "out"),

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import transformers
-from strategies import ENCODERS, Batch, Config, padding_id
+from strategies import ENCODERS, LIKE_ROBERTA, Batch, Config, padding_id
 from torch import Tensor, nn
 
 import minilm
@@ -30,7 +30,7 @@ transformers.utils.logging.set_verbosity_error()
 
 LOGITS: dict[Head, tuple[str, ...]] = {
     "base": ("last_hidden_state", "pooler_output"),
-    "pre-training": ("prediction_logits", "seq_relationship_logits"),
+    "pre-training": ("prediction_logits", "seq_relationship_logits", "sop_logits", "logits"),
     "question-answering": ("start_logits", "end_logits"),
 }
 """The fields that a head answers with, where they are not just `logits`."""
@@ -113,12 +113,12 @@ def arguments(config: Config, batch: Batch) -> dict[str, Tensor]:
     family = config["model_type"]
     call = {"attention_mask": batch.mask()}
     if batch.embedded:
-        hidden = family_of(family).config(minilm.PretrainedConfig.from_dict(config)).hidden_size
+        hidden = family_of(family).config(minilm.PretrainedConfig.from_dict(config)).table_size
         call["inputs_embeds"] = batch.vectors(hidden)
     else:
         call["input_ids"] = batch.ids(config)
-    typed = ("bert", "roberta", "xlm-roberta", "camembert", "gpt2", "deberta-v2", "nomic_bert")
-    if batch.with_types and family in typed:
+    bertish = ("bert", "roberta", "xlm-roberta", "camembert", "electra", "albert")
+    if batch.with_types and family in (*bertish, "gpt2", "deberta-v2", "nomic_bert"):
         usual = 0 if family == "deberta-v2" else 2
         kinds = config["vocab_size"] if family == "gpt2" else config.get("type_vocab_size", usual)
         call["token_type_ids"] = batch.lay_out(batch.integers(0, max(kinds, 1), 1))
@@ -136,7 +136,7 @@ def their_arguments(config: Config, batch: Batch) -> dict[str, Tensor]:
     which looks at the ids), so it has to be told them.
     """
     call = arguments(config, batch)
-    looks_itself = config["model_type"] in ("roberta", "xlm-roberta", "camembert") and not batch.embedded
+    looks_itself = config["model_type"] in LIKE_ROBERTA and not batch.embedded
     if not batch.with_positions and not looks_itself:
         call["position_ids"] = batch.positions(first_position(config))
     return call
@@ -144,7 +144,7 @@ def their_arguments(config: Config, batch: Batch) -> dict[str, Tensor]:
 
 def first_position(config: Config) -> int:
     """Row of the position table of a text's first token."""
-    return padding_id(config) + 1 if config["model_type"] in ("roberta", "xlm-roberta", "camembert") else 0
+    return padding_id(config) + 1 if config["model_type"] in LIKE_ROBERTA else 0
 
 
 def pooled_where_they_look(config: Config, head: Head, batch: Batch) -> Batch:

@@ -18,27 +18,23 @@ from torch import Tensor
 
 ENCODERS = (
     *("bert", "roberta", "xlm-roberta", "camembert", "distilbert"),
-    "modernbert",
-    "deberta-v2",
-    "nomic_bert",
+    *("modernbert", "deberta-v2", "nomic_bert", "mpnet", "electra", "albert"),
 )
+LIKE_BERT = ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "electra", "albert")
+"""Families whose options are nearly BERT's."""
+LIKE_ROBERTA = ("roberta", "xlm-roberta", "camembert", "mpnet")
+"""Families whose positions start after the padding index, and count tokens that are not padding."""
 GEMMAS = ("gemma", "gemma2", "gemma3_text")
 PARTLY_TURNED = ("gpt_neox", "phi")
 LATER = ("smollm3", "olmo2", *PARTLY_TURNED, *GEMMAS)
 SLOW = (
     *(*LATER, "camembert"),
-    "modernbert",
-    "deberta-v2",
-    "nomic_bert",
+    *("modernbert", "deberta-v2", "nomic_bert", "mpnet", "electra", "albert"),
 )
 OWN = ("test_decoders", "test_traits", "test_arena")
 """Families whose cases run with the slow tests, apart from those of these files, which are about them."""
 
-WITHOUT_TABLE = (
-    "modernbert",
-    "deberta-v2",
-    "nomic_bert",
-)
+WITHOUT_TABLE = ("modernbert", "deberta-v2", "nomic_bert")
 """Encoders without a position table."""
 
 DECODERS = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "phi3", *LATER)
@@ -102,7 +98,7 @@ VOCABULARY = st.integers(7, 90)
 
 @st.composite
 def bert(draw: st.DrawFn, model_type: str = "bert") -> Config:
-    """BERT, RoBERTa, XLM-RoBERTa, CamemBERT."""
+    """BERT, RoBERTa, XLM-RoBERTa, CamemBERT, MPNet, ELECTRA, ALBERT."""
     heads, head_dim, vocabulary = draw(st.integers(1, 4)), draw(st.integers(1, 9)), draw(VOCABULARY)
     config = {
         "model_type": model_type,
@@ -127,7 +123,20 @@ def bert(draw: st.DrawFn, model_type: str = "bert") -> Config:
             )
         ),
     }
-    if model_type == "bert":
+    if model_type == "albert":
+        config["num_hidden_layers"] = draw(st.integers(1, 3))  # else transformers has a block that never runs
+        config["num_hidden_groups"] = 1
+        config.pop("classifier_dropout", None)
+        config |= draw(_maybe({"classifier_dropout_prob": PROBABILITIES, "inner_group_num": st.just(1)}))
+    if model_type in ("albert", "electra"):
+        config["embedding_size"] = draw(st.integers(2, 9) | st.just(config["hidden_size"]))
+    if model_type == "mpnet":
+        config.pop("classifier_dropout", None)
+        config.pop("type_vocab_size", None)
+        config |= draw(_maybe({"relative_attention_num_buckets": st.just(32)}))
+        config["max_position_embeddings"] += 2
+        config |= {"pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
+    elif model_type in ("bert", "electra", "albert"):
         config |= draw(
             _maybe(
                 {
@@ -617,7 +626,7 @@ def configs(family: str) -> st.SearchStrategy[Config]:
     """Contents of a config.json of one family (a model_type)."""
     if family in LATER:
         return later(family)
-    if family in ("bert", "roberta", "xlm-roberta", "camembert"):
+    if family in LIKE_BERT:
         return bert(family)
     own = {
         "distilbert": distilbert,
@@ -672,6 +681,21 @@ SMALL: dict[str, Config] = {
         "num_hidden_layers": 2,
         "intermediate_size": 17,
         "pad_token_id": 0,
+    },
+    "mpnet": {"hidden_size": 12, "num_attention_heads": 3, "num_hidden_layers": 2, "intermediate_size": 17},
+    "electra": {
+        "embedding_size": 7,
+        "hidden_size": 12,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 2,
+        "intermediate_size": 17,
+    },
+    "albert": {
+        "embedding_size": 7,
+        "hidden_size": 12,
+        "num_attention_heads": 3,
+        "num_hidden_layers": 2,
+        "intermediate_size": 17,
     },
     "distilbert": {"dim": 12, "n_heads": 3, "n_layers": 2, "hidden_dim": 17},
     "gpt2": {
@@ -801,7 +825,7 @@ class Batch:
 
 def padding_id(config: Config) -> int:
     """The id at padding: the configuration's, by its own word or by default."""
-    default = 1 if config["model_type"] in ("roberta", "xlm-roberta", "camembert") else 0
+    default = 1 if config["model_type"] in LIKE_ROBERTA else 0
     return config.get("pad_token_id", default) or 0
 
 

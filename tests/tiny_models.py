@@ -18,6 +18,7 @@ what when does live company river green tea house red book old man ##s ##ed ##in
 WORDS = _LISTED.split()
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789éüñ北京"
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+MPNETS = ["<s>", "<pad>", "</s>", "<unk>", "[UNK]", "<mask>"]
 CORPUS = [
     "John Smith lives in Paris, the old city of France.",
     "Mary works in London; Anna was in Berlin. Where does Anna live?",
@@ -35,9 +36,9 @@ TEXTS = [
 """Of mixed lengths, with characters outside ASCII and outside the vocabularies; 2 to about 60 tokens."""
 
 
-def _bert_vocabulary(folder: Path) -> Path:
+def _bert_vocabulary(folder: Path, special: list[str]) -> Path:
     continued = [f"##{letter}" for letter in LETTERS]
-    vocabulary = [*SPECIAL, *WORDS, *LETTERS, *continued, *".,;:?!'()-"]
+    vocabulary = [*special, *WORDS, *LETTERS, *continued, *".,;:?!'()-"]
     file = folder / "vocab.txt"
     file.write_text("\n".join(dict.fromkeys(vocabulary)), encoding="utf-8")
     return file
@@ -52,11 +53,13 @@ def save_tokenizer(folder: Path, family: str, model_max_length: int) -> Any:
         trained.train_from_iterator(CORPUS * 3, vocab_size=330, min_frequency=2, special_tokens=special)
         trained.save_model(str(folder))
     else:
-        _bert_vocabulary(folder)
+        _bert_vocabulary(folder, MPNETS if family == "mpnet" else SPECIAL)
     cls = {
         "bert": transformers.BertTokenizerFast,
         "distilbert": transformers.DistilBertTokenizerFast,
         "roberta": transformers.RobertaTokenizerFast,
+        "mpnet": transformers.MPNetTokenizer,
+        "electra": transformers.ElectraTokenizer,
     }[family]
     tokenizer = cls.from_pretrained(str(folder), model_max_length=model_max_length)
     tokenizer.save_pretrained(str(folder))
@@ -82,18 +85,28 @@ def save_model(
         config: Any = transformers.DistilBertConfig(**{**sizes, **options})
     else:
         sizes.update(hidden_size=24, num_hidden_layers=2, num_attention_heads=3, intermediate_size=40)
-        offset = 2 if family == "roberta" else 0
+        offset = 2 if family in ("roberta", "mpnet") else 0
         sizes.update(max_position_embeddings=positions + offset)
-        config = {"bert": transformers.BertConfig, "roberta": transformers.RobertaConfig}[family](
-            **{**sizes, **options}
-        )
+        sizes.update({"embedding_size": 10} if family == "electra" else {})
+        config = {
+            "bert": transformers.BertConfig,
+            "roberta": transformers.RobertaConfig,
+            "mpnet": transformers.MPNetConfig,
+            "electra": transformers.ElectraConfig,
+        }[family](**{**sizes, **options})
     if family == "roberta":
         config.pad_token_id, config.bos_token_id, config.eos_token_id = 1, 0, 2
-    prefix = {"bert": "Bert", "distilbert": "DistilBert", "roberta": "Roberta"}[family]
+    prefixes = {"bert": "Bert", "distilbert": "DistilBert", "mpnet": "MPNet", "electra": "Electra"}
+    prefix = prefixes.get(family, "Roberta")
+    if family == "electra":  # rounding would grow, and seeds below 12 know few classes
+        seed, spread = seed + 12, spread * 0.6
+    torch.manual_seed(seed)
     model = getattr(transformers, prefix + head)(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             wide = "embeddings" in name or name.startswith(("classifier", "qa_outputs", "pre_classifier"))
+            if family in ("mpnet", "electra"):
+                wide &= not name.endswith(("classifier.dense.weight", "embeddings_project.weight"))
             parameter.normal_(0.0, 0.1 if name.endswith("bias") else 1.0 if wide else spread)
             if "norm" in name.lower() and name.endswith("weight"):
                 parameter.add_(1.0)

@@ -276,7 +276,7 @@ def _linear_weights(model: PreTrainedModel) -> int:
     """Elements of all matrices that each token is multiplied with, including a tied output matrix."""
     per_sequence = "head.next_sentence."
     total = 0
-    for name, module in model.named_modules():
+    for name, module in model.named_modules(remove_duplicate=False):  # ALBERT runs one block several times
         in_head = name.startswith("head.") and model.head_kind in PER_TOKEN
         if isinstance(module, nn.Linear) and (name.startswith("body.") or in_head):
             total += 0 if f"{name}.".startswith(per_sequence) else math.prod(module.weight.shape)

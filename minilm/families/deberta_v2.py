@@ -2,7 +2,7 @@
 contents and distances separately.
 
 Scores have up to three products: of contents, of a content with the vector of the distance (c2p), and the
-reverse (p2c); see `minilm.disentangled`. The vectors belong to buckets of distances, with a norm, and are
+reverse (p2c); see `minilm.distances`. The vectors belong to buckets of distances, with a norm, and are
 projected by the layers' own matrices of queries and keys (share_att_key). In published models the embeddings
 have no positions (position_biased_input). Version 2 xlarge has a convolution beside the first layer.
 
@@ -131,7 +131,7 @@ def translate(hf: Options) -> ModelConfig:
     )
 
 
-THEIRS, OURS = "encoder.layer.{i}.attention", "body.layers.{i}.attention"
+THEIRS = "encoder.layer.{i}.attention"
 
 
 def _qkv(kind: str) -> tuple[str, ...]:
@@ -152,8 +152,8 @@ def _body() -> tuple[Rule, ...]:
         *rules,
         copy("encoder.rel_embeddings.weight", "body.distances.table.weight"),
         *affine("encoder.LayerNorm", "body.distances.norm"),
-        *affine(f"{THEIRS}.self.pos_key_proj", f"{OURS}.far.key"),
-        *affine(f"{THEIRS}.self.pos_query_proj", f"{OURS}.far.query"),
+        *affine(f"{THEIRS}.self.pos_key_proj", "body.distances.layers.{i}.key"),
+        *affine(f"{THEIRS}.self.pos_query_proj", "body.distances.layers.{i}.query"),
         *affine("encoder.conv.conv", "body.conv.conv"),
         *affine("encoder.conv.LayerNorm", "body.conv.norm"),
     )

@@ -54,7 +54,7 @@ class SequenceHead:
     """The dense layer before the logits: the body's pooler ("pooler"), or a layer in the head with this
     activation, or with that of the option of this name."""
     drop_input: bool | str = False
-    """Apply dropout also before that layer (RoBERTa); or the option with its own rate (DeBERTa)."""
+    """Apply dropout also before that layer (RoBERTa, ELECTRA); or the option with its own rate (DeBERTa)."""
     bias: bool = True
     norm: bool = False
     """A norm after that layer; heads for tokens have both, too (ModernBERT)."""

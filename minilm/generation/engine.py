@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -27,9 +27,11 @@ from torch import Tensor
 from ..cache import KVCache
 from ..config import ModelConfig
 from ..model import AutoModelForCausalLM, Packed
-from .prefixes import Prefixes
 from .sampling import Sampling, draw, process
 from .values import whole
+
+if TYPE_CHECKING:
+    from .prefixes import Prefixes
 
 
 @dataclass(eq=False)
@@ -171,7 +173,11 @@ class Engine:
         self.running: list[Sample] = []
         self._together = together
         self._keep_rows = keep_rows
-        self.prefixes = Prefixes(self.cache, keep_prefixes) if keep_prefixes else None
+        self.prefixes: Prefixes | None = None
+        if keep_prefixes:
+            from .prefixes import Prefixes
+
+            self.prefixes = Prefixes(self.cache, keep_prefixes)
         self._grad_mode = torch.inference_mode if inference_mode else torch.no_grad
         self._draw = drawer
         self._record = recorder

@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from ..model import AutoModelForCausalLM, with_effect
+from ..model import AutoModelForCausalLM
+from ..substitutes import with_effect
 from .engine import Engine, Request, Sample, check_length, context_window
 from .outputs import BeamSearchOutput as BeamSearchOutput
 from .outputs import CompletionOutput as CompletionOutput

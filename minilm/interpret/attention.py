@@ -61,32 +61,31 @@ def attention_probs(
     x = block.attention_norm.norm(hidden) if block.pre_norm and block.attention_norm is not None else hidden
     q, k, v = block.attention.heads(x)
     q, k = block.attention.turned(q, k, batch)
-    far = block.attention.far
-    scores = None if far is None else far(q, k, batch.distances, block.attention.heads)
-    maps = _maps(block.attention, q, k, v, packed, heads, queries, scores)
+    biased = None if batch.biased is None else batch.biased.of_layer(block.attention)
+    maps = _maps(block.attention, q, k, v, packed, heads, queries, biased)
     found = [p[:, 0] if isinstance(rows, int) else p for p in maps]
     return [p[0] if isinstance(head, int) else p for p in found]
 
 
 def _maps(
     attention: Attention, q: Tensor, k: Tensor, v: Tensor, packed: Packed, heads: list[int],
-    queries: list[list[int]], scores: Any,
+    queries: list[list[int]], biased: Any,
 ) -> list[Tensor]:  # fmt: skip
     """The chosen rows of each sequence's maps, [heads, rows, S]."""
     kind = attention.kind()
     seen: dict[str, Any] = {"causal": attention.config.causal, "window": attention.window}
     lengths = (packed.cu_seqlens, packed.cu_seqlens, packed.max_seqlen, packed.max_seqlen)
     lse = None
-    if scores is None and ops.writes_lse(q, k, v, **seen):
+    if biased is None and ops.writes_lse(q, k, v, **seen):
         lse = ops.attention_with_lse(q, k, v, *lengths, **kind)[1]
     maps, start = [], 0
-    for length, rows in zip(packed.lengths, queries, strict=True):
+    for number, (length, rows) in enumerate(zip(packed.lengths, queries, strict=True)):
         part = slice(start, start + length)
         ends = torch.tensor([0, length], dtype=torch.int32, device=q.device)
         own = None if lse is None else lse[:, part]
         chosen: dict[str, Any] = {"heads": heads, "queries": rows, "lse": own}
-        if scores is not None:
-            chosen["bias"] = scores.bias(start, packed.positions[part], attention.scale)
+        if biased is not None:
+            chosen["bias"] = biased.bias_of(number, q, k, attention.scale)
         maps += ops.attention_probs(q[part], k[part], ends, ends, **kind, **chosen)
         start += length
     return maps

@@ -15,12 +15,13 @@ from .heads import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    ScoreHead,
     classification_loss,
     token_loss,
 )
 from .layers import MLP, Attention, Block, Embedding, Embeddings, Linear, Norm
-from .loading import HUB_OPTIONS, as_device, as_dtype, read_config, with_effect
-from .outputs import ModelOutput
+from .loading import HUB_OPTIONS, as_device, as_dtype, read_config
+from .outputs import MaskedLMOutput, ModelOutput
 from .pretrained import AutoModel, PreTrainedModel
 from .rope import angle_table, angles
 from .transformer import Transformer
@@ -30,8 +31,7 @@ __all__ = [
     "AutoModelForMaskedLM", "AutoModelForNextSentencePrediction", "AutoModelForPreTraining",
     "AutoModelForQuestionAnswering", "AutoModelForSequenceClassification",
     "AutoModelForTokenClassification", "Batch", "Block", "CausalLMHead", "Embedding", "Embeddings",
-    "Linear", "ModelOutput", "Norm", "Packed", "PreTrainedModel", "PretrainedConfig",
-    "Transformer", "alias", "alias_names", "angle_table", "angles", "as_device",
+    "Linear", "MaskedLMOutput", "ModelOutput", "Norm", "Packed", "PreTrainedModel", "PretrainedConfig",
+    "ScoreHead", "Transformer", "alias", "alias_names", "angle_table", "angles", "as_device",
     "as_dtype", "check_columns", "classification_loss", "integers", "pack", "read_config", "token_loss",
-    "with_effect",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from typing import Any
 
 from ..families import Head, PretrainedConfig, families
 from ..files import resolve
+from ..substitutes import WITHOUT_EFFECT, with_effect
 from .causal import AutoModelForCausalLM
 from .heads import (
     AutoModelForMaskedLM,
@@ -16,7 +17,7 @@ from .heads import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from .loading import HUB_OPTIONS, WITHOUT_EFFECT, read_config, with_effect
+from .loading import HUB_OPTIONS, read_config
 from .pretrained import AutoModel, PreTrainedModel, of_family
 
 MODELS: dict[Head, type[PreTrainedModel]] = {

@@ -203,8 +203,8 @@ class Batch:
     """cos and sin, [T, rotated channels / 2]."""
     local_rope: tuple[Tensor, Tensor] | None = None
     """The same for layers with a window, if they have their own."""
-    distances: Any = None
-    """The vectors of the distances of these tokens, if the family has them (`minilm.disentangled`)."""
+    biased: Any = None
+    """Attention whose scores depend on the distance too (`minilm.distances`), if the family has it."""
     cache: KVCache | None = None
     rows: list[int] = field(default_factory=list)
     """The cache's row of each sequence."""

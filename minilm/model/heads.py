@@ -32,19 +32,17 @@ from .pretrained import Pooler, PreTrainedModel
 
 
 class MaskedLMHead(nn.Module):
-    """norm(act(W x + b)), then a logit for each token of the vocabulary. With `next_sentence` it also holds
-    the next-sentence layer."""
+    """norm(act(W x + b)), as wide as the token table, then a logit for each token of the vocabulary. With
+    `next_sentence` it also holds the next-sentence layer."""
 
     def __init__(self, model: PreTrainedModel, *, next_sentence: bool = False) -> None:
         super().__init__()
         spec, family, options = model.spec, model.family, model.config
+        size, bias = spec.table_size, bool(options.get("classifier_bias", True))
         self.activation = options.get(family.mlm_activation or "", family.mlm_activation) or spec.activation
-        bias = bool(options.get("classifier_bias", True))
-        self.dense = Linear(spec.hidden_size, spec.hidden_size, bias=bias)
-        self.norm = Norm(spec, eps=family.mlm_norm_eps)
-        self.decoder = (
-            None if spec.tie_word_embeddings else Linear(spec.hidden_size, spec.vocab_size, bias=False)
-        )
+        self.dense = Linear(spec.hidden_size, size, bias=bias)
+        self.norm = Norm(spec, size, eps=family.mlm_norm_eps)
+        self.decoder = None if spec.tie_word_embeddings else Linear(size, spec.vocab_size, bias=False)
         biased = options.get("decoder_bias", True)
         self.bias = nn.Parameter(torch.zeros(spec.vocab_size)) if biased else None
         self.next_sentence = Linear(spec.hidden_size, 2) if next_sentence else None
@@ -72,14 +70,6 @@ class AutoModelForMaskedLM(PreTrainedModel):
         return {"loss": token_loss(logits, labels, batch.packed), "logits": batch.packed.pad(logits)}
 
 
-class NextSentenceHead(nn.Module):
-    """Two logits from the pooled first token."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.next_sentence = Linear(size, 2)
-
-
 class AutoModelForNextSentencePrediction(PreTrainedModel):
     """Predicts whether the second text follows the first (0) or is a random one (1)."""
 
@@ -89,27 +79,32 @@ class AutoModelForNextSentencePrediction(PreTrainedModel):
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
         self.pooler = Pooler(self.spec.hidden_size)
-        self.head = NextSentenceHead(self.spec.hidden_size)
+        self.head = nn.ModuleDict({"next_sentence": Linear(self.spec.hidden_size, 2)})
         self.initialise()
 
     def answer(self, hidden: Tensor, batch: Batch, labels: Tensor | None) -> dict[str, Any]:
         """logits [B, 2]; labels int64 [B]."""
-        logits = self.head.next_sentence(self.pooler(hidden, batch.packed))
+        logits = self.head["next_sentence"](self.pooler(hidden, batch.packed))
         loss = None if labels is None else ops.cross_entropy(logits, labels.view(-1))
         return {"loss": loss, "logits": logits}
 
 
 class AutoModelForPreTraining(PreTrainedModel):
-    """BERT's two pre-training heads: masked tokens and next sentence."""
+    """BERT's two pre-training heads: masked tokens and next sentence. ALBERT and ELECTRA have others."""
 
     head_kind: ClassVar[Head] = "pre-training"
     output_class: ClassVar[type[ModelOutput]] = PreTrainingOutput
+    variants: ClassVar[dict[str, str]] = {"albert": "SentenceOrder", "electra": "ReplacedTokens"}
 
     def __init__(self, config: PretrainedConfig) -> None:
         super().__init__(config)
-        self.pooler = Pooler(self.spec.hidden_size)
-        self.head = MaskedLMHead(self, next_sentence=True)
+        self.head, self.p = self.make_head(), self.family.dropout(self.head_kind, config)
         self.initialise()
+
+    def make_head(self) -> Any:
+        """The head, and a pooler if it needs one."""
+        self.pooler = Pooler(self.spec.hidden_size)
+        return MaskedLMHead(self, next_sentence=True)
 
     def answer(
         self, hidden: Tensor, batch: Batch, labels: Tensor | None, next_sentence_label: Tensor | None = None
@@ -117,8 +112,7 @@ class AutoModelForPreTraining(PreTrainedModel):
         """prediction_logits [B, S, V] and seq_relationship_logits [B, 2]; the loss is the sum of both losses,
         if both have labels."""
         logits = self.head(hidden, self.body.embeddings.tokens.weight)
-        assert self.head.next_sentence is not None
-        scores = self.head.next_sentence(self.pooler(hidden, batch.packed))
+        scores = self.head.next_sentence(F.dropout(self.pooler(hidden, batch.packed), self.p, self.training))
         loss = None
         if labels is not None and next_sentence_label is not None:
             tokens = token_loss(logits, labels, batch.packed)

@@ -84,16 +84,18 @@ class Embeddings(nn.Module):
         super().__init__()
         self.config = config
         padding = config.pad_token_id if config.pad_token_id in range(config.vocab_size) else None
-        self.tokens = Embedding(config.vocab_size, config.hidden_size, padding_idx=padding)
+        size = config.table_size
+        self.tokens = Embedding(config.vocab_size, size, padding_idx=padding)
         learned = config.positions == "learned"
         rows = config.max_positions + config.position_offset
         skipped = config.positions_skip_padding_id
-        self.positions = Embedding(rows, config.hidden_size, padding_idx=skipped) if learned else None
-        self.types = Embedding(config.type_vocab_size, config.hidden_size) if config.type_vocab_size else None
-        self.norm = Norm(config) if config.embedding_norm else None
+        self.positions = Embedding(rows, size, padding_idx=skipped) if learned else None
+        self.types = Embedding(config.type_vocab_size, size) if config.type_vocab_size else None
+        self.norm = Norm(config, size) if config.embedding_norm else None
 
     def forward(self, tokens: Tensor, positions: Tensor, types: Tensor | None) -> Tensor:
-        """tokens int64 [T], or float [T, C] already embedded; positions, types int64 [T]. Returns [T, C]."""
+        """tokens int64 [T], or float [T, C] already embedded; positions, types int64 [T]. Returns [T, C], C
+        those of the tables."""
         if tokens.is_floating_point() or (self.config.types_are_tokens and types is not None):
             return self.by_modules(tokens, positions, types)
         table = self.tokens.like if isinstance(self.tokens, QuantizedEmbedding) else self.tokens.weight
@@ -137,11 +139,6 @@ class Attention(nn.Module):
         sizes = (config.q_size, config.kv_size) if config.qk_norm_of_all else (config.head_dim,) * 2
         self.q_norm = Norm(config, sizes[0]) if config.qk_norm else None
         self.k_norm = Norm(config, sizes[1]) if config.qk_norm else None
-        self.far: Any = None
-        if config.distances is not None:
-            from ..disentangled import projections
-
-            self.far = projections(config, Linear)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x [T, C] -> q [T, H, D] and k, v [T, Hkv, D], before the rotary embedding."""
@@ -178,13 +175,12 @@ class Attention(nn.Module):
         q, k = self._rope_and_append(q, k, v, batch)
         packed, step = batch.packed, batch.step
         kind = self.kind()
-        scores = None if self.far is None else self.far(q, k, batch.distances, self.heads)
+        attending = packed if batch.biased is None else batch.biased.of_layer(self)
         if batch.attentions is not None:
-            batch.attentions.append(self._maps(q, k, batch) if scores is None else scores.maps(**kind))
-        if scores is not None:
-            out = scores.attend(v, dropout_p=c.attention_dropout if self.training else 0.0, **kind)
-        elif step is None or step.fresh:
-            out = packed.attend(q, k, v, dropout_p=c.attention_dropout if self.training else 0.0, **kind)
+            batch.attentions.append(self._maps(q, k, batch, attending))
+        if step is None or step.fresh:
+            p = c.attention_dropout if self.training else 0.0
+            out = attending.attend(q, k, v, dropout_p=p, **kind)
         elif c.attention_soft_cap is not None:  # the op for pages has none
             assert batch.cache is not None
             k, v = batch.cache.packed(self.layer, batch.rows, q.dtype)
@@ -226,12 +222,12 @@ class Attention(nn.Module):
         cap = self.config.attention_soft_cap
         return kind if cap is None else {**kind, "soft_cap": cap}
 
-    def _maps(self, q: Tensor, k: Tensor, batch: Batch) -> Tensor:
+    def _maps(self, q: Tensor, k: Tensor, batch: Batch, attending: Any) -> Tensor:
         """The attention probabilities in transformers' layout, [B, H, S, context], zero at padding."""
         packed: Any = batch.packed
         kind = self.kind()
-        if isinstance(packed, Padded):
-            return packed.maps(q, k, **kind)
+        if attending is not packed or isinstance(packed, Padded):
+            return attending.maps(q, k, **kind)  # type: ignore[no-any-return]
         context, cu_k = packed.columns, packed.cu_seqlens
         if batch.cache is not None and batch.step is not None and not batch.step.fresh:
             k, cu_k = batch.cache.packed(self.layer, batch.rows, q.dtype)[0], batch.step.ends

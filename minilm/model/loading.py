@@ -4,7 +4,6 @@ write them back."""
 from __future__ import annotations
 
 import os
-import warnings
 from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
@@ -16,7 +15,7 @@ from ..config import ConfigError, ModelConfig
 from ..families import Family, Head, PretrainedConfig
 from ..files import MOST_CONFIG, has_file, open_checkpoint, read_json, resolve, saving
 from ..quantized import describe, install, quantized_matrices, wanted_formats
-from ..substitutes import OPTIONS, instead
+from ..substitutes import OPTIONS, WITHOUT_EFFECT, instead, with_effect
 from ..weights import (
     CONFIG_RULE,
     LoadReport,
@@ -33,31 +32,6 @@ from ..weights import (
 Model = TypeVar("Model", bound="Checkpointed")
 
 HUB_OPTIONS = ("revision", "cache_dir", "token", "local_files_only", "gguf_file")
-WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
-    "adapter_kwargs": (None, {}),
-    "attn_implementation": (None,),
-    "force_download": (None, False),
-    "low_cpu_mem_usage": (None, True),
-    "proxies": (None, {}),
-    "resume_download": (None, False),
-    "trust_remote_code": (None, False),
-    "use_auth_token": (None,),
-    "use_fast": (None, True),
-    "use_safetensors": (None, True),
-    "weights_only": (None, True),
-}
-"""Options of transformers' `from_pretrained` that are accepted and have no effect -> the values that need no
-warning, because they ask for what minilm does anyway."""
-
-
-def with_effect(options: dict[str, Any], table: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
-    """The options that are not in `table`. One warning names those in it whose value asks for something that
-    minilm does not do."""
-    idle = [f"{k}={v!r}" for k, v in options.items() if k in table and not any(v == w for w in table[k])]
-    if idle:
-        verb = "has" if len(idle) == 1 else "have"
-        warnings.warn(f"{', '.join(idle)} {verb} no effect in minilm", UserWarning, stacklevel=3)
-    return {name: value for name, value in options.items() if name not in table}
 
 
 def read_config(path: Path, **overrides: Any) -> PretrainedConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from importlib import import_module
 from typing import Any, ClassVar
 
 import torch
@@ -41,6 +42,8 @@ class PreTrainedModel(ops.Whole, Checkpointed):
     body: Transformer
     model_type: ClassVar[str | None] = None
     """Set in the classes of one family (`of_family`)."""
+    variants: ClassVar[dict[str, str]] = {}
+    """Model type -> the subclass in `minilm.pretraining`, where a family's head of this kind is another."""
 
     def __new__(cls, config: Any = None, *arguments: Any, **options: Any) -> PreTrainedModel:
         """``AutoModelForMaskedLM(config)`` with a BERT configuration creates a `BertForMaskedLM`."""
@@ -232,7 +235,7 @@ class PreTrainedModel(ops.Whole, Checkpointed):
         return hidden
 
     def _check_vectors(self, x: Tensor) -> None:
-        size = self.spec.hidden_size
+        size = self.spec.table_size
         if not isinstance(x, Tensor) or x.dim() != 3 or x.shape[2] != size or not x.is_floating_point():
             what = f"{x.dtype} {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"inputs_embeds must be floats, [batch, tokens, {size}], and is {what}")
@@ -398,8 +401,9 @@ def of_family(general: type[PreTrainedModel], model_type: str) -> type[PreTraine
         return class_of(general.head_kind, model_type)
     if (general, model_type) not in _OF_FAMILIES:
         about = {"__module__": "minilm", "__doc__": general.__doc__, "model_type": model_type}
-        name = family_of(model_type).class_name(general.head_kind)
-        _OF_FAMILIES[general, model_type] = type(name, (general,), about)
+        name, own = family_of(model_type).class_name(general.head_kind), general.variants.get(model_type)
+        base = general if own is None else getattr(import_module("minilm.pretraining"), own)
+        _OF_FAMILIES[general, model_type] = type(name, (base,), about)
     return _OF_FAMILIES[general, model_type]
 
 
@@ -444,5 +448,5 @@ class AutoModel(PreTrainedModel):
         """last_hidden_state [B, S, C] and pooler_output [B, C]."""
         if labels is not None:
             raise TypeError("a model without a head takes no labels")
-        pooled = None if self.pooler is None else self.pooler(hidden, batch.packed)
+        pooled = None if self.pooler is None else self.whole_pooler(hidden, batch.packed)
         return {"last_hidden_state": batch.packed.pad(hidden), "pooler_output": pooled}

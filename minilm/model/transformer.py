@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import ops
 from ..config import ModelConfig
 from .batch import Batch
-from .layers import Block, Embedding, Embeddings, Norm
+from .layers import Block, Embedding, Embeddings, Linear, Norm
 
 
 class Transformer(ops.Whole, nn.Module):
@@ -21,21 +21,26 @@ class Transformer(ops.Whole, nn.Module):
         super().__init__()
         self.config = config
         self.embeddings = Embeddings(config)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.project = Linear(config.table_size, config.hidden_size) if config.embedding_size else None
+        layers = range(config.num_layers)
+        shared = [Block(config, 0)] * len(layers) if config.shared_layers else None
+        self.layers = nn.ModuleList(shared or (Block(config, layer) for layer in layers))
         self.norm = Norm(config) if config.final_norm else None
         self.distances: Any = None
         self.conv: Any = None
-        if config.distances is not None:
-            from ..disentangled import shared_parts
+        if config.relative_buckets or config.distances is not None:
+            from ..distances import shared_parts
 
-            self.distances, self.conv = shared_parts(config, Embedding, Norm)
+            self.distances, self.conv = shared_parts(config, Embedding, Linear, Norm)
         self.gradient_checkpointing = False
 
     def forward(self, batch: Batch) -> Tensor:
         """Returns the last hidden states, [T, C]; fills `batch.hidden_states` and `batch.attentions` if they
         are lists."""
         x: Tensor = self.embeddings(batch.tokens, batch.positions, batch.types)
-        batch.distances = None if self.distances is None else self.distances(batch.packed)
+        if self.project is not None:
+            x = self.project(x)
+        batch.biased = None if self.distances is None else self.distances.biased(batch.packed)
         result: Tensor = ops.run_whole("blocks", x.device, x.dtype, self, x, batch)
         return result
 

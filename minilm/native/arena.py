@@ -59,6 +59,13 @@ def linears_of(block: Block) -> tuple[nn.Module, ...]:
     return block.attention.qkv, block.attention.out, block.mlp.up, block.mlp.down
 
 
+def eps_of(block: Block) -> float:
+    """The eps of a block's norms, which are alike."""
+    norm = block.attention_norm or block.attention_out_norm or block.mlp_norm
+    assert norm is not None
+    return norm.eps
+
+
 class Writer:
     """Packs the weights of a body into an arena, and records their offsets in its layout."""
 
@@ -77,9 +84,12 @@ class Writer:
     def write(self) -> Arena:
         """Pack everything; the body is one that `blocks` does not refuse."""
         layout = self.header()
+        written: dict[Block, list[int]] = {}
         for block in self.body.layers:
             assert isinstance(block, Block)
-            layout += self.layer(block)
+            if block not in written:  # layers that are one block share their place (ALBERT)
+                written[block] = self.layer(block)
+            layout += written[block]
         arena = torch.empty(self.size, dtype=torch.uint8)
         packed.prefer_large_pages(arena)
         at = 0
@@ -93,8 +103,6 @@ class Writer:
         """What all layers share."""
         c, block = self.body.config, self.body.layers[0]
         assert isinstance(block, Block)
-        norm = block.attention_norm or block.attention_out_norm
-        assert norm is not None
         self.numbers = {
             "layers": c.num_layers,
             "channels": c.hidden_size,
@@ -109,7 +117,7 @@ class Writer:
             "causal": c.causal,
             "parallel": c.parallel_norms > 0,
             "qk_norm_of_all": c.qk_norm_of_all,
-            "eps": bits_of(norm.eps),
+            "eps": bits_of(eps_of(block)),
             "soft_cap": bits_of(c.attention_soft_cap or 0.0),
         }
         self.norm("final_norm", self.body.norm)

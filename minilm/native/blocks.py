@@ -23,7 +23,7 @@ from ..model import MLP, Attention, Batch, Block, Linear, Norm, Packed, Transfor
 from ..ops.backends import native, packed, watch
 from ..quantized import QuantizedLinear
 from . import released
-from .arena import Arena, Writer, first_blocks, linears_of
+from .arena import Arena, Writer, eps_of, first_blocks, linears_of
 from .state import Structure, hooked, made_of, other_code, own_code
 
 CACHES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
@@ -31,8 +31,7 @@ CACHES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
 
 UNKNOWN: dict[str, str] = {
     "distances": "scores by distances",
-    "bare_first_layer": "first layer without a norm before attention",
-    "norm_without_bias": "LayerNorm without a bias",
+    "relative_buckets": "bias of the scores by distance",
 }
 """Traits of `ModelConfig` that csrc/cpu/transformer.cpp lacks, and what they are: a model with one runs by
 its modules."""
@@ -235,9 +234,7 @@ def _first_settings(body: Transformer) -> tuple[str, float]:
     """Activation and eps, which the kernels share between all layers."""
     block = body.layers[0]
     assert isinstance(block, Block)
-    norm = block.attention_norm or block.attention_out_norm
-    assert norm is not None
-    return block.mlp.activation, norm.eps
+    return block.mlp.activation, eps_of(block)
 
 
 def _obstacle(body: Transformer, modules: list[nn.Module]) -> str | None:
@@ -256,14 +253,15 @@ def _obstacle(body: Transformer, modules: list[nn.Module]) -> str | None:
     return reason
 
 
-def _parts(config: ModelConfig) -> dict[str, type]:
-    """The parts of a block, and what they are."""
+def _parts(config: ModelConfig, number: int) -> dict[str, type]:
+    """The parts of the block with this number, and what they are."""
     first = config.pre_norm or not config.output_norm
+    bare = config.bare_first_layer and number == 0
     kinds: dict[bool, type] = {True: Norm, False: type(None)}
     return {
         "attention": Attention,
         "mlp": MLP,
-        "attention_norm": kinds[first],
+        "attention_norm": kinds[first and not bare],
         "attention_out_norm": kinds[config.output_norm],
         "mlp_norm": kinds[first and config.parallel_norms != 1],
         "mlp_out_norm": kinds[config.output_norm],
@@ -285,10 +283,10 @@ def _refusal(body: Transformer) -> str | None:
         return f"the final norm was replaced by a {type(body.norm).__name__}"
     if (body.norm is not None) != config.final_norm:
         return "the final norm is not the configuration's"
-    for block in body.layers:
+    for number, block in enumerate(body.layers):
         if type(block) is not Block:
             return f"a layer was replaced by a {type(block).__name__}"
-        for part, kind in _parts(config).items():
+        for part, kind in _parts(config, number).items():
             if type(getattr(block, part)) is not kind:
                 return f"a layer's {part} was replaced by a {type(getattr(block, part)).__name__}"
         reason = _refused_settings(body, block)
@@ -304,6 +302,8 @@ def _refusal(body: Transformer) -> str | None:
     for norm in (m for m in body.modules() if type(m) is Norm):
         if not isinstance(norm._parameters.get("weight"), nn.Parameter):
             return "a norm's weight is not a parameter"
+        if norm.bias is not norm._parameters.get("bias"):
+            return "a norm's bias is not a parameter"
     return None
 
 

@@ -63,7 +63,7 @@ def attention(
     """
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = _score_options(q, max_seqlen_q, max_seqlen_k, bias, alibi_slopes, soft_cap)
-    return _attention(q, k, v, *lengths, scale, causal, window, dropout_p, options, lse=False)[0]
+    return _attention(q, k, v, lengths, scale, causal, window, dropout_p, options, lse=False)[0]
 
 
 def attention_with_lse(
@@ -85,7 +85,7 @@ def attention_with_lse(
     """`attention`, and the log-sum-exp of each query's scores, float32 [H, Tq] (not differentiable)."""
     lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     options = _score_options(q, max_seqlen_q, max_seqlen_k, bias, alibi_slopes, soft_cap)
-    out, lse = _attention(q, k, v, *lengths, scale, causal, window, 0.0, options, lse=True)
+    out, lse = _attention(q, k, v, lengths, scale, causal, window, 0.0, options, lse=True)
     assert lse is not None
     return out, lse
 
@@ -119,10 +119,7 @@ def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cu_seqlens_q: Tensor,
-    cu_seqlens_k: Tensor,
-    max_seqlen_q: int,
-    max_seqlen_k: int,
+    lengths: tuple[Tensor, Tensor, int, int],
     scale: float,
     causal: bool,
     window: int | None,
@@ -133,6 +130,7 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     checks.heads("attention", q, k, v)
     checks.window("attention", window)
+    cu_seqlens_q, cu_seqlens_k, *_ = lengths
     q_ends = checks.lengths("attention", "cu_seqlens_q", cu_seqlens_q, q.shape[0])
     k_ends = checks.lengths("attention", "cu_seqlens_k", cu_seqlens_k, k.shape[0])
     if cu_seqlens_q.shape != cu_seqlens_k.shape:
@@ -142,7 +140,6 @@ def _attention(
     if q_ends and k_ends and (causal or window is not None):
         checks.queries_stand_at_keys("attention", q_ends, k_ends)
     traits = _attention_traits(q, k, v, causal, window, dropout_p, options, lse=lse)
-    lengths = (cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     wanted = {"lse": True} if lse else {}
     result: tuple[Tensor, Tensor | None] = dispatch.select("attention", traits)(
         q, k, v, *lengths, scale, causal, window, dropout_p, **options, **wanted

@@ -3,7 +3,6 @@ the two stacks."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from .. import ops
 from ..config import ModelConfig
+from ..distances import Biased, RelativeBias
 from ..families.encoder_decoder import EncoderDecoderConfig
 from ..model import Batch, Embedding, Linear, Norm, Packed
 from .cache import EncoderDecoderCache
@@ -31,7 +31,8 @@ class Pass:
     memory: Tensor | None = None
     """The encoder's hidden states, [Ts, C]; None: the cache has their keys and values."""
     cache: EncoderDecoderCache | None = None
-    bias: Any = None
+    biased: Biased | None = None
+    """Self-attention with the bias that all layers share, or without one."""
     hidden_states: list[Tensor] | None = None
     attentions: list[Tensor] | None = None
     cross_attentions: list[Tensor] | None = None
@@ -45,90 +46,12 @@ class Reading(Batch):
     """The decoder's input, int64 [T]: the texts themselves, shifted to the right."""
 
 
-class RelativeBias(nn.Module):
-    """The bias of T5: a number per head for each bucket of distances (arXiv:1910.10683, section 2.1).
-
-    With `both_ways` (encoders), half of the buckets are for later keys. Of the buckets of a direction, half
-    hold one distance each, the others grow up to `max_distance`, and the last holds everything beyond.
-    """
-
-    def __init__(self, config: EncoderDecoderConfig, heads: int, *, both_ways: bool) -> None:
-        super().__init__()
-        self.both_ways, self.max_distance = both_ways, config.max_distance
-        self.weight = nn.Parameter(torch.empty(config.buckets, heads))
-
-    def buckets(self, distance: Tensor) -> Tensor:
-        """key position - query position, int64 -> the bucket, int64."""
-        count, first = len(self.weight), torch.zeros_like(distance)
-        if self.both_ways:
-            count //= 2
-            first, distance = (distance > 0).long() * count, distance.abs()
-        else:
-            distance = (-distance).clamp(min=0)
-        exact = count // 2
-        grown = torch.log(distance.float() / exact) / math.log(self.max_distance / exact) * (count - exact)
-        far = (exact + grown.clamp(min=-exact).long()).clamp(max=count - 1)
-        return first + torch.where(distance < exact, distance, far)
-
-    def between(self, queries: Tensor, keys: Tensor) -> Tensor:
-        """Positions int64 [q], [k] -> [H, q, k]."""
-        found = F.embedding(self.buckets(keys[None, :] - queries[:, None]), self.weight)
-        return found.permute(2, 0, 1).contiguous()
-
-    def forward(self, queries: Packed, keys: Packed) -> Tensor | list[Tensor]:
-        """One bias [H, q, k] for all sequences, or one for each if their positions differ."""
-        starts = {k - q for q, k in zip(queries.lengths, keys.lengths, strict=True)}
-        if len(starts) == 1 and not _holes(keys):
-            places = torch.arange(keys.max_seqlen, device=self.weight.device)
-            return self.between(places[starts.pop() :], places)
-        rows = zip(
-            torch.split(queries.positions, queries.lengths),
-            torch.split(keys.positions, keys.lengths),
-            strict=True,
-        )
-        return [self.between(q, k) for q, k in rows]
-
-
-def _holes(packed: Packed) -> bool:
-    """Whether a row has padding between its tokens, or none at all."""
-    if packed.indices is None:
-        return False
-    if 0 in packed.lengths:
-        return True
-    return bool((packed.positions[packed.last()] + 1 != packed.cu_seqlens.diff()).any())
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, queries: Packed, keys: Packed, bias: Any, **kind: Any) -> Tensor:
-    if not isinstance(bias, list):
-        longest = queries.max_seqlen, keys.max_seqlen
-        return ops.attention(q, k, v, queries.cu_seqlens, keys.cu_seqlens, *longest, bias=bias, **kind)
-    parts = (torch.split(x, p.lengths) for x, p in ((q, queries), (k, keys), (v, keys)))
-    found = [q[:0]]
-    for one, (a, b, c) in zip(bias, zip(*parts, strict=True), strict=True):
-        if len(a):
-            ends = _ends(a), _ends(b)
-            found.append(ops.attention(a, b, c, *ends, len(a), len(b), bias=one, **kind))
-    return torch.cat(found)
-
-
-def _ends(x: Tensor) -> Tensor:
-    """cu_seqlens of one sequence."""
-    return torch.tensor([0, len(x)], dtype=torch.int32, device=x.device)
-
-
-def _maps(q: Tensor, k: Tensor, queries: Packed, keys: Packed, bias: Any, **kind: Any) -> Tensor:
-    """The attention probabilities, [B, H, queries, keys], zero at padding."""
-    full = q.new_zeros(queries.batch, q.shape[1], queries.columns, keys.columns)
-    at = torch.split(queries.flat_indices() % max(queries.columns, 1), queries.lengths)
-    seen = torch.split(keys.flat_indices() % max(keys.columns, 1), keys.lengths)
-    parts = zip(torch.split(q, queries.lengths), torch.split(k, keys.lengths), strict=True)
-    for row, (a, b) in enumerate(parts):
-        one = bias[row] if isinstance(bias, list) else bias
-        one = None if one is None else one[:, : len(a), : len(b)]
-        if len(a):
-            (p,) = ops.attention_probs(a, b, _ends(a), _ends(b), bias=one, **kind)
-            full[row, :, at[row][:, None], seen[row]] = p
-    return full
+def _relative_bias(both: EncoderDecoderConfig, config: ModelConfig) -> RelativeBias | None:
+    """The bias of one side; None for a family without one."""
+    if not both.buckets:
+        return None
+    ways, most = not config.causal, both.max_distance
+    return RelativeBias(both.buckets, config.num_heads, both_ways=ways, max_distance=most)
 
 
 class SelfAttention(nn.Module):
@@ -139,8 +62,7 @@ class SelfAttention(nn.Module):
         self.config, self.layer, self.scale = config, layer, config.scale(layer)
         self.qkv = Linear(config.hidden_size, 3 * config.q_size, bias=config.qkv_bias)
         self.out = Linear(config.q_size, config.hidden_size, bias=config.out_bias)
-        own = both.buckets and both.bias_per_layer
-        self.relative = RelativeBias(both, config.num_heads, both_ways=not config.causal) if own else None
+        self.relative = _relative_bias(both, config) if both.bias_per_layer else None
 
     def forward(self, x: Tensor, run: Pass) -> Tensor:
         """x [T, C] -> [T, C]."""
@@ -148,12 +70,13 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).view(-1, 3, c.num_heads, c.head_dim).unbind(1)  # [T, H, D]
         if run.cache is not None:
             k, v = run.cache.append(self.layer, k, v, run.packed, run.keys)
-        bias = run.bias if self.relative is None else self.relative(run.packed, run.keys)
+        biased = run.biased if self.relative is None else self.relative.biased(run.packed, run.keys)
+        assert biased is not None
         kind: dict[str, Any] = {"scale": self.scale, "causal": c.causal}
         if run.attentions is not None:
-            run.attentions.append(_maps(q, k, run.packed, run.keys, bias, **kind))
+            run.attentions.append(biased.maps(q, k, **kind))
         kind["dropout_p"] = c.attention_dropout if self.training else 0.0
-        out: Tensor = self.out(_attend(q, k, v, run.packed, run.keys, bias, **kind).flatten(1))
+        out: Tensor = self.out(biased.attend(q, k, v, **kind).flatten(1))
         return out
 
 
@@ -180,10 +103,11 @@ class CrossAttention(nn.Module):
             if cache is not None:
                 cache.cross[self.layer] = kept
         kind: dict[str, Any] = {"scale": self.scale, "causal": False}
+        across = Biased(None, run.packed, run.source)
         if run.cross_attentions is not None:
-            run.cross_attentions.append(_maps(q, kept[0], run.packed, run.source, None, **kind))
+            run.cross_attentions.append(across.maps(q, kept[0], **kind))
         kind["dropout_p"] = c.attention_dropout if self.training else 0.0
-        out: Tensor = self.out(_attend(q, *kept, run.packed, run.source, None, **kind).flatten(1))
+        out: Tensor = self.out(across.attend(q, *kept, **kind).flatten(1))
         return out
 
 
@@ -269,8 +193,7 @@ class Stack(nn.Module):
         rows = config.max_positions + config.position_offset
         self.positions = Embedding(rows, config.hidden_size) if learned else None
         self.embedding_norm = Norm(config) if config.embedding_norm else None
-        shared = both.buckets and not both.bias_per_layer
-        self.relative = RelativeBias(both, config.num_heads, both_ways=not config.causal) if shared else None
+        self.relative = None if both.bias_per_layer else _relative_bias(both, config)
         self.layers = nn.ModuleList(Layer(both, config, layer) for layer in range(config.num_layers))
         self.norm = Norm(config) if config.final_norm else None
         self.gradient_checkpointing = False
@@ -284,7 +207,8 @@ class Stack(nn.Module):
             x = x + sinusoids(run.packed.positions, c.hidden_size).to(x.dtype)
         x = x if self.embedding_norm is None else normed(self.embedding_norm, x)
         x = F.dropout(x, c.embedding_dropout, self.training)
-        run.bias = None if self.relative is None else self.relative(run.packed, run.keys)
+        bias = None if self.relative is None else self.relative(run.packed, run.keys)
+        run.biased = Biased(bias, run.packed, run.keys)
         again = self.gradient_checkpointing and torch.is_grad_enabled() and run.cache is None
         for layer in self.layers:
             if run.hidden_states is not None:

@@ -12,7 +12,7 @@ from .loading import (
     stored_tensors,
     weight_map,
 )
-from .plan import UNFUSED
+from .plan import POOLER, UNFUSED
 from .quantized import KEEP
 from .rules import Rule, affine, copy, fuse, ignore, older, tied, transpose
 from .stored import (
@@ -34,6 +34,7 @@ __all__ = [
     "CONFIG_KEY",
     "CONFIG_RULE",
     "KEEP",
+    "POOLER",
     "UNFUSED",
     "LoadReport",
     "MapEntry",

@@ -19,6 +19,8 @@ from .rules import Rule
 Shape = tuple[int, ...]
 UNFUSED = "_unfused"
 """Key in the `__dict__` of a model that is unfused (`minilm.weights.unfused`)."""
+POOLER = "_pooler"
+"""Key for the pooler of such a model, if the module with that name is only its layer (ALBERT)."""
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _AGAIN = "ignore_mismatched_sizes=True"
 _SHOWN = 4  # maximum number of problems in one error message

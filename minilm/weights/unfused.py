@@ -21,7 +21,7 @@ import torch
 from torch import nn
 
 from .. import ops
-from .plan import UNFUSED, fused_sizes
+from .plan import POOLER, UNFUSED, fused_sizes
 from .relays import (
     OWN,
     BaseNode,
@@ -87,7 +87,7 @@ class _Unfusing:
         self.prefix: str = family.prefix(head)
         self.linear: type[nn.Linear] = type(model.body.layers[0].attention.out)
         self.tokens = model.body.embeddings.tokens
-        OWN.update((self.linear, type(self.tokens), nn.Conv1d))
+        OWN.update((self.linear, type(self.tokens), type(model.body.distances), nn.Conv1d))
         base = BaseNode(model) if self.prefix else Node()
         self.base = base
         self.top = Node()
@@ -106,8 +106,9 @@ class _Unfusing:
         ]
         first: Path = ()
         for name, module in owners:
-            if name.startswith("pooler."):
-                first = self._paths(f"{name}.weight")[0][0][:-1]
+            path = self._paths(f"{name}.weight")[0][0] if name.startswith("pooler.") else ()
+            if path[-1:] == ("dense",):  # BERT's pooler; that of ALBERT has the name of its layer
+                first = path[:-1]
                 self._put(first, PoolerNode())
             if name != "head.decoder":
                 parent, _, leaf = name.rpartition(".")
@@ -123,8 +124,8 @@ class _Unfusing:
         model.__dict__["body"] = body
         if head is not None:
             model.__dict__["head"] = self._head(head)
-        if pooler is not None and self.prefix:
-            model.__dict__["pooler"] = Relay(model, first)
+        if pooler is not None and (self.prefix or not first):
+            model.__dict__["pooler" if self.prefix else POOLER] = Relay(model, first) if first else pooler
         model.__dict__[UNFUSED] = self.record
         changed(model)
         model.train(model.training)
@@ -283,7 +284,7 @@ def fuse_modules(model: Any) -> None:
         old.parent._modules[old.name] = _restored(old, [walk(model, path) for path in old.paths])
     body: Any = record.parts["body"]
     del body._modules["tree"]
-    for part in record.parts:
+    for part in (*record.parts, POOLER):
         model.__dict__.pop(part, None)
     del model.__dict__[UNFUSED]
     model._modules.clear()

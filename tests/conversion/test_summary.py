@@ -65,7 +65,7 @@ def test_memory_is_that_of_the_loaded_model(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "head", ["Model", "ForMaskedLM", "ForSequenceClassification", "ForQuestionAnswering"]
 )
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "mpnet", "electra"])
 def test_the_head_is_the_one_that_the_checkpoint_names(tmp_path: Path, family: str, head: str) -> None:
     folder = save_model(tmp_path, family, head)
     summary = summarise(folder)
@@ -120,7 +120,7 @@ def test_flops_of_a_decode_step(tmp_path: Path, family: str) -> None:
 
 
 @pytest.mark.parametrize("head", ["ForMaskedLM", "ForTokenClassification", "ForQuestionAnswering"])
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "mpnet", "electra"])
 def test_flops_of_an_encoder(tmp_path: Path, family: str, head: str) -> None:
     summary = summarise(save_model(tmp_path, family, head))
     assert 11 * summary.flops(11) == flops_of(summary, 11)

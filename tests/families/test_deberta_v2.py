@@ -20,8 +20,8 @@ from torch import Tensor
 from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
 
 import minilm
-from minilm import disentangled
 from minilm.config import ConfigError, DistanceConfig
+from minilm.distances import disentangled
 from minilm.families import PretrainedConfig, family_of
 
 OWN = {

@@ -244,7 +244,8 @@ def test_every_trait_is_known_to_the_native_passes() -> None:
         *("parallel_norms", "rotary_dim", "local_rope", "layers_without_rope", "qk_norm_of_all"),
         *("qkv_by_head", "attention_soft_cap", "embedding_scale", "head_bias", "head_soft_cap"),
         *("tie_word_embeddings", "pad_token_id", "embedding_dropout", "attention_dropout", "hidden_dropout"),
-        *("inner_dropout", "attention_out_dropout"),
+        *("inner_dropout", "attention_out_dropout", "embedding_size", "shared_layers"),
+        *("norm_without_bias", "bare_first_layer"),
     }
     refused = set(blocks.UNKNOWN)
     assert computed | refused == {field.name for field in fields(ModelConfig)}

@@ -15,7 +15,9 @@ from minilm.families import family_of
 
 INSANE = [math.nan, math.inf, -math.inf, 1e30, -1.0, "0.1", True, [1]]
 EPS = {
-    **dict.fromkeys(("bert", "roberta", "xlm-roberta", "camembert"), "layer_norm_eps"),
+    **dict.fromkeys(
+        ("bert", "roberta", "xlm-roberta", "camembert", "mpnet", "electra", "albert"), "layer_norm_eps"
+    ),
     "gpt2": "layer_norm_epsilon",
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3", "phi3"), "rms_norm_eps"),
 }

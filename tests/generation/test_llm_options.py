@@ -12,7 +12,7 @@ from tiny_decoders import decoder
 import minilm
 from minilm import LLM
 from minilm.generation.llm import NO_EFFECT
-from minilm.model.loading import WITHOUT_EFFECT
+from minilm.substitutes import WITHOUT_EFFECT
 
 OTHER: dict[str, Any] = {"tokenizer_mode": "slow", "gpu_memory_utilization": 0.5, "swap_space": 4}
 

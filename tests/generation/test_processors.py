@@ -82,7 +82,7 @@ WORDS = [[9], [3], [0, 1], [2, 4], [3, 2, 11], [8, 3]]
             lambda ids: theirs.SuppressTokensAtBeginLogitsProcessor([4, 30], PROMPT),
         ),
     ],
-    ids=lambda value: str(value)[:40],
+    ids=lambda value: str(value)[:40] if isinstance(value, dict) else "",
 )
 def test_rules_are_those_of_transformers(option: dict[str, Any], processor: Any, length: int) -> None:
     changed = False
@@ -164,7 +164,7 @@ def test_rows_with_and_without_rules_share_a_batch() -> None:
         ({"top_p": 0.3}, lambda keep: theirs.TopPLogitsWarper(0.3, min_tokens_to_keep=keep)),
         ({"min_p": 0.9}, lambda keep: theirs.MinPLogitsWarper(0.9, min_tokens_to_keep=keep)),
     ],
-    ids=lambda value: str(value)[:30],
+    ids=lambda value: str(value)[:30] if isinstance(value, dict) else "",
 )
 def test_filters_are_those_of_transformers(option: dict[str, Any], processor: Any, keep: int) -> None:
     empty: list[list[int]] = [[]] * ROWS

@@ -45,7 +45,7 @@ PER_TOKEN = ("last_hidden_state", "start_logits", "end_logits", "prediction_logi
 def per_token(head: Head, name: str) -> bool:
     """Whether a field has a column for each token, and not one value for the row."""
     return name in PER_TOKEN or (
-        name == "logits" and head in ("masked-lm", "token-classification", "causal-lm")
+        name == "logits" and head in ("masked-lm", "pre-training", "token-classification", "causal-lm")
     )
 
 

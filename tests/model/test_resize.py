@@ -34,7 +34,7 @@ def sizes(model: Any) -> tuple[int, ...]:
 
 @pytest.mark.parametrize("call", CALLS, ids=str)
 @pytest.mark.parametrize("tie", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("family", ["bert", "roberta", "gpt2", "llama"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "mpnet", "electra", "albert", "gpt2", "llama"])
 def test_sizes_are_those_of_transformers(family: str, tie: bool, call: dict[str, Any]) -> None:
     head: Head = "masked-lm" if family in ENCODERS else "causal-lm"
     with pair(small(family, tie_word_embeddings=tie), head) as p, torch.no_grad():

@@ -25,6 +25,9 @@ NO_DROPOUT = {
     "roberta": ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
     "xlm-roberta": ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
     "camembert": ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+    "mpnet": ("hidden_dropout_prob", "attention_probs_dropout_prob"),
+    "electra": ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"),
+    "albert": ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout_prob"),
     "distilbert": ("dropout", "attention_dropout", "qa_dropout", "seq_classif_dropout"),
     "deberta-v2": (
         *("hidden_dropout_prob", "attention_probs_dropout_prob", "pooler_dropout", "cls_dropout"),
@@ -55,9 +58,12 @@ def targets(head: Head, config: Config, batch: Batch) -> dict[str, Tensor]:
         return {"start_positions": torch.zeros(rows).long(), "end_positions": torch.tensor(batch.lengths) - 1}
     if head in ("sequence-classification", "next-sentence"):
         return {"labels": torch.arange(rows) % 2}
-    classes = 2 if head == "token-classification" else config["vocab_size"]
+    family = config["model_type"]
+    two = head == "token-classification" or (head == "pre-training" and family == "electra")
+    classes = 2 if two else config["vocab_size"]
     tokens = {"labels": batch.lay_out(batch.integers(0, classes, 9), -100)}
-    return {**tokens, "next_sentence_label": torch.arange(rows) % 2} if head == "pre-training" else tokens
+    pairs = {"bert": "next_sentence_label", "albert": "sentence_order_label"}
+    return {**tokens, pairs[family]: torch.arange(rows) % 2} if head == "pre-training" and not two else tokens
 
 
 def as_ours(p: Pair, values: dict[str, Tensor], folder: Path) -> dict[str, Tensor]:
@@ -131,7 +137,7 @@ def test_gradient_of_vectors_is_transformers(family: str) -> None:
         with pair(config, head, seed) as p:
 
             def gradient(model: Any, call: dict[str, Any]) -> Tensor:
-                vectors = in_dtype_of(model, {"inputs_embeds": batch.vectors(p.model.spec.hidden_size)})
+                vectors = in_dtype_of(model, {"inputs_embeds": batch.vectors(p.model.spec.table_size)})
                 vectors["inputs_embeds"].requires_grad_()
                 with torch.enable_grad():
                     model(**{**call, **vectors}, **labels).loss.backward()
@@ -236,7 +242,7 @@ def test_training_from_scratch(family: str) -> None:
     ids = torch.randint(1, 41, (4, 8))
     optimiser = torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(30):
+    for _ in range(40):
         loss = model(ids, labels=ids).loss
         losses.append(float(loss.detach()))
         loss.backward()

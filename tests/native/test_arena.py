@@ -62,6 +62,26 @@ def test_norms_stand_where_the_family_has_them(family: str) -> None:
         assert biased == (found if family in ("bert", "gpt_neox", "phi") else set())
 
 
+def test_modernbert_begins_without_a_norm_and_its_norms_have_no_bias() -> None:
+    _, (header, *layers) = layout_of("modernbert")
+    names = [
+        {name for name, at in layer.items() if name.endswith(("_weight", "_bias")) and at >= 0}
+        for layer in layers
+    ]
+    assert names == [{"mlp_read_weight"}, *[{"attention_read_weight", "mlp_read_weight"}] * 3]
+    assert header["final_norm_weight"] >= 0
+    assert header["final_norm_bias"] == -1
+    assert [(layer["window"], layer["turns"]) for layer in layers] == [(0, 1), (6, 2), (6, 2), (0, 1)]
+
+
+def test_a_shared_block_has_one_place() -> None:
+    one, _ = layout_of("albert", num_hidden_layers=1)
+    several, (_, *layers) = layout_of("albert", num_hidden_layers=5)
+    assert len(layers) == 5
+    assert all(layer == layers[0] for layer in layers)
+    assert several.weights.numel() == one.weights.numel()
+
+
 def test_gemmas_norms_are_packed_with_the_one_added() -> None:
     model = model_of("gemma2")
     with torch.no_grad():

@@ -1,6 +1,7 @@
-"""Families with other norms, ropes and heads than Llama's (SmolLM3, OLMo 2, GPT-NeoX, Phi, Gemma) in native
-calls: prompts, prompts in parts and decoding steps are those of the modules; so in 16 bits, with quantised
-weights and caches, whatever the batch and the threads."""
+"""Families with other norms, ropes and heads than Llama's (SmolLM3, OLMo 2, GPT-NeoX, Phi, Gemma), and
+encoders with other traits than BERT's (ModernBERT, NomicBERT, ELECTRA, ALBERT), in native calls: prompts,
+prompts in parts and decoding steps are those of the modules; so in 16 bits, with quantised weights and
+caches, whatever the batch and the threads."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from close import assert_as_good_as_eager
-from fused_models import LATER, QUANTISED_ERROR, WIDE, batch, ints, model_of, quantise_blocks
+from fused_models import BIDIRECTIONAL, LATER, QUANTISED_ERROR, WIDE, batch, ints, model_of, quantise_blocks
 from native_runs import OTHER_ISAS, at_the_end, guarded, passes_with, require_extension, with_threads
 from torch import Tensor
 
@@ -73,16 +74,41 @@ def assert_close(actual: Tensor, model: Any, make: Callable[[Any, str], Tensor])
     assert_as_good_as_eager(actual, eager, exact, floor=floor)
 
 
-@pytest.mark.parametrize("family", LATER)
+@pytest.mark.parametrize("family", [*LATER, *BIDIRECTIONAL])
 def test_prompts_are_those_of_the_modules(family: str) -> None:
     model = model_of(family)
     for lengths in (FEW, MANY, SHORT):
         ops.explain(reset=True)
         actual = run(model, lengths)
-        assert {d.op for d in ops.explain().decisions} == {"blocks", "embed"}
+        projects = {"linear"} if model.body.project is not None else set()
+        assert {d.op for d in ops.explain().decisions} == {"blocks", "embed", *projects}
         assert_close(actual, model, lambda m, how, n=lengths: run(m, n, how))
         for other in with_threads(lambda n=lengths: run(model, n), (1, 4)):
             assert torch.equal(other, actual)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_norm_has_the_bias_that_it_has(bias: bool) -> None:
+    """ModernBERT's norm_bias, in the embeddings, the layers and at the end; the layers before a stop."""
+    model = model_of("modernbert", norm_bias=bias)
+    norms = {name: p for name, p in model.body.named_parameters() if "norm" in name}
+    assert sum(name.endswith(".bias") for name in norms) == (9 if bias else 0)
+    before = run(model, MANY)
+    assert_close(before, model, lambda m, how: run(m, MANY, how))
+    tokens = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        for stop in (1, 3):
+            found = [0.0, 0.0]
+            for place, how in enumerate(("native", "reference")):
+                with ops.backend(how):
+                    found[place] = model.body(model.pack(tokens, stop=stop))
+            torch.testing.assert_close(*found, atol=2e-5, rtol=2e-5)
+    for name, parameter in norms.items():
+        parameter.add_(0.5)
+        after = run(model, MANY)
+        assert float((after - before).abs().max()) > 1e-3, name
+        before = after
+    assert_close(before, model, lambda m, how: run(m, MANY, how))
 
 
 @pytest.mark.parametrize("family", LATER)
@@ -120,13 +146,15 @@ def test_a_prompt_in_parts_is_the_whole_prompt(family: str) -> None:
     assert_close(torch.cat(found), model, lambda m, how: run(m, [60], how))
 
 
-@pytest.mark.parametrize("family", [f for f in LATER if f not in ("gemma", "smollm3")])
+@pytest.mark.parametrize("family", [f for f in (*LATER, *BIDIRECTIONAL) if f not in ("gemma", "smollm3")])
 def test_16_bits_are_as_good_as_the_modules(family: str) -> None:
     model = model_of(family).to(torch.bfloat16)
     for lengths in (FEW, MANY):
         actual = run(model, lengths)
         assert actual.dtype == torch.bfloat16
         assert_close(actual, model, lambda m, how, n=lengths: run(m, n, how))
+    if family in BIDIRECTIONAL:
+        return
     lengths = [31, 5]
     actual = go_on(model, begun(model, lengths))
     assert_close(actual, model, lambda m, how: go_on(m, begun(m, lengths, how=how), how))
@@ -141,6 +169,18 @@ def quantised(family: str, format: str) -> Any:
     if model.head.decoder is not None:
         model.head.decoder = QuantizedLinear(quantise(model.head.decoder.weight, format), None)
     return model
+
+
+@pytest.mark.parametrize("format", ["int8", "q8_0", "q4_1"])
+@pytest.mark.parametrize("family", ["modernbert", "albert"])
+def test_quantised_encoders_are_close(family: str, format: str) -> None:
+    """A shared block's matrices are packed once, and their planes released once."""
+    model = model_of(family, **{k: v for k, v in WIDE.items() if k != "head_dim"})
+    quantise_blocks(model, format)
+    expected, actual = run(model, MANY, "reference"), run(model, MANY)
+    assert 0 < (actual - expected).norm() / expected.norm() < QUANTISED_ERROR[format]
+    assert all(released.form_of(block.mlp.down) is not None for block in model.body.layers)
+    assert torch.equal(run(model, MANY), actual)
 
 
 @pytest.mark.parametrize("format", ["int8", "q8_0", "q4_1"])
@@ -244,6 +284,27 @@ def test_norms_that_are_not_the_configurations_are_left_to_the_modules() -> None
         (decision,) = (d for d in ops.explain().decisions if d.op == "blocks")
         assert decision.chosen.backend == "torch"
         assert "norm" in decision.refused["native"]
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_only_the_first_layer_is_bare(number: int) -> None:
+    """With a norm there, or without one elsewhere, the modules run."""
+    model = model_of("modernbert")
+    block, other = model.body.layers[number], model.body.layers[1 - number]
+    block.attention_norm = copy.deepcopy(other.attention_norm)
+    ops.explain(reset=True)
+    with torch.no_grad():
+        model.run_packed(*batch(FEW))
+    (decision,) = (d for d in ops.explain().decisions if d.op == "blocks")
+    assert decision.chosen.backend == "torch"
+    assert "attention_norm was replaced" in decision.refused["native"]
+
+
+def test_a_norms_bias_that_is_no_parameter_is_left_to_the_modules() -> None:
+    model = model_of("modernbert")
+    model.body.layers[1].mlp_norm.bias = torch.full((40,), 3.0)
+    with torch.no_grad(), pytest.raises(ops.BackendError, match="a norm's bias is not a parameter"):
+        run(model, FEW)
 
 
 def raw(family: str) -> dict[str, Any]:

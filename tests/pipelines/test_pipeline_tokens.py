@@ -16,7 +16,7 @@ from tiny_models import TEXTS, save_model
 
 from minilm.pipelines import pipeline
 
-FAMILIES = ("bert", "roberta", "distilbert")
+FAMILIES = ("bert", "roberta", "distilbert", "mpnet", "electra")
 NAMES = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC", "MISC"]
 LABELS = {"id2label": dict(enumerate(NAMES)), "label2id": {name: i for i, name in enumerate(NAMES)}}
 STRATEGIES = ("none", "simple", "first", "average", "max")

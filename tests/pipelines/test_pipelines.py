@@ -18,7 +18,7 @@ import minilm
 from minilm import AutoModelForMaskedLM, AutoModelForTokenClassification, AutoTokenizer
 from minilm.pipelines import TASKS, FillMaskPipeline, TextClassificationPipeline, pipeline
 
-FAMILIES = ("bert", "roberta", "distilbert")
+FAMILIES = ("bert", "roberta", "distilbert", "mpnet", "electra")
 
 
 @pytest.fixture(scope="module")

@@ -36,7 +36,7 @@ def both(folder: Path, **options: Any) -> tuple[CrossEncoder, Any]:
 
 
 @pytest.mark.filterwarnings("ignore:1 of . pairs have more than:UserWarning")
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "mpnet", "electra"])
 @pytest.mark.parametrize("num_labels", [1, 3])
 def test_scores(tmp_path: Path, family: str, num_labels: int) -> None:
     ours, theirs = both(save(tmp_path, family, num_labels=num_labels))

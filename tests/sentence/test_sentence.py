@@ -256,7 +256,7 @@ def test_bad_options(minilm: SentenceEncoder) -> None:
 ORDERS = [(mode,) for mode in MODES] + [MODES, ("mean", "cls"), ("lasttoken", "max", "weightedmean")]
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert"])
+@pytest.mark.parametrize("family", ["bert", "roberta", "distilbert", "mpnet", "electra"])
 @pytest.mark.parametrize("modes", ORDERS, ids="+".join)
 def test_pooling(tmp_path: Path, family: str, modes: tuple[Any, ...]) -> None:
     reference = build(tmp_path, Pooling(24, modes), family=family)

@@ -4,9 +4,10 @@ A pipeline is normalizer -> pre-tokenizer -> model -> decoder; `families.py` add
 text ([CLS] ... [SEP]). All kinds of files become such a pipeline, so offsets, pairs, truncation and batches
 work the same for all.
 
-    vocab.txt                    WordPiece                     BERT, DistilBERT
+    vocab.txt                    WordPiece                     BERT, DistilBERT, ELECTRA, MPNet
     vocab.json + merges.txt      byte-level BPE                GPT-2, RoBERTa, Qwen2
-    sentencepiece models, GGUF   BPE or unigram over "▁word"   Llama 1 and 2, Mistral, XLM-RoBERTa, DeBERTa
+    sentencepiece models, GGUF   BPE or unigram over "▁word"   Llama 1 and 2, Mistral, XLM-RoBERTa, DeBERTa,
+                                                               ALBERT
 """
 
 from __future__ import annotations
@@ -208,6 +209,40 @@ def deberta(model: SentencePieceModel, settings: Mapping[str, Any], mask_token: 
         spaced = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=scheme)
         backend.pre_tokenizer = pre_tokenizers.Sequence([*split, spaced])
         backend.decoder = decoders.Metaspace(replacement=SPACE, prepend_scheme=scheme)
+    return backend
+
+
+def albert(model: SentencePieceModel, settings: Mapping[str, Any]) -> Backend:
+    """ALBERT's steps on a unigram model, with `do_lower_case` and `keep_accents` of `settings`.
+
+    A number before a comma is never one piece with it ("1,"), as in ALBERT's own code and in the published
+    tokenizer.json files; transformers 5 joins them where there is only spiece.model, and starts a new word
+    after each user-defined symbol, such as a bracket.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    if model.algorithm is not Algorithm.UNIGRAM:
+        raise TokenizerError(f"{model.file}: expected a unigram model, found {model.algorithm.name}")
+    apart = [len(p.text) > 1 and p.text[-1] == "," and p.text[-2].isdigit() for p in model.pieces]
+    scores = [(p.text, p.score - 100 * a) for p, a in zip(model.pieces, apart, strict=True)]
+    with backend_errors(str(model.file)):
+        backend = Tokenizer(models.Unigram(scores, model.unk_id, False))
+        steps: list[Any] = [normalizers.Replace("``", '"'), normalizers.Replace("''", '"')]
+        if not settings.get("keep_accents", False):
+            steps += [normalizers.NFKD(), normalizers.StripAccents()]
+        if settings.get("do_lower_case", True):
+            steps.append(normalizers.Lowercase())
+        if model.charsmap:
+            steps.append(normalizers.Precompiled(model.charsmap))
+        backend.normalizer = normalizers.Sequence(steps)
+        space = {"replacement": SPACE, "prepend_scheme": "always"}
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace(**space)]
+        )
+        backend.decoder = decoders.Metaspace(**space)
+        special = (Kind.UNKNOWN, Kind.CONTROL)
+        texts = [piece.text for piece in model.pieces if piece.kind in special]
+        backend.add_tokens([AddedToken(text, normalized=False, special=True) for text in texts if text])
     return backend
 
 

@@ -4,8 +4,9 @@ A family is identified by the name of its transformers class (`tokenizer_class` 
 by the `model_type` of config.json. It defines the special tokens if no file does, the inputs that the model
 takes, and the special tokens around a text (its *frame*):
 
-    bert          [CLS] A [SEP]      [CLS] A [SEP] B [SEP], the second text with token type 1
-    roberta       <s> A </s>         <s> A </s> </s> B </s>
+    bert          [CLS] A [SEP]      [CLS] A [SEP] B [SEP], the second text with token type 1; also ALBERT,
+                                     over sentencepiece
+    roberta       <s> A </s>         <s> A </s> </s> B </s>; also MPNet, over WordPiece
     xlm-roberta   the same, over sentencepiece
     bos-eos       A, with <s> before and </s> after it as `add_bos_token` and `add_eos_token` say (T5: </s>)
     marian        A </s>             A B </s>
@@ -74,25 +75,37 @@ _MBART_50 = (
     *("mk_MK", "ml_IN", "mn_MN", "mr_IN", "pl_PL", "ps_AF", "pt_XX", "sv_SE", "sw_KE"),
     *("ta_IN", "te_IN", "th_TH", "tl_XX", "uk_UA", "ur_PK", "xh_ZA", "gl_ES", "sl_SI"),
 )
+_ALBERT_TOKENS = {
+    **_BERT_TOKENS,
+    "bos_token": "[CLS]",
+    "eos_token": "[SEP]",
+    "unk_token": "<unk>",
+    "pad_token": "<pad>",
+}
+_WITH_TYPES = ("input_ids", "token_type_ids", "attention_mask")
 _END = "<|endoftext|>"
 
 GENERIC = Family("PreTrainedTokenizerFast")
 FAMILIES = {
     family.name: family
     for family in (
-        Family(
-            "BertTokenizer",
-            _BERT_TOKENS,
-            input_names=("input_ids", "token_type_ids", "attention_mask"),
-            frame="bert",
-        ),
+        Family("BertTokenizer", _BERT_TOKENS, input_names=_WITH_TYPES, frame="bert"),
+        Family("ElectraTokenizer", _BERT_TOKENS, input_names=_WITH_TYPES, frame="bert"),
         Family("DistilBertTokenizer", _BERT_TOKENS, frame="bert"),
         Family(
             "DebertaV2Tokenizer",
             {**_BERT_TOKENS, "bos_token": "[CLS]", "eos_token": "[SEP]"},
-            input_names=("input_ids", "token_type_ids", "attention_mask"),
+            input_names=_WITH_TYPES,
             frame="bert",
         ),
+        Family(
+            "MPNetTokenizer",
+            {**_ROBERTA_TOKENS, "unk_token": "[UNK]"},
+            frame="roberta",
+            mask_takes_space=True,
+        ),
+        # ALBERT was trained with token types; transformers 5 leaves them out, 4 has them.
+        Family("AlbertTokenizer", _ALBERT_TOKENS, input_names=_WITH_TYPES, frame="bert"),
         # In fairseq, which these models come from, and in transformers 4, <mask> includes the space before
         # it, and fill-mask depends on it; transformers 5 does not do so if there is only vocab.json.
         Family("RobertaTokenizer", _ROBERTA_TOKENS, frame="roberta", mask_takes_space=True),
@@ -128,6 +141,9 @@ _OF_MODEL_TYPE = {
     "distilbert": "DistilBertTokenizer",
     "deberta-v2": "DebertaV2Tokenizer",
     "nomic_bert": "BertTokenizer",
+    "electra": "ElectraTokenizer",
+    "mpnet": "MPNetTokenizer",
+    "albert": "AlbertTokenizer",
     "roberta": "RobertaTokenizer",
     "xlm-roberta": "XLMRobertaTokenizer",
     "camembert": "CamembertTokenizer",

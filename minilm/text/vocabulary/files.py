@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ...files import MOST_CONFIG, MOST_TEMPLATE, has_file, read_json, read_text
 from .build import (
     SPLITTINGS,
+    albert,
     byte_level_bpe,
     deberta,
     llama,
@@ -251,6 +252,8 @@ def _from_vocabulary(
                 mask_token=token("mask_token", "<mask>"),
                 languages=family.languages,
             )
+        if family.name == "AlbertTokenizer":
+            return albert(model, settings)
         if family.name == "LlamaTokenizer" and model.algorithm is Algorithm.BPE:
             return llama(
                 model, legacy=bool(settings.get("legacy", False)), add_prefix_space=prefix is not False

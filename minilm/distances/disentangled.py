@@ -23,9 +23,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import ops
-from .config import DistanceConfig, ModelConfig
-from .graphs import Padded
+from .. import ops
+from ..config import DistanceConfig, ModelConfig
+from ..graphs import Padded
 
 BUDGET = 1 << 24
 """Numbers of a bias that exist at a time without gradients: 64 MiB in float32."""
@@ -70,6 +70,12 @@ class Vectors(NamedTuple):
     """`minilm.model.Packed`, or `Padded` in a graph."""
     config: DistanceConfig
     runs: list[Run]
+    layers: nn.ModuleList
+
+    def of_layer(self, attention: Any) -> Scores:
+        """The attention of one layer."""
+        scores: Scores = self.layers[attention.layer](self, attention.heads)
+        return scores
 
     def places(self, queries: Tensor, keys: Tensor) -> Tensor:
         """Positions [..., Sq] and [..., S] -> indices of `vectors`, int64 [..., Sq, S]."""
@@ -77,14 +83,20 @@ class Vectors(NamedTuple):
 
 
 class Distances(nn.Module):
-    """The vectors of all distances, [2 span, C], and their norm if the model has one."""
+    """The vectors of all distances, [2 span, C], with a norm if the model has one, and what each layer
+    projects them with."""
 
-    def __init__(self, config: DistanceConfig, table: nn.Module, norm: nn.Module | None) -> None:
+    def __init__(
+        self, config: DistanceConfig, table: nn.Module, norm: nn.Module | None, layers: list[Disentangled]
+    ) -> None:
         super().__init__()
-        self.config, self.table, self.norm = config, table, norm
+        self.config, self.table, self.norm, self.layers = config, table, norm, nn.ModuleList(layers)
 
-    def forward(self, packed: Any) -> Vectors:
-        """The vectors of the distances between tokens of a batch: short texts need few of them."""
+    def biased(self, packed: Any) -> Vectors | None:
+        """The vectors of the distances between tokens of a batch: short texts need few of them. None if the
+        scores do not take them (neither c2p nor p2c)."""
+        if not (self.config.c2p or self.config.p2c):
+            return None
         first, last, runs = 0, 2 * self.config.span - 1, []
         device = packed.positions.device
         if not isinstance(packed, Padded):
@@ -93,7 +105,7 @@ class Distances(nn.Module):
             first, last = rows_of(torch.tensor([-reach, reach]), self.config).tolist()
         vectors: Tensor = self.table(torch.arange(first, last + 1, device=device))
         vectors = vectors if self.norm is None else self.norm.norm(vectors)  # type: ignore[operator]
-        return Vectors(vectors, first, packed, self.config, runs)
+        return Vectors(vectors, first, packed, self.config, runs, self.layers)
 
 
 def _runs(packed: Any) -> list[Run]:
@@ -123,53 +135,54 @@ def _key(row: Run) -> int | None:
 class Disentangled(nn.Module):
     """A layer's projections of the vectors: its own, or with `shared` those of its queries and keys."""
 
-    def __init__(self, config: DistanceConfig, sizes: tuple[int, int], p: float, linear: Any) -> None:
+    def __init__(self, model: ModelConfig, linear: Any) -> None:
         super().__init__()
-        self.config, self.p = config, p
+        config, sizes = model.distances, (model.hidden_size, model.q_size)
+        assert config is not None
+        self.config, self.num_heads, self.p = config, model.num_heads, model.hidden_dropout
         self.key = linear(*sizes) if config.c2p and not config.shared else None
         self.query = linear(*sizes) if config.p2c and not config.shared else None
 
-    def forward(self, q: Tensor, k: Tensor, vectors: Vectors, heads: Heads) -> Scores:
-        """The scores of a layer with q and k [T, H, D]."""
+    def forward(self, vectors: Vectors, heads: Heads) -> Scores:
+        """The scores of a layer; `heads`: its projection."""
         x = F.dropout(vectors.vectors, self.p, self.training)
         if self.config.shared:
             queries, keys, _ = heads(x)
             c2p, p2c = self.config.c2p, self.config.p2c
-            return Scores(q, k, keys if c2p else None, queries if p2c else None, vectors)
-        shape = (-1, *q.shape[1:])
+            return Scores(keys if c2p else None, queries if p2c else None, vectors)
+        shape = (len(x), self.num_heads, -1)
         own = [None if layer is None else layer(x).view(shape) for layer in (self.key, self.query)]
-        return Scores(q, k, own[0], own[1], vectors)
+        return Scores(own[0], own[1], vectors)
 
 
 class Scores(NamedTuple):
-    """What gives the scores of a layer."""
+    """Attention of a layer: the methods of `minilm.distances.Biased`. q, k and v are [T, H, D]."""
 
-    q: Tensor
-    """[T, H, D], as `k`."""
-    k: Tensor
     keys: Tensor | None
     """[R, H, D], of the positions (c2p)."""
     queries: Tensor | None
     """The same for p2c."""
     vectors: Vectors
 
-    def attend(self, v: Tensor, *, scale: float, dropout_p: float = 0.0, **kind: Any) -> Tensor:
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, *, scale: float, dropout_p: float = 0.0, **kind: Any
+    ) -> Tensor:
         """softmax(scores) v within each sequence, [T, H, D]."""
-        packed, heads = self.vectors.packed, self.q.shape[1]
+        packed, heads = self.vectors.packed, q.shape[1]
         if isinstance(packed, Padded):
-            bias = self._padded(packed, scale)
-            return packed.attend(self.q, self.k, v, scale=scale, dropout_p=dropout_p, bias=bias, **kind)
-        found = [self.q[:0]]
+            bias = self._padded(q, k, packed, scale)
+            return packed.attend(q, k, v, scale=scale, dropout_p=dropout_p, bias=bias, **kind)
+        found = [q[:0]]
         for start, count, positions in self.vectors.runs:
             length = len(positions)
             pairs = max(1, BUDGET // (length * len(self.vectors.vectors)))  # of a sequence and a head
             step, some = max(1, pairs // heads), min(heads, pairs)
             for row in range(0, count, step):
                 here = slice(start + row * length, start + min(row + step, count) * length)
-                q, k, values = (x[here].view(-1, length, *x.shape[1:]) for x in (self.q, self.k, v))
+                a, b, c = (x[here].view(-1, length, *x.shape[1:]) for x in (q, k, v))
                 chosen = [slice(head, head + some) for head in range(0, heads, some)]
                 parts = [
-                    self._heads(q[:, :, h], k[:, :, h], values[:, :, h], positions, h, scale, dropout_p)
+                    self._heads(a[:, :, h], b[:, :, h], c[:, :, h], positions, h, scale, dropout_p)
                     for h in chosen
                 ]
                 found.append(_joined(parts, 2).flatten(0, 1))
@@ -211,33 +224,34 @@ class Scores(NamedTuple):
         assert found is not None
         return found * scale
 
-    def _padded(self, packed: Padded, scale: float) -> Tensor:
+    def _padded(self, q: Tensor, k: Tensor, packed: Padded, scale: float) -> Tensor:
         """The bias of all rows in a graph, [B, H, S, S]."""
         positions, everything = packed.rows(packed.positions), slice(None)
-        far = self._far(packed.rows(self.k), everything)
+        far = self._far(packed.rows(k), everything)
         places = self.vectors.places(positions, positions)
-        return self._bias(packed.rows(self.q), far, places, everything, scale)
+        return self._bias(packed.rows(q), far, places, everything, scale)
 
-    def bias(self, start: int, positions: Tensor, scale: float) -> Tensor:
-        """The bias of the sequence whose tokens, at `positions` [S], begin at packed index `start`:
-        [H, S, S]."""
-        here, everything = slice(start, start + len(positions)), slice(None)
-        places, far = self.vectors.places(positions, positions), self._far(self.k[None, here], everything)
-        return self._bias(self.q[None, here], far, places[None], everything, scale)[0]
+    def bias_of(self, row: int, q: Tensor, k: Tensor, scale: float) -> Tensor:
+        """The bias of one sequence of the batch, [H, S, S]."""
+        packed, everything = self.vectors.packed, slice(None)
+        start = sum(packed.lengths[:row])
+        here = slice(start, start + packed.lengths[row])
+        positions = packed.positions[here]
+        places, far = self.vectors.places(positions, positions), self._far(k[None, here], everything)
+        return self._bias(q[None, here], far, places[None], everything, scale)[0]
 
-    def maps(self, *, scale: float, **kind: Any) -> Tensor:
+    def maps(self, q: Tensor, k: Tensor, *, scale: float, **kind: Any) -> Tensor:
         """The attention probabilities, [B, H, S, S], zero at padding."""
         packed: Any = self.vectors.packed
         if isinstance(packed, Padded):
-            return packed.maps(self.q, self.k, scale=scale, bias=self._padded(packed, scale), **kind)
-        full = self.q.new_zeros(packed.batch, self.q.shape[1], packed.columns, packed.columns)
+            return packed.maps(q, k, scale=scale, bias=self._padded(q, k, packed, scale), **kind)
+        full = q.new_zeros(packed.batch, q.shape[1], packed.columns, packed.columns)
         columns = torch.split(packed.flat_indices() % max(packed.columns, 1), packed.lengths)
         start = 0
         for row, (at, length) in enumerate(zip(columns, packed.lengths, strict=True)):
             here = slice(start, start + length)
-            ends = _ends(self.q[here])
-            bias = self.bias(start, packed.positions[here], scale)
-            (p,) = ops.attention_probs(self.q[here], self.k[here], ends, ends, scale=scale, bias=bias, **kind)
+            ends, bias = _ends(q[here]), self.bias_of(row, q, k, scale)
+            (p,) = ops.attention_probs(q[here], k[here], ends, ends, scale=scale, bias=bias, **kind)
             full[row, :, at[:, None], at] = p
             start += length
         return full
@@ -285,18 +299,15 @@ class Convolution(nn.Module):
         return y if conv.bias is None else y + conv.bias
 
 
-def projections(config: ModelConfig, linear: Any) -> Disentangled | None:
-    """What a layer's attention has for distances; `linear` is the class of linear layers."""
-    far = config.distances
-    if far is None or not far.span or not (far.c2p or far.p2c):
-        return None
-    return Disentangled(far, (config.hidden_size, config.q_size), config.hidden_dropout, linear)
-
-
-def shared_parts(config: ModelConfig, table: Any, norm: Any) -> tuple[Distances | None, Convolution | None]:
-    """What the layers share, of the classes `table` and `norm`: the vectors, and the convolution."""
+def disentangled_parts(
+    config: ModelConfig, table: Any, linear: Any, norm: Any
+) -> tuple[Distances | None, Convolution | None]:
+    """The vectors with what each layer projects them with, and the convolution; of these classes of tables,
+    linear layers and norms."""
     far, size = config.distances, config.hidden_size
     assert far is not None
-    own = norm(config) if far.norm else None
     conv = Convolution(far, size, config.hidden_dropout, norm(config)) if far.conv_kernel else None
-    return Distances(far, table(2 * far.span, size), own) if far.span else None, conv
+    if not far.span:
+        return None, conv
+    layers = [Disentangled(config, linear) for _ in range(config.num_layers if far.c2p or far.p2c else 0)]
+    return Distances(far, table(2 * far.span, size), norm(config) if far.norm else None, layers), conv
