@@ -157,8 +157,11 @@ class Companion(nn.Module):
         return self.__dict__.get(POOLER) or getattr(self, "pooler", None)
 
     def get_submodule(self, target: str) -> nn.Module:
-        """As in PyTorch. The output matrix of an unfused model is returned as a linear layer."""
-        found = super().get_submodule(target)
+        """As in PyTorch. In an unfused model names are those of the checkpoint, also where a part of minilm
+        has the same (the head of ModernBERT); the output matrix is returned as a linear layer."""
+        name, _, rest = target.partition(".")
+        top = self._modules.get(name) if self.is_unfused else None
+        found = super().get_submodule(target) if top is None else top.get_submodule(rest)
         if self.is_unfused:
             from .weights import OutputMatrix
 

@@ -80,6 +80,9 @@ def test_names_and_results_are_those_of_transformers(family: str, head: Any) -> 
         assert ours.unfuse() is ours
         assert ours.is_unfused
         assert layers(ours) == layers(theirs)
+        for name, module in ours.named_modules():
+            own = ours.get_submodule(name)  # as PEFT finds it
+            assert own is module or own.weight is module.weight, name
         assert_close(ours(IDS)[0], expected, atol=2e-4)
         stored = ours.checkpoint_state_dict()
         assert ours.fuse() is ours
