@@ -217,13 +217,11 @@ class Companion(nn.Module):
     ) -> Any:
         """As in PyTorch; also accepts a state dict of transformers' model, which is copied into the
         parameters (`assign` is refused for it). An unfused model expects the names of its own state dict."""
-        if (
-            self.is_unfused
-            or not state_dict
-            or any(name.startswith(("body.", "head.")) for name in state_dict)
-        ):
+        if self.is_unfused or not state_dict or any(name.startswith("body.") for name in state_dict):
             return super().load_state_dict(state_dict, strict, assign)
         places = self.checkpoint_state_dict()
+        if any(name.startswith("head.") and name not in places for name in state_dict):
+            return super().load_state_dict(state_dict, strict, assign)  # ModernBERT's names begin so, too
         prefix = self.family.prefix(self.head_kind)
         given = {self._name_here(name, places, prefix): value for name, value in state_dict.items()}
         unexpected = [name for name in given if name not in places and not self._is_known(name)]

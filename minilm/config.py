@@ -280,6 +280,10 @@ class ModelConfig:
             )
         if self.parallel_norms not in (0, 1, 2) or (self.parallel_norms and not self.pre_norm):
             raise ConfigError(f"parallel sub-layers have 1 or 2 norms before them, not {self.parallel_norms}")
+        if self.distances is not None and self.relative_buckets:
+            raise ConfigError("scores take distances or relative_buckets, and both are given")
+        if self.causal and (self.distances is not None or self.relative_buckets):
+            raise ConfigError("scores by distances are for encoders, and the model is causal")
 
     def window(self, layer: int) -> int | None:
         """Number of keys that a query of `layer` sees, itself included; None: all."""

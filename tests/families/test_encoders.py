@@ -6,6 +6,7 @@ import copy
 import functools
 import tempfile
 import zipfile
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,17 @@ def test_what_runs_the_blocks_is_said(kind: str) -> None:
         with ops.backend("reference"):
             assert_close(p.model(IDS, MASK)[0], found, atol=2e-5)
         assert_close(found[MASK > 0], p.reference(IDS, MASK)[0][MASK > 0], atol=1e-4)
+
+
+def test_scores_take_one_kind_of_distances_and_only_in_encoders() -> None:
+    """A bias that a cache would lose, or one of two, is never left out in silence."""
+    spec = family_of("mpnet").config(PretrainedConfig.from_dict(config("mpnet")))
+    other = family_of("deberta-v2").config(PretrainedConfig.from_dict(small("deberta-v2")))
+    with pytest.raises(minilm.ConfigError, match="both are given"):
+        replace(spec, distances=other.distances)
+    for some in (spec, other):
+        with pytest.raises(minilm.ConfigError, match="for encoders, and the model is causal"):
+            replace(some, causal=True)
 
 
 def test_a_shared_block_is_packed_once() -> None:

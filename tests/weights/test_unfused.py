@@ -26,6 +26,22 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mpnet": {**ENCODER, "pad_token_id": 1},
     "electra": {**ENCODER, "embedding_size": 10},
     "albert": {**ENCODER, "embedding_size": 10},
+    "modernbert": {
+        **ENCODER,
+        "num_hidden_layers": 3,
+        "local_attention": 4,
+        "cls_token_id": 1,
+        "sep_token_id": 2,
+    },
+    "nomic_bert": ENCODER,
+    "deberta-v2": {
+        **ENCODER,
+        "relative_attention": True,
+        "max_relative_positions": 9,
+        "pos_att_type": "c2p|p2c",
+        "norm_rel_ebd": "layer_norm",
+        "conv_kernel_size": 3,
+    },
     "distilbert": {"vocab_size": 61, "dim": 24, "n_heads": 3, "n_layers": 2, "hidden_dim": 40},
     "gpt2": {"vocab_size": 61, "n_embd": 24, "n_head": 3, "n_layer": 2, "n_positions": 64, "pad_token_id": 0},
     "llama": {**DECODER, "tie_word_embeddings": True},
@@ -64,6 +80,9 @@ def test_names_and_results_are_those_of_transformers(family: str, head: Any) -> 
         assert ours.unfuse() is ours
         assert ours.is_unfused
         assert layers(ours) == layers(theirs)
+        for name, module in ours.named_modules():
+            own = ours.get_submodule(name)  # as PEFT finds it
+            assert own is module or own.weight is module.weight, name
         assert_close(ours(IDS)[0], expected, atol=2e-4)
         stored = ours.checkpoint_state_dict()
         assert ours.fuse() is ours
