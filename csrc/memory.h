@@ -3,6 +3,10 @@
 #pragma once
 
 #include <sys/mman.h>
+#ifdef __linux__
+#include <link.h>
+#include <unistd.h>
+#endif
 
 #include <cstddef>
 #include <cstdint>
@@ -39,6 +43,33 @@ inline void give_back(void* memory, std::size_t bytes) {
 #else
   (void)memory;
   (void)bytes;
+#endif
+}
+
+// Unmaps the pages of programs and libraries that cannot have been changed: code, and tables of the linker. A
+// start touches many that are never used again. Those that are, come back from the system's file cache.
+inline void unmap_code() {
+#ifdef __linux__
+  dl_iterate_phdr(
+      [](dl_phdr_info* info, std::size_t, void*) {
+        const auto page = static_cast<std::uintptr_t>(sysconf(_SC_PAGESIZE));
+        const ElfW(Phdr)* const end = info->dlpi_phdr + info->dlpi_phnum;
+        for (const ElfW(Phdr)* at = info->dlpi_phdr; at < end; ++at) {
+          if (at->p_type != PT_DYNAMIC) continue;
+          const auto* entry = reinterpret_cast<const ElfW(Dyn)*>(info->dlpi_addr + at->p_vaddr);
+          for (; entry->d_tag != DT_NULL; ++entry) {
+            if (entry->d_tag == DT_TEXTREL) return 0;  // its code was changed when it was loaded
+          }
+        }
+        for (const ElfW(Phdr)* at = info->dlpi_phdr; at < end; ++at) {
+          if (at->p_type != PT_LOAD || (at->p_flags & PF_W) != 0) continue;
+          const std::uintptr_t first = (info->dlpi_addr + at->p_vaddr) / page * page;
+          const std::uintptr_t last = (info->dlpi_addr + at->p_vaddr + at->p_filesz) / page * page;
+          if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+        }
+        return 0;
+      },
+      nullptr);
 #endif
 }
 

@@ -59,6 +59,11 @@ PyObject* trim(PyObject*, PyObject*) {
   Py_RETURN_NONE;
 }
 
+PyObject* unmap_code(PyObject*, PyObject*) {
+  minilm::unmap_code();
+  Py_RETURN_NONE;
+}
+
 PyObject* packed_bytes(PyObject*, PyObject* arguments) {
   long long format, in, places;
   if (!PyArg_ParseTuple(arguments, "LLL", &format, &in, &places)) return nullptr;
@@ -129,6 +134,8 @@ PyMethodDef methods[] = {
     {"give_back", give_back, METH_VARARGS,
      "Gives memory back before it is freed: address and size; what it holds is lost."},
     {"trim", trim, METH_NOARGS, "Gives memory that was freed back to the system."},
+    {"unmap_code", unmap_code, METH_NOARGS,
+     "Unmaps pages of code; those that are used come back from the system's file cache."},
     {"packed_bytes", packed_bytes, METH_VARARGS, "(format, in, places) -> bytes of a packed weight."},
     {"same", same, METH_VARARGS,
      "(owners, keys, things, dicts, sizes, modules, types) -> whether all are what they were."},

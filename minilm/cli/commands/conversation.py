@@ -188,7 +188,7 @@ class Conversation:
             print(f"error: {error} (/reset starts a new conversation)", file=sys.stderr)
             return
         self.messages.append({"role": "assistant", "content": "".join(pieces)})
-        packed.trim()  # a conversation waits for most of its time
+        packed.trim(code=True)  # a conversation waits for most of its time
 
 
 def describe(params: SamplingParams) -> str:

@@ -299,8 +299,11 @@ def _llm(model: str, device: Any, run: Runtime, kv_cache: str | None, *, convers
     from ...files import resolve
     from ...generation import LLM
     from ...model import AutoModelForCausalLM
+    from ...ops.backends import packed
     from ...quantized import QuantizedLinear
 
+    if conversing:
+        packed.trim(code=True)  # what the imports have touched
     weights = run.weights
     if conversing and weights is None and run.dtype is None and resolve(model).suffix == ".gguf":
         weights = "gguf"

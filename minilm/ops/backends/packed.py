@@ -86,11 +86,15 @@ def _owners(memory: Tensor, count: Any) -> tuple[int, int, int]:
     return count(storage._cdata), sys.getrefcount(storage), memory._use_count()  # type: ignore[attr-defined]
 
 
-def trim() -> None:
-    """Give memory that was freed back to the system, which the allocator would keep for later. Does nothing
-    without the native extension."""
+def trim(*, code: bool = False) -> None:
+    """Give memory that was freed back to the system, which the allocator would keep for later. `code`: and
+    unmap the code of programs and libraries, of which a start touches much that is never used again (what is
+    used comes back from the system's file cache). Does nothing without the native extension."""
     if importlib.util.find_spec("minilm._C") is not None:
-        importlib.import_module("minilm._C").trim()
+        extension = importlib.import_module("minilm._C")
+        extension.trim()
+        if code:
+            extension.unmap_code()
 
 
 def places(rows: int, gated: bool, heads: int = 0) -> Tensor:
