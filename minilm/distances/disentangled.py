@@ -213,7 +213,7 @@ class Scores(NamedTuple):
 
     def _bias(self, q: Tensor, far: Tensor | None, places: Tensor, heads: slice, scale: float) -> Tensor:
         """q [n, Sq, h, D], `_far` of the keys, places [n or 1, Sq, S] -> [n, h, Sq, S]."""
-        index = places[:, None].expand(len(q), q.shape[2], *places.shape[1:])
+        index = places[:, None].expand(q.shape[0], q.shape[2], *places.shape[1:])
         found = None
         if self.keys is not None:
             products = q.transpose(1, 2) @ self.keys[:, heads].permute(1, 2, 0)  # [n, h, Sq, R]
