@@ -154,8 +154,8 @@ std::int64_t paged_blocks(const AttentionParams& p, std::int64_t queries) {
 }
 
 std::int64_t paged_scratch(const AttentionParams& p) {
-  const Memory m = memory_of(p, nullptr);
-  return m.parts - m.panel + kPanel * paged_partial(p);
+  const std::int64_t copy = kPagedKeys * round_up(p.head_dim, kLanes<float>);
+  return kPanel * 2 * (p.head_dim + paged_partial(p)) + (kPagedKeys + kTileRows) * kPanel + 2 * copy;
 }
 
 void paged_chunk(const AttentionParams& p, std::int64_t sequence, std::int64_t kv_head, std::int64_t chunk,
