@@ -89,6 +89,22 @@ def test_what_may_not_come_next(text: tuple[str, ...], next_ones: list[str]) -> 
     assert rule(2)(tokens_of(*text)) == set(tokens_of(*next_ones))
 
 
+TEXT = st.lists(st.sampled_from([*WHOLE_WORDS, "```", "\n"]), max_size=30).map(
+    lambda words: tokens_of(*words)
+)
+
+
+@given(st.lists(TEXT, min_size=1, max_size=3), st.data())
+def test_what_was_read_before_does_not_matter(texts: list[list[int]], data: st.DataObject) -> None:
+    """Several texts grow by one rule, in any order, some a few tokens at a time; some begin alike."""
+    shared, lengths = rule(1), [0] * len(texts)
+    texts = [texts[0][: data.draw(st.integers(0, 9))] + text for text in texts]
+    for row in data.draw(st.lists(st.integers(0, len(texts) - 1), max_size=20)):
+        lengths[row] += data.draw(st.integers(0, 4))
+        text = texts[row][: lengths[row]]
+        assert shared(text) == rule(1)(text)
+
+
 def test_each_row_has_its_own_rule() -> None:
     text = tokens_of(*LINE, *LINE, "I", " am", " the")
     logits = torch.randn(3, len(WORDS))
