@@ -60,7 +60,7 @@ inline F32 channels_of(const AttentionParams& p, const T* row, float scale, std:
 // The keys or values [begin, end) of one head, copied to `memory`: in float32, pairs of channels, or pairs of
 // keys.
 enum class Copy { kFloats, kChannels, kKeys };
-// Rows that are asked for before they are copied: hardware prefetchers do not detect the pattern.
+// Rows of pages that are asked for before they are copied: hardware prefetchers do not detect the pattern.
 constexpr std::int64_t kCopiesAhead = 16;
 template <typename T>
 Rows copied(const AttentionParams& p, Copy copy, const void* base, const float* scales, std::int64_t sequence,
@@ -75,7 +75,8 @@ Rows copied(const AttentionParams& p, Copy copy, const void* base, const float* 
     const T* row = row_of<T>(p, base, sequence, key, kv_head);
     const float scale = scale_at(key);
     float* to = memory + (key - begin) / per_row * stride;
-    for (std::int64_t ahead = key + kCopiesAhead; ahead < least(key + kCopiesAhead + per_row, end); ++ahead) {
+    const std::int64_t asked = p.block_table == nullptr ? 0 : least(key + kCopiesAhead + per_row, end);
+    for (std::int64_t ahead = key + kCopiesAhead; ahead < asked; ++ahead) {
       const char* next = reinterpret_cast<const char*>(row_of<T>(p, base, sequence, ahead, kv_head));
       for (std::int64_t byte = 0; byte < p.head_dim * std::int64_t{sizeof(T)}; byte += 64) {
         __builtin_prefetch(next + byte, 0, 2);

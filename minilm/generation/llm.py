@@ -79,8 +79,9 @@ class LLM:
     one of `CACHE_DTYPES`; "int8", with one scale per token and head, takes a quarter of float32.
     `enable_prefix_caching`: up to `max_model_len` tokens of texts that have ended stay in the cache, and a
     prompt that begins like one of them is read from where they differ, as in a conversation; logits may
-    differ in their last bits. `max_num_seqs`, `max_num_batched_tokens`: see `Engine`. Other options go to
-    `from_pretrained`; a warning names options of vLLM that minilm does not support (`swap_space`).
+    differ in their last bits (call `reset_prefix_cache` after a change of weights). `max_num_seqs`,
+    `max_num_batched_tokens`: see `Engine`. Other options go to `from_pretrained`; a warning names options of
+    vLLM that minilm does not support (`swap_space`).
     """
 
     def __init__(
