@@ -28,7 +28,7 @@ MOST_LAYERS = 10_000
 RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("layer_norm_eps", "layer_norm_epsilon", "rms_norm_eps", "norm_eps"), NORM_EPS),
     "rope_theta": ROPE_RANGES["theta"],
-    "initializer_range": (0, 1e6),
+    **dict.fromkeys(("initializer_range", "init_std"), (0, 1e6)),
 }
 """Options of config.json, by the families' own names -> the smallest and the largest value. Dropout is from 0
 to 1."""

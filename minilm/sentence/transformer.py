@@ -139,7 +139,9 @@ def _class(path: Any) -> type[PreTrainedModel]:
     """The class that embeds texts: of T5 the encoder alone, as in sentence-transformers."""
     file = resolve(path, files="config") / "config.json"
     model_type = read_json(file, limit=MOST_CONFIG).get("model_type") if has_file(file) else None
-    if model_type not in ENCODER_DECODERS or "encoder" not in family_of(model_type).heads:
+    if not isinstance(model_type, str) or model_type not in ENCODER_DECODERS:
+        return AutoModel  # which says what is wrong with another kind of name
+    if "encoder" not in family_of(model_type).heads:
         return AutoModel
     from ..seq2seq import class_of
 

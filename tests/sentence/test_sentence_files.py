@@ -135,3 +135,10 @@ def test_older_spelling_of_pooling(tmp_path: Path, saved: Path) -> None:
         np.testing.assert_allclose(
             model.encode("anna lives"), reference.encode("anna lives"), atol=1e-5, rtol=0
         )
+
+
+@pytest.mark.parametrize("wrong", [["bert"], {"name": "bert"}, 3])
+def test_a_model_type_that_is_no_name(wrong: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": wrong}))
+    with pytest.raises(ValueError, match="model_type"):
+        SentenceEncoder(str(tmp_path))

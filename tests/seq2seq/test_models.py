@@ -304,6 +304,7 @@ def test_bad_input_is_one_sentence(name: str, given: dict[str, Any], message: st
         ("t5", {"num_decoder_layers": -1}, "num_decoder_layers"),
         ("bart", {"decoder_attention_heads": 5}, "d_model 24 is not a multiple of decoder_attention_heads"),
         ("bart", {"activation_dropout": 2.0}, "activation_dropout|inner dropout"),
+        ("bart", {"init_std": []}, "init_std"),
     ],
 )
 def test_bad_configurations_are_named(name: str, options: dict[str, Any], message: str) -> None:
